@@ -1,0 +1,93 @@
+"""What can go wrong through the user's input, and the one place that turns it into an exit code.
+
+Code anywhere raises a `UserError`; `run` prints it as two lines (what and where, then what to do)
+and returns the exit code. Tests call `main(argv)` and catch the exception instead.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: `what` says what and where, `fix` what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, what: str, fix: str):
+        super().__init__(f"{what}\nfix: {fix}")
+        self.what, self.fix = what, fix
+
+
+class UsageError(UserError):
+    """A flag, or a value that cannot work with this data."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """The data on disk: missing, unreadable, damaged, or not laid out as expected."""
+
+    exit_code = 3
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, refused, or of another run."""
+
+    exit_code = 4
+
+
+class DivergedError(UserError):
+    """Training left the finite numbers."""
+
+    exit_code = 5
+
+
+class ResourceError(UserError):
+    """Disk, memory or device ran out, or was never there."""
+
+    exit_code = 6
+
+
+class Stopped(Exception):
+    """A stop signal was honoured: the step was finished and the state saved."""
+
+    def __init__(self, signal_number: int, message: str = ""):
+        super().__init__(message)
+        self.exit_code = 130 if signal_number == 2 else 143  # SIGINT; SIGTERM and the rest
+
+
+def printable(text: str) -> str:
+    """`text` as any terminal can show it: undecodable bytes and control characters escaped."""
+    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def report(error: UserError) -> None:
+    """Two lines on stderr, from the first rank only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(f"error: {error.what}\nfix: {error.fix}"), file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[list[str] | None], int | None]) -> int:
+    """Call `main()` and return the exit code; a traceback only with --debug or for our own bugs."""
+    try:
+        return main(None) or 0
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        report(error)
+        return error.exit_code
+    except Stopped as stop:
+        if str(stop):
+            print(printable(str(stop)), file=sys.stderr, flush=True)
+        return stop.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `| head` closed our output: nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
