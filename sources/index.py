@@ -164,3 +164,16 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     lengths = np.diff(np.r_[starts, len(ordered)])
     rank = np.arange(len(ordered)) - np.repeat(starts, lengths)
     return np.sort(by_class[np.argsort(rank, kind="stable")[:size]])
+
+
+def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (train, val) of `labels` (n,), sorted: `val_fraction` of every class goes to val.
+
+    Rounded to whole samples class by class; the same on every call.
+    """
+    rng = np.random.Generator(np.random.Philox(seed))
+    in_val = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        in_val[members[: round(len(members) * val_fraction)]] = True
+    return np.flatnonzero(~in_val), np.flatnonzero(in_val)

@@ -1,0 +1,114 @@
+"""Datasets that need no download: scikit-learn's bundled digits, and generated images. Nothing on disk is read here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from errors import UsageError
+from sources.index import ArraySplit, DatasetIndex, Split, stratified_split
+
+# Of the 1,797 images, pixels in [0, 1]; tests/test_layouts.py measures them.
+DIGITS_MEAN, DIGITS_STD = 0.3053, 0.3760
+
+
+def digits() -> DatasetIndex:
+    """1,797 real scans of handwritten digits, 8 x 8, a fifth of every class for validation.
+
+    Source: the test set of https://archive.ics.uci.edu/dataset/80, bundled with scikit-learn.
+    """
+    from sklearn.datasets import load_digits
+
+    bundle = load_digits()
+    grey = np.rint(bundle.images * (255 / 16)).astype(np.uint8)  # the scans have 17 levels, 0 ... 16
+    images = np.repeat(grey[..., None], 3, axis=-1)
+    labels = bundle.target.astype(np.int64)
+    train, val = stratified_split(labels, val_fraction=0.2, seed=0)
+    return DatasetIndex(
+        name="digits",
+        classes=tuple("0123456789"),
+        train=ArraySplit(images[train], labels[train]),
+        val=ArraySplit(images[val], labels[val]),
+        mean=(DIGITS_MEAN,) * 3,
+        std=(DIGITS_STD,) * 3,
+        native_size=8,
+    )
+
+
+@dataclass(frozen=True)
+class SyntheticSize:
+    """How much of the synthetic dataset there is; `parse` reads it from the dataset's name."""
+
+    classes: int = 10
+    train: int = 2000
+    val: int = 500
+    size: int = 64  # px
+
+    @classmethod
+    def parse(cls, dataset: str) -> SyntheticSize:
+        """`synthetic`, or with any of `synthetic:classes=1000,train=1281167,val=50000,size=224`."""
+        _, _, text = dataset.partition(":")
+        try:
+            given = dict(item.split("=") for item in text.split(",") if item)
+            size = cls(**{key: int(value) for key, value in given.items()})
+        except (TypeError, ValueError):
+            size = None
+        if size is None or min(size.classes, size.train, size.val, size.size) < 1:
+            raise UsageError(
+                f"--dataset {dataset}: not a size of the synthetic dataset",
+                "write synthetic, or any of synthetic:classes=10,train=2000,val=500,size=64 (whole numbers from 1)",
+            )
+        return size
+
+
+class SyntheticSplit(Split):
+    """Images computed when they are read, each from (stream, id): any number of them costs no memory.
+
+    A class is a mean colour and two coloured gratings; a sample draws their phases, a brightness and
+    noise. So a class is seen in colours and frequencies, which no flip or crop takes away.
+    """
+
+    def __init__(self, num_classes: int, count: int, size: int, stream: int):
+        self.num_classes, self.size, self.stream = num_classes, size, stream
+        self.labels = np.arange(count, dtype=np.int64) % num_classes
+
+    def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
+        return [self._image(int(i)) for i in ids]
+
+    def digest(self) -> str:
+        return hashlib.sha256(repr((self.num_classes, len(self), self.size, self.stream)).encode()).hexdigest()
+
+    def _image(self, i: int) -> np.ndarray:
+        """Sample `i`: (size, size, 3) uint8."""
+        of_class = np.random.Generator(np.random.Philox(key=[self.labels[i], 0]))
+        of_sample = np.random.Generator(np.random.Philox(key=[i, 1 + self.stream]))
+        base = of_class.uniform(80, 176, 3) + of_sample.uniform(-16, 16)
+        colours = of_class.uniform(-48, 48, (2, 3))
+        cycles = of_class.uniform(1, 6, (2, 2))  # across the image, along y and x
+        turns = of_sample.uniform(0, 1, 2)
+        place = np.arange(self.size, dtype=np.float32) / self.size
+        image = np.broadcast_to(base.astype(np.float32), (self.size, self.size, 3))
+        for colour, (along_y, along_x), turn in zip(colours, cycles, turns, strict=True):
+            y, x = 2 * np.pi * (along_y * place + turn), 2 * np.pi * along_x * place
+            # cos(y + x), without a cosine per pixel
+            wave = np.outer(np.cos(y), np.cos(x)) - np.outer(np.sin(y), np.sin(x))
+            image = image + wave.astype(np.float32)[..., None] * colour.astype(np.float32)
+        noise = of_sample.integers(-12, 13, image.shape, dtype=np.int8)
+        return np.clip(image + noise, 0, 255).astype(np.uint8)
+
+
+def synthetic(dataset: str = "synthetic") -> DatasetIndex:
+    """Learnable generated images; how many and how large is said by the name (see `SyntheticSize.parse`)."""
+    how = SyntheticSize.parse(dataset)
+    return DatasetIndex(
+        name="synthetic",
+        classes=tuple(f"pattern{k:0{len(str(how.classes - 1))}d}" for k in range(how.classes)),
+        train=SyntheticSplit(how.classes, how.train, how.size, stream=0),
+        val=SyntheticSplit(how.classes, how.val, how.size, stream=1),
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        native_size=how.size,
+    )
