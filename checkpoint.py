@@ -1,0 +1,211 @@
+"""Reading and writing checkpoints. Nothing else in the project calls torch.save or torch.load.
+
+On disk a checkpoint is complete or absent; when read it is bit-identical or refused. It holds plain
+tensors and plain types only, so plain `torch.load(path, weights_only=True)` opens it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from errors import CheckpointError, ResourceError
+from models import build_model
+
+SCHEMA = 1
+REQUIRED = ("model_args", "eval", "model", "ema", "optimizer", "schedule", "scaler", "step", "epoch_sums", "best",
+            "rows", "config", "fingerprint", "precision")  # fmt: skip
+
+
+def crash_point(name: str) -> None:
+    """A place where the torture tests end the process: does nothing unless the environment names it."""
+    if os.environ.get("CRASH_POINT") == name:
+        os.kill(os.getpid(), 9)
+
+
+def save(path: Path, payload: dict, *, retries: int = 3) -> None:
+    """Write `payload` to `path`; the file that was there becomes prev_<name>.
+
+    The new file is written beside the target, flushed, fsynced and read back before the old one
+    moves, so a kill or a full disk at any instant leaves a whole checkpoint. Raises ResourceError.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    for attempt in range(1, retries + 1):
+        try:
+            _write_and_prove(partial, payload)
+            _move_into_place(partial, path)
+            return
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            if attempt == retries or not _is_io_error(error):
+                raise _write_failed(path, error) from error
+            time.sleep(0.2 * 4**attempt)
+
+
+def _write_and_prove(partial: Path, payload: dict) -> None:
+    crash_point("before_open")
+    with open(partial, "wb") as file:
+        crash_point("after_open")
+        torch.save({"schema": SCHEMA, **payload}, file)
+        crash_point("before_flush")
+        file.flush()
+        os.fsync(file.fileno())
+    crash_point("after_fsync")
+    damage = find_damage(partial)
+    if damage:
+        raise OSError(errno.EIO, f"the file did not read back: {damage}")
+
+
+def _move_into_place(partial: Path, path: Path) -> None:
+    crash_point("before_rename")
+    if path.exists():
+        os.replace(path, previous(path))
+    crash_point("between_renames")
+    os.replace(partial, path)
+    crash_point("after_rename")
+    sync_directory(path.parent)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give the whole checkpoint `source` a second name; the file that was there becomes prev_<name>."""
+    partial = target.with_name(target.name + ".partial")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(source, partial)
+    except OSError:  # a filesystem without hard links
+        try:
+            shutil.copyfile(source, partial)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise _write_failed(target, error) from error
+    _move_into_place(partial, target)
+
+
+def previous(path: Path) -> Path:
+    return path.with_name("prev_" + path.name)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _is_io_error(error: Exception) -> bool:
+    # torch reports a failed write as a RuntimeError of its zip writer.
+    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+
+
+def _write_failed(path: Path, error: Exception) -> Exception:
+    if not _is_io_error(error):
+        return error
+    try:
+        free = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free there"
+    except OSError:
+        free = "its directory cannot be read"
+    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the write failed"
+    return ResourceError(f"cannot write {path}: {reason} ({free}); the checkpoints written before are untouched",
+                         "free some space, or go on elsewhere: --resume PATH --save-dir NEW")  # fmt: skip
+
+
+def find_damage(path: Path) -> str:
+    """Why `path` is not a whole checkpoint file, or '': torch alone would load flipped bits."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        return f"checksum of {broken} is wrong" if broken else ""
+    except zipfile.BadZipFile as error:
+        return "it is empty" if path.stat().st_size == 0 else f"not a whole file ({error})"
+    except (OSError, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
+        return str(error) or type(error).__name__
+    except Exception as error:  # zlib.error, struct.error ...: whatever a damaged file provokes
+        return f"{type(error).__name__}: {error}"
+
+
+def read(path: str | os.PathLike) -> dict:
+    """Any file of tensors and plain types (ours, torchvision's, the earlier code's), on the CPU.
+
+    Raises CheckpointError if it is missing, damaged, or holds anything that could run code.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"no checkpoint at {path}", _what_is_there(path))
+    is_legacy = path.open("rb").read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
+    damage = "" if is_legacy else find_damage(path)
+    if damage:
+        raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _what_is_there(path))
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
+        raise CheckpointError(f"refused {path}: it contains code, not only tensors ({found[:160]})",
+                              "use a file of plain tensors from a source you trust")  # fmt: skip
+    except Exception as error:  # torch raises many kinds for a malformed archive
+        raise CheckpointError(f"unreadable checkpoint {path}: {type(error).__name__}", _what_is_there(path)) from error
+
+
+def load(path: str | os.PathLike) -> dict:
+    """A checkpoint of ours, whole and of a schema this code knows. Raises CheckpointError."""
+    payload = read(path)
+    schema = payload.get("schema") if isinstance(payload, dict) else None
+    if not isinstance(schema, int):
+        raise CheckpointError(f"{path} holds weights only, not the state of a run",
+                              "use --init-from to start a new run from these weights")  # fmt: skip
+    if schema > SCHEMA:
+        raise CheckpointError(f"{path} has schema {schema}; this code knows up to {SCHEMA}", "update this repository")
+    missing = [key for key in REQUIRED if key not in payload]
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}", "use a checkpoint that train.py wrote")
+    return payload
+
+
+def _what_is_there(path: Path) -> str:
+    siblings = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
+    others = ", ".join(name for name in siblings if name != path.name)
+    return f"in {path.parent} there is: {others}" if others else "leave --resume out to start a new run"
+
+
+def newest(directory: Path) -> tuple[Path | None, list[str]]:
+    """The newest sound last_* (or prev_last_*, or best_*) in `directory`, and what was passed over and why.
+
+    Raises CheckpointError if there are checkpoints but none is sound: starting again over them
+    would destroy what may still be rescued.
+    """
+    candidates = {path: 0 for path in directory.glob("*.pt")}
+    passed_over, sound = [], {}
+    for path in candidates:
+        try:
+            sound[path] = load(path)["step"]
+        except CheckpointError as error:
+            passed_over.append(error.what)
+    if sound:
+        return max(sound, key=lambda path: (sound[path], path.name.startswith("last_"), path.name)), passed_over
+    if passed_over:
+        raise CheckpointError(f"no sound checkpoint in {directory}: {'; '.join(passed_over)}",
+                              "restore a copy, or name another --save-dir to start anew")  # fmt: skip
+    return None, []
+
+
+def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module, dict]:
+    """Rebuild the model of a checkpoint, in eval mode, and return it with the whole payload.
+
+    weights: 'ema' (the raw weights where the run kept no average) or 'raw'.
+    payload["eval"] says how to feed it: classes, class_names, mean, std, image_size, crop.
+    """
+    payload = load(path)
+    model = build_model(**payload["model_args"])
+    averaged = payload["ema"].get("shadow") if weights == "ema" else None
+    model.load_state_dict(averaged or payload["model"])
+    return model.eval(), payload

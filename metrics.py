@@ -1,0 +1,113 @@
+"""Scores and their log: counting hits, and metrics.jsonl, which every plot and table reads.
+
+TensorBoard and Weights & Biases are copies for those who ask; the file is always there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from errors import DataError, UsageError
+
+TOP = (1, 5)
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples are right at top-1 and top-5: logits (N, K), labels (N,) -> (N, 2) bool.
+
+    A sample's rank is the number of classes that beat its label; equal logits are settled by the
+    lower class index, as argmax does. A label whose logit is NaN is never right, and a NaN beats
+    nobody.
+    """
+    own = logits.gather(1, labels[:, None])  # (N, 1)
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
+    return torch.stack([(rank < k) & ~own[:, 0].isnan() for k in TOP], 1)
+
+
+def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
+    """The rows of a run, oldest first. Raises DataError where there are none."""
+    path = Path(run_dir) / "metrics.jsonl"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "name a directory that train.py wrote (--save-dir)") from None
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # a line cut short by a full disk or a kill; the checkpoint has the row
+    return rows
+
+
+def optional(package: str, needed_for: str):
+    """Import `package`, or say how to install it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        top = package.split(".")[0]
+        package = "tensorboard" if needed_for == "--tensorboard" else top
+        raise UsageError(f"{needed_for} needs the {package} package", f"pip install {package}") from None
+
+
+class MetricLogger:
+    """Appends one JSON object per epoch to metrics.jsonl, and to the trackers asked for."""
+
+    def __init__(self, run_dir: Path, rows: Sequence[dict] = (), *, enabled: bool = True,
+                 tensorboard: bool = False, wandb_project: str = "", config: dict | None = None):  # fmt: skip
+        self.path, self.enabled, self.tensorboard, self.wandb = run_dir / "metrics.jsonl", enabled, None, None
+        if not enabled:
+            return
+        if tensorboard:
+            module = optional("torch.utils.tensorboard", "--tensorboard")
+            purge = rows[-1]["epoch"] + 1 if rows else 0
+            self.tensorboard = module.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
+        if wandb_project:
+            self.wandb = optional("wandb", "--wandb")
+            self.wandb.init(project=wandb_project, config=config, dir=run_dir, id=_run_id(run_dir), resume="allow")
+        # A resumed run goes on from its checkpoint: rows that were logged after it are cut.
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(_line(row) for row in rows), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def log(self, row: dict) -> None:
+        if not self.enabled:
+            return
+        with self.path.open("a", encoding="utf-8") as file:  # reopened per row: a crash loses nothing
+            file.write(_line(row))
+        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and v is not None}
+        if self.tensorboard:
+            for name, value in numbers.items():
+                self.tensorboard.add_scalar(name, value, row["epoch"])
+            self.tensorboard.flush()
+        if self.wandb:
+            self.wandb.log(numbers, step=row["epoch"])
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
+
+
+def _run_id(run_dir: Path) -> str:
+    """One id per run directory, so that a resumed run goes on in the same W&B run."""
+    path = run_dir / "wandb_id"
+    if not path.exists():
+        path.write_text(os.urandom(8).hex())
+    return path.read_text()
+
+
+def _line(row: dict) -> str:
+    # JSON has no NaN; a value that is not finite is null.
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite) + "\n"

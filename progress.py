@@ -1,0 +1,61 @@
+"""How far a run is: a bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+LINE_EVERY = 60.0  # seconds between lines where there is no terminal
+
+
+def duration(seconds: float) -> str:
+    """4000 -> '1h06m', 75 -> '1m15s'."""
+    seconds = max(0, round(seconds))
+    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class Progress:
+    """Counts up to `total`; `update` may carry a few words to show beside the count."""
+
+    def __init__(self, total: int, desc: str, *, unit: str = "it", initial: int = 0, enabled: bool = True,
+                 line_every: float = LINE_EVERY, file=None):  # fmt: skip
+        self.total, self.desc, self.unit, self.count = total, desc, unit, initial
+        self.enabled, self.line_every, self.file = enabled, line_every, file or sys.stderr
+        self.started = self.last_line = time.monotonic()
+        self.first = initial
+        self.bar = None
+        if enabled and self.file.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False, file=self.file,
+                            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
+
+    def update(self, n: int = 1, words: str = "") -> None:
+        self.count += n
+        if self.bar:
+            self.bar.set_postfix_str(words or self._eta(), refresh=False)
+            self.bar.update(n)
+        elif self.enabled and time.monotonic() - self.last_line >= self.line_every:
+            self.last_line = time.monotonic()
+            percent = 100 * self.count / max(1, self.total)
+            print(f"{self.desc} {percent:3.0f}% {self.count}/{self.total} {self.unit}  {words or self._eta()}",
+                  file=self.file, flush=True)  # fmt: skip
+
+    def _eta(self) -> str:
+        done = self.count - self.first
+        if done <= 0:
+            return ""
+        elapsed = time.monotonic() - self.started
+        return f"{done / max(elapsed, 1e-9):,.0f} {self.unit}/s, {duration(elapsed / done * (self.total - self.count))} left"
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.close()
+            self.bar = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()

@@ -1,0 +1,212 @@
+"""Where a run happens: device, precision, ranks, seeds and stop signals, each decided once.
+
+Nothing else in the project asks which device it is on or how many ranks there are.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from errors import ResourceError, UsageError
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, precision and ranks of this process."""
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None  # None: plain fp32
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that prints and writes files."""
+        return self.rank == 0
+
+    @property
+    def precision(self) -> str:
+        return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.amp_dtype]
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Add `values` up across ranks, in place. A no-op on a single process."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def any_rank(self, flag: int) -> int:
+        """The largest `flag` of all ranks, so that they act on it at the same step."""
+        if self.world_size == 1:
+            return flag
+        value = torch.tensor(flag, device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return int(value)
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool = False) -> Runtime:
+    """Read torchrun's variables, choose device and precision, join the process group.
+
+    Raises ResourceError for a device that is not there, UsageError for a name that is none.
+    """
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), ranks=world_size)
+    if world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=5))
+    torch.use_deterministic_algorithms(deterministic)
+    if chosen.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cudnn.benchmark = not deterministic
+    return Runtime(chosen, _choose_precision(amp, chosen), rank, world_size)
+
+
+def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
+    if name == "auto":
+        cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+        name = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"--device {name} is no device", "use auto, cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ResourceError(f"--device {name}: torch {torch.__version__} sees no usable GPU", gpu_hint())
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise ResourceError(f"GPU {index} asked for, {torch.cuda.device_count()} there",
+                                "start as many ranks as there are GPUs")  # fmt: skip
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise ResourceError("--device mps: this torch has no Metal support", "use --device cpu")
+    return device
+
+
+def gpu_hint() -> str:
+    return "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES and that torch is a CUDA build, or use --device cpu"
+
+
+def unused_gpu(device: torch.device) -> str:
+    """A warning where the machine has an NVIDIA GPU that torch cannot use; otherwise empty."""
+    present = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
+    if device.type == "cuda" or not present or torch.cuda.is_available():
+        return ""
+    return f"WARNING: this machine has an NVIDIA GPU but torch {torch.__version__} cannot use it: {gpu_hint()}"
+
+
+def _choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
+    if amp == "fp16" and device.type == "cpu":
+        raise UsageError("--amp fp16 needs a GPU", "use --amp bf16 or --amp off on a CPU")
+    if amp == "auto":
+        if device.type == "cuda":
+            amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        else:
+            amp = "bf16" if device.type == "cpu" and _cpu_has_bf16() else "off"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def _cpu_has_bf16() -> bool:
+    """Without these instructions bf16 on a CPU is emulated, slower than fp32."""
+    try:
+        return any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    except OSError:
+        return False
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed torch, on CPU and GPU, from e.g. (seed, step, rank).
+
+    SeedSequence mixes the parts. Sums and products collide: seed * step is 0 at step 0 whatever
+    the seed, and seed + step makes neighbouring runs share their draws.
+    """
+    torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) & (2**63 - 1))
+
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+class StopSignals:
+    """Remembers the first stop signal; the loop asks `received` after every step.
+
+    A second signal ends the process at once: checkpoints are renamed into place, so the previous
+    one is whole.
+    """
+
+    def __init__(self):
+        self.received = 0
+
+    def _remember(self, number: int, frame) -> None:
+        if self.received:
+            os._exit(130 if number == signal.SIGINT else 143)
+        self.received = int(number)
+        os.write(2, b"\nstopping after this step (again: at once)\n")
+
+    @contextmanager
+    def installed(self):
+        previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        try:
+            yield self
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def ignore_stop_signals() -> None:
+    """For worker processes: the parent finishes its step with them, then ends them itself."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def die_with_parent() -> None:
+    """On Linux, ask the kernel to kill this process when its parent dies: no orphans after SIGKILL."""
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def environment(runtime: Runtime) -> dict[str, object]:
+    """What a reader needs to reproduce the run; no host, user or path names."""
+    import platform
+
+    gpu = runtime.device.type == "cuda"
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if gpu else None,
+        "cudnn": torch.backends.cudnn.version() if gpu else None,
+        "device": torch.cuda.get_device_name(runtime.device) if gpu else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "precision": runtime.precision,
+        "world_size": runtime.world_size,
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
