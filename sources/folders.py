@@ -1,4 +1,4 @@
-"""Listing images on disk, fast and without surprises: class folders, and nothing about any one dataset.
+"""Listing images on disk, fast and without surprises, and an index of two listings. Knows no dataset by name.
 
 A name's kind comes with the directory entry, so 1.28 million files are listed without touching them.
 Names stay bytes: not every file name is valid UTF-8.
@@ -7,15 +7,20 @@ Names stay bytes: not every file name is valid UTF-8.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from errors import DataError
-from sources.index import FileSplit
+from sources.index import DatasetIndex, FileSplit
 
 IMAGE_ENDINGS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
 SHOWN = 10  # names in one message
+ACCEPTED = (
+    "lay it out as train/<class>/*.JPEG and val/<class>/*.JPEG, or give the folder of a dataset as it was "
+    "published with its --dataset (README, 'Datasets', shows every tree)"
+)
 
 
 def is_image(name: bytes) -> bool:
@@ -66,14 +71,16 @@ class Listing:
         return FileSplit(os.fsdecode(self.root), [name for group in groups for name in group], labels)
 
 
-def list_classes(root: str | os.PathLike, *folders: str) -> Listing:
+def list_classes(root: str | os.PathLike, *folders: str, only: Collection[bytes] | None = None) -> Listing:
     """List `root`/<folder>/<class>/... for all `folders` as one set of classes; an empty class has an empty list.
 
+    only: enter no other classes than these
     Folders inside a class are part of it. A folder reached twice through links counts once.
     Raises DataError for a folder that cannot be read and for links to nothing.
     """
     listing = Listing(os.fsencode(root))
     found = [entry for folder in folders for entry in _class_entries(listing, os.fsencode(folder))]
+    found = [entry for entry in found if only is None or entry.name in only]
     found.sort(key=lambda entry: (entry.is_symlink(), entry.path))  # of two names for one folder, the real one counts
     for entry in found:
         real = os.path.realpath(entry.path)
@@ -91,19 +98,37 @@ def list_classes(root: str | os.PathLike, *folders: str) -> Listing:
     return listing
 
 
-def list_flat(root: str | os.PathLike, folder: str) -> Listing:
-    """List the images lying directly or deeper in `root`/`folder`, as the one class b""."""
+def list_labelled(
+    root: str | os.PathLike, folder: str, label_of: dict[bytes, bytes], only: Collection[bytes] | None = None
+) -> Listing:
+    """List the images in the flat `root`/`folder`; `label_of` gives the class of each name without its ending."""
     listing = Listing(os.fsencode(root))
-    listing.by_class[b""] = sorted(_images(listing, os.fsencode(folder)))
+    listing.seen.add(os.path.realpath(os.path.join(listing.root, os.fsencode(folder))))
+    unlabelled = []
+    for name in sorted(_images(listing, os.fsencode(folder))):
+        label = label_of.get(os.path.splitext(os.path.basename(name))[0])
+        if label is None:
+            unlabelled.append(name)
+        elif only is None or label in only:
+            listing.by_class.setdefault(label, []).append(name)
     _refuse_broken(listing)
+    if unlabelled:
+        raise DataError(
+            f"{len(unlabelled):,} images have no label: {some(unlabelled)}", "remove them, or complete the labels"
+        )
     return listing
+
+
+def count_classes(path: str | os.PathLike) -> int:
+    """How many folders of `path` could be classes: none in a flat val/."""
+    return sum(_kind(entry) == "folder" and not entry.name.startswith(b".") for entry in scan(os.fsencode(path)))
 
 
 def _class_entries(listing: Listing, folder: bytes) -> list[os.DirEntry]:
     path = os.path.join(listing.root, folder)
     listing.seen.add(os.path.realpath(path))
     folders = []
-    for entry in _scan(path):
+    for entry in scan(path):
         kind = _kind(entry)
         if kind == "broken":
             listing.broken.append(entry.path)
@@ -118,7 +143,7 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
     """Names of the images in `folder` and below, relative to the listing's root."""
     names, folders = [], []
     prefix = os.path.join(folder, b"")
-    for entry in _scan(os.path.join(listing.root, folder)):
+    for entry in scan(os.path.join(listing.root, folder)):
         kind = _kind(entry)
         if kind == "folder":
             folders.append(entry)
@@ -145,7 +170,8 @@ def _kind(entry: os.DirEntry) -> str:
         return "broken"
 
 
-def _scan(path: bytes) -> list[os.DirEntry]:
+def scan(path: bytes) -> list[os.DirEntry]:
+    """The entries of a folder; DataError where it cannot be read."""
     try:
         with os.scandir(path) as entries:
             return list(entries)
@@ -162,3 +188,45 @@ def _refuse_broken(listing: Listing) -> None:
             f"{len(listing.broken):,} links lead nowhere: {some(listing.broken)}",
             "restore what they point to (is a disk not mounted?), or remove them",
         )
+
+
+def from_listings(
+    name: str, train: Listing, val: Listing, *, allow_class_mismatch: bool = False, **extra
+) -> DatasetIndex:
+    """An index whose classes are the training folders; validation is mapped by them."""
+    where = os.path.abspath(os.fsdecode(train.root))
+    if not train.by_class:
+        raise DataError(f"no class folders for training in {where}", ACCEPTED)
+    if train.empty():
+        raise DataError(
+            f"classes without a single training image in {where}: {every(train.empty())}",
+            f"fill or remove these folders (images end in {every(IMAGE_ENDINGS)})",
+        )
+    classes = train.classes
+    filled = {key for key in val.by_class if val.by_class[key]}
+    unknown, missing = sorted(set(val.by_class) - set(classes)), [key for key in classes if key not in filled]
+    if not filled:
+        raise DataError(f"no validation images in class folders in {where}", ACCEPTED)
+    if unknown or (missing and not allow_class_mismatch):
+        raise DataError(
+            f"training and validation classes differ in {where}: "
+            + "; ".join(
+                f"{what}: {every(keys)}"
+                for what, keys in (("only in train", missing), ("only in val", unknown))
+                if keys
+            ),
+            "give both the same class folders" if unknown else "complete val, or pass --allow-class-mismatch",
+        )
+    return DatasetIndex(
+        name=name,
+        classes=tuple(os.fsdecode(key) for key in classes),
+        train=train.split(classes),
+        val=val.split(classes),
+        notes=tuple(train.notes("train") + val.notes("val")),
+        **extra,
+    )
+
+
+def every(names: list[bytes] | tuple[bytes, ...]) -> str:
+    """All the names, for a message where each of them matters."""
+    return ", ".join(os.fsdecode(name) for name in names)
