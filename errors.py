@@ -21,6 +21,9 @@ class UserError(Exception):
         super().__init__(f"{what}\nfix: {fix}")
         self.what, self.fix = what, fix
 
+    def __reduce__(self):  # crosses from loader workers to the main process
+        return type(self), (self.what, self.fix)
+
 
 class UsageError(UserError):
     """A flag, or a value that cannot work with this data."""

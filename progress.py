@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 LINE_EVERY = 60.0  # seconds between lines where there is no terminal
 
@@ -59,3 +60,32 @@ class Progress:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+class Eta:
+    """Seconds left of a whole run whose phases differ in cost.
+
+    A step costs about batch x side^2, which is exact enough between phases; the current phase is
+    always projected from its own measured rate. Validation is counted at the size it runs at.
+    """
+
+    def __init__(self, phases: Sequence, num_val: int):
+        self.phases, self.num_val = phases, num_val
+        self.train_rate = self.eval_rate = 0.0  # seconds per pixel
+
+    def observe_training(self, image_size: int, images: int, seconds: float) -> None:
+        self.train_rate = seconds / max(1, images * image_size**2)
+
+    def observe_validation(self, image_size: int, seconds: float) -> None:
+        self.eval_rate = seconds / max(1, self.num_val * image_size**2)
+
+    def remaining(self, step: int, scored_epochs: int) -> float:
+        """From optimizer step `step` on, with `scored_epochs` epochs behind."""
+        eval_rate = self.eval_rate or self.train_rate / 3  # a forward is a third of a step
+        seconds = 0.0
+        for phase in self.phases:
+            pixels = phase.image_size**2
+            steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)
+            epochs = phase.epochs - min(max(scored_epochs - phase.first_epoch + 1, 0), phase.epochs)
+            seconds += pixels * (steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate)
+        return seconds

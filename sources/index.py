@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+
+from errors import UsageError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -177,3 +179,16 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
         members = rng.permutation(np.flatnonzero(labels == label))
         in_val[members[: round(len(members) * val_fraction)]] = True
     return np.flatnonzero(~in_val), np.flatnonzero(in_val)
+
+
+def take_subset(index: DatasetIndex, size: int, seed: int = 0) -> DatasetIndex:
+    """A fixed draw of `size` training images, class-balanced, and a tenth as many for validation.
+
+    Raises UsageError where `size` cannot hold one image of every class.
+    """
+    if size < len(index.classes):
+        raise UsageError(f"--subset-size {size} < {len(index.classes)} classes",
+                         f"give --subset-size {len(index.classes)} or more")  # fmt: skip
+    train = balanced_subset(index.train.labels, min(size, len(index.train)), seed)
+    val = balanced_subset(index.val.labels, min(max(1, size // 10), len(index.val)), seed)
+    return replace(index, train=SubsetSplit(index.train, train), val=SubsetSplit(index.val, val))

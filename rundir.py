@@ -1,0 +1,163 @@
+"""One run, one directory: its files, its lock, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from errors import CheckpointError, ResourceError, UsageError
+from flags import FREE_ON_RESUME, dashed, make_config, plain
+
+FILES = ("config.json", "env.json", "metrics.jsonl", "wandb_id")
+FOLDERS = ("plots", "tensorboard")
+
+
+def prepare(save_dir: str, *, resuming: bool, overwrite: bool) -> Path:
+    """Make `save_dir` this run's own, and prove that files can be written and renamed there.
+
+    Raises UsageError where it holds a run that is neither resumed nor overwritten, ResourceError
+    where it cannot be written.
+    """
+    path = Path(save_dir)
+    held = _run_files(path) if path.is_dir() else []
+    if held and not (resuming or overwrite):
+        raise UsageError(f"{path} already holds a run ({held[0].name})",
+                         "go on with --resume auto, start anew with --overwrite, or name another --save-dir")  # fmt: skip
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        with open(probe, "wb") as file:
+            file.write(b"probe")
+            os.fsync(file.fileno())
+        os.replace(probe, path / ".probe2")
+        (path / ".probe2").unlink()
+    except OSError as error:
+        raise ResourceError(f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory") from None
+    return path
+
+
+def clear(path: Path) -> None:
+    """Delete what a former run left here, and nothing else."""
+    for file in _run_files(path):
+        file.unlink(missing_ok=True)
+    for folder in FOLDERS:
+        shutil.rmtree(path / folder, ignore_errors=True)
+
+
+def _run_files(path: Path) -> list[Path]:
+    found = [path / name for name in FILES if (path / name).exists()]
+    return found + sorted(path.glob("*.pt")) + sorted(path.glob("*.pt.partial"))
+
+
+class Lock:
+    """Held while a run lives in a directory; the kernel drops it when the process dies, however it dies."""
+
+    def __init__(self, directory: Path):
+        import fcntl
+
+        self.file = open(directory / ".lock", "a+")  # noqa: SIM115: open as long as the run
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            holder = self.file.read().strip() or "another process"
+            raise UsageError(f"{directory} is in use by {holder}", "wait for it, or name another --save-dir") from None
+        self.file.truncate(0)
+        self.file.write(f"pid {os.getpid()}")
+        self.file.flush()
+
+    def release(self) -> None:
+        self.file.truncate(0)
+        self.file.close()
+
+
+def write_json(path: Path, content: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
+    """The payload of the checkpoint that --resume names; None where `auto` finds an empty directory.
+
+    `auto` takes the newest sound checkpoint and says which it passed over; a PATH is taken or refused.
+    """
+    import checkpoint
+
+    if not resume:
+        return None
+    if resume != "auto":
+        return checkpoint.load(resume)
+    path, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, [])
+    for reason in passed_over:
+        say(f"passed over {reason}")
+    if path is None:
+        return None
+    say(f"resuming from {path}")
+    return checkpoint.load(path)
+
+
+def resumed_config(config, typed: frozenset[str], saved: dict):
+    """The checkpoint's flags with the typed ones laid over; refuses typed ones that change training.
+
+    Raises CheckpointError listing every such flag that --allow-change does not name.
+    """
+    given = plain(config)
+    allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
+    unknown = allowed - given.keys() - {"data"}
+    if unknown:
+        raise UsageError(f"--allow-change: no flag {', '.join(sorted(unknown))}", "name flags as in --help, or 'data'")
+    changed = [name for name in sorted(typed) if name in saved and name not in FREE_ON_RESUME
+               and given[name] != saved[name] and name not in allowed]  # fmt: skip
+    if changed:
+        listed = "; ".join(f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed)
+        raise CheckpointError(f"these flags would change the resumed run: {listed}",
+                              f"leave them out, or accept the change with --allow-change {','.join(changed)}")  # fmt: skip
+    kept = {name: value for name, value in saved.items() if name in given and name not in typed}
+    # How this start was asked for never comes from the checkpoint.
+    asked = {name: given[name] for name in ("resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run",
+                                            "summary", "debug", "config")}  # fmt: skip
+    return make_config({**given, **kept, **asked})
+
+
+def _shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def check_fingerprint(saved: dict, now: dict, allowed: tuple[str, ...]) -> str:
+    """'' where the data is what it was; a note where a change is allowed; otherwise CheckpointError (R22)."""
+    names = {"classes": "the classes", "train": "the training images", "val": "the validation images"}
+    changes = []
+    for key, words in names.items():
+        if saved.get(key) != now[key]:
+            count = "num_classes" if key == "classes" else f"num_{key}"
+            changes.append(f"{words} ({saved.get(count)} then, {now[count]} now)")
+    if not changes:
+        return ""
+    if "data" in allowed and saved.get("num_classes") == now["num_classes"]:
+        return f"note: the data changed: {', '.join(changes)}"
+    raise CheckpointError(f"the data is not what this run was trained on: {', '.join(changes)}",
+                          "name the same data, or accept the change with --allow-change data")  # fmt: skip
+
+
+def check_precision(saved: str, now: str, allowed: tuple[str, ...]) -> None:
+    if saved != now and "amp" not in allowed:
+        raise CheckpointError(f"the run was trained in {saved}, here it would go on in {now}",
+                              "set --amp as it was, or accept the change with --allow-change amp")  # fmt: skip
+
+
+def check_model_args(saved: dict, now: dict) -> None:
+    """Raises CheckpointError where the checkpoint's model is another one."""
+    names = ("arch", "num_classes", "use_blurpool", "head", "stem")
+    if any(saved[name] != now[name] for name in names):
+        words = [", ".join(f"{name} {args[name]}" for name in names) for args in (saved, now)]
+        raise CheckpointError(f"checkpoint: {words[0]}; now: {words[1]}",
+                              "start a new run from its weights with --init-from and --reset-head")  # fmt: skip
+
+
+def eval_facts(index, image_size: int) -> dict:
+    """What a checkpoint says about feeding its model, so that every tool preprocesses alike."""
+    return {"dataset": index.name, "classes": list(index.classes), "class_names": list(index.class_names or index.classes),
+            "mean": list(index.mean), "std": list(index.std), "image_size": image_size, "crop": 0.875}  # fmt: skip

@@ -1,0 +1,259 @@
+"""The run over its epochs: train, score, log, save, stop. `fit` is progressive resizing, whole.
+
+What is trained and on what is decided in train.py; here it arrives as values. One epoch and one step
+are in train_utils.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import checkpoint
+from dataloader import Loader
+from errors import Stopped
+from metrics import MetricLogger
+from progress import Eta, Progress, duration
+from runtime import Runtime, StopSignals
+from sources.index import Split
+from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
+
+
+class Finished(Exception):
+    """--stop-after was reached: saved, nothing went wrong."""
+
+
+@dataclass
+class Run:
+    """A training run: its state, its plan, and how to make what each phase needs."""
+
+    state: TrainState
+    phases: tuple[Phase, ...]
+    runtime: Runtime
+    save_dir: Path
+    file_name: str  # of checkpoints, after last_ and best_
+    val: Split
+    train_sample: Split  # clean training accuracy: under MixUp the training loss says nothing about the gap
+    make_loader: Callable[[Phase], Loader]
+    make_eval: Callable[[Split, Phase], Loader]
+    make_step: Callable[[Phase], Step]
+    facts: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
+    say: Callable[[str], None] = print
+    name_of: Callable[[int], str] = str  # a training sample's name
+    early: EarlyStopping = field(default_factory=lambda: EarlyStopping(None))
+    eval_every: int = 1
+    save_every: tuple[float, str] = (1, "ep")
+    stop_after: int | None = None
+    after_epoch: Callable[[], None] = lambda: None
+    stop: StopSignals = field(default_factory=StopSignals)
+
+    def __post_init__(self):
+        self.eta = Eta(self.phases, len(self.val))
+        self.last_save = time.monotonic()
+
+    @property
+    def epochs(self) -> int:
+        return self.phases[-1].last_epoch
+
+    @property
+    def finished(self) -> bool:
+        return len(self.state.rows) >= self.epochs or self.early.should_stop(self.state.best["waited"])
+
+    @property
+    def judged_by(self) -> str:
+        """The score that picks the best checkpoint."""
+        return "val_top1" if self.state.ema.module is None else "ema_val_top1"
+
+    def path(self, kind: str) -> Path:
+        return self.save_dir / f"{kind}_{self.file_name}"
+
+
+def fit(run: Run, log: MetricLogger) -> None:
+    """Train through the phases that are left; raises `Stopped` once a stop signal was honoured.
+
+    An epoch whose steps are all taken but which has no row yet was stopped before it was scored.
+    """
+    for phase in run.phases:
+        if phase.last_epoch <= len(run.state.rows):
+            continue  # finished before the restart
+        loader, how = run.make_loader(phase), run.make_step(phase)
+        for epoch in range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1):
+            train_epoch(run, phase, epoch, loader, how)
+            finish_epoch(run, score_epoch(run, phase, epoch), log)
+            if run.finished:
+                return
+
+
+def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, how: Step) -> None:
+    """The steps of `epoch` that are left: all of them, or those after a mid-epoch stop."""
+    start = run.state.step - phase.step_before(epoch)
+    if start == 0:
+        run.state.start_epoch()
+    if start >= phase.steps_per_epoch:
+        return
+    loader.order.seek(epoch, start)
+    with Progress(phase.steps_per_epoch, f"{epoch:>3}/{run.epochs} {phase.image_size} px", unit="steps",
+                  initial=start, enabled=run.runtime.is_main) as bar:  # fmt: skip
+        train_one_epoch(run.state, how, loader, Between(run, phase, epoch, loader, bar))
+
+
+class Between:
+    """What happens between two steps: the books, the bar, a timed save, a stop."""
+
+    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, bar: Progress):
+        self.run, self.phase, self.epoch, self.loader, self.bar = run, phase, epoch, loader, bar
+        self.clock, self.waited, self.replaced = time.perf_counter(), 0.0, 0
+        self.images, self.seconds = 0, 0.0
+
+    def __call__(self, images: int, finite: bool) -> None:
+        run, sums, now = self.run, self.run.state.epoch_sums, time.perf_counter()
+        sums["seconds"] += now - self.clock
+        sums["waited"] += self.loader.waited - self.waited
+        sums["bad_images"] += len(self.loader.replaced) - self.replaced
+        self.images, self.seconds = self.images + images, self.seconds + now - self.clock
+        self.clock, self.waited, self.replaced = now, self.loader.waited, len(self.loader.replaced)
+        run.eta.observe_training(self.phase.image_size, self.images, self.seconds)
+        if not finite:
+            self.report_bad_step()
+        left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
+        self.bar.update(1, f"loss {sums['loss'] / max(1, sums['images']):.3f}  lr {run.state.schedule.last_lr:.1e}  "
+                           f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
+                           f"{left} left")  # fmt: skip
+        save_or_stop(run, self.bar)
+
+    def report_bad_step(self) -> None:
+        state, phase, order = self.run.state, self.phase, self.loader.order
+        step = state.step - 1 - phase.step_before(self.epoch)
+        ids = order.ids(self.epoch)[step * phase.batch_size : (step + 1) * phase.batch_size]
+        names = ", ".join(self.run.name_of(int(i)) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
+        self.run.say(f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}")
+
+
+def save_or_stop(run: Run, bar: Progress | None = None) -> None:
+    """Between two steps or batches: a save that is due by the clock, a stop signal, --stop-after."""
+    every, unit = run.save_every
+    timed = unit == "min"
+    due = timed and run.runtime.any_rank(int(time.monotonic() - run.last_save >= 60 * every))
+    stopping = run.runtime.any_rank(run.stop.received)
+    reached = run.stop_after is not None and run.state.step >= run.stop_after
+    if due or stopping or reached:
+        save(run, "last")
+    if not (stopping or reached):
+        return
+    if bar:
+        bar.close()
+    go_on = f"stopped at step {run.state.step:,}; go on with: python train.py --save-dir {run.save_dir} --resume auto"
+    raise Stopped(stopping, go_on) if stopping else Finished(go_on)
+
+
+def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
+    """The epoch's row: training sums, and raw and EMA weights scored together in one pass over val."""
+    started, sums, state = time.perf_counter(), run.state.epoch_sums, run.state
+    row = {"epoch": epoch, "image_size": phase.image_size, "batch_size": phase.batch_size, "lr": state.schedule.last_lr,
+           "train_loss": sums["loss"] / sums["images"] if sums["images"] else None, "train_top1": None}  # fmt: skip
+    row |= {f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")} | {"better": None}
+    if epoch % run.eval_every == 0 or epoch == run.epochs:
+        row |= scores(run, phase)
+        run.eta.observe_validation(phase.image_size, time.perf_counter() - started)
+        state.schedule.observe(row["val_loss"])
+    seconds = sums["seconds"]
+    return row | {
+        "images_per_second": sums["images"] / seconds if seconds else None,
+        "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
+        "seconds": seconds + time.perf_counter() - started,
+        "bad_steps": sums["bad_steps"], "bad_images": sums["bad_images"], "best": False,
+    }  # fmt: skip
+
+
+def scores(run: Run, phase: Phase) -> dict:
+    """Of the row: val_* and ema_val_* over the validation set, train_top1 over the training sample."""
+
+    def between_batches(count: int) -> None:
+        if run.runtime.any_rank(run.stop.received):
+            save_or_stop(run)
+
+    averaged = run.state.ema.module
+    models = {"val": run.state.model} | ({} if averaged is None else {"ema_val": averaged})
+    results = evaluate(models, run.make_eval(run.val, phase), run.runtime, between_batches)
+    clean = evaluate({"train": run.state.model}, run.make_eval(run.train_sample, phase), run.runtime, between_batches)
+    row = {"train_top1": clean["train"].top1}
+    for kind, result in results.items():
+        row |= {f"{kind}_{f.name}": getattr(result, f.name) for f in dataclasses.fields(EvalResult) if f.name != "num_samples"}
+    if averaged is not None:
+        row["better"] = "ema" if row["ema_val_top1"] > row["val_top1"] else "raw"
+    return row
+
+
+def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
+    """Decide whether this is the best epoch, log its row, and save."""
+    row["best"] = judge(run, row)
+    run.state.rows.append(row)
+    run.state.start_epoch()
+    every, unit = run.save_every
+    if row["best"] or run.finished or unit == "min" or row["epoch"] % every == 0:
+        save(run, "last")
+    if row["best"]:
+        save(run, "best")
+    log.log(row)
+    run.say(format_row(row))
+    run.after_epoch()
+
+
+def judge(run: Run, row: dict) -> bool:
+    """Whether this epoch is the best: at the last size, past two thirds of the run; ties keep the earlier."""
+    score, best = row[run.judged_by], run.state.best
+    if score is None or not math.isfinite(score) or row["epoch"] < run.phases[-1].first_epoch:
+        return False
+    eligible = 3 * row["epoch"] > 2 * run.epochs
+    if eligible and score > best["score"]:
+        run.state.best = {"score": score, "epoch": row["epoch"], "top": score, "waited": 0}
+        return True
+    improved = score > best["top"]
+    run.state.best = best = {**best, "top": max(score, best["top"]), "waited": 0 if improved else best["waited"] + 1}
+    if best["epoch"] == 0 and run.early.should_stop(best["waited"]):
+        run.state.best = {**best, "score": score, "epoch": row["epoch"]}  # an early end takes its last epoch
+        return True
+    return False
+
+
+def save(run: Run, kind: str) -> None:
+    """Write last_*, or give the last_* just written the name best_* as well."""
+    if run.runtime.is_main:
+        if kind == "last":
+            checkpoint.save(run.path("last"), run.facts | run.state.state_dict())
+        else:
+            checkpoint.link(run.path("last"), run.path(kind))
+    run.last_save = time.monotonic()
+    run.runtime.barrier()
+
+
+def replan(run: Run) -> None:
+    """After an allowed change of the plan: finished epochs count, the rest follows the new one."""
+    epoch = len(run.state.rows) + 1
+    run.state.step = sum(phase.steps for phase in run.phases)
+    if epoch <= run.epochs:
+        run.state.step = phase_of(run.phases, epoch).step_before(epoch)
+    run.state.start_epoch()
+    run.state.schedule.seek(run.state.step)
+
+
+ROW_HEADER = " epoch   px batch       lr  train loss  top-1 |  val loss  top-1  top-5 |   ema  top-1  top-5 |   img/s  wait    time"
+
+
+def format_row(row: dict) -> str:
+    """One aligned line per epoch."""
+
+    def show(name: str, spec: str, width: int) -> str:
+        value = row[name]
+        return f"{'-':>{width}}" if value is None else format(value, f">{width}{spec}")
+
+    cells = [show("epoch", "d", 6), show("image_size", "d", 4), show("batch_size", "d", 5), show("lr", ".2e", 8),
+             show("train_loss", ".4f", 11), show("train_top1", ".2f", 6), "|", show("val_loss", ".4f", 9),
+             show("val_top1", ".2f", 6), show("val_top5", ".2f", 6), "|", show("ema_val_loss", ".3f", 5),
+             show("ema_val_top1", ".2f", 6), show("ema_val_top5", ".2f", 6), "|", show("images_per_second", ",.0f", 7),
+             show("data_wait_percent", ".0f", 4) + "%", f"{duration(row['seconds']):>7}"]  # fmt: skip
+    return " ".join(cells) + (f"  {row['better']}" if row["better"] else "") + ("  best" if row["best"] else "")
