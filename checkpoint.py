@@ -151,7 +151,7 @@ def read(path: str | os.PathLike) -> dict:
     except pickle.UnpicklingError as error:
         found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"refused {path}: it contains code, not only tensors ({found[:160]})",
-                              "use a file of plain tensors from a source you trust")  # fmt: skip
+                              "use a file of plain tensors from a source you trust") from None  # fmt: skip
     except Exception as error:  # torch raises many kinds for a malformed archive
         raise CheckpointError(f"unreadable checkpoint {path}: {type(error).__name__}", _what_is_there(path)) from error
 

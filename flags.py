@@ -26,10 +26,11 @@ AUGMENTS = {"rrc": False, "padcrop": True, "flip": False, "affine": False, "jitt
             "cutout": True, "randaugment": False, "trivialaugment": False}  # name -> takes :N  # fmt: skip
 
 # Flags that say where and how a run happens, not what is learned: free to change on resume.
-FREE_ON_RESUME = frozenset(
-    "data_dir num_workers save_dir resume allow_change overwrite save_every stop_after plot debug device "
-    "tensorboard wandb config dry_run summary init_from reset_head allow_class_mismatch".split()
-)
+FREE_ON_RESUME = frozenset({
+    "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after", "plot",
+    "debug", "device", "tensorboard", "wandb", "config", "dry_run", "summary", "init_from", "reset_head",
+    "allow_class_mismatch",
+})  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -57,7 +57,7 @@ class Lock:
     def __init__(self, directory: Path):
         import fcntl
 
-        self.file = open(directory / ".lock", "a+")  # noqa: SIM115: open as long as the run
+        self.file = open(directory / ".lock", "a+")  # noqa: SIM115  (open as long as the run)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -232,6 +232,7 @@ def build_eval(config, index, runtime, split, phase):
 def build_step(config, index, runtime, phase, model, forward):
     """How the steps of `phase` are taken; sets the model's drop-path rate for it."""
     import data_utils
+
     from models import set_drop_path_rate
     from train_utils import BatchNormBuffers, Step
 
@@ -251,9 +252,9 @@ def build_step(config, index, runtime, phase, model, forward):
 
 
 def build_state(config, index, runtime, phases):
+    import optim
     import torch
 
-    import optim
     from models import build_model
     from runtime import seed_everything
     from train_utils import TrainState
@@ -330,8 +331,9 @@ def restore(built, saved: dict, config) -> None:
 
 def start_from(built, config) -> None:
     """--init-from: other weights instead of random ones."""
-    import checkpoint
     from models.convert import adapt_state_dict
+
+    import checkpoint
 
     weights = adapt_state_dict(checkpoint.read(config.init_from), built.state.model, config.reset_head)
     built.state.model.load_state_dict(weights)

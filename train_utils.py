@@ -12,12 +12,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+from optim import clip_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from errors import DivergedError, UsageError
 from metrics import hits
-from optim import clip_gradients
 from runtime import Runtime, seed_everything
 
 
