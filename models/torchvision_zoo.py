@@ -1,0 +1,45 @@
+"""EfficientNet-B0, MobileNetV3-L, ViT-B/16 and Swin-T from torchvision, untrained, through one function.
+
+The only file of the package that imports torchvision (5 s), and only when a model is built.
+Drop-path reaches them through their own StochasticDepth modules; see `models.set_drop_path_rate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from errors import UsageError
+
+ZOO = ("efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t")
+NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # no StochasticDepth inside
+
+PATCH = 16  # px, the side of a ViT-B/16 patch
+
+
+def build(arch: str, num_classes: int, image_sizes: Sequence[int]) -> nn.Module:
+    """torchvision's `arch` with random weights and its own classifier for `num_classes`.
+
+    image_sizes: every side in px that the run will use, training and validation; only ViT minds.
+    """
+    size = {"image_size": vit_size(image_sizes)} if arch == "vit_b_16" else {}
+    import torchvision.models
+
+    return getattr(torchvision.models, arch)(weights=None, num_classes=num_classes, **size)
+
+
+def vit_size(image_sizes: Sequence[int]) -> int:
+    """The one side of a ViT, whose position embedding is as long as its image has patches."""
+    sizes = sorted(set(image_sizes)) or [224]
+    if len(sizes) > 1:
+        raise UsageError(
+            f"vit_b_16 works at one image size only, this run has {', '.join(map(str, sizes))}",
+            f"give one size: --resize-schedule {sizes[-1]}",
+        )
+    if sizes[0] % PATCH:
+        raise UsageError(
+            f"vit_b_16 cuts images into patches of {PATCH} px, {sizes[0]} px is not a multiple of that",
+            f"--resize-schedule {max(PATCH, round(sizes[0] / PATCH) * PATCH)}",
+        )
+    return sizes[0]
