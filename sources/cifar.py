@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +61,13 @@ class PlainUnpickler(pickle.Unpickler):
 
 def cifar(data_dir: str, which: Cifar) -> DatasetIndex:
     """50,000 + 10,000 images of 32 px, held in memory (180 MB)."""
-    files = _Files(data_dir, which)
-    names = tuple(str(name, "utf-8") for name in files.load(which.meta)[which.class_names])
+    folder = _find(data_dir, which)
+    names = tuple(str(name, "utf-8") for name in _load(folder / which.meta, which)[which.class_names])
     return DatasetIndex(
         name=which.name,
         classes=names,
-        train=_split([files.load(name) for name in which.train], which, len(names)),
-        val=_split([files.load(which.val)], which, len(names)),
+        train=_split([_load(folder / name, which) for name in which.train], which, len(names)),
+        val=_split([_load(folder / which.val, which)], which, len(names)),
         mean=which.mean,
         std=which.std,
         native_size=32,
@@ -84,35 +83,23 @@ def _split(batches: list[dict], which: Cifar, num_classes: int) -> ArraySplit:
     return ArraySplit(np.ascontiguousarray(images), labels)
 
 
-class _Files:
-    """The archive's files, from the unpacked folder or from the .tar.gz itself."""
+def _find(data_dir: str, which: Cifar) -> Path:
+    for folder in (Path(data_dir, which.folder), Path(data_dir)):
+        if (folder / which.meta).is_file():
+            return folder
+    raise DataError(
+        f"no {which.folder}/ with a file {which.meta} in {os.path.abspath(data_dir)}",
+        f"python download_imagenet.py --method simple --dataset {which.name} --data-dir {data_dir}",
+    )
 
-    def __init__(self, data_dir: str, which: Cifar):
-        self.which = which
-        folders = [Path(data_dir, which.folder), Path(data_dir)]
-        self.folder = next((folder for folder in folders if (folder / which.meta).is_file()), None)
-        archive = which.folder.replace("-batches-py", "-python") + ".tar.gz"
-        self.archive = next((path for path in (Path(data_dir, archive),) if path.is_file()), None)
-        if self.folder is None and self.archive is None:
-            raise DataError(
-                f"neither {which.folder}/ nor {archive} in {os.path.abspath(data_dir)}",
-                f"python download_imagenet.py --method simple --dataset {which.name} --data-dir {data_dir}",
-            )
 
-    def load(self, name: str) -> dict:
-        where = self.folder / name if self.folder else f"{name} in {self.archive}"
-        try:
-            content = PlainUnpickler(io.BytesIO(self._bytes(name)), encoding="bytes").load()
-            return {key if isinstance(key, bytes) else str(key).encode(): value for key, value in content.items()}
-        except (OSError, KeyError, EOFError, tarfile.TarError, pickle.UnpicklingError, ValueError, TypeError,
-                AttributeError, IndexError, MemoryError) as error:  # fmt: skip
-            raise DataError(f"cannot read {where}: {error}", _again(self.which)) from error
-
-    def _bytes(self, name: str) -> bytes:
-        if self.folder:
-            return (self.folder / name).read_bytes()
-        with tarfile.open(self.archive) as archive:
-            return archive.extractfile(f"{self.which.folder}/{name}").read()
+def _load(path: Path, which: Cifar) -> dict:
+    try:
+        content = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
+        return {key if isinstance(key, bytes) else str(key).encode(): value for key, value in content.items()}
+    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError,
+            MemoryError, OverflowError) as error:  # fmt: skip
+        raise DataError(f"cannot read {path}: {error}", _again(which)) from error
 
 
 def _again(which: Cifar) -> str:
