@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from sources.images import BadImage, EvalTransform, TrainTransform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from errors import DataError, ResourceError, UserError
 from runtime import die_with_parent, ignore_stop_signals
+from sources.images import BadImage, EvalTransform, TrainTransform
 from sources.index import DatasetIndex, Split
 
 

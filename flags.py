@@ -81,7 +81,9 @@ def save_interval(text: str) -> tuple[float, str]:
     for unit in ("min", "ep", ""):
         if text.endswith(unit):
             kind = float if unit == "min" else int
-            return number(kind, 0 if kind is float else 1, open_low=kind is float)(text.removesuffix(unit)), unit or "ep"
+            return number(kind, 0 if kind is float else 1, open_low=kind is float)(
+                text.removesuffix(unit)
+            ), unit or "ep"
     raise AssertionError("unreachable: every text ends with ''")
 
 
@@ -148,7 +150,13 @@ def add_phase_args(parser: argparse.ArgumentParser) -> None:
         help="image size of each phase; one size is no progression")  # fmt: skip
     add("--phase-epochs", type=listing(positive), default=None, metavar="N,N,...",
         help="epochs of each phase, as weights when they do not add up to --epochs; default 30,20,40 or equal parts")  # fmt: skip
-    add("--phase-batch-sizes", type=listing(positive), default=None, metavar="N,N,...", help="global batch of each phase")
+    add(
+        "--phase-batch-sizes",
+        type=listing(positive),
+        default=None,
+        metavar="N,N,...",
+        help="global batch of each phase",
+    )
     add("--phase-mix", type=listing(_on_off), default=None, metavar="on|off,...", help="mixing and drop-path by phase")
     add("--accumulate", type=positive, default=1, metavar="K", help="split each global batch into K pieces")
 
@@ -190,10 +198,24 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--save-dir", default="./checkpoints", metavar="DIR", help="where this run lives")
-    add("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: --save-dir's newest sound one")
-    add("--allow-change", type=listing(str), default=(), metavar="FLAG,...", help="with --resume: flags (or 'data') that may differ")
+    add(
+        "--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: --save-dir's newest sound one"
+    )
+    add(
+        "--allow-change",
+        type=listing(str),
+        default=(),
+        metavar="FLAG,...",
+        help="with --resume: flags (or 'data') that may differ",
+    )
     add("--overwrite", action="store_true", help="delete the run that --save-dir holds")
-    add("--save-every", type=save_interval, default=(1, "ep"), metavar="N|Nmin", help="epochs, or minutes, between saves")
+    add(
+        "--save-every",
+        type=save_interval,
+        default=(1, "ep"),
+        metavar="N|Nmin",
+        help="epochs, or minutes, between saves",
+    )
     add("--stop-after", type=positive, default=None, metavar="STEP", help="stop there, saved, as a stop signal would")
     add("--eval-every", type=positive, default=1, metavar="N", help="epochs between validations")
     add("--early-stop-patience", type=positive, default=None, metavar="N",
@@ -259,7 +281,9 @@ def _yaml_arguments(path: str, known: dict[str, Any]) -> list[str]:
     for key, value in content.items():
         name = str(key).replace("_", "-")
         if name.replace("-", "_") not in known or name == "config":
-            raise UsageError(f"--config {path}: unknown key {key!r}", "the keys are train.py's flags without the dashes")
+            raise UsageError(
+                f"--config {path}: unknown key {key!r}", "the keys are train.py's flags without the dashes"
+            )
         if isinstance(value, bool):
             if known[name.replace("-", "_")] != value:
                 arguments.append(f"--{name}" if value else f"--no-{name}")
@@ -327,3 +351,10 @@ def plain(config: Any) -> dict[str, Any]:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def data_args(config: Any) -> dict[str, Any]:
+    """The data flags as `sources.layouts.index` takes them."""
+    return {"dataset": config.dataset, "data_dir": config.data_dir, "split": config.split,
+            "class_list": config.class_list or None, "allow_class_mismatch": config.allow_class_mismatch,
+            "subset_size": config.subset_size if config.subset else None}  # fmt: skip

@@ -305,6 +305,11 @@ class Schedule:
             self.drops, self.bad_evaluations = self.drops + 1, 0
         self._set_current()
 
+    def seek(self, position: int) -> None:
+        """Go on as if `position` steps had been taken: after a change of the plan."""
+        self.position = position
+        self._set_current()
+
     _STATE = ("position", "last_lr", "drops", "best", "bad_evaluations")
 
     def state_dict(self) -> dict:

@@ -30,7 +30,8 @@ class Progress:
             from tqdm import tqdm
 
             self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False, file=self.file,
-                            dynamic_ncols=True, bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
+                            dynamic_ncols=True,
+                            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
 
     def update(self, n: int = 1, words: str = "") -> None:
         self.count += n

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from errors import CheckpointError, ResourceError, UsageError
@@ -34,7 +35,9 @@ def prepare(save_dir: str, *, resuming: bool, overwrite: bool) -> Path:
         os.replace(probe, path / ".probe2")
         (path / ".probe2").unlink()
     except OSError as error:
-        raise ResourceError(f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory") from None
+        raise ResourceError(
+            f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory"
+        ) from None
     return path
 
 
@@ -161,3 +164,14 @@ def eval_facts(index, image_size: int) -> dict:
     """What a checkpoint says about feeding its model, so that every tool preprocesses alike."""
     return {"dataset": index.name, "classes": list(index.classes), "class_names": list(index.class_names or index.classes),
             "mean": list(index.mean), "std": list(index.std), "image_size": image_size, "crop": 0.875}  # fmt: skip
+
+
+def commit() -> str:
+    """The commit this code is at, with + for changes on top; empty outside a clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changes = (subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
+                         for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]))  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head + ("+" if changes else "")

@@ -12,12 +12,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from optim import clip_gradients
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from errors import DivergedError, UsageError
 from metrics import hits
+from optim import clip_gradients
 from runtime import Runtime, seed_everything
 
 
@@ -57,7 +57,9 @@ def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *
     batches = phase_batch_sizes or [max(1, batch_size >> k) for k in range(len(sizes))]
     mixes = phase_mix or [True] * len(sizes)
     phases, first_epoch, first_step = [], 1, 0
-    for size, batch, mix, length in zip(sizes, batches, mixes, share_epochs(epochs, phase_epochs, len(sizes)), strict=True):
+    for size, batch, mix, length in zip(
+        sizes, batches, mixes, share_epochs(epochs, phase_epochs, len(sizes)), strict=True
+    ):
         if length == 0:
             continue
         # Floor, because the train loader drops the last partial batch.

@@ -155,7 +155,9 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
     started, sums, state = time.perf_counter(), run.state.epoch_sums, run.state
     row = {"epoch": epoch, "image_size": phase.image_size, "batch_size": phase.batch_size, "lr": state.schedule.last_lr,
            "train_loss": sums["loss"] / sums["images"] if sums["images"] else None, "train_top1": None}  # fmt: skip
-    row |= {f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")} | {"better": None}
+    row |= {f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")} | {
+        "better": None
+    }
     if epoch % run.eval_every == 0 or epoch == run.epochs:
         row |= scores(run, phase)
         run.eta.observe_validation(phase.image_size, time.perf_counter() - started)
@@ -182,7 +184,11 @@ def scores(run: Run, phase: Phase) -> dict:
     clean = evaluate({"train": run.state.model}, run.make_eval(run.train_sample, phase), run.runtime, between_batches)
     row = {"train_top1": clean["train"].top1}
     for kind, result in results.items():
-        row |= {f"{kind}_{f.name}": getattr(result, f.name) for f in dataclasses.fields(EvalResult) if f.name != "num_samples"}
+        row |= {
+            f"{kind}_{f.name}": getattr(result, f.name)
+            for f in dataclasses.fields(EvalResult)
+            if f.name != "num_samples"
+        }
     if averaged is not None:
         row["better"] = "ema" if row["ema_val_top1"] > row["val_top1"] else "raw"
     return row

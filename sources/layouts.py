@@ -10,7 +10,7 @@ import numpy as np
 
 from errors import DataError, UsageError
 from sources import folders
-from sources.index import DatasetIndex, FileSplit, stratified_split
+from sources.index import DatasetIndex, FileSplit, stratified_split, take_subset
 
 DATASETS = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10", "digits", "synthetic", "hf:<name>")
 # Of 64 px training images, pixels in [0, 1].
@@ -24,6 +24,7 @@ def index(
     split: str = "official",
     class_list: str | os.PathLike | None = None,
     allow_class_mismatch: bool = False,
+    subset_size: int | None = None,
 ) -> DatasetIndex:
     """Find `dataset` in `data_dir`, within seconds and without opening any image.
 
@@ -32,6 +33,7 @@ def index(
     split: `70-30` pools Tiny ImageNet's train and val and draws 30 % of each class for validation
     class_list: a file of class names, one a line; only those are read (imagenet, imagenet100)
     allow_class_mismatch: accept validation data that lacks some of the training classes
+    subset_size: only a fixed, class-balanced draw of so many training images (`index.take_subset`)
     Raises UsageError for what nobody knows and DataError for data that is not as expected.
     """
     data_dir, kind = os.fspath(data_dir), dataset.partition(":")[0]
@@ -43,7 +45,14 @@ def index(
         raise UsageError(f"--split {split} with --dataset {dataset}", "only tiny-imagenet has more than one split")
     if class_list and dataset not in ("imagenet", "imagenet100"):
         raise UsageError(f"--class-list with --dataset {dataset}", "class lists are for imagenet and imagenet100")
-    if kind in ("digits", "synthetic", "hf"):
+    found = _whole(dataset, data_dir, split, class_list, allow_class_mismatch)
+    return take_subset(found, subset_size) if subset_size else found
+
+
+def _whole(
+    dataset: str, data_dir: str, split: str, class_list: str | os.PathLike | None, allow_class_mismatch: bool
+) -> DatasetIndex:
+    if dataset.partition(":")[0] in ("digits", "synthetic", "hf"):
         return _without_folder(dataset)
     check_dir(data_dir)
     if os.path.isfile(os.path.join(data_dir, "manifest.json")):

@@ -1,0 +1,153 @@
+"""From flags to values: the one place where a config becomes data, a plan, a state, loaders and steps.
+
+Above it are the scripts; below it nothing knows a flag. train.py trains what is built here,
+lr_finder.py and the benchmarks measure it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+import data_utils
+import ema
+import flags
+import optim
+import rundir
+from dataloader import Loader, eval_loader, train_loader
+from errors import UsageError
+from models import build_model, set_drop_path_rate
+from runtime import Runtime, init_runtime, seed_everything, unused_gpu
+from sources.index import DatasetIndex, Split, SubsetSplit, balanced_subset
+from train_utils import BatchNormBuffers, EarlyStopping, Phase, Step, TrainState, plan
+from trainer import Run
+
+
+def say(text: str) -> None:
+    """Print, on the first rank only."""
+    if text and os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def open_runtime(config) -> Runtime:
+    runtime = init_runtime(config.device, config.amp, deterministic=config.deterministic)
+    say(unused_gpu(runtime.device))
+    if config.sync_bn and runtime.device.type != "cuda":
+        raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
+    return runtime
+
+
+def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]:
+    return plan(config.epochs, config.resize_schedule, len(index.train), config.batch_size,
+                phase_batch_sizes=config.phase_batch_sizes, phase_epochs=config.phase_epochs,
+                phase_mix=config.phase_mix, world_size=world_size)  # fmt: skip
+
+
+def model_args(config, index) -> dict:
+    """Plain values from which any tool rebuilds the model."""
+    return {"arch": config.arch, "num_classes": len(index.classes), "drop_path_rate": config.drop_path_rate,
+            "use_blurpool": config.use_blurpool, "head": config.head, "stem": config.stem,
+            "image_sizes": list(config.resize_schedule)}  # fmt: skip
+
+
+def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path) -> Run:
+    """Everything `fit` needs, as values: the state, and how to make what each phase needs."""
+    state = build_state(config, index, runtime, phases)
+    forward = distributed(state.model, runtime)
+    sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
+    return Run(
+        state, phases, runtime, save_dir, f"{config.arch}_{index.name}.pt", index.val, SubsetSplit(index.train, sample),
+        make_loader=lambda phase: build_loader(config, index, runtime, phase),
+        make_eval=lambda split, phase: build_eval(config, index, runtime, split, phase),
+        make_step=lambda phase: build_step(config, index, runtime, phase, state.model, forward),
+        facts={
+            "model_args": model_args(config, index), "config": flags.plain(config), "precision": runtime.precision,
+            "fingerprint": index.fingerprint(), "commit": rundir.commit(), "total_steps": sum(p.steps for p in phases),
+            "eval": rundir.eval_facts(index, phases[-1].image_size),
+        },
+        say=say, name_of=index.train.name, early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
+        save_every=config.save_every, stop_after=config.stop_after,
+    )  # fmt: skip
+
+
+def workers(config) -> int:
+    """Loader processes per rank: never more than there are cores."""
+    return min(config.num_workers, flags.cores())
+
+
+def build_loader(config, index: DatasetIndex, runtime: Runtime, phase: Phase) -> Loader:
+    return train_loader(index, image_size=phase.image_size, batch_size=phase.batch_size, seed=config.seed,
+                        augment=flags.parse_augment(config.augment), num_workers=workers(config), device=runtime.device,
+                        rank=runtime.rank, world_size=runtime.world_size, on_bad_image=config.on_bad_image)  # fmt: skip
+
+
+def build_eval(config, index: DatasetIndex, runtime: Runtime, split: Split, phase: Phase) -> Loader:
+    return eval_loader(split, index, image_size=phase.image_size, batch_size=max(64, phase.batch_size),
+                       num_workers=workers(config), device=runtime.device, rank=runtime.rank,
+                       world_size=runtime.world_size)  # fmt: skip
+
+
+def build_step(config, index: DatasetIndex, runtime: Runtime, phase: Phase, model: torch.nn.Module, forward) -> Step:
+    """How the steps of `phase` are taken; sets the model's drop-path rate for it."""
+    set_drop_path_rate(model, config.drop_path_rate if phase.mix else 0.0)
+    alphas = (config.mixup_alpha, config.cutmix_alpha) if phase.mix else (0.0, 0.0)
+    return Step(
+        forward=compiled(forward) if config.compile else forward,
+        mixer=data_utils.BatchMixer(len(index.classes), *alphas, config.label_smoothing),
+        loss=data_utils.LOSSES[config.loss],
+        runtime=runtime,
+        buffers=BatchNormBuffers(model),
+        seed=config.seed,
+        clip=(config.clip_mode, config.clip_norm),
+        accumulate=config.accumulate,
+        penalty=(lambda model: config.l1 * data_utils.l1_penalty(model.parameters())) if config.l1 else None,
+    )
+
+
+def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> TrainState:
+    seed_everything(config.seed)
+    model = build_model(**model_args(config, index)).to(runtime.device, memory_format=torch.channels_last)
+    if config.sync_bn:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = optim.build_optimizer(config.optimizer, model, lr=config.lr, momentum=config.momentum,
+                                      nesterov=config.nesterov, weight_decay=config.weight_decay)  # fmt: skip
+    warmup = config.warmup_epochs if config.schedule == "cosine" else 0
+    schedule = optim.Schedule(optimizer, config.schedule, peak_lr=config.lr, total_steps=sum(p.steps for p in phases),
+                              phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
+                              warmup_steps=round(warmup * phases[0].steps_per_epoch), cycles=config.cycles)  # fmt: skip
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
+    return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))
+
+
+def lr_factor(how: str, phase: Phase, first: Phase) -> float:
+    """What --lr-scale makes of a phase's batch."""
+    ratio = phase.batch_size / first.batch_size
+    return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[how]
+
+
+def build_ema(config, model: torch.nn.Module, phases: tuple[Phase, ...]) -> ema.EMA | ema.NoEMA:
+    if not config.ema:
+        return ema.NoEMA()
+    if config.ema_half_life:
+        steps = config.ema_half_life * sum(p.steps for p in phases) / config.epochs
+        return ema.EMA(model, ema.decay_for_half_life(steps), ramp=False)
+    return ema.EMA(model, config.ema_decay, ramp=config.ema_ramp)
+
+
+def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
+    """DistributedDataParallel beside the model on many ranks; the model itself on one."""
+    if runtime.world_size == 1:
+        return model
+    devices = [runtime.device] if runtime.device.type == "cuda" else None
+    # The step averages buffers over ranks itself; broadcasting rank 0's would drop the others' data.
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False,
+                                                     gradient_as_bucket_view=True)  # fmt: skip
+
+
+def compiled(forward):
+    """torch.compile around the training forward, anew for each phase: one static shape each."""
+    torch._dynamo.reset()
+    return torch.compile(forward, dynamic=False)
