@@ -188,6 +188,8 @@ def _saturation(image: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _hue(image: np.ndarray, shift: float) -> np.ndarray:
+    if shift == 0:
+        return image
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # H in half degrees: 0 ... 179
     table = np.mod(_LEVELS + 180 * shift, 180).astype(np.uint8)
     cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), table), hsv, 0)  # indexing costs six times that

@@ -19,7 +19,7 @@ from errors import DataError
 from sources import augment
 
 # A crafted EPS or PSD file called .JPEG must never reach the parser of such a format.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
 MAX_PIXELS = 178_956_970  # where Pillow stops too: a larger image is an attack or a mistake
 # EXIF orientation is ignored, as torchvision's and timm's training on ImageNet do: the published
 # numbers were made with the pixels as stored.

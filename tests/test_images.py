@@ -1,0 +1,184 @@
+"""Decoding: what is accepted, what is refused, and in what words; and the eval transform."""
+
+import io
+import pickle
+import warnings
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from errors import DataError
+from sources import images
+from sources.images import BadImage, EvalTransform, TrainTransform, decode
+
+MEAN = (0.485, 0.456, 0.406)
+
+
+def photo(height=60, width=80, seed=0) -> np.ndarray:
+    """A smooth picture: (height, width, 3) uint8."""
+    noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def encoded(pixels, kind="JPEG", mode="RGB", **options) -> bytes:
+    file = io.BytesIO()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    (image if mode is None else image.convert(mode)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def test_a_jpeg_decodes_to_pillows_pixels_on_the_fast_path(monkeypatch):
+    monkeypatch.setattr(images, "_decode_strictly", None)
+    for options in ({}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}):
+        data = encoded(photo(), **options)
+        assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)))), options
+    grey = encoded(photo(), mode="L")
+    assert np.array_equal(decode(grey), np.asarray(Image.open(io.BytesIO(grey)).convert("RGB")))
+
+
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm():
+    data = encoded(photo())
+    assert np.array_equal(decode(data + b"\0\0trailing"), decode(data))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "WEBP", "PPM"])
+def test_other_formats_decode_whatever_the_file_is_called(kind):
+    options = {"lossless": True} if kind == "WEBP" else {}
+    assert np.array_equal(decode(encoded(photo(), kind, **options), "n02105855_2933.JPEG"), photo())
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "1"])
+def test_grey_and_alpha_become_three_channels(mode):
+    data = encoded(photo(), "PNG", mode)
+    assert np.array_equal(decode(data), np.asarray(Image.fromarray(photo()).convert(mode).convert("RGB")))
+
+
+def test_a_palette_with_transparency_keeps_its_colours():
+    picture = Image.new("P", (4, 3), 1)
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = decode(encoded(picture, "PNG", None, transparency=bytes([0, 128])))
+    assert (pixels == (200, 100, 50)).all()
+
+
+def test_cmyk_is_converted_as_pillow_does():
+    data = encoded(photo(), "JPEG", "CMYK")
+    assert images.jpeg_shape(data) == (60, 80, 4)
+    assert np.abs(decode(data).astype(int) - photo()).mean() < 4
+
+
+def test_sixteen_bits_are_scaled_not_saturated():
+    wide = np.linspace(0, 65535, 12 * 8).astype(np.uint16).reshape(8, 12)
+    expected = np.round(wide / 257.0).astype(np.uint8)
+    data = encoded(Image.fromarray(wide), "PNG", None)
+    assert np.array_equal(decode(data), np.repeat(expected[:, :, None], 3, 2))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP"])
+def test_the_first_frame_of_an_animation_is_taken(kind):
+    frames = [Image.new("RGB", (5, 4), colour) for colour in ("red", "blue")]
+    data = encoded(frames[0], kind, None, save_all=True, append_images=frames[1:])
+    assert decode(data)[0, 0, 0] > 250 and decode(data)[0, 0, 2] < 5
+
+
+def test_exif_orientation_is_ignored_on_both_paths():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(photo(32, 64), exif=exif)
+    assert decode(data).shape == (32, 64, 3)
+    assert np.array_equal(decode(data), images._decode_strictly(data, ""))
+
+
+def test_corrupt_exif_is_no_reason_to_complain():
+    data = encoded(photo(), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode(data).shape == (60, 80, 3)
+        assert images._decode_strictly(data, "").shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, -3, -20])
+def test_a_truncated_jpeg_is_an_error(keep):
+    data = encoded(photo(200, 200), quality=95)
+    cut = data[: int(len(data) * keep)] if keep > 0 else data[:keep]
+    with pytest.raises(BadImage, match=r"cut\.JPEG"):
+        decode(cut, "cut.JPEG")
+
+
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>Please log in</html>", "DOCTYPE"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
+        (b"\xff\xd8\xff\xd9", "not an image"),
+        (b"\x00\x05\x16\x07" + bytes(60), "not an image"),  # AppleDouble
+        (encoded(photo(), "PNG")[:300], "truncated"),
+    ],
+)
+def test_what_is_not_a_whole_image_is_named(data, words):
+    with pytest.raises(BadImage, match=words) as caught:
+        decode(data, "n01/x.JPEG")
+    assert isinstance(caught.value, DataError) and caught.value.name == "n01/x.JPEG"
+    assert "n01/x.JPEG" in caught.value.what and "--verify" in caught.value.fix
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_more_pixels_than_the_limit_are_refused_before_decoding(monkeypatch, kind):
+    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 80 - 1)
+    with pytest.raises(BadImage, match="80 x 60"):
+        decode(encoded(photo(), kind), "bomb")
+
+
+def test_a_decompression_bomb_is_refused():
+    data = encoded(Image.new("1", (20_000, 20_000)), "PNG", None)
+    with pytest.raises(BadImage, match="pixels"):
+        decode(data, "bomb.png")
+
+
+def test_the_error_survives_the_way_between_processes():
+    error = pickle.loads(pickle.dumps(BadImage("a.JPEG", "it is empty")))  # noqa: S301
+    assert (error.name, error.reason) == ("a.JPEG", "it is empty")
+    assert error.what == BadImage("a.JPEG", "it is empty").what
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.data())
+def test_any_bytes_give_an_image_or_a_bad_image(data):
+    whole = bytearray(encoded(photo(16, 16), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "WEBP"]))))
+    for _ in range(data.draw(st.integers(1, 5))):
+        whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        pixels = decode(bytes(whole), "fuzz")
+    except BadImage:
+        return
+    assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("height, width", [(60, 80), (80, 60), (71, 97), (33, 33), (300, 401), (20, 90)])
+def test_the_eval_transform_is_torchvisions(height, width):
+    from torchvision import transforms
+
+    data = encoded(photo(height, width), "PNG")
+    reference = transforms.Compose([transforms.Resize(37), transforms.CenterCrop(32)])
+    expected = np.asarray(reference(Image.fromarray(photo(height, width)))).astype(int)
+    ours = EvalTransform(32)(data)
+    assert ours.shape == (32, 32, 3) and ours.dtype == np.uint8
+    assert np.abs(ours - expected).max() <= 1
+
+
+def test_an_image_of_the_right_size_is_left_alone_with_crop_one():
+    assert np.array_equal(EvalTransform(32, 1.0)(photo(32, 32)), photo(32, 32))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5000), (5000, 1), (3, 2)])
+@pytest.mark.parametrize("steps", [(("rrc", None),), (), (("padcrop", 4),)])
+def test_tiny_and_extreme_shapes_work(shape, steps):
+    pixels = np.full((*shape, 3), 77, np.uint8)
+    assert TrainTransform(steps, 32, MEAN)(pixels, (0, 1, 2)).shape == (32, 32, 3)
+    assert (EvalTransform(32)(pixels) == 77).all()
