@@ -22,8 +22,8 @@ ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "efficientnet_b0
 OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb")
 SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau", "constant")
 AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
-AUGMENTS = {"rrc": False, "padcrop": True, "flip": False, "affine": False, "jitter": False, "dropout": False,
-            "cutout": True, "randaugment": False, "trivialaugment": False}  # name -> takes :N  # fmt: skip
+AUGMENTS = {"rrc": "", "padcrop": ":N", "flip": "", "affine": "", "jitter": "[:N]", "dropout": "",
+            "cutout": ":N", "randaugment": "", "trivialaugment": ""}  # name -> its argument  # fmt: skip
 
 # Flags that say where and how a run happens, not what is learned: free to change on resume.
 FREE_ON_RESUME = frozenset({
@@ -96,7 +96,7 @@ def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
             continue
         if name not in AUGMENTS:
             raise argparse.ArgumentTypeError(f"unknown augmentation {name!r}; there are {', '.join(AUGMENTS)}")
-        if AUGMENTS[name] and not argument:
+        if AUGMENTS[name] == ":N" and not argument:
             raise argparse.ArgumentTypeError(f"{name} needs a size in px, such as {name}:4")
         if argument and not AUGMENTS[name]:
             raise argparse.ArgumentTypeError(f"{name} takes no argument")
@@ -125,7 +125,7 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--subset", action="store_true", help="train on a fixed, class-balanced draw of --subset-size images")
     add("--subset-size", type=positive, default=10_000, metavar="N", help="images in it; validation gets a tenth")
     add("--augment", type=_augment, default="full", metavar="LIST",
-        help=f"full, basic, none, or names in order: {', '.join(n + ':N' * a for n, a in AUGMENTS.items())}")  # fmt: skip
+        help=f"full, basic, none, or names in order: {', '.join(n + a for n, a in AUGMENTS.items())}")  # fmt: skip
     add("--on-bad-image", default="fail", choices=("fail", "skip"),
         help="skip: train on another image of the class and count it; validation always fails")  # fmt: skip
     add("--num-workers", type=number(int, 0, 1024), default=8, metavar="N", help="loader processes per rank")
