@@ -213,8 +213,8 @@ def shown(desc: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.close()
 
 
-def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None], counts: tuple[int, int, int] = COUNTS) -> None:
-    """From the archives to train/<class>/ and val/<class>/ with `counts` (train, val, classes) in `data_dir`.
+def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
+    """From the archives to train/<class>/ and val/<class>/ in `data_dir`, all there.
 
     An archive that is not there is fetched from its place in `urls`.
     """
@@ -229,12 +229,12 @@ def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None], counts: tu
         print(f"filing the images of {data_dir / 'val'} into class folders")
         ilsvrc.file_flat_val(data_dir, labels)
     elif state == "absent":
-        unpack_to(data_dir / "val", fetch(VAL, urls.get(VAL), data_dir), ilsvrc.val_place(labels), counts[1])
+        unpack_to(data_dir / "val", fetch(VAL, urls.get(VAL), data_dir), ilsvrc.val_place(labels), COUNTS[1])
     if not (data_dir / "train").exists():
         archive = fetch(TRAIN, urls.get(TRAIN), data_dir)
-        unpack_to(data_dir / "train", archive, ilsvrc.train_place, counts[0], inside=ilsvrc.train_members)
-    ilsvrc.check_counts(data_dir, *counts)
-    print(f"{counts[0]:,} + {counts[1]:,} images of {counts[2]:,} classes. Next: python train.py --data-dir {data_dir}")
+        unpack_to(data_dir / "train", archive, ilsvrc.train_place, COUNTS[0], inside=ilsvrc.train_members)
+    ilsvrc.check_counts(data_dir, *COUNTS)
+    print(f"{COUNTS[0]:,} + {COUNTS[1]:,} images of {COUNTS[2]:,} classes. Next: python train.py --data-dir {data_dir}")
 
 
 def unpack_to(

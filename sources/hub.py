@@ -56,12 +56,12 @@ def hub(dataset: str) -> DatasetIndex:
 
 
 def _load(name: str, configuration: list[str]):
+    if not name or len(configuration) > 1:
+        raise UsageError(f"--dataset hf:{name}: not a name", "write hf:<owner>/<name> or hf:<name>:<configuration>")
     try:
         import datasets
     except ImportError as error:
         raise UsageError(f"--dataset hf:{name} needs the datasets package", "pip install datasets") from error
-    if not name or len(configuration) > 1:
-        raise UsageError(f"--dataset hf:{name}: not a name", "write hf:<owner>/<name> or hf:<name>:<configuration>")
     if not os.isatty(2):
         datasets.disable_progress_bars()
     try:

@@ -1,0 +1,573 @@
+"""Every layout of a dataset on disk, and everything that can be wrong with one."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from errors import DataError, UsageError
+from sources import folders, generated, imagenet, layouts
+from sources.index import stratified_split
+from sources.layouts import index
+
+ROOT = Path(__file__).parent.parent
+IDS = ["n01440764", "n01443537", "n01484850"]  # tench, goldfish, great white shark
+TRAIN = {f"{wnid}_{i}.JPEG": wnid for wnid in IDS for i in (7, 12)}
+VAL = {f"ILSVRC2012_val_{i:08d}.JPEG": IDS[i % 3] for i in range(1, 7)}
+
+
+def put(path, content=b"jpeg"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def make_folders(root, train=TRAIN, val=VAL):
+    for part, images in (("train", train), ("val", val)):
+        for name, wnid in images.items():
+            put(root / part / wnid / name)
+    return root
+
+
+def make_flat(root, below=""):
+    for name, wnid in TRAIN.items():
+        put(root / below / "train" / wnid / name)
+    for name in VAL:
+        put(root / below / "val" / name)
+    return root
+
+
+def add_csv(place):
+    rows = [f"{name[:-5]},{wnid} 1 2 3 4 {wnid} 5 6 7 8 \n" for name, wnid in VAL.items()]
+    put(place / "LOC_val_solution.csv", ("ImageId,PredictionString\n" + "".join(rows)).encode())
+
+
+def add_xml(place):
+    for name, wnid in VAL.items():
+        text = f"<annotation><filename>{name[:-5]}</filename><object><name>{wnid}</name></object></annotation>"
+        put(place / "Annotations/CLS-LOC/val" / f"{name[:-5]}.xml", text.encode())
+
+
+def add_devkit(place):
+    from scipy.io import savemat
+
+    data = place / "ILSVRC2012_devkit_t12/data"
+    data.mkdir(parents=True)
+    numbers = {wnid: number for number, wnid in enumerate(reversed(IDS), start=1)}  # not in the order of the ids
+    rows = np.array([(n, w) for w, n in numbers.items()], dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
+    savemat(data / "meta.mat", {"synsets": rows.reshape(-1, 1)})
+    lines = [f"{numbers[VAL[name]]}\n" for name in sorted(VAL)]
+    (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(lines))
+
+
+def class_of(found, split):
+    """{file name: class} of a split."""
+    return {split.name(i).rpartition("/")[2]: found.classes[split.labels[i]] for i in range(len(split))}
+
+
+def layout_folders(root):
+    make_folders(root)
+
+
+def layout_kaggle_csv(root):
+    add_csv(make_flat(root, "ILSVRC/Data/CLS-LOC"))
+
+
+def layout_kaggle_xml(root):
+    add_xml(make_flat(root, "ILSVRC/Data/CLS-LOC") / "ILSVRC")
+
+
+def layout_flat_devkit(root):
+    add_devkit(make_flat(root))
+
+
+def layout_flat_csv(root):
+    add_csv(make_flat(root))
+
+
+LAYOUTS = [layout_folders, layout_kaggle_csv, layout_kaggle_xml, layout_flat_devkit, layout_flat_csv]
+
+
+@pytest.mark.parametrize("make", LAYOUTS, ids=lambda make: make.__name__)
+def test_every_layout_of_the_same_data_gives_the_same_labels(make, tmp_path):
+    make(tmp_path)
+    found = index("imagenet", tmp_path)
+    assert (found.name, found.classes) == ("imagenet_1k", tuple(IDS))
+    assert class_of(found, found.train) == TRAIN
+    assert class_of(found, found.val) == VAL
+    assert found.class_names == ("tench", "goldfish", "great white shark")
+    assert os.path.isfile(found.train.path(0)) and found.val.read([0]) == [b"jpeg"]
+
+
+def test_the_ilsvrc_tree_is_found_from_each_of_its_levels(tmp_path):
+    layout_kaggle_csv(tmp_path)
+    prints = [index("imagenet", tmp_path / below).fingerprint() for below in ("", "ILSVRC", "ILSVRC/Data/CLS-LOC")]
+    assert prints[0] == prints[1] == prints[2]
+
+
+def test_a_dataset_has_the_same_fingerprint_wherever_it_lies(tmp_path):
+    one, other = make_folders(tmp_path / "a"), make_folders(tmp_path / "b")
+    assert index("imagenet", one).fingerprint() == index("imagenet", other).fingerprint()
+    (other / "val" / IDS[0] / "ILSVRC2012_val_00000003.JPEG").rename(other / "val" / IDS[0] / "renamed.JPEG")
+    assert index("imagenet", one).fingerprint() != index("imagenet", other).fingerprint()
+
+
+def test_what_is_not_an_image_is_passed_over_and_counted(tmp_path):
+    make_folders(tmp_path)
+    for name in (".DS_Store", "._n01440764_7.JPEG", "Thumbs.db", "list.txt", "moving.gif"):
+        put(tmp_path / "train" / IDS[0] / name)
+    put(tmp_path / "train" / ".ipynb_checkpoints" / "n01440764_7.JPEG")
+    put(tmp_path / "train" / IDS[0] / "LOUD.PNG")
+    put(tmp_path / "train" / IDS[0] / "deeper" / "x.webp")
+    found = index("imagenet", tmp_path)
+    assert len(found.train) == len(TRAIN) + 2
+    assert [note for note in found.notes if "passed over 6 that are not images" in note]
+    assert ".DS_Store" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    "name", [b"with space.jpg", b"new\nline.jpg", "Füße.jpg".encode(), b"\xff\xfe.jpg", b"$(x);.jpg"]
+)
+def test_odd_file_names_work(name, tmp_path):
+    make_folders(tmp_path)
+    with open(os.path.join(os.fsencode(tmp_path), b"train", IDS[0].encode(), name), "wb") as file:
+        file.write(b"odd")
+    found = index("imagenet", tmp_path)
+    assert b"odd" in found.train.read(range(len(found.train)))
+    assert len(found.fingerprint()["train"]) == 64
+
+
+def refused(kind, *args, **options):
+    with pytest.raises(kind) as caught:
+        index(*args, **options)
+    assert "\n" not in caught.value.what and "\n" not in caught.value.fix
+    return caught.value
+
+
+def test_a_missing_or_empty_directory_names_the_path_and_the_accepted_layouts(tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        error = refused(DataError, "imagenet", path)
+        assert str(path) in error.what and "train/<class>" in error.fix and "val/<class>" in error.fix
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_a_missing_part_is_named(missing, tmp_path):
+    make_folders(tmp_path)
+    (tmp_path / missing).rename(tmp_path / "elsewhere")
+    assert f"no folder {missing}/" in refused(DataError, "imagenet", tmp_path).what
+
+
+def test_all_classes_without_images_are_listed(tmp_path):
+    make_folders(tmp_path)
+    for name in ("n00000001", "n00000002"):
+        (tmp_path / "train" / name).mkdir()
+        put(tmp_path / "val" / name / "x.JPEG")
+    error = refused(DataError, "imagenet", tmp_path)
+    assert "n00000001, n00000002" in error.what and IDS[0] not in error.what
+
+
+def test_differing_classes_are_listed_and_val_is_mapped_by_train(tmp_path):
+    val = {name: wnid for name, wnid in VAL.items() if wnid != IDS[0]}
+    make_folders(tmp_path, val=val)
+    error = refused(DataError, "imagenet", tmp_path)
+    assert f"only in train: {IDS[0]}" in error.what and "--allow-class-mismatch" in error.fix
+    found = index("imagenet", tmp_path, allow_class_mismatch=True)
+    assert class_of(found, found.val) == val  # not shifted by the missing first class
+    put(tmp_path / "val" / "n00000009" / "x.JPEG")
+    for allow in (False, True):
+        assert "only in val: n00000009" in refused(DataError, "imagenet", tmp_path, allow_class_mismatch=allow).what
+
+
+def test_an_empty_validation_class_is_a_missing_one(tmp_path):
+    make_folders(tmp_path, val={name: wnid for name, wnid in VAL.items() if wnid != IDS[1]})
+    (tmp_path / "val" / IDS[1]).mkdir()
+    assert f"only in train: {IDS[1]}" in refused(DataError, "imagenet", tmp_path).what
+
+
+def test_a_flat_val_without_labels_is_explained(tmp_path):
+    error = refused(DataError, "imagenet", make_flat(tmp_path))
+    assert "flat val" in error.what and "LOC_val_solution.csv" in error.fix and "download_imagenet.py" in error.fix
+
+
+def test_a_flat_val_with_an_image_that_has_no_label(tmp_path):
+    layout_flat_csv(tmp_path)
+    put(tmp_path / "val" / "ILSVRC2012_val_00000099.JPEG")
+    assert "ILSVRC2012_val_00000099" in refused(DataError, "imagenet", tmp_path).what
+
+
+def test_linked_folders_count_once(tmp_path):
+    make_folders(tmp_path)
+    (tmp_path / "train" / IDS[0] / "loop").symlink_to(tmp_path / "train")
+    (tmp_path / "train" / IDS[0] / "self").symlink_to(tmp_path / "train" / IDS[0])
+    (tmp_path / "train" / IDS[0] / "other").symlink_to(tmp_path / "train" / IDS[1])
+    (tmp_path / "train" / "again").symlink_to(tmp_path / "train" / IDS[2])
+    found = index("imagenet", tmp_path)
+    assert class_of(found, found.train) == TRAIN
+    assert any("links to folders" in note for note in found.notes)
+
+
+def test_a_linked_dataset_works(tmp_path):
+    make_folders(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "root").symlink_to(tmp_path / "real")
+    for part in ("train", "val"):
+        (tmp_path / "linked" / part).mkdir()
+        for wnid in IDS:  # as imagenet100 is often made
+            (tmp_path / "linked" / part / wnid).symlink_to(tmp_path / "real" / part / wnid)
+    found = index("imagenet", tmp_path / "real")
+    assert index("imagenet", tmp_path / "root").fingerprint() == found.fingerprint()
+    assert index("imagenet", tmp_path / "linked").fingerprint() == found.fingerprint()
+
+
+def test_links_to_nothing_are_listed(tmp_path):
+    make_folders(tmp_path)
+    (tmp_path / "train" / IDS[0] / "gone.JPEG").symlink_to(tmp_path / "nowhere.JPEG")
+    (tmp_path / "train" / IDS[1] / "self.JPEG").symlink_to("self.JPEG")
+    (tmp_path / "val" / "n00000005").symlink_to(tmp_path / "nowhere")
+    error = refused(DataError, "imagenet", tmp_path)
+    assert "2 links" in error.what and "gone.JPEG" in error.what and "self.JPEG" in error.what
+
+
+def test_an_unreadable_folder_is_an_error_not_fewer_samples():
+    with tempfile.TemporaryDirectory() as name:
+        root = make_folders(Path(name))
+        os.chmod(root, 0o755)
+        os.chmod(root / "train" / IDS[1], 0o000)
+        was = os.geteuid()
+        try:
+            if was == 0:
+                os.seteuid(65534)  # root may read everything
+            error = refused(DataError, "imagenet", root)
+        finally:
+            os.seteuid(was)
+            os.chmod(root / "train" / IDS[1], 0o755)
+    assert "Permission denied" in error.what and IDS[1] in error.what
+
+
+def test_class_lists(tmp_path):
+    make_folders(tmp_path)
+    wanted = tmp_path / "list.txt"
+    wanted.write_text(f"# two of them\n{IDS[2]} great white shark\n\n{IDS[0]}\n")
+    for dataset in ("imagenet", "imagenet100"):
+        found = index(dataset, tmp_path, class_list=wanted)
+        assert found.classes == (IDS[0], IDS[2])
+        assert class_of(found, found.val) == {n: w for n, w in VAL.items() if w != IDS[1]}
+    layout_flat_csv(tmp_path / "flat")
+    assert len(index("imagenet", tmp_path / "flat", class_list=wanted).val) == 4
+    wanted.write_text(f"{IDS[0]}\nn00000001\nn00000002\n")
+    assert "n00000001, n00000002" in refused(DataError, "imagenet", tmp_path, class_list=wanted).what
+    assert "cannot read" in refused(DataError, "imagenet", tmp_path, class_list=tmp_path / "no.txt").what
+    wanted.write_text(f"{IDS[0]}\n")
+    assert "names 1 class" in refused(DataError, "imagenet", tmp_path, class_list=wanted).what
+
+
+def test_imagenet100_is_the_published_list_over_imagenet(tmp_path):
+    listed = imagenet.read_class_list(ROOT / "sources/imagenet100.txt")
+    names = [line.split(" ", 1) for line in (ROOT / "sources/imagenet_names.txt").read_text().splitlines()[2:]]
+    ids = [wnid for wnid, _ in names]
+    assert len(listed) == 100 and listed <= {wnid.encode() for wnid in ids}
+    assert len(ids) == 1000 == len({name for _, name in names}) and ids == sorted(ids)
+    keep = sorted(wnid.decode() for wnid in listed)
+    classes = [*keep, *(wnid for wnid in ids if wnid not in keep)][:102]
+    make_folders(tmp_path, {f"{wnid}_1.JPEG": wnid for wnid in classes}, {f"v{wnid}.JPEG": wnid for wnid in classes})
+    found = index("imagenet100", tmp_path)
+    assert (found.name, list(found.classes)) == ("imagenet100", keep)
+    assert len(index("imagenet", tmp_path).classes) == 102
+
+
+def test_imagenet100_as_class_folders_is_taken_as_it_is(tmp_path):
+    assert index("imagenet100", make_folders(tmp_path)).classes == tuple(IDS)
+
+
+def test_imagenet100_as_on_kaggle(tmp_path):
+    for part, wnids in (("train.X1", IDS[:2]), ("train.X2", IDS[2:]), ("val.X", IDS)):
+        for wnid in wnids:
+            for name in (n for n, w in (VAL if part == "val.X" else TRAIN).items() if w == wnid):
+                put(tmp_path / part / wnid / name)
+    put(tmp_path / "Labels.json", json.dumps({"n01440764": "tench, Tinca tinca", "n99999999": "x"}).encode())
+    found = index("imagenet100", tmp_path)
+    assert class_of(found, found.train) == TRAIN and class_of(found, found.val) == VAL
+    assert refused(DataError, "imagenet", tmp_path).fix == "this looks like --dataset imagenet100"
+
+
+def make_tiny(root, per_class=(3, 2)):
+    rows = []
+    for c, wnid in enumerate(["n01443537", "n01629819"]):
+        for i in range(per_class[0]):
+            put(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG")
+        put(root / "train" / wnid / f"{wnid}_boxes.txt")
+        for i in range(per_class[1]):
+            name = f"val_{10 * i + c}.JPEG"  # classes alternate
+            put(root / "val" / "images" / name)
+            rows.append(f"{name}\t{wnid}\t0\t32\t44\t62\n")
+    put(root / "val" / "val_annotations.txt", "".join(sorted(rows)).encode())
+    put(root / "words.txt", b"n01443537\tgoldfish, Carassius auratus\nn01629819\tEuropean fire salamander\n")
+    put(root / "test" / "images" / "test_0.JPEG")
+    return root
+
+
+@pytest.mark.parametrize("below", ["", "tiny-imagenet-200"])
+def test_tiny_imagenet_as_published(below, tmp_path):
+    make_tiny(tmp_path / below)
+    found = index("tiny-imagenet", tmp_path)
+    assert (len(found.train), len(found.val), found.native_size) == (6, 4, 64)
+    assert class_of(found, found.val) == {
+        "val_0.JPEG": "n01443537", "val_10.JPEG": "n01443537", "val_1.JPEG": "n01629819", "val_11.JPEG": "n01629819",
+    }  # fmt: skip
+    assert found.class_names == ("goldfish", "European fire salamander")
+    assert found.notes == () and found.mean == layouts.TINY_MEAN
+
+
+def test_tiny_imagenet_70_30_pools_and_splits_anew(tmp_path):
+    make_tiny(tmp_path, per_class=(12, 8))
+    official, found = index("tiny-imagenet", tmp_path), index("tiny-imagenet", tmp_path, split="70-30")
+    assert np.bincount(found.train.labels).tolist() == [14, 14] and np.bincount(found.val.labels).tolist() == [6, 6]
+    pool = class_of(found, found.train) | class_of(found, found.val)
+    assert pool == class_of(official, official.train) | class_of(official, official.val)
+    assert found.fingerprint() == index("tiny-imagenet", tmp_path, split="70-30").fingerprint()
+    assert os.path.isfile(found.val.path(0)) and found.class_names == official.class_names
+
+
+def test_70_30_of_the_real_sizes_is_77000_and_33000():
+    labels = np.repeat(np.arange(200), 550)
+    train, val = stratified_split(labels, 0.3, seed=0)
+    assert (len(train), len(val)) == (77_000, 33_000)
+    assert set(np.bincount(labels[val])) == {165} and not set(train) & set(val)
+
+
+class Py2:
+    """Writes a pickle as Python 2 did, which made CIFAR's: byte strings with opcodes Python 3 never writes."""
+
+    def string(self, value):
+        return b"T" + len(value).to_bytes(4, "little") + value
+
+    def value(self, value):
+        if isinstance(value, dict):
+            return b"}(" + b"".join(self.string(k) + self.value(v) for k, v in value.items()) + b"u"
+        if isinstance(value, list):
+            return b"](" + b"".join(map(self.value, value)) + b"e"
+        if isinstance(value, int):
+            return b"J" + value.to_bytes(4, "little", signed=True)
+        if isinstance(value, np.ndarray):
+            empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + self.string(b"b") + b"tR"
+            dtype = b"cnumpy\ndtype\n(" + self.string(b"u1") + b"K\x00K\x01tR" + b"(K\x03" + self.string(b"|") + \
+                b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"  # fmt: skip
+            shape = b"(" + b"".join(map(self.value, value.shape)) + b"t"
+            return empty + b"(K\x01" + shape + dtype + b"\x89" + self.string(value.tobytes()) + b"tb"
+        return self.string(value)
+
+    def dumps(self, value):
+        return b"\x80\x02" + self.value(value) + b"."
+
+
+class Py3:
+    def dumps(self, value):
+        return pickle.dumps(value)
+
+
+def make_cifar(root, which, dumps):
+    """A few images in the files of the archive; returns the training images (n, 32, 32, 3) and labels."""
+    rng = np.random.default_rng(0)
+    folder = root / which.folder
+    names = [b"class%d" % i for i in range(4)]
+    put(folder / which.meta, dumps({which.class_names: names, b"num_cases_per_batch": 2}))
+    images, labels = [], []
+    for file in (*which.train, which.val):
+        batch, numbers = rng.integers(0, 256, (4, 32, 32, 3), np.uint8), rng.permutation(4).tolist()
+        rows = np.ascontiguousarray(batch.transpose(0, 3, 1, 2)).reshape(4, 3072)
+        put(folder / file, dumps({b"data": rows, which.labels: numbers, b"filenames": [b"a.png"] * 4}))
+        if file != which.val:
+            images.append(batch)
+            labels += numbers
+    return np.concatenate(images), labels
+
+
+@pytest.mark.parametrize("writer", [Py2(), Py3()], ids=["py2", "py3"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_from_its_python_archive(dataset, writer, tmp_path):
+    from sources.cifar import CIFAR10, CIFAR100
+
+    which = CIFAR10 if dataset == "cifar10" else CIFAR100
+    images, labels = make_cifar(tmp_path, which, writer.dumps)
+    for data_dir in (tmp_path, tmp_path / which.folder):
+        found = index(dataset, data_dir)
+        assert np.array_equal(np.stack(found.train.read(range(len(images)))), images)
+        assert found.train.labels.tolist() == labels and len(found.val) == 4
+        assert found.classes == ("class0", "class1", "class2", "class3") and found.native_size == 32
+    if dataset == "cifar100":  # 004_* of the documents
+        assert found.mean == (0.5071, 0.4865, 0.4409) and found.std == (0.2673, 0.2564, 0.2762)
+
+
+class Runs:
+    def __init__(self, function, *args):
+        self.call = (function, args)
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("payload", [os.system, os.mkdir, eval, print], ids=lambda f: f.__name__)
+def test_code_in_a_cifar_archive_is_refused(payload, tmp_path, monkeypatch):
+    from sources.cifar import CIFAR100
+
+    monkeypatch.chdir(tmp_path)
+    make_cifar(tmp_path, CIFAR100, pickle.dumps)
+    argument = {"system": "mkdir sentinel", "eval": "__import__('os').mkdir('sentinel')"}.get(
+        payload.__name__, "sentinel"
+    )
+    (tmp_path / CIFAR100.folder / "train").write_bytes(pickle.dumps({b"data": Runs(payload, argument)}))
+    assert "contains code" in refused(DataError, "cifar100", tmp_path).what
+    assert not (tmp_path / "sentinel").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-1],
+                                    lambda b: pickle.dumps({b"data": np.zeros((4, 3072)), b"fine_labels": [0] * 4}),
+                                    lambda b: pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [9] * 4}),
+                                    lambda b: pickle.dumps([1])])  # fmt: skip
+def test_a_damaged_cifar_archive_is_refused(damage, tmp_path):
+    from sources.cifar import CIFAR100
+
+    make_cifar(tmp_path, CIFAR100, pickle.dumps)
+    path = tmp_path / CIFAR100.folder / "train"
+    path.write_bytes(damage(path.read_bytes()))
+    assert "cifar-100-python" in refused(DataError, "cifar100", tmp_path).what
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    found, bundle = index("digits", "not used"), load_digits()
+    assert (len(found.train), len(found.val), found.native_size) == (1438, 359, 8)
+    assert np.ptp(np.bincount(found.val.labels)) <= 2
+    everything = np.concatenate([found.train.images, found.val.images])
+    assert np.allclose(everything.mean() / 255, found.mean, atol=1e-4)
+    assert np.allclose(everything.std() / 255, found.std, atol=1e-4)
+    pairs = {
+        (image.tobytes(), label)
+        for s in (found.train, found.val)
+        for image, label in zip(s.images, s.labels, strict=True)
+    }
+    grey = np.rint(bundle.images * 255 / 16).astype(np.uint8)
+    assert pairs == {(np.dstack([g] * 3).tobytes(), t) for g, t in zip(grey, bundle.target, strict=True)}
+    assert index("digits", "").fingerprint() == found.fingerprint()
+
+
+def test_synthetic_images_depend_on_their_id_alone_and_show_their_class():
+    found = index("synthetic:classes=6,train=90,val=60,size=32", "not used")
+    assert np.array_equal(found.train.read([7, 3])[1], found.train.read([3])[0])
+    train, val = (np.stack(s.read(range(len(s)))) for s in (found.train, found.val))
+    assert train.dtype == np.uint8 and train.shape == (90, 32, 32, 3) and len(np.unique(train, axis=0)) == 90
+    assert not any((image == train).all((1, 2, 3)).any() for image in val[:10])
+    colour = train.mean((1, 2))
+    centres = np.stack([colour[found.train.labels == k].mean(0) for k in range(6)])
+    guesses = np.linalg.norm(val.mean((1, 2))[:, None] - centres, axis=-1).argmin(1)
+    assert (guesses == found.val.labels).mean() > 0.6  # chance is 0.17
+    assert index("synthetic", "").fingerprint() != found.fingerprint()
+
+
+def test_a_huge_synthetic_dataset_costs_labels_only():
+    found = index("synthetic:classes=1000,train=1281167,val=50000,size=224", "")
+    assert len(found.train) == 1_281_167 and found.train.read([1_281_166])[0].shape == (224, 224, 3)
+    assert not [key for key, value in vars(found.train).items() if isinstance(value, np.ndarray) and key != "labels"]
+
+
+@pytest.mark.parametrize("text", ["classes=0", "classes=x", "colour=3", "classes", "train=-1"])
+def test_a_size_that_cannot_be_is_a_usage_error(text):
+    assert "synthetic" in refused(UsageError, f"synthetic:{text}", "").fix
+
+
+@pytest.mark.parametrize("dataset", ["imagnet", "hf", "digits:3", ""])
+def test_an_unknown_dataset_is_a_usage_error_that_lists_the_known(dataset, tmp_path):
+    error = refused(UsageError, dataset, tmp_path) if dataset != "hf" else refused(UsageError, "hf:", tmp_path)
+    assert "tiny-imagenet" in error.fix or "hf:<" in error.fix
+
+
+def test_options_of_one_dataset_are_refused_for_another(tmp_path):
+    assert "tiny-imagenet" in refused(UsageError, "digits", tmp_path, split="70-30").fix
+    assert "imagenet100" in refused(UsageError, "tiny-imagenet", tmp_path, class_list="x").fix
+
+
+def test_a_packed_directory_is_opened_whatever_dataset_is_named(tmp_path, monkeypatch):
+    put(tmp_path / "manifest.json", b"{}")
+    monkeypatch.setitem(
+        sys.modules, "sources.packed", type("Stub", (), {"open_packed": staticmethod(lambda path: path)})
+    )
+    assert index("imagenet", tmp_path) == str(tmp_path) == index("tiny-imagenet", tmp_path)
+
+
+@pytest.mark.parametrize("sign,dataset", [("tiny-imagenet-200/x", "tiny-imagenet"), ("cifar-100-python/meta", "cifar100"),
+                                          ("cifar-10-batches-py/x", "cifar10"), ("train.X1/a/b.jpg", "imagenet100")])  # fmt: skip
+def test_another_dataset_than_the_named_one_is_recognised(sign, dataset, tmp_path):
+    put(tmp_path / sign)
+    assert refused(DataError, "imagenet", tmp_path).fix == f"this looks like --dataset {dataset}"
+
+
+def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
+    put(tmp_path / "ILSVRC2012_img_val.tar")
+    assert "download_imagenet.py --method manual" in refused(DataError, "imagenet", tmp_path).fix
+
+
+def png(value):
+    import PIL.Image
+
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (4, 3), (value, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_hugging_face_datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()})
+    for part, labels in (("train", [1, 0, 1]), ("validation", [0, 1])):
+        rows = {"label": labels, "image": [{"bytes": png(k), "path": None} for k in range(len(labels))]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pets" / f"{part}.parquet")
+    found = index(f"hf:{tmp_path / 'pets'}", "not used")
+    assert (found.name, found.classes, found.train.labels.tolist()) == ("pets", ("cat", "dog"), [1, 0, 1])
+    assert found.train.read([2, 0]) == [png(2), png(0)] and found.val.labels.tolist() == [0, 1]
+    assert found.fingerprint() == index(f"hf:{tmp_path / 'pets'}", "").fingerprint()
+    assert "cannot load" in refused(DataError, f"hf:{tmp_path / 'nothing'}", "").what
+
+
+def test_hf_without_the_package_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert refused(UsageError, "hf:someone/something", "").fix == "pip install datasets"
+
+
+def test_human_names_come_from_the_data_where_ours_do_not_know(tmp_path):
+    put(tmp_path / "words.txt", b"n00000001\tthing, object\nn01440764\tsomething else\n")
+    assert imagenet.human_names(("n01440764", "n00000001", "n00000002"), tmp_path) == ("tench", "thing", "n00000002")
+    put(tmp_path / "LOC_synset_mapping.txt", b"n00000002 second, 2nd\n")
+    assert imagenet.human_names(("n00000002",), tmp_path) == ("second",)
+    assert imagenet.human_names(("cat", "dog"), tmp_path) is None
+
+
+def test_an_incomplete_imagenet_is_noted():
+    names = [line.split(" ")[0].encode() for line in (ROOT / "sources/imagenet_names.txt").read_text().splitlines()[2:]]
+    full = {"train": [1300] * 732 + [1232] * 267 + [622], "val": [50] * 1000}
+    listings = {
+        k: folders.Listing(b"/", {n: [b"x"] * c for n, c in zip(names, v, strict=True)}) for k, v in full.items()
+    }
+    found = folders.from_listings("imagenet_1k", listings["train"], listings["val"])
+    assert len(found.val) == 50_000
+    assert imagenet._counts_note(found) == [f"train has {sum(full['train']):,} of ImageNet's 1,281,167 images"]
+
+
+def test_indexing_needs_no_torch(tmp_path):
+    make_folders(tmp_path)
+    code = f"""import sys; from sources.layouts import index
+index("imagenet", {str(tmp_path)!r}); index("digits", ""); index("synthetic", "")
+assert not {{"torch", "torchvision", "datasets", "pyarrow"}} & sys.modules.keys()"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_size_of_the_synthetic_dataset_is_in_its_name():
+    assert generated.SyntheticSize.parse("synthetic") == generated.SyntheticSize()
+    assert generated.SyntheticSize.parse("synthetic:size=32,classes=3") == generated.SyntheticSize(classes=3, size=32)
