@@ -139,8 +139,8 @@ def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
     mode "norm":  scale all gradients by one factor so that the total norm is at most `limit`
     mode "value": clamp every element to [-limit, limit]
 
-    A `limit` of 0 or infinity measures and changes nothing. No call waits for a GPU. A norm that
-    is not finite shows in the result; the gradients are then useless and the step must be skipped.
+    A `limit` of 0 or infinity measures and changes nothing. No call waits for a GPU. If the result
+    is not finite, the gradients are useless and the step must be skipped.
     """
     if mode not in ("norm", "value"):
         raise ValueError(f"clip mode must be norm or value, got {mode}")
@@ -236,9 +236,10 @@ class Schedule:
 
     phases:       (steps, factor) for each phase of the run, for --lr-scale; () is one of factor 1.
                   The steps add up to total_steps.
-    warmup_steps: of cosine
+    warmup_steps: of cosine; what a schedule has no use for, it does not look at
     cycles:       how many cycles of restarts or triangular2 the run is divided into
     milestones:   of step, as fractions of the run; by default epochs 30, 60 and 80 of 90
+    patience:     of plateau
     """
 
     def __init__(
@@ -272,8 +273,7 @@ class Schedule:
         """The learning rate of optimizer step `step`, 0-based (plateau: if no further drop comes)."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"the schedule has {self.total_steps} steps (0-based) and no step {step}")
-        shape = SCHEDULES[self.name](step, self._plan)
-        return self.peak_lr * shape * self.lr_scale(step) * 0.1**self.drops
+        return self.peak_lr * SCHEDULES[self.name](step, self._plan) * self.lr_scale(step) * 0.1**self.drops
 
     def lr_scale(self, step: int) -> float:
         """The factor of the phase that `step` is in."""
@@ -319,8 +319,7 @@ class Schedule:
         """Go on at a saved position. Load the optimizer first: its state carries a learning rate too."""
         if state["position"] > self.total_steps:
             raise CheckpointError(
-                f"the checkpoint is at optimizer step {state['position']}, "
-                f"but this run's plan has only {self.total_steps}",
+                f"the checkpoint is at optimizer step {state['position']}, this run's plan has {self.total_steps}",
                 "continue with the epochs, batch sizes and data it was trained with",
             )
         for name in self._STATE:
@@ -344,9 +343,5 @@ def _check(name: str, total_steps: int, warmup_steps: int, cycles: int) -> None:
             f"a warm-up of {warmup_steps} steps does not fit into a run of {total_steps}",
             "shorten the warm-up or train for more epochs",
         )
-    if name != "cosine" and warmup_steps:
-        raise UsageError(f"--schedule {name} has no warm-up", "leave the warm-up out, or use --schedule cosine")
     if name in ("restarts", "triangular2") and not 1 <= cycles <= total_steps:
-        raise UsageError(
-            f"a run of {total_steps} steps cannot have {cycles} cycles", "ask for fewer cycles or more epochs"
-        )
+        raise UsageError(f"{total_steps} steps cannot have {cycles} cycles", "ask for fewer cycles or more epochs")

@@ -149,6 +149,15 @@ def test_half_of_the_batches_are_cut_and_half_blended():
     assert 0.4 < np.mean(cut) < 0.6
 
 
+@pytest.mark.parametrize("height, width", [(32, 4), (4, 32)])
+def test_boxes_reach_every_corner_of_images_that_are_not_square(height, width):
+    torch.manual_seed(0)
+    images = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1).expand(2, 1, height, width)
+    mixer = BatchMixer(2, 0.0, 1.0, 0.0)
+    pasted = sum(mixer(images, torch.tensor([0, 1]))[0][0, 0] for _ in range(200))
+    assert pasted.min() > 0
+
+
 def test_mixing_ratios_follow_their_beta_distribution():
     torch.manual_seed(0)
     mixer = BatchMixer(2, 0.2, 0.0, 0.0)
@@ -198,3 +207,22 @@ def test_l1_is_the_sum_over_weights_and_has_their_signs_as_gradient():
     penalty.backward()
     assert torch.equal(weight.grad, weight.sign()) and torch.equal(kernel.grad, kernel.sign())
     assert bias.grad is None
+
+
+@pytest.mark.gpu
+def test_mixing_on_a_gpu_equals_the_cpu_and_never_waits():
+    images, labels = torch.randn(8, 3, 16, 16), torch.arange(8) % 4
+    on_gpu, labels_on_gpu = images.to("cuda", memory_format=torch.channels_last), labels.to("cuda")
+    mixer = BatchMixer(4, 0.2, 1.0, 0.1)
+    for seed in range(6):
+        torch.manual_seed(seed)
+        expected = mixer(images, labels)
+        torch.manual_seed(seed)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            mixed = mixer(on_gpu, labels_on_gpu)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert mixed[0].is_contiguous(memory_format=torch.channels_last)
+        for ours, theirs in zip(mixed, expected, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs)

@@ -368,7 +368,6 @@ def test_schedule_state_is_plain():
     "name, options, error",
     [
         ("cosine", {"warmup_steps": 10}, UsageError),
-        ("onecycle", {"warmup_steps": 2}, UsageError),
         ("restarts", {"cycles": 11}, UsageError),
         ("triangular2", {"cycles": 0}, UsageError),
         ("constant", {"phases": ((4, 1.0), (5, 1.0))}, ValueError),
