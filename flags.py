@@ -17,8 +17,8 @@ from typing import Any
 from errors import UsageError
 
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic, hf:<name>"
-ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large",
-         "vit_b_16", "swin_t")  # fmt: skip
+ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
+         "mobilenet_v3_large", "vit_b_16", "swin_t")  # fmt: skip
 OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb")
 SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau", "constant")
 AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
@@ -307,7 +307,7 @@ def check_train(config: Any, typed: frozenset[str]) -> list[str]:
         if value is not None and len(value) != phases:
             raise UsageError(f"{dashed(name)} has {len(value)} entries but there are {phases} phases",
                              "give one entry for each size of --resize-schedule")  # fmt: skip
-    zoo = config.arch in ARCHS[4:]
+    zoo = "resnet" not in config.arch
     idle = {
         "subset_size": not config.subset and "it needs --subset",
         "reset_head": not config.init_from and "it needs --init-from",

@@ -14,7 +14,7 @@ from errors import UsageError
 
 from . import torchvision_zoo
 from .layers import BLURPOOL_NOTICE, set_drop_path_rate
-from .model import preact_resnet50, resnet18, resnet34, resnet50
+from .model import preact_resnet50, resnet18, resnet34, resnet50, resnet_tiny
 
 __all__ = ["ARCHS", "build_model", "describe_args", "notes", "set_drop_path_rate"]
 
@@ -23,6 +23,7 @@ RESNETS = {
     "resnet34": resnet34,
     "resnet18": resnet18,
     "preact_resnet50": preact_resnet50,
+    "resnet_tiny": resnet_tiny,
 }
 ARCHS = (*RESNETS, *torchvision_zoo.ZOO)
 

@@ -141,17 +141,18 @@ class ResNet(nn.Module):
     head:           "conv" (1x1 convolution) or "linear"; the weights differ by a reshape only
     stem:           "imagenet" (7x7 stride 2, pool), "small" (3x3, no pool, for images of about 32 px) or
                     "d" (three 3x3 in place of the 7x7, https://arxiv.org/abs/1812.01187)
+    base_width:     channels of the first stage, doubled at each of the others
     """
 
     def __init__(self, block: type[nn.Module], depths: tuple[int, ...], *, num_classes: int, drop_path_rate: float,
-                 use_blurpool: bool, head: str, stem: str):  # fmt: skip
+                 use_blurpool: bool, head: str, stem: str, base_width: int = 64):  # fmt: skip
         super().__init__()
-        self.conv1 = stem_conv(stem)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.maxpool = stem_pool(stem, use_blurpool)
-        channels = 64
+        self.conv1 = stem_conv(stem, base_width)
+        self.bn1 = nn.BatchNorm2d(base_width)
+        self.maxpool = stem_pool(stem, use_blurpool, base_width)
+        channels = base_width
         for stage, depth in enumerate(depths):
-            width = 64 * 2**stage
+            width = base_width * 2**stage
             strides = [1 if stage == 0 else 2] + [1] * (depth - 1)
             blocks = []
             for stride in strides:
@@ -196,24 +197,25 @@ class PreActResNet(ResNet):
         return relu(self.bn_out(self.layer4(self.layer3(self.layer2(self.layer1(x))))))
 
 
-def stem_conv(stem: str) -> nn.Module:
-    """(N, 3, H, W) -> (N, 64, ...), halved except by the small stem."""
+def stem_conv(stem: str, width: int) -> nn.Module:
+    """(N, 3, H, W) -> (N, width, ...), halved except by the small stem."""
     if stem == "imagenet":
-        return conv(3, 64, 7, stride=2)
+        return conv(3, width, 7, stride=2)
     if stem == "small":
-        return conv(3, 64, 3)
+        return conv(3, width, 3)
     if stem == "d":
-        return nn.Sequential(conv(3, 32, 3, stride=2), nn.BatchNorm2d(32), nn.ReLU(inplace=True),
-                             conv(32, 32, 3), nn.BatchNorm2d(32), nn.ReLU(inplace=True), conv(32, 64, 3))  # fmt: skip
+        half = width // 2
+        return nn.Sequential(conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
+                             conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True), conv(half, width, 3))  # fmt: skip
     raise UsageError(f"there is no stem {stem!r}", "choose imagenet, small or d")
 
 
-def stem_pool(stem: str, use_blurpool: bool) -> nn.Module:
+def stem_pool(stem: str, use_blurpool: bool, width: int) -> nn.Module:
     if stem == "small":
         return nn.Identity()
     if use_blurpool:
         # Padded, so that the map keeps its even size: the unpadded pool turns 112 px into 110.
-        return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(64))
+        return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(width))
     return nn.MaxPool2d(3, stride=2, padding=1)
 
 
@@ -248,3 +250,10 @@ def preact_resnet50(num_classes: int = 1000, drop_path_rate: float = 0.2, use_bl
                     head: str = "conv", stem: str = "imagenet") -> PreActResNet:  # fmt: skip
     return PreActResNet((3, 4, 6, 3), num_classes=num_classes, drop_path_rate=drop_path_rate,
                         use_blurpool=use_blurpool, head=head, stem=stem)  # fmt: skip
+
+
+def resnet_tiny(num_classes: int = 1000, drop_path_rate: float = 0.2, use_blurpool: bool = False,
+                head: str = "conv", stem: str = "imagenet") -> ResNet:  # fmt: skip
+    """A ResNet-10 an eighth as wide: 80 thousand parameters, to try things out and for tests."""
+    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, drop_path_rate=drop_path_rate,
+                  use_blurpool=use_blurpool, head=head, stem=stem, base_width=8)  # fmt: skip

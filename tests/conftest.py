@@ -1,0 +1,31 @@
+"""What all tests share: one thread (bit-exactness needs a fixed number), tiny runs, small images."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """Class folders of small generated JPEGs: 3 classes, 24 training and 7 validation images each."""
+    from PIL import Image
+
+    root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 7)):
+        for k, name in enumerate(("cat", "dog", "owl")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                side = 40 + int(rng.integers(0, 20))
+                pixels = rng.integers(0, 90, (side, side + 8, 3)).astype(np.uint8)
+                pixels[:, :, k] += 120
+                Image.fromarray(pixels).save(folder / f"{name}_{i}.JPEG", quality=90)
+    return root

@@ -1,0 +1,70 @@
+"""Tiny training runs through the real command line, and what it means for two of them to be equal."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+# Three phases with everything random switched on: mixing, drop-path, augmentation, EMA.
+TINY = [
+    *("--arch", "resnet_tiny", "--epochs", "3", "--resize-schedule", "16,24,32", "--phase-batch-sizes", "24,16,16"),
+    *("--phase-epochs", "1,1,1", "--drop-path-rate", "0.3", "--augment", "full", "--lr", "1e-3"),
+    *("--device", "cpu", "--amp", "off", "--seed", "3"),
+]
+TIMING = {"images_per_second", "data_wait_percent", "seconds"}
+
+
+def command(*args: object) -> list[str]:
+    return [sys.executable, str(ROOT / "train.py"), *map(str, args)]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **extra}
+
+
+def cli(*args: object, **extra: str) -> subprocess.CompletedProcess:
+    """train.py in a process of its own."""
+    return subprocess.run(command(*args), capture_output=True, text=True, env=environment(**extra), timeout=300)
+
+
+def start(*args: object, **extra: str) -> subprocess.Popen:
+    """train.py in a process group of its own, to be killed with its workers."""
+    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=environment(**extra), start_new_session=True)  # fmt: skip
+
+
+def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    process.wait()
+
+
+def payload(run_dir: Path, kind: str = "last") -> dict:
+    (path,) = Path(run_dir).glob(f"{kind}_*.pt")
+    return torch.load(path, weights_only=True)
+
+
+def digest(run_dir: Path, kind: str = "last") -> dict[str, str]:
+    """A hash of each part of a checkpoint that two equal runs must share, bit for bit."""
+    content = payload(run_dir, kind)
+    parts = {name: content[name] for name in ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")}
+    parts["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
+    return {name: hashlib.sha256(_flat(value).encode()).hexdigest() for name, value in parts.items()}
+
+
+def _flat(value) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}{tuple(value.shape)}" + hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_flat(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(_flat, value)) + "]"
+    return repr(value)
