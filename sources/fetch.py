@@ -165,15 +165,16 @@ def _transfer(wanted: Wanted, report: Report) -> None:
         with _opener(wanted).open(request, timeout=60) as response:
             _receive(wanted, response, start, report)
     except urllib.error.HTTPError as error:
+        answer = f"the server answered {error.code} {error.reason.partition(chr(10))[0]}"
         if error.code == 416 and start:  # nothing after what we have: whole if the sizes agree, else of another version
             if error.headers.get("Content-Range") == f"bytes */{start}":
                 return
             _forget(wanted)
             raise Interrupted("the server has another version of the file") from error
         if error.code == 429 or error.code >= 500:
-            raise Interrupted(f"the server answered {error.code} {error.reason}") from error
+            raise Interrupted(answer) from error
         raise DataError(
-            f"{wanted.shown}: the server answered {error.code} {error.reason}",
+            f"{wanted.shown}: {answer}",
             "check the address; links from image-net.org need you to be logged in, and expire",
         ) from error
     except (OSError, http.client.HTTPException) as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from errors import DataError
 from sources import folders
 from sources.imagenet import flat_val_labels
-from sources.unpack import FOLDER, PLAIN, Member, tar_members, unexpected
+from sources.unpack import FOLDER, PLAIN, REMARK, Member, tar_members, unexpected
 
 VAL_IMAGE = re.compile(r"(?:val/)?(ILSVRC2012_val_\d{8})\.JPEG")
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"
@@ -19,7 +19,7 @@ DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"
 def train_members(members: Iterator[Member]) -> Iterator[Member]:
     """The images of ILSVRC2012_img_train.tar, a tar file of one tar file per class, as <class>/<image>."""
     for outer in members:
-        if outer.kind == FOLDER:
+        if outer.kind in (FOLDER, REMARK):
             continue
         if outer.kind != PLAIN or not re.fullmatch(r"n\d{8}\.tar", outer.name):
             raise unexpected(outer.name)
@@ -50,9 +50,7 @@ def val_place(labels: dict[bytes, bytes]) -> Callable[[str], str]:
 
 def devkit_place(name: str) -> str | None:
     """Of the development kit only the validation labels are of use."""
-    folder, _, inside = name.removeprefix("./").partition("/")
-    if folder != DEVKIT_FOLDER:
-        raise unexpected(name)
+    inside = name.removeprefix("./").removeprefix(DEVKIT_FOLDER + "/")
     return inside if inside in ("data/meta.mat", "data/ILSVRC2012_validation_ground_truth.txt") else None
 
 

@@ -23,9 +23,9 @@ from errors import DataError, ResourceError
 BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
 CHUNK = 1 << 20
 MAX_FILES = 3_000_000
-PLAIN, FOLDER = "file", "folder"
+PLAIN, FOLDER, REMARK = "file", "folder", "remark"
 TAR_KINDS = {b"0": PLAIN, b"\0": PLAIN, b"5": FOLDER, b"1": "hard link", b"2": "symbolic link", b"3": "device",
-             b"4": "device", b"6": "pipe", b"L": "long name", b"x": "extended header"}  # fmt: skip
+             b"4": "device", b"6": "pipe", b"L": "long name", b"x": REMARK, b"g": REMARK}  # fmt: skip
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Member:
     """A file inside an archive; `read` gives its bytes once, before the next member is asked for."""
 
     name: str
-    kind: str  # PLAIN, FOLDER, or what it is instead
+    kind: str  # PLAIN, FOLDER, REMARK (pax headers), or what it is instead
     size: int  # bytes
     stream: BinaryIO
     left: int  # bytes of it that were not read yet
@@ -126,8 +126,8 @@ def unpack(
     into.mkdir(parents=True)
     count, made = 0, set()
     for member in members:
-        if member.kind == FOLDER:
-            continue  # folders are made for the files in them
+        if member.kind in (FOLDER, REMARK):
+            continue  # folders are made for the files in them; remarks hold times and owners
         if member.kind != PLAIN:
             raise DataError(f"holds a {member.kind} ({member.name})", "this is not the published archive: fetch that")
         target = place(member.name)

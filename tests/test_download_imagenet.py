@@ -1,0 +1,730 @@
+"""Fetching, verifying, unpacking and arranging: every way a server, an archive or a killed run can go wrong."""
+
+import hashlib
+import http.server
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import stat
+import tarfile
+import threading
+import urllib.request
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import download_imagenet
+import errors
+from download_imagenet import Archive, main
+from errors import DataError, ResourceError, UsageError
+from sources import fetch, folders, ilsvrc, unpack
+from sources.fetch import Wanted, check_url, download
+from sources.layouts import index
+
+BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # begins like a .gz file
+MD5 = hashlib.md5(BODY).hexdigest()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves `server.files`; the path's first part says how: /plain/x, /short/x, /html/x ..."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers.get("Range"), self.headers.get("If-Range")))
+        how, _, name = self.path.lstrip("/").partition("/")
+        body, etag = self.server.files[name], self.server.etag
+        if how.isdigit():
+            return self.send_error(int(how))
+        if how == "to":  # /to/<address>
+            return self.answer(302, {"Location": self.server.location}, b"")
+        if how == "html":
+            return self.answer(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Please log in</html>")
+        if how == "login":
+            return self.answer(200, {"Content-Type": "application/x-tar"}, b"<!doctype html>Please log in")
+        if how == "unsaid":
+            return self.answer(200, {"Content-Length": None}, body)
+        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        start, status = 0, 200
+        wants = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        if wants and how != "norange" and self.headers.get("If-Range") == etag:
+            start, status = int(wants[1]), 206
+            if start >= len(body):
+                return self.answer(416, {"Content-Range": f"bytes */{len(body)}"}, b"")
+            headers["Content-Range"] = f"bytes {start - (how == 'wrongpart')}-{len(body) - 1}/{len(body)}"
+        rest = body[start:]
+        if how == "gzip":
+            headers["Content-Encoding"] = "gzip"
+        headers["Content-Length"] = str(len(rest))
+        self.answer(status, headers, rest[: (len(rest) + 1) // 2] if how == "short" else rest)
+
+    def answer(self, status, headers, body):
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            if value is not None:
+                self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.etag, server.location, server.requests = {"x.tar.gz": BODY}, '"v1"', "", []
+    server.at = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(os, "sync", lambda: None)
+    monkeypatch.setattr(download, "__kwdefaults__", {**download.__kwdefaults__, "pause": lambda seconds: None})
+
+
+@pytest.fixture
+def want(server, tmp_path):
+    def make(how="plain", **known):
+        return Wanted(f"{server.at}/{how}/x.tar.gz", tmp_path / "x.tar.gz", allow_loopback=True, **known)
+
+    return make
+
+
+def refused(kind, *args, **options):
+    with pytest.raises(kind) as caught:
+        download(*args, **options)
+    assert "\n" not in caught.value.what and "\n" not in caught.value.fix
+    return caught.value
+
+
+def test_a_file_arrives_whole_and_alone(want, tmp_path):
+    seen = []
+    path = download(want(size=len(BODY), md5=MD5), lambda *report: seen.append(report))
+    assert path.read_bytes() == BODY and os.listdir(tmp_path) == ["x.tar.gz"]
+    assert ("fetching", len(BODY), len(BODY)) in seen and ("checking", len(BODY), len(BODY)) in seen
+
+
+def test_a_short_read_is_noticed_and_kept_and_resumed(want, server, tmp_path):
+    error = refused(DataError, want("short"), tries=1)
+    assert "150,001 of 300,002 bytes" in error.what and "goes on from there" in error.fix
+    assert not (tmp_path / "x.tar.gz").exists() and (tmp_path / "x.tar.gz.part").stat().st_size == 150_001
+    note = (tmp_path / "x.tar.gz.part.json").read_text().replace("/short/", "/plain/")
+    (tmp_path / "x.tar.gz.part.json").write_text(note)
+    assert download(want()).read_bytes() == BODY
+    assert server.requests[-1] == ("/plain/x.tar.gz", "bytes=150001-", '"v1"')
+
+
+def test_a_connection_that_keeps_breaking_gets_there(want, server):
+    assert download(want("short", md5=MD5), tries=2).read_bytes() == BODY  # each try brings half of the rest
+    assert len(server.requests) > 10
+
+
+def test_a_server_that_ignores_ranges_starts_again(want):
+    wanted = want("norange")
+    wanted.part.write_bytes(b"\x1f\x8bstale")
+    fetch._write_note(wanted, {"url": wanted.url, "validator": '"v1"'})
+    assert download(wanted).read_bytes() == BODY
+
+
+def test_a_file_that_changed_meanwhile_starts_again(want, server):
+    wanted = want()
+    wanted.part.write_bytes(b"\x1f\x8b" + bytes(1000))
+    fetch._write_note(wanted, {"url": wanted.url, "validator": '"v0"'})
+    assert download(wanted).read_bytes() == BODY and server.requests[0][2] == '"v0"'
+
+
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "http://elsewhere", "validator": "x"}'])
+def test_a_part_of_unknown_origin_starts_again(note, want):
+    wanted = want()
+    wanted.part.write_bytes(b"\x1f\x8b of something else")
+    wanted.note.write_text(note)
+    assert download(wanted).read_bytes() == BODY
+
+
+def test_a_part_that_is_already_whole(want):
+    wanted = want(md5=MD5)
+    wanted.part.write_bytes(BODY)
+    fetch._write_note(wanted, {"url": wanted.url, "validator": '"v1"'})
+    assert download(wanted).read_bytes() == BODY
+    wanted.path.rename(wanted.part)
+    wanted.part.write_bytes(BODY + b"more")  # longer than the file: of another version, although the note says not
+    fetch._write_note(wanted, {"url": wanted.url, "validator": '"v1"'})
+    assert download(wanted).read_bytes() == BODY
+
+
+def test_another_part_than_the_one_asked_for_is_not_appended(want):
+    wanted = want("wrongpart")
+    wanted.part.write_bytes(BODY[:1000])
+    fetch._write_note(wanted, {"url": wanted.url, "validator": '"v1"'})
+    assert download(wanted).read_bytes() == BODY
+
+
+def test_a_wrong_checksum_is_set_aside(want, tmp_path):
+    assert "checksum" in refused(DataError, want(md5="0" * 32)).what
+    assert sorted(os.listdir(tmp_path)) == ["x.tar.gz.bad", "x.tar.gz.part.json"]
+    assert download(want(md5=MD5)).read_bytes() == BODY  # and does not poison the next try
+
+
+def test_a_wrong_length_is_refused_before_anything_is_fetched(want, tmp_path):
+    assert "300,002 bytes; the published file has 7" in refused(DataError, want(size=7, md5=MD5)).what
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("how,words", [("html", "web page"), ("login", "does not begin like a .gz"), ("gzip", "re-encoded"),
+                                       ("unsaid", "how long"), ("404", "404 Not Found"), ("403", "403 Forbidden")])  # fmt: skip
+def test_what_is_not_the_file_is_refused_and_not_kept(how, words, want, tmp_path, server):
+    assert words in refused(DataError, want(how)).what
+    assert os.listdir(tmp_path) == [] and len(server.requests) == 1
+
+
+@pytest.mark.parametrize("how", ["500", "503", "429"])
+def test_a_busy_server_is_asked_again_and_then_given_up(how, want, server):
+    pauses = []
+    assert how in refused(DataError, want(how), tries=3, pause=pauses.append).what
+    assert len(server.requests) == 3 and pauses == [2.0, 4.0]
+
+
+def test_no_server_at_all(tmp_path):
+    assert "refused" in refused(DataError, Wanted("http://127.0.0.1:9/x.zip", tmp_path / "x.zip", md5=MD5)).what
+
+
+def test_redirects_are_followed_a_few_times_and_never_to_plain_http(want, server, tmp_path):
+    server.location = f"{server.at}/plain/x.tar.gz"
+    assert download(want("to")).read_bytes() == BODY
+    server.location = f"{server.at}/to/x.tar.gz"
+    assert refused(DataError, want("to")) and len(server.requests) < 12
+    for address in ("http://example.invalid/x.tar.gz", "file:///etc/passwd", "ftp://example.invalid/x", "data:,x"):
+        server.location = address
+        error = refused((DataError, UsageError), want("to"))
+        assert "plain http" in error.what or "not an address" in error.what or "302" in error.what
+
+
+def test_a_redirect_from_https_to_http_is_refused_even_where_the_checksum_is_known(tmp_path):
+    wanted = Wanted("https://image-net.org/x.tar", tmp_path / "x.tar", md5=MD5)
+    request = urllib.request.Request(wanted.url)
+    follow = fetch._Redirects(wanted).redirect_request
+    assert (
+        follow(request, None, 302, "Found", {}, "https://elsewhere.org/x.tar").full_url == "https://elsewhere.org/x.tar"
+    )
+    with pytest.raises(DataError, match="redirects to plain http"):
+        follow(request, None, 302, "Found", {}, "http://elsewhere.org/x.tar")
+
+
+def test_which_addresses_are_allowed(tmp_path):
+    def allowed(url, **known):
+        try:
+            check_url(url, Wanted(url, tmp_path / "x", **known))
+        except UsageError:
+            return False
+        return True
+
+    assert allowed("https://image-net.org/x") and allowed("http://image-net.org/x", md5=MD5)
+    assert not allowed("http://image-net.org/x") and not allowed("http://127.0.0.1/x")
+    assert allowed("http://127.0.0.1/x", allow_loopback=True) and not allowed("http://10.0.0.1/x", allow_loopback=True)
+    for url in ("file:///etc/passwd", "ftp://a/b", "data:,x", "image-net.org/x", "https://user:secret@a.org/x", ""):
+        assert not allowed(url, md5=MD5)
+
+
+def test_messages_show_no_secrets(want, server):
+    wanted = replace(want("404"), url=f"{server.at}/404/x.tar.gz?token=SECRET")
+    server.files["x.tar.gz?token=SECRET"] = b""
+    assert "SECRET" not in str(refused(DataError, wanted))
+    with pytest.raises(UsageError) as caught:
+        check_url("https://me:SECRET@image-net.org/x", wanted)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_disk_without_room_is_said_before_the_transfer(want, monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
+    assert "300,002 are still to come" in refused(ResourceError, want()).what
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_fills_up_keeps_what_came(want, monkeypatch, tmp_path):
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        assert "cannot write" in refused(ResourceError, want()).what
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, old)
+    assert download(want(md5=MD5)).read_bytes() == BODY
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, monkeypatch, tmp_path):
+    monkeypatch.setattr(fetch, "CHUNK", 4096)
+    offsets = sorted(random.Random(1).sample(range(1, len(BODY)), 20))
+    for offset in offsets:
+        child = os.fork()
+        if child == 0:
+            try:
+                download(want(md5=MD5), lambda stage, done, total, offset=offset: done < offset or die())
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert not (tmp_path / "x.tar.gz").exists()
+        assert offset <= (tmp_path / "x.tar.gz.part").stat().st_size < offset + 4096
+    assert download(want(md5=MD5)).read_bytes() == BODY
+    resumed = [asked for _, asked, _ in server.requests if asked]
+    assert len(resumed) == 20  # every request but the first asked for the rest only
+
+
+# Archives
+
+
+def tar_of(members, name="x.tar", format=tarfile.USTAR_FORMAT):
+    """A tar file's bytes: (name, content) or a prepared TarInfo."""
+    file = io.BytesIO()
+    with tarfile.open(mode="w:gz" if name.endswith("gz") else "w", fileobj=file, format=format) as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return file.getvalue()
+
+
+def special(name, kind, target=""):
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def anything(name):
+    return name
+
+
+def open_and_unpack(data, into, place=anything, name="x.tar", max_size=1 << 20):
+    path = into.parent / name
+    path.write_bytes(data)
+    with unpack.complete_or_absent(into) as partial, unpack.opened(path) as members:
+        return unpack.unpack(members, partial, place, max_size=max_size)
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_tar_is_read_as_tarfile_wrote_it(format, name, tmp_path):
+    rng = random.Random(0)
+    files = {f"d{i}/{'f' * i}.bin": rng.randbytes(rng.randrange(2000)) for i in range(1, 40)} | {
+        "empty": b"",
+        "block": bytes(512),
+    }
+    folder = special("d1", tarfile.DIRTYPE)
+    folder.uname = "Müller"  # makes a remark in PAX_FORMAT
+    data = tar_of([folder, *files.items()], name, format)
+    assert open_and_unpack(data, tmp_path / "out", name=name) == len(files)
+    out = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert out == files
+    assert stat.S_IMODE((tmp_path / "out/empty").stat().st_mode) & 0o7133 == 0
+
+
+EVIL = {
+    "a symbolic link": [special("a", tarfile.SYMTYPE, "/etc/passwd")],
+    "a hard link": [("b", b"1"), special("a", tarfile.LNKTYPE, "b")],
+    "a link and a file through it": [special("d", tarfile.SYMTYPE, "/tmp"), ("d/evil", b"1")],
+    "a device": [special("a", tarfile.CHRTYPE)],
+    "a pipe": [special("a", tarfile.FIFOTYPE)],
+    "a sparse file": [special("a", tarfile.GNUTYPE_SPARSE)],
+    "the same name twice": [("a", b"1"), ("a", b"2")],
+    "a long name": [("n" * 300, b"1")],
+    "a file too large": [("a", bytes((1 << 20) + 1))],
+}
+
+
+@pytest.mark.parametrize("members", EVIL.values(), ids=EVIL.keys())
+def test_a_tar_with_more_than_plain_files_is_refused_whole(members, tmp_path):
+    with pytest.raises(DataError) as caught:
+        open_and_unpack(tar_of([("fine", b"1"), *members], format=tarfile.GNU_FORMAT), tmp_path / "out")
+    assert str(tmp_path / "x.tar") in caught.value.what
+    assert os.listdir(tmp_path) == ["x.tar"]
+
+
+NAMES = ["../evil", "/tmp/evil", "n01440764/../../evil.JPEG", "n01440764\\..\\evil", "n01440764/n01440764_1.JPEG/x",
+         "n01440764/n01443537_1.JPEG", "n01440764/n01440764_1.jpeg\n", "evil.py", "", "."]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_unexpected_names_are_refused_and_nothing_is_written_outside(name, tmp_path):
+    inside = tmp_path / "deep" / "deeper"
+    inside.mkdir(parents=True)
+    for place in (ilsvrc.train_place, ilsvrc.val_place({b"ILSVRC2012_val_00000001": b"n01440764"})):
+        with pytest.raises(DataError):
+            place(name)
+        with pytest.raises(DataError, match="unexpected name"):
+            open_and_unpack(
+                tar_of([("n01440764/n01440764_1.JPEG", b"1"), (name, b"2")]), inside / "out", ilsvrc.train_place
+            )
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [inside / "x.tar"]
+
+
+def test_a_label_cannot_lead_outside():
+    with pytest.raises(DataError):
+        ilsvrc.val_place({b"ILSVRC2012_val_00000001": b"../../evil"})("ILSVRC2012_val_00000001.JPEG")
+
+
+def test_a_damaged_tar_is_refused_whole(tmp_path):
+    data = tar_of([("a", b"1" * 3000), ("b", b"2" * 3000)])
+    for cut in (0, 100, 512, 600, 4000, 4700, 7168):
+        with pytest.raises(DataError, match=r"x\.tar"):
+            open_and_unpack(data[:cut], tmp_path / "out")
+    for header in (0, 512 + 3072):
+        for byte in (0, 124, 148, 156, 257):  # name, size, checksum, kind, magic
+            flipped = bytearray(data)
+            flipped[header + byte] ^= 0x11
+            with pytest.raises(DataError, match="damaged"):
+                open_and_unpack(bytes(flipped), tmp_path / "out")
+    assert os.listdir(tmp_path) == ["x.tar"]
+
+
+@pytest.mark.parametrize(
+    "size", [b"-0000001000\0", b"\x80" + b"\0" * 10 + b"\1", b"\xff" * 12, b"77777777777\0", b"1x\0"]
+)
+def test_odd_sizes_in_a_tar_header_are_refused(size, tmp_path):
+    header = bytearray(tar_of([("a", b"1")])[:1024] + bytes(1024))
+    header[124:136] = size.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header[:512])
+    with pytest.raises(DataError):
+        open_and_unpack(bytes(header), tmp_path / "out", max_size=1 << 40)
+
+
+def zip_of(files):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def test_a_zip_is_read_and_its_checksums_compared(tmp_path):
+    files = {"d/": b"", "d/a": b"1" * 5000, "b": b""}
+    assert open_and_unpack(zip_of(files), tmp_path / "out", name="x.zip") == 2
+    assert (tmp_path / "out/d/a").read_bytes() == b"1" * 5000
+    content = random.Random(0).randbytes(5000)
+    whole = zip_of({"a": content})
+    damaged = bytearray(whole)
+    damaged[2000] ^= 1
+    for data in (bytes(damaged), whole[:3000], b"", b"PK\3\4"):
+        with pytest.raises(DataError, match="damaged"):
+            open_and_unpack(data, tmp_path / "out2", name="x.zip")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path):
+    link = zipfile.ZipInfo("a")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with pytest.raises(DataError, match="link"):
+        open_and_unpack(zip_of({link: "/etc/passwd"}), tmp_path / "out", name="x.zip")
+
+
+def test_an_unpacked_folder_is_complete_or_absent(tmp_path):
+    (tmp_path / "out.partial" / "half").mkdir(parents=True)  # a killed run's
+    assert open_and_unpack(tar_of([("a", b"1")]), tmp_path / "out") == 1
+    assert os.listdir(tmp_path / "out") == ["a"]
+    with pytest.raises(KeyboardInterrupt), unpack.complete_or_absent(tmp_path / "other") as partial:
+        partial.mkdir()
+        raise KeyboardInterrupt
+    assert sorted(os.listdir(tmp_path)) == ["out", "x.tar"]
+
+
+# The whole story, in small
+
+IDS = ["n01440764", "n01443537", "n01484850"]
+LABELS = [1, 0, 2, 2, 0, 1]  # of the validation images, positions in IDS
+
+
+def class_tar(wnid, count=3):
+    return tar_of([(f"{wnid}_{i}.JPEG", f"{wnid} {i}".encode()) for i in range(count)])
+
+
+def small_imagenet():
+    """{archive name: content} of an ImageNet of 9 + 6 images."""
+    from scipy.io import savemat
+
+    synsets = np.array([(k + 1, wnid) for k, wnid in enumerate(IDS)], [("ILSVRC2012_ID", object), ("WNID", object)])
+    savemat(meta := io.BytesIO(), {"synsets": synsets.reshape(-1, 1)})
+    kit, truth = ilsvrc.DEVKIT_FOLDER, "".join(f"{k + 1}\n" for k in LABELS).encode()
+    return {
+        "ILSVRC2012_img_train.tar": tar_of([(f"{wnid}.tar", class_tar(wnid)) for wnid in IDS]),
+        "ILSVRC2012_img_val.tar": tar_of([(f"ILSVRC2012_val_{i:08d}.JPEG", f"val {i}".encode()) for i in range(1, 7)]),
+        "ILSVRC2012_devkit_t12.tar.gz": tar_of([
+            special(kit, tarfile.DIRTYPE), (f"{kit}/readme.txt", b"read me"), (f"{kit}/data/meta.mat", meta.getvalue()),
+            (f"{kit}/data/ILSVRC2012_validation_ground_truth.txt", truth),
+        ], "x.tar.gz"),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The archives of a small ImageNet, and download_imagenet made to expect them."""
+    files = small_imagenet()
+    for constant in ("TRAIN", "VAL", "DEVKIT"):
+        archive = getattr(download_imagenet, constant)
+        data = files[archive.name]
+        known = replace(archive, size=len(data), md5=hashlib.md5(data).hexdigest())
+        monkeypatch.setattr(download_imagenet, constant, known)
+    monkeypatch.setattr(download_imagenet, "COUNTS", (9, 6, 3))
+    return files
+
+
+def is_arranged(data_dir):
+    found = index("imagenet", data_dir)
+    val = {found.val.name(i): found.val.labels[i] for i in range(6)}
+    assert found.train.read([4]) == [b"n01443537 1"] and len(found.train) == 9
+    return val == {f"val/{IDS[k]}/ILSVRC2012_val_{i:08d}.JPEG": k for i, k in enumerate(LABELS, start=1)}
+
+
+def auto_args(server, data_dir):
+    at = f"{server.at}/plain/ILSVRC2012_"
+    return ["--method", "auto", "--data-dir", str(data_dir), "--train-url", f"{at}img_train.tar",
+            "--val-url", f"{at}img_val.tar", "--devkit-url", f"{at}devkit_t12.tar.gz"]  # fmt: skip
+
+
+def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(small, server, tmp_path, capsys):
+    server.files |= small
+    assert main(auto_args(server, tmp_path)) == 0
+    assert is_arranged(tmp_path)
+    assert f"python train.py --data-dir {tmp_path}" in capsys.readouterr().out
+    asked = len(server.requests)
+    assert asked == 3 and main(auto_args(server, tmp_path)) == 0 and len(server.requests) == asked
+    shutil.rmtree(tmp_path / "val")  # the archive is there: nothing to fetch
+    assert main(auto_args(server, tmp_path)) == 0 and is_arranged(tmp_path) and len(server.requests) == asked
+
+
+def test_auto_killed_anywhere_can_be_run_again(small, server, tmp_path, monkeypatch):
+    server.files |= small
+    steps = [(fetch, "_append"), (fetch, "verify"), (unpack, "_write"), (os, "sync"), (folders, "list_classes")]
+    for k, (module, name) in enumerate(steps * 2):
+        child = os.fork()
+        if child == 0:
+            calls, original = [], getattr(module, name)
+
+            def dies(*args, calls=calls, original=original, after=1 + 2 * (k >= len(steps)), **options):
+                calls.append(1)
+                if len(calls) == after:
+                    die()
+                return original(*args, **options)
+
+            setattr(module, name, dies)
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                main(auto_args(server, tmp_path))
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        for part, count in (("train", 9), ("val", 6)):
+            files = [p for p in (tmp_path / part).rglob("*") if p.is_file()]
+            assert len(files) in (0, count)  # complete or absent
+    assert main(auto_args(server, tmp_path)) == 0 and is_arranged(tmp_path)
+    assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.part"))
+
+
+def test_manual_says_what_to_do_and_arranges_what_is_there(small, tmp_path, capsys):
+    assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    for words in (
+        "image-net.org",
+        "138 GB",
+        "6.3 GB",
+        "ILSVRC2012_img_train.tar",
+        "ILSVRC2012_img_val.tar",
+        str(tmp_path),
+    ):
+        assert words in said
+    assert os.listdir(tmp_path) == []
+    for name, data in small.items():
+        (tmp_path / name).write_bytes(data)
+    assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
+
+
+def test_manual_names_what_is_missing_and_refuses_half_a_download(small, tmp_path):
+    (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(small["ILSVRC2012_img_val.tar"][:2000])
+    with pytest.raises(DataError, match=r"no ILSVRC2012_devkit_t12\.tar\.gz"):
+        main(["--method", "manual", "--data-dir", str(tmp_path)])
+    (tmp_path / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(small["ILSVRC2012_devkit_t12.tar.gz"])
+    with pytest.raises(DataError, match="2,000 bytes"):
+        main(["--method", "manual", "--data-dir", str(tmp_path)])
+    assert not (tmp_path / "val").exists() and (tmp_path / "ILSVRC2012_img_val.tar.bad").exists()
+
+
+@pytest.mark.parametrize("killed_after", [None, 1, 4, 6])
+def test_a_flat_val_is_filed_into_class_folders(killed_after, small, tmp_path, monkeypatch):
+    for name in ("ILSVRC2012_img_train.tar", "ILSVRC2012_devkit_t12.tar.gz"):
+        (tmp_path / name).write_bytes(small[name])
+    (tmp_path / "val").mkdir()
+    for i in range(1, 7):
+        (tmp_path / "val" / f"ILSVRC2012_val_{i:08d}.JPEG").write_bytes(b"val")
+    (tmp_path / "val" / ".DS_Store").write_bytes(b"")
+    if killed_after is not None:
+        real, calls = os.rename, []
+
+        def rename(*args):
+            calls.append(args)
+            if len(calls) > 1 + 1 + killed_after:  # the devkit's and val's own renames come first
+                raise KeyboardInterrupt
+            real(*args)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(os, "rename", rename)
+            main(["--method", "manual", "--data-dir", str(tmp_path)])
+        assert not (tmp_path / "val").exists()
+    assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
+        "ILSVRC2012_devkit_t12", "train", "val", "val.leftovers"]  # fmt: skip
+
+
+def test_a_train_archive_with_foreign_things_in_a_class_is_refused(small, tmp_path, monkeypatch):
+    inner = tar_of([("n01440764_1.JPEG", b"1"), special("n01440764_2.JPEG", tarfile.SYMTYPE, "/etc/passwd")])
+    for content in ([("n01440764.tar", inner)], [("../n01440764.tar", class_tar(IDS[0]))],
+                    [("n01440764.tar", class_tar(IDS[1]))], [("n01440764.tar", class_tar(IDS[0])[:1300] + bytes(700))]):  # fmt: skip
+        data = tar_of(content)
+        known = Archive("x.tar", len(data), hashlib.md5(data).hexdigest())
+        (tmp_path / known.name).write_bytes(data)
+        with pytest.raises(DataError):
+            download_imagenet.unpack_to(
+                tmp_path / "train", tmp_path / "x.tar", ilsvrc.train_place, 1, ilsvrc.train_members
+            )
+        assert os.listdir(tmp_path) == ["x.tar"]
+
+
+def real_counts():
+    """Listings with ImageNet's real numbers of images: 732 to 1,300 for training, 50 for validation."""
+    names = [b"n%08d" % k for k in range(1000)]
+    counts = np.full(1000, 1300)
+    counts[:105] = 1118  # 895 x 1300 + 105 x 1118 = 1,280,890
+    counts[0] += 1_281_167 - counts.sum()
+    train = {name: [b"x"] * count for name, count in zip(names, counts, strict=True)}
+    return {"train": folders.Listing(b"/", train), "val": folders.Listing(b"/", {name: [b"x"] * 50 for name in names})}
+
+
+def test_the_counts_of_the_real_imagenet_are_checked_and_differences_named(monkeypatch):
+    listings = real_counts()
+    monkeypatch.setattr(folders, "list_classes", lambda data_dir, part: listings[part])
+    ilsvrc.check_counts(Path("x"), 1_281_167, 50_000, 1000)
+
+    def problem():
+        with pytest.raises(DataError) as caught:
+            ilsvrc.check_counts(Path("x"), 1_281_167, 50_000, 1000)
+        return caught.value.what
+
+    listings["train"].by_class[b"n00000007"].pop()
+    assert "train/ has 1,281,166 images of 1,000 classes, 1,281,167 of 1,000 expected" in problem()
+    listings.update(real_counts())
+    listings["val"].by_class[b"n00000003"].append(listings["val"].by_class[b"n00000004"].pop())
+    assert problem().endswith("val classes without exactly 50 images: n00000003, n00000004")
+    listings.update(real_counts())
+    listings["val"].by_class[b"n10000000"] = listings["val"].by_class.pop(b"n00000999")
+    assert "classes in only one of train/ and val/: n00000999, n10000000" in problem()
+
+
+def test_imagenets_archives_are_the_published_ones():
+    archives = (download_imagenet.TRAIN, download_imagenet.VAL, download_imagenet.DEVKIT)
+    assert [(archive.name, archive.size, archive.md5) for archive in archives] == [
+        ("ILSVRC2012_img_train.tar", 147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e"),
+        ("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d5413ddabcf34fc5622"),
+        ("ILSVRC2012_devkit_t12.tar.gz", 2_568_634, "fa75699e90414af021442c21a62c3abf"),
+    ]
+    assert download_imagenet.COUNTS == (1_281_167, 50_000, 1000)
+
+
+def small_simple(monkeypatch, server, dataset, data, images):
+    what = download_imagenet.SIMPLE[dataset]
+    archive = Archive(
+        what.archive.name, len(data), hashlib.md5(data).hexdigest(), f"{server.at}/plain/{what.archive.name}"
+    )
+    server.files[what.archive.name] = data
+    monkeypatch.setitem(download_imagenet.SIMPLE, dataset, replace(what, archive=archive, images=images))
+
+
+def tiny_files():
+    files = {"tiny-imagenet-200/": b"", "tiny-imagenet-200/test/images/test_0.JPEG": b"no label"}
+    for wnid in IDS[:2]:
+        files[f"tiny-imagenet-200/train/{wnid}/{wnid}_boxes.txt"] = b""
+        files |= {f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG": b"x" for i in range(2)}
+        files[f"tiny-imagenet-200/val/images/val_{wnid[-1]}.JPEG"] = b"y"
+    rows = "".join(f"val_{wnid[-1]}.JPEG\t{wnid}\t0\t0\t9\t9\n" for wnid in IDS[:2])
+    return files | {"tiny-imagenet-200/val/val_annotations.txt": rows.encode(), "tiny-imagenet-200/words.txt": b""}
+
+
+def test_simple_fetches_tiny_imagenet(server, tmp_path, monkeypatch, capsys):
+    small_simple(monkeypatch, server, "tiny-imagenet", zip_of(tiny_files()), (4, 2))
+    arguments = ["--method", "simple", "--dataset", "tiny-imagenet", "--data-dir", str(tmp_path)]
+    assert main(arguments) == 0 and main(arguments) == 0 and len(server.requests) == 1
+    found = index("tiny-imagenet", tmp_path)
+    assert (len(found.train), len(found.val), len(found.classes)) == (4, 2, 2)
+    assert not (tmp_path / "tiny-imagenet-200/test").exists()
+    assert f"python train.py --dataset tiny-imagenet --data-dir {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tiny-imagenet-200/../evil", "elsewhere/x", "tiny-imagenet-200/train/evil.py"])
+def test_simple_refuses_a_zip_with_foreign_names(name, server, tmp_path, monkeypatch):
+    small_simple(monkeypatch, server, "tiny-imagenet", zip_of(tiny_files() | {name: b"evil"}), (4, 2))
+    with pytest.raises(DataError, match="unexpected name"):
+        main(["--method", "simple", "--dataset", "tiny-imagenet", "--data-dir", str(tmp_path)])
+    assert os.listdir(tmp_path) == ["tiny-imagenet-200.zip"]
+
+
+def test_simple_names_a_wrong_count(server, tmp_path, monkeypatch):
+    small_simple(monkeypatch, server, "tiny-imagenet", zip_of(tiny_files()), (5, 2))
+    with pytest.raises(DataError, match=r"has 4 \+ 2 images, not 5 \+ 2"):
+        main(["--method", "simple", "--dataset", "tiny-imagenet", "--data-dir", str(tmp_path)])
+
+
+def test_simple_fetches_cifar(server, tmp_path, monkeypatch):
+    import pickle
+
+    rows = {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 1]}
+    members = {"train": rows, "test": rows, "meta": {b"fine_label_names": [b"apple", b"bear"]}}
+    files = [(f"cifar-100-python/{name}", pickle.dumps(content)) for name, content in members.items()]
+    data = tar_of([special("cifar-100-python", tarfile.DIRTYPE), *files, ("cifar-100-python/file.txt~", b"")], "x.gz")
+    small_simple(monkeypatch, server, "cifar100", data, (2, 2))
+    assert main(["--method", "simple", "--dataset", "cifar100", "--data-dir", str(tmp_path)]) == 0
+    assert index("cifar100", tmp_path).classes == ("apple", "bear")
+
+
+def test_simple_explains_why_it_cannot_have_imagenet(capsys):
+    with pytest.raises(UsageError):
+        main(["--method", "simple"])
+    said = capsys.readouterr().out
+    assert "terms" in said and "tiny-imagenet" in said and "hf:" in said and "--method manual" in said
+
+
+def test_without_a_method_it_says_what_there_is(capsys):
+    assert main([]) == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--method manual", "--method auto", "--method simple", "digits"))
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--method", "auto"], ["--method", "auto", "--train-url", "https://a.org/x"], ["--method", "fast"], ["--meth", "auto"],
+    ["--method", "manual", "--val-url", "https://a.org/x"], ["--method", "auto", "--dataset", "cifar10"],
+    ["--method", "simple", "--dataset", "digits"], ["--method", "simple", "--dataset", "mnist"],
+    ["--method", "simple", "--dataset", "imagenet100"],
+    ["--method", "auto", "--train-url", "file:///etc/passwd", "--val-url", "https://a.org/x"],
+    ["--method", "auto", "--train-url", "https://me:pw@a.org/x", "--val-url", "https://a.org/x"],
+])  # fmt: skip
+def test_usage_errors_come_before_any_work(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["download_imagenet.py", *arguments])
+    with pytest.raises(UsageError):
+        main(arguments)
+    assert errors.run(lambda argv: main(arguments)) == 2
+    assert os.listdir(tmp_path) == []
