@@ -1,0 +1,78 @@
+"""The pictures of a run: what they are drawn from, and that they are written whole."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from analysis import figures, plots
+from errors import DataError, ResourceError, UsageError
+
+
+def row(epoch: int, size: int = 32, batch: int = 64, **values) -> dict:
+    return {"epoch": epoch, "image_size": size, "batch_size": batch, "lr": 1e-3, "train_loss": 2.0, "train_top1": 50.0,
+            "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0, "ema_val_loss": None, "ema_val_top1": None,
+            "ema_val_top5": None, "best": False, **values}  # fmt: skip
+
+
+def write_run(folder, rows: list[dict]):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def is_png(path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_plots_write_a_runs_curves_beside_it_and_compare_several(tmp_path):
+    a = write_run(tmp_path / "x" / "run", [row(1), row(2, 48, 32, best=True)])
+    b = write_run(tmp_path / "y" / "run", [row(1, train_loss=None)])
+    assert plots.main([str(a)]) == 0
+    assert is_png(a / "plots" / "curves.png") and is_png(a / "plots" / "lr.png")
+    assert plots.main([str(a), str(b), "--out", str(tmp_path / "out")]) == 0
+    written = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    assert written == {"compare.png", *(f"{d}-run/{n}.png" for d in "xy" for n in ("curves", "lr"))}
+
+
+def test_plots_refuse_what_holds_no_epoch(tmp_path):
+    with pytest.raises(DataError, match="no epoch yet"):
+        plots.main([str(write_run(tmp_path / "empty", []))])
+    with pytest.raises(DataError, match=r"metrics.jsonl"):
+        plots.main([str(tmp_path / "nothing")])
+    with pytest.raises(UsageError):
+        plots.main([])
+
+
+def test_curves_leave_out_epochs_that_were_not_scored_and_mark_phases_and_the_best():
+    rows = [row(1, val_top1=None, val_loss=None), row(2), row(3, 48, 32, best=True), row(4, 48, 32)]
+    assert plots.series(rows, "val_top1") == ([2, 3, 4], [42.0, 43.0, 44.0])
+    assert plots.phases(rows) == [(1, 32, 64), (3, 48, 32)]
+    assert plots.best_row(rows)["epoch"] == 3
+    _, top1 = plots.curves(rows, "a $name$").axes
+    labels = [line.get_label() for line in top1.get_lines()]
+    assert "best: 43.00 % at epoch 3" in labels and "validation, raw weights" in labels
+    assert "validation, EMA weights" not in labels
+    assert [t.get_text() for t in top1.texts] == ["32 px\nbatch 64", "48 px\nbatch 32"]
+
+
+def test_a_heat_map_writes_every_number_and_leaves_gaps_empty():
+    made = figures.heat_map([[1.0, np.nan], [2.5, 3.0]], ["a", "b"], ["c", "d"], title="t", unit="%")
+    assert [t.get_text() for t in made.axes[0].texts] == ["1.0", "2.5", "3.0"]
+
+
+def test_a_heat_map_of_200_classes_names_some_and_writes_no_numbers():
+    names = [f"n{k:08d}" for k in range(200)]
+    made = figures.heat_map(np.eye(200), names, names, title="t", unit="images")
+    assert not made.axes[0].texts
+    assert len(made.axes[0].get_xticklabels()) == 40
+
+
+def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match="cannot write"):
+        figures.save(figures.figure(2, 2), tmp_path / "file" / "a.png")
+    figures.save(figures.figure(2, 2), tmp_path / "deep" / "a.png")
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
