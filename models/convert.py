@@ -53,16 +53,14 @@ def adapt_state_dict(state: Mapping[str, Any], model: nn.Module, reset_head: boo
 
 def find_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict in a checkpoint, under torchvision's keys: no wrapper, no prefix, no blur filter."""
-    for wrapper in WRAPPERS:
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-            break
-    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+    held = state if isinstance(state, Mapping) else {type(state).__name__: state}
+    weights = next((held[name] for name in WRAPPERS if isinstance(held.get(name), Mapping)), held)
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise CheckpointError(
-            f"no model weights in this checkpoint (it holds {', '.join(map(str, list(state)[:8])) or 'nothing'})",
+            f"no model weights in this checkpoint (it holds {', '.join(map(str, list(held)[:8])) or 'nothing'})",
             f"give a state dict, or a file that keeps one as {' or '.join(WRAPPERS)}",
         )
-    return _without_blur({_without_prefix(key): value for key, value in state.items()})
+    return _without_blur({_without_prefix(key): value for key, value in weights.items()})
 
 
 def describe(state: Mapping[str, Tensor]) -> str:

@@ -151,7 +151,7 @@ def test_a_missing_or_extra_tensor_is_named(source):
         adapt_state_dict(state, resnet18(7))
 
 
-@pytest.mark.parametrize("payload", [{}, {"epoch": 3}, {"model": {"x": 1}}, {"model": {}}])
+@pytest.mark.parametrize("payload", [{}, {"epoch": 3}, {"model": {"x": 1}}, {"model": {}}, [1, 2], "text", None])
 def test_a_file_without_weights_is_refused(payload):
     with pytest.raises(CheckpointError, match="no model weights"):
         find_weights(payload)

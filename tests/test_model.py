@@ -86,8 +86,8 @@ def test_blocks_start_as_the_identity_and_convolutions_at_fan_out():
     torch.manual_seed(0)
     model = resnet50()
     assert all(block.bn3.weight.abs().max() == 0 for stage in stages(model) for block in stage)
-    std = model.layer3[1].conv2.weight.std().item()  # 256 channels of 3x3 leave it
-    assert std == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.01)
+    for layer, fan_out in ((model.layer3[1].conv1, 256), (model.layer3[1].conv3, 1024)):
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.01)
     assert model.fc.weight.abs().max().item() <= 2048**-0.5  # torch's own: linear and conv heads start alike
     pre = preact_resnet50()
     block, x = pre.layer1[1], torch.randn(2, 256, 4, 4)
