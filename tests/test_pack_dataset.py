@@ -1,0 +1,226 @@
+"""The packing command: going on after a kill, refusals, bad images, disk space."""
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from test_packed import make_folders
+
+import pack_dataset
+from errors import DataError, ResourceError, UsageError
+from sources import packing
+from sources.packed import open_packed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return make_folders(tmp_path / "data", classes=3, per_class=80)
+
+
+def pack(data, out, *more) -> int:
+    return pack_dataset.main(
+        ["--data-dir", str(data), "--out", str(out), "--stored-sides", "16,32", "--workers", "2", *more]
+    )
+
+
+def files(out) -> dict[str, bytes]:
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+
+
+def command(data, out) -> list[str]:
+    return [sys.executable, str(ROOT / "pack_dataset.py"), "--data-dir", str(data), "--out", str(out),
+            "--stored-sides", "16,32", "--workers", "2"]  # fmt: skip
+
+
+def killed_then_finished(data, out, reached) -> bool:
+    """SIGKILL the real command once `reached(out)`; start it again to the end. Was it killed in time?"""
+    process = subprocess.Popen(command(data, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (out.is_dir() and reached(out)):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    killed = process.wait() == -signal.SIGKILL
+    if killed and (out / "packing.json").exists():
+        with pytest.raises(DataError, match="not finished"):
+            open_packed(out)
+    assert pack(data, out) == 0
+    return killed
+
+
+def test_a_killed_packing_goes_on_to_the_same_bytes(folders, tmp_path):
+    pack(folders, tmp_path / "straight")
+    out = tmp_path / "killed"
+    assert killed_then_finished(folders, out, lambda out: (out / "train-16" / "00000.arrow").exists())
+    assert files(out) == files(tmp_path / "straight")
+
+
+@pytest.mark.torture
+def test_kills_at_twenty_instants(folders, tmp_path):
+    pack(folders, tmp_path / "straight")
+    expected, killed = files(tmp_path / "straight"), 0
+    started = time.monotonic()
+    subprocess.run(command(folders, tmp_path / "timed"), check=True, stdout=subprocess.DEVNULL)
+    whole = time.monotonic() - started
+    for n in range(20):
+        out, begin = tmp_path / f"kill{n}", None
+
+        def reached(out, n=n):
+            nonlocal begin
+            begin = begin or time.monotonic()  # the directory has just appeared
+            return time.monotonic() - begin > whole / 2 * n / 20
+
+        killed += killed_then_finished(folders, out, reached)
+        assert files(out) == expected, n
+        shutil.rmtree(out)
+    assert killed >= 10
+
+
+def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    pack(folders, out)
+    before = files(out)
+    (out / "train-32" / "00001.arrow").unlink()
+    calls, write = [], packing.write_group
+    monkeypatch.setattr(packing, "write_group", lambda *a: calls.append(a[2]) or write(*a))
+    monkeypatch.setattr(pack_dataset, "_in_processes", lambda work, jobs, *_: ((tag, work(*a)) for tag, a in jobs))
+    pack(folders, out)
+    assert [(group.part, group.k) for group in calls] == [("train", 1)]
+    assert files(out) == before
+
+
+def test_a_line_cut_by_a_kill_is_no_obstacle(folders, tmp_path):
+    packing.add_record(str(tmp_path), {"part": "val", "k": 0})
+    with open(tmp_path / packing.RECORDS, "a") as file:
+        file.write('\n{"part": "train", "k"')
+    packing.add_record(str(tmp_path), {"part": "train", "k": 7})
+    assert packing._read_records(str(tmp_path / packing.RECORDS)) == [
+        {"part": "val", "k": 0},
+        {"part": "train", "k": 7},
+    ]
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+def test_a_source_that_changed_is_refused(folders, tmp_path):
+    pack(folders, tmp_path / "out")
+    next((folders / "train" / "class 1").iterdir()).unlink()
+    with pytest.raises(DataError, match=r"has changed .*train 240 images then, 239 now"):
+        pack(folders, tmp_path / "out")
+
+
+def test_other_settings_are_refused(folders, tmp_path):
+    pack(folders, tmp_path / "out")
+    with pytest.raises(UsageError, match="quality 90, not 80"):
+        pack(folders, tmp_path / "out", "--quality", "80")
+
+
+def test_a_folder_with_other_files_is_refused(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.doc").write_text("!")
+    with pytest.raises(UsageError, match="not a packing"):
+        pack(folders, tmp_path / "out")
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.doc"]
+
+
+def test_two_packings_at_once_are_refused(folders, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(pack_dataset.time, "sleep", lambda seconds: None)
+    with pack_dataset._locked(str(tmp_path / "out")), pytest.raises(UsageError, match="at work"):
+        pack(folders, tmp_path / "out")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--verify"], ["--out", "x", "--quality", "0"],
+                                       ["--out", "x", "--stored-sides", "3"]])  # fmt: skip
+def test_usage(arguments):
+    with pytest.raises(UsageError):
+        pack_dataset.main(["--data-dir", "nowhere", *arguments])
+
+
+# --- bad images ------------------------------------------------------------------------------------
+
+
+def test_bad_images_are_all_listed_and_nothing_is_lost(folders, tmp_path, capsys):
+    cut = folders / "train" / "class 0" / "train_05.JPEG"
+    cut.write_bytes(cut.read_bytes()[:200])
+    (folders / "val" / "class 2" / "val_01.JPEG").write_text("<html>")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match="2 bad images"):
+        pack(folders, out)
+    listed = capsys.readouterr().out
+    assert "train_05.JPEG" in listed and "val_01.JPEG" in listed and not (out / "manifest.json").exists()
+
+    assert pack(folders, out, "--on-bad-image", "skip") == 0
+    copy = open_packed(out)
+    assert len(copy.train) == 239 and len(copy.val) == 11
+    assert "2 bad images left out" in capsys.readouterr().out
+    names = [copy.train.name(i) for i in range(239)]
+    assert not any("class 0/train_05" in name for name in names)
+    assert [int(name.split("class ")[1][0]) for name in names] == copy.train.labels.tolist()
+    assert pack(folders, out, "--on-bad-image", "skip") == 0  # and again: complete
+
+
+def test_verify_lists_every_bad_image(folders, capsys):
+    assert pack_dataset.main(["--data-dir", str(folders), "--verify", "--workers", "1"]) == 0
+    assert "all 252 images decode" in capsys.readouterr().out
+    (folders / "train" / "class 1" / "train_09.JPEG").write_bytes(b"")
+    with pytest.raises(DataError, match="1 bad"):
+        pack_dataset.main(["--data-dir", str(folders), "--verify", "--workers", "1"])
+    assert "train_09.JPEG: the file is empty" in capsys.readouterr().out
+
+
+# --- disk ------------------------------------------------------------------------------------------
+
+
+def test_too_small_a_disk_is_refused_before_anything_is_packed(folders, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(ResourceError, match="needs about"):
+        pack(folders, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*/*.arrow"))
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half(folders, tmp_path):
+    """A real failing write: the size of files is limited in the command's process."""
+    out = tmp_path / "out"
+    limited = subprocess.run(
+        command(folders, out), capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
+    )  # fmt: skip
+    assert limited.returncode == 6, limited.stderr
+    assert "is full" in limited.stderr and "Traceback" not in limited.stderr
+    assert not list(out.rglob("*.tmp")) and not (out / "manifest.json").exists()
+    assert pack(folders, out) == 0
+    assert len(open_packed(out).train) == 240
+
+
+def test_a_killed_worker_is_explained(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "write_group", _die)
+    with pytest.raises(ResourceError, match="killed"):
+        pack(folders, tmp_path / "out")
+
+
+def _die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_file_that_vanishes_is_named(folders, tmp_path, monkeypatch):
+    gone = folders / "train" / "class 2" / "train_70.JPEG"
+    monkeypatch.setattr(packing, "estimate", lambda *_: gone.unlink() or {})
+    with pytest.raises(DataError, match=r"train_70\.JPEG"):
+        pack(folders, tmp_path / "out")
+
+
+def test_help_is_quick():
+    started = time.monotonic()
+    done = subprocess.run([*command("a", "b")[:2], "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--stored-sides" in done.stdout
+    assert "pyarrow" not in done.stderr and time.monotonic() - started < 3

@@ -1,0 +1,216 @@
+"""Packed datasets: what is stored, what is read back, and what a damaged one says."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+from test_images import encoded, photo
+
+import pack_dataset
+from errors import DataError
+from sources import packed, packing
+from sources.images import decode
+from sources.index import ArraySplit, DatasetIndex
+from sources.layouts import index
+from sources.packed import open_packed
+
+SIDES = (16, 32)
+
+
+def make_folders(root, classes=3, per_class=30, val_per_class=4):
+    """Class folders of real JPEGs, of different shapes, some smaller than the smallest stored side."""
+    for c in range(classes):
+        for part, n in (("train", per_class), ("val", val_per_class)):
+            folder = root / part / f"class {c}"
+            folder.mkdir(parents=True)
+            for i in range(n):
+                height, width = [(40, 60), (60, 40), (12, 20), (33, 33)][i % 4]
+                (folder / f"{part}_{i:02d}.JPEG").write_bytes(encoded(photo(height, width, seed=100 * c + i)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return make_folders(tmp_path_factory.mktemp("folders"))
+
+
+@pytest.fixture(scope="module")
+def packed_once(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("packed") / "out"
+    assert pack_dataset.main(["--data-dir", str(folders), "--out", str(out), "--stored-sides", "16,32"]) == 0
+    return out
+
+
+@pytest.fixture
+def out(packed_once, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(packed_once, tmp_path / "copy")
+
+
+def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
+    source, copy = index("imagenet", str(folders)), index("imagenet", str(packed_once))
+    assert (copy.name, copy.classes, copy.mean, copy.std) == (source.name, source.classes, source.mean, source.std)
+    assert copy.fingerprint() == source.fingerprint()
+    for mine, theirs in ((copy.train, source.train), (copy.val, source.val)):
+        assert np.array_equal(mine.labels, theirs.labels) and mine.labels.dtype == np.int64
+        assert [mine.name(i) for i in range(len(mine))] == [theirs.name(i) for i in range(len(theirs))]
+    everything = range(len(source.val))
+    assert copy.val.read(everything) == source.val.read(everything)  # at full quality
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_each_copy_is_the_image_with_that_short_side(folders, packed_once, side):
+    source = index("imagenet", str(folders)).train
+    copy = next(split for split in open_packed(packed_once).train.copies() if split.side == side)
+    ids = np.random.default_rng(0).permutation(len(source))[:40]
+    for original, small in zip(source.read(ids), copy.read(ids), strict=True):
+        before, after = decode(original), decode(small)
+        if min(before.shape[:2]) <= side:
+            assert small == original  # never enlarged, never encoded twice
+            continue
+        scale = side / min(before.shape[:2])
+        assert after.shape[:2] == tuple(round(n * scale) for n in before.shape[:2])
+        assert np.abs(after.mean((0, 1)) - before.mean((0, 1))).max() < 3
+
+
+def test_the_copy_for_a_size_has_headroom(packed_once):
+    train = open_packed(packed_once).train
+    # 13 x 1.15 = 14.95, 14 x 1.15 = 16.1, 27 x 1.15 = 31.05; beyond the largest there is only the largest.
+    assert [train.for_size(size).side for size in (8, 13, 14, 27, 28, 64)] == [16, 16, 32, 32, 32, 32]
+    assert train.for_size(8).labels is train.labels
+    val = open_packed(packed_once).val
+    assert val.for_size(8) is val
+
+
+def test_the_default_sides_serve_the_default_sizes():
+    split = packed.PackedSplit.__new__(packed.PackedSplit)
+    split.part, split.manifest, split.side = "train", {"sides": [96, 192, 320]}, None
+    split._at = lambda side: side
+    assert [split.for_size(size) for size in (64, 128, 160, 192, 224)] == [96, 192, 192, 320, 320]
+
+
+def _read_in_child(split, ids, queue):
+    queue.put(split.read(ids))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_the_same(packed_once, method):
+    split = open_packed(packed_once).train.for_size(8)
+    expected = split.read([5, 80, 5])
+    context = multiprocessing.get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_read_in_child, args=(split, [5, 80, 5], queue))
+    child.start()
+    assert queue.get(timeout=60) == expected
+    child.join()
+
+
+def test_a_pickled_split_carries_no_images(packed_once):
+    split = open_packed(packed_once).train
+    split.read(range(len(split)))
+    assert len(split._open) > 1
+    copy = pickle.loads(pickle.dumps(split))  # noqa: S301
+    assert not copy._open and copy.read([3]) == split.read([3])
+
+
+def test_hugging_face_datasets_opens_a_shard(packed_once):
+    datasets = pytest.importorskip("datasets")
+    split = open_packed(packed_once).train.for_size(8)
+    table = datasets.Dataset.from_file(split.shard_path(0))
+    assert table.features["label"].names == ["class 0", "class 1", "class 2"]
+    row = table[7]
+    assert np.array_equal(np.asarray(row["image"]), decode(split.read([7])[0])) and row["label"] == split.labels[7]
+
+
+def test_pixels_are_stored_without_loss(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (70, 8, 8, 3), dtype=np.uint8)
+    labels = rng.integers(0, 3, 70)
+    split = ArraySplit(pixels, labels)
+    source = DatasetIndex("tiny", ("a", "b", "c"), split, split, native_size=8)
+    assert pack_dataset.pack(source, str(tmp_path / "out"), (16,), 90, 1) == 0
+    copy = open_packed(tmp_path / "out")
+    assert copy.native_size == 8
+    assert all(
+        np.array_equal(decode(data), image) for data, image in zip(copy.train.read(range(70)), pixels, strict=True)
+    )
+
+
+# --- damage ----------------------------------------------------------------------------------------
+
+
+def test_a_truncated_shard_is_named_when_the_dataset_is_opened(out):
+    path = out / "train-32" / "00001.arrow"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"train-32/00001\.arrow is damaged: it has [\d,]+ bytes") as caught:
+        open_packed(out)
+    assert "pack_dataset.py" in caught.value.fix
+
+
+def test_a_missing_shard_is_named(out):
+    (out / "val" / "00000.arrow").unlink()
+    with pytest.raises(DataError, match=r"val/00000\.arrow"):
+        open_packed(out)
+
+
+def test_flipped_bits_are_found_by_verify(out, capsys):
+    path = out / "train-16" / "00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+    open_packed(out)  # sizes alone cannot tell
+    with pytest.raises(DataError, match="1 bad"):
+        pack_dataset.main(["--data-dir", str(out), "--verify", "--workers", "1"])
+    assert "00000.arrow: its checksum is wrong" in capsys.readouterr().out
+
+
+def test_a_shard_damaged_anywhere_is_an_error_or_harmless_never_a_crash(out):
+    path = out / "train-16" / "00000.arrow"
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    refused = 0
+    for at in [*rng.integers(0, 3000, 60), *rng.integers(0, len(whole), 60)]:
+        data = bytearray(whole)
+        data[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(data)
+        split = open_packed(out).train.for_size(8)
+        try:
+            assert all(isinstance(image, bytes) for image in split.read(range(20)))
+        except DataError as error:
+            refused += "00000.arrow" in error.what
+    assert refused > 5
+
+
+@pytest.mark.parametrize("damage", ["labels", "manifest", "format", "unfinished"])
+def test_other_damage_has_clear_words(out, damage):
+    manifest = out / "manifest.json"
+    if damage == "labels":
+        labels = bytearray((out / "train-labels.npy").read_bytes())
+        labels[-4] ^= 1
+        (out / "train-labels.npy").write_bytes(labels)
+    elif damage == "manifest":
+        manifest.write_text(manifest.read_text()[:-30])
+    elif damage == "format":
+        manifest.write_text(json.dumps({"format": 99}))
+    else:
+        os.replace(manifest, out / "packing.json")
+    words = {
+        "labels": "train-labels.npy",
+        "manifest": "cannot read",
+        "format": "another version",
+        "unfinished": "not fin",
+    }
+    with pytest.raises(DataError, match=words[damage]):
+        open_packed(out)
+
+
+def test_the_estimate_is_near_what_is_written(folders, packed_once):
+    source = index("imagenet", str(folders))
+    plan = packing.make_plan(source, SIDES, 90)
+    needed = packing.estimate(source, plan, packing.groups_of(plan))
+    for table in ("train-16", "train-32", "val"):
+        written = sum(f.stat().st_size for f in (packed_once / table).iterdir())
+        assert needed[table] == pytest.approx(written, rel=0.25, abs=8000), table
