@@ -222,7 +222,7 @@ def train_step(state: TrainState, how: Step, images: Tensor, labels: Tensor) -> 
 
 def backward(state: TrainState, how: Step, images: Tensor, targets: Tensor) -> Tensor:
     """Accumulate gradients of the batch's mean loss, in `how.accumulate` pieces; return that loss (scalar)."""
-    total = torch.zeros((), device=images.device)
+    losses = []
     pieces = list(zip(images.chunk(how.accumulate), targets.chunk(how.accumulate), strict=True))
     for k, (part, wanted) in enumerate(pieces):
         last = k == len(pieces) - 1
@@ -230,13 +230,13 @@ def backward(state: TrainState, how: Step, images: Tensor, targets: Tensor) -> T
         with nullcontext() if last else no_sync():
             with how.runtime.autocast():
                 logits = how.forward(part)
-            # Loss in float32, and each piece by its own share: the last one may be smaller.
-            loss = how.loss(logits.float(), wanted) * (len(part) / len(images))
+            # Outside autocast, in float32; and each piece by its own share: the last one may be smaller.
+            loss = how.loss(logits, wanted) * (len(part) / len(images))
             if last and how.penalty:
                 loss = loss + how.penalty(state.model)
             state.scaler.scale(loss).backward()
-        total += loss.detach()
-    return total
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def train_one_epoch(state: TrainState, how: Step, batches: Iterable[tuple[Tensor, Tensor]],

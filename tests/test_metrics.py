@@ -1,0 +1,58 @@
+"""Counting hits and keeping the log."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import top_k_accuracy_score
+
+from errors import DataError
+from metrics import MetricLogger, hits, read_metrics
+
+
+def test_hits_equal_scikit_learns_on_random_cases():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        n, k = int(rng.integers(2, 40)), int(rng.integers(6, 30))
+        logits, labels = rng.normal(size=(n, k)), rng.integers(0, k, n)
+        ours = hits(torch.tensor(logits), torch.tensor(labels)).float().mean(0)
+        theirs = [top_k_accuracy_score(labels, logits, k=top, labels=range(k)) for top in (1, 5)]
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+
+
+def test_ties_go_to_the_lower_class_as_argmax_does():
+    rng = np.random.default_rng(1)
+    logits = torch.tensor(rng.integers(0, 3, (500, 8)).astype(np.float32))
+    labels = torch.tensor(rng.integers(0, 8, 500))
+    expected = torch.from_numpy(np.argmax(logits.numpy(), 1)) == labels
+    assert torch.equal(hits(logits, labels)[:, 0], expected)
+
+
+def test_a_nan_logit_is_never_right_and_beats_nobody():
+    nan = float("nan")
+    logits = torch.tensor([[nan, nan, nan], [nan, 1.0, 0.0], [2.0, 1.0, nan]])
+    assert hits(logits, torch.tensor([0, 1, 2]))[:, 0].tolist() == [False, True, False]
+
+
+def test_with_few_classes_top5_holds_them_all():
+    assert hits(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))[:, 1].all()
+
+
+def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
+    log = MetricLogger(tmp_path)
+    for epoch in (1, 2, 3):
+        log.log({"epoch": epoch, "val_top1": float(epoch), "loss": float("nan")})
+    rows = read_metrics(tmp_path)
+    assert [r["epoch"] for r in rows] == [1, 2, 3]
+    assert rows[0]["loss"] is None  # JSON has no NaN
+    resumed = MetricLogger(tmp_path, rows[:2])
+    resumed.log({"epoch": 3, "val_top1": 9.0})
+    assert [r["val_top1"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 9.0]
+
+
+def test_a_line_cut_short_is_passed_over_and_a_missing_file_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + '\n{"epo')
+    assert read_metrics(tmp_path) == [{"epoch": 1}]
+    with pytest.raises(DataError, match=r"nowhere.metrics\.jsonl"):
+        read_metrics(tmp_path / "nowhere")

@@ -1,0 +1,218 @@
+"""The step against a loop written twice as plainly, in float64; and what it must never do."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import data_utils
+import ema
+import optim
+from errors import DivergedError
+from models import build_model
+from runtime import Runtime, seed_everything
+from train_utils import BatchNormBuffers, EvalResult, Step, TrainState, evaluate, train_one_epoch, train_step
+
+CPU = Runtime(torch.device("cpu"))
+STEPS, CLASSES = 20, 5
+
+
+def make(
+    dtype=torch.float64, accumulate=1, scaler=False, alphas=(0.2, 1.0), clip=("norm", 0.5), drop_path=0.0, lr=1e-2
+):
+    torch.manual_seed(0)
+    model = build_model("resnet_tiny", num_classes=CLASSES, drop_path_rate=drop_path).to(dtype)
+    optimizer = optim.build_optimizer("adamw", model, lr=lr, momentum=0.9, nesterov=False, weight_decay=0.05)
+    schedule = optim.Schedule(optimizer, "onecycle", peak_lr=lr, total_steps=100)
+    state = TrainState(model, optimizer, schedule, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler),
+                       ema.EMA(model, 0.99))  # fmt: skip
+    mixer = data_utils.BatchMixer(CLASSES, *alphas, 0.1)
+    how = Step(model, mixer, data_utils.LOSSES["ce"], CPU, BatchNormBuffers(model), seed=7, clip=clip,
+               accumulate=accumulate)  # fmt: skip
+    return state, how
+
+
+def batches(n=STEPS, size=8, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(size, 3, 16, 16, generator=generator, dtype=dtype),
+             torch.randint(0, CLASSES, (size,), generator=generator)) for _ in range(n)]  # fmt: skip
+
+
+class PlainLoop:
+    """AdamW, OneCycle, clipping and EMA from their papers' formulas, one tensor at a time."""
+
+    def __init__(self, model, peak):
+        self.model, self.peak, self.t = copy.deepcopy(model), peak, 0
+        self.m = {n: torch.zeros_like(p) for n, p in self.model.named_parameters()}
+        self.v = copy.deepcopy(self.m)
+        self.shadow = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+    def lr(self):
+        top, low, end = self.peak, self.peak / 25, self.peak / 25e4
+        up, last = 0.3 * 100 - 1, 99
+        if self.t <= up:
+            return top + (low - top) / 2 * (1 + math.cos(math.pi * self.t / up))
+        return end + (top - end) / 2 * (1 + math.cos(math.pi * (self.t - up) / (last - up)))
+
+    def step(self, images, targets):
+        logits = self.model(images)
+        loss = -(targets * (logits - logits.logsumexp(1, keepdim=True))).sum(1).mean()
+        grads = dict(zip(self.m, torch.autograd.grad(loss, list(self.model.parameters())), strict=True))
+        norm = math.sqrt(sum(float((g**2).sum()) for g in grads.values()))
+        factor, lr = min(1.0, 0.5 / (norm + 1e-6)), self.lr()
+        self.t += 1
+        with torch.no_grad():
+            for name, p in self.model.named_parameters():
+                g = grads[name] * factor
+                self.m[name] = 0.9 * self.m[name] + 0.1 * g
+                self.v[name] = 0.999 * self.v[name] + 0.001 * g**2
+                p *= 1 - lr * (0.05 if p.ndim > 1 else 0.0)
+                p -= lr * (self.m[name] / (1 - 0.9**self.t)) / ((self.v[name] / (1 - 0.999**self.t)).sqrt() + 1e-8)
+            decay = min(0.99, (1 + self.t) / (10 + self.t))
+            for name, value in self.model.state_dict().items():
+                if value.is_floating_point():
+                    self.shadow[name] = decay * self.shadow[name] + (1 - decay) * value
+        return loss.item()
+
+
+def test_twenty_steps_equal_a_plain_float64_loop():
+    state, how = make()
+    reference = PlainLoop(state.model, 1e-2)
+    for step, (images, labels) in enumerate(batches()):
+        seed_everything(7, step, 0)  # the draw that the step will make: mixing itself is tested against torchvision
+        mixed = how.mixer(images, labels)
+        expected = reference.step(*mixed)
+        loss, finite = train_step(state, how, images, labels)
+        assert finite
+        assert abs(loss - expected) < 1e-10
+    for name, p in state.model.named_parameters():
+        assert (p - dict(reference.model.named_parameters())[name]).abs().max() < 1e-10, name
+    for name, value in state.ema.module.state_dict().items():
+        if value.is_floating_point():
+            assert (value - reference.shadow[name]).abs().max() < 1e-10, name
+
+
+def test_a_scaler_changes_nothing_about_clipping():
+    models = []
+    for enabled in (False, True):
+        state, how = make(torch.float32, scaler=enabled, clip=("norm", 0.01))
+        for images, labels in batches(5, dtype=torch.float32):
+            train_step(state, how, images, labels)
+        models.append(state.model)
+    for a, b in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class NoNorm(nn.Module):
+    """A model without batch statistics: splitting a batch must then change nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, CLASSES))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("pieces", [2, 3, 8])
+def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces):
+    grads = []
+    for accumulate in (1, pieces):
+        torch.manual_seed(0)
+        model = NoNorm().double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.0)
+        state = TrainState(model, optimizer, optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
+                           torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())  # fmt: skip
+        how = Step(model, data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1), data_utils.LOSSES["ce"], CPU,
+                   BatchNormBuffers(model), 7, ("norm", 0.0), accumulate)  # fmt: skip
+        train_step(state, how, *batches(1)[0])
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert (a - b).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("poison", ["pixel", "loss", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing_but_the_plan(poison):
+    state, how = make(torch.float32)
+    data = batches(3, dtype=torch.float32)
+    train_step(state, how, *data[0])
+    before = copy.deepcopy({"model": state.model.state_dict(), "ema": state.ema.state_dict(),
+                            "optimizer": state.optimizer.state_dict()["state"]})  # fmt: skip
+    images = data[1][0].clone()
+    if poison == "pixel":
+        images[0, 0, 0, 0] = float("nan")
+    elif poison == "loss":
+        how.loss = lambda logits, targets: data_utils.LOSSES["ce"](logits, targets) * float("inf")
+    else:
+        state.model.fc.weight.register_hook(lambda g: g * float("nan"))
+    _, finite = train_step(state, how, images, data[1][1])
+    assert not finite
+    assert (state.step, state.schedule.position, state.bad_in_a_row) == (2, 2, 1)
+    after = {
+        "model": state.model.state_dict(),
+        "ema": state.ema.state_dict(),
+        "optimizer": state.optimizer.state_dict()["state"],
+    }
+    assert flat(before) == flat(after)
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return value.flatten().tolist()
+    return {k: flat(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def test_some_bad_steps_in_a_row_end_the_run():
+    state, how = make(torch.float32)
+    poisoned = [(images * float("nan"), labels) for images, labels in batches(12, dtype=torch.float32)]
+    with pytest.raises(DivergedError, match="10 steps in a row"):
+        train_one_epoch(state, how, poisoned, lambda count, finite: None)
+    assert all(torch.isfinite(v).all() for v in state.model.state_dict().values() if v.is_floating_point())
+
+
+def test_32_images_are_learned_by_heart_in_60_steps():
+    state, how = make(torch.float32, alphas=(0.0, 0.0), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    images, labels = (
+        torch.randn(32, 3, 32, 32, generator=generator),
+        torch.randint(0, CLASSES, (32,), generator=generator),
+    )
+    for _ in range(60):
+        train_step(state, how, images, labels)
+    assert evaluate({"m": state.model}, [(images, labels)], CPU)["m"].top1 == 100.0
+
+
+def test_with_no_learning_rate_no_weight_moves_and_every_parameter_has_a_gradient():
+    state, how = make(torch.float32, lr=1e-2)
+    for module in state.model.modules():  # the zero-initialised gammas close their branches' gradients at first
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    before = copy.deepcopy(list(state.model.parameters()))
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.0
+    train_step(state, how, *batches(1, dtype=torch.float32)[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
+    assert all(p.grad.abs().sum() > 0 for p in state.model.parameters())
+
+
+def test_evaluate_counts_each_sample_once_whatever_the_batching():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    images, labels = torch.randn(10, 3, 2, 2), torch.randint(0, 7, (10,))
+    whole = evaluate({"m": model}, [(images, labels)], CPU)["m"]
+    ragged = evaluate({"m": model}, zip(images.split([4, 4, 2]), labels.split([4, 4, 2]), strict=True), CPU)["m"]
+    assert ragged.num_samples == 10
+    assert (ragged.top1, ragged.top5) == (whole.top1, whole.top5)
+    assert ragged.loss == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-6)
+    assert isinstance(whole, EvalResult)
+    assert model.training  # as it was before
+
+
+def test_evaluation_leaves_training_mode_alone_even_after_an_error():
+    model = nn.Linear(2, 2).train()
+    with pytest.raises(ZeroDivisionError):
+        evaluate({"m": model}, (1 / 0 for _ in range(1)), CPU)
+    assert model.training
