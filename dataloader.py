@@ -22,6 +22,8 @@ from runtime import die_with_parent, ignore_stop_signals
 from sources.images import BadImage, EvalTransform, TrainTransform
 from sources.index import DatasetIndex, Split
 
+PREFETCH = 4  # batches that each worker keeps ready
+
 
 class Batch(NamedTuple):
     """What a worker is asked for. Everything that changes rides here; the dataset never does."""
@@ -147,7 +149,7 @@ class Loader:
         self.waited, self.replaced = 0.0, []
         self.batches = DataLoader(
             dataset, sampler=order, batch_size=None, num_workers=num_workers,
-            persistent_workers=num_workers > 0, prefetch_factor=4 if num_workers else None,
+            persistent_workers=num_workers > 0, prefetch_factor=PREFETCH if num_workers else None,
             pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )  # fmt: skip

@@ -52,21 +52,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def look_only(config, index) -> int:
     """--summary and --dry-run: look at the run without starting it."""
-    import preflight
-
     import build
+    import dryrun
 
     phases = build.make_plan(config, index, world_size=1)
     if config.summary:
-        preflight.print_summary(build.model_args(config, index), phases)
+        dryrun.print_summary(build.model_args(config, index), phases)
     else:
-        preflight.dry_run(config, index, build.open_runtime(config), phases)
+        dryrun.dry_run(config, index, build.open_runtime(config), phases)
     return 0
 
 
 def train(config, index, save_dir: Path, saved: dict | None) -> int:
     """Build the run, take over a checkpoint if there is one, and fit."""
     import build
+    import preflight
     import rundir
     import trainer
     from metrics import MetricLogger
@@ -83,6 +83,7 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
     if built.finished:
         say(f"this run is complete: {len(built.state.rows)} epochs in {save_dir}")
         return 0
+    preflight.check_resources(built, build.workers(config))
     if runtime.is_main:
         facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit()}
         rundir.write_json(save_dir / "config.json", flags.plain(config))
@@ -90,7 +91,7 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
     log = MetricLogger(save_dir, built.state.rows, enabled=runtime.is_main, tensorboard=config.tensorboard,
                        wandb_project=config.wandb, config=flags.plain(config))  # fmt: skip
     say("\n".join(introduction(built, config, index)))
-    with built.stop.installed():
+    with built.stop.installed(), preflight.out_of_memory_named(built):
         try:
             trainer.fit(built, log)
         except trainer.Finished as reached:

@@ -1,0 +1,123 @@
+"""Resources at every start: refused or warned of in time, and training none the wiser."""
+
+import copy
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+import build
+import flags
+import preflight
+import train
+from errors import ResourceError
+from sources import layouts
+
+TINY = ("--dataset digits --arch resnet18 --stem small --epochs 3 --resize-schedule 8,16,24 --phase-batch-sizes 8,8,8 "
+        "--subset --subset-size 40 --num-workers 0 --device cpu --amp off --drop-path-rate 0.3").split()  # fmt: skip
+Usage = namedtuple("Usage", "total used free")
+
+
+def tiny_run(save_dir, *more: str):
+    config, _ = flags.parse(train.build_parser(), [*TINY, *more, "--save-dir", str(save_dir)])
+    index = layouts.index(**flags.data_args(config))
+    runtime = build.open_runtime(config)
+    return build.build(config, index, runtime, build.make_plan(config, index, 1), save_dir)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tiny_run(tmp_path)
+
+
+def grab(images: int, limit: int) -> None:
+    if images > limit:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("optimizer, slots", [("adamw", 2), ("sgd", 1), ("lamb", 2)])
+def test_the_checkpoint_size_is_known_before_the_first_step(tmp_path, optimizer, slots):
+    run = tiny_run(tmp_path, "--optimizer", optimizer)
+    predicted = preflight.checkpoint_bytes(run)
+    weights = sum(p.numel() for p in run.state.model.parameters()) * 4
+    assert predicted == pytest.approx((2 + slots) * weights, rel=0.01)
+    for p in run.state.model.parameters():
+        p.grad = torch.zeros_like(p)
+    run.state.optimizer.step()
+    assert preflight.checkpoint_bytes(run) == pytest.approx(predicted, rel=1e-4)
+
+
+def test_a_disk_without_room_for_three_checkpoints_is_refused_before_the_first_step(run, tmp_path, monkeypatch):
+    size = preflight.checkpoint_bytes(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size - 1))
+    with pytest.raises(ResourceError, match=r"MiB free.*need") as caught:
+        preflight.check_resources(run, workers=0)
+    assert str(tmp_path) in caught.value.what and caught.value.exit_code == 6
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size))
+    preflight.check_resources(run, workers=0)
+
+
+def test_a_resumed_run_needs_room_for_the_checkpoints_it_does_not_have_yet(run, tmp_path, monkeypatch):
+    (tmp_path / "last_x.pt").write_bytes(b"x")
+    (tmp_path / "best_x.pt").hardlink_to(tmp_path / "last_x.pt")  # one file with two names
+    (tmp_path / "prev_last_x.pt").write_bytes(b"y")
+    size = preflight.checkpoint_bytes(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, size))
+    preflight.check_disk(run)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, size - 1))
+    with pytest.raises(ResourceError):
+        preflight.check_disk(run)
+
+
+def test_full_shared_memory_is_warned_of_with_the_flag_to_lower(run, tmp_path, monkeypatch):
+    batch = 8 * 24 * 24 * 3  # the largest phase, in bytes
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 4 * batch * 3))
+    assert preflight.shared_memory_warning(run.phases, 3, str(tmp_path)) == ""
+    assert "--num-workers 3" in preflight.shared_memory_warning(run.phases, 4, str(tmp_path))
+    assert preflight.shared_memory_warning(run.phases, 0, str(tmp_path)) == ""
+    assert preflight.shared_memory_warning(run.phases, 4, str(tmp_path / "none")) == ""
+
+
+def test_the_trial_step_leaves_no_trace(run):
+    before, grown = copy.deepcopy(run.state.state_dict()), torch.random.get_rng_state()
+    how = run.make_step(run.phases[-1])
+    run.state.model.eval()
+    preflight.try_step(run, how, run.phases[-1], 8)
+    assert not run.state.model.training
+    assert torch.equal(torch.random.get_rng_state(), grown)
+    assert all(p.grad is None for p in run.state.model.parameters())
+    assert all(
+        torch.equal(a, b) for a, b in zip(before["model"].values(), run.state.model.state_dict().values(), strict=True)
+    )
+    assert before["optimizer"] == run.state.optimizer.state_dict()
+
+
+@pytest.mark.parametrize("limit, fits", [(64, 64), (63, 32), (20, 16), (1, 1), (0, 0)])
+def test_the_largest_batch_that_fits_is_found_by_halving(limit, fits):
+    assert preflight.largest_fitting(64, lambda images: grab(images, limit)) == fits
+
+
+def test_another_error_of_the_trial_is_not_taken_for_a_lack_of_memory():
+    def broken(images):
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape"):
+        preflight.largest_fitting(4, broken)
+
+
+def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):
+    monkeypatch.setattr(preflight, "try_step", lambda run, how, phase, images: grab(images, 3))
+    with pytest.raises(ResourceError) as caught:
+        preflight.check_step_memory(run)
+    assert "phase 3: 24 px, batch 8, 8 images at once" in caught.value.what
+    assert "--accumulate 4" in caught.value.fix and "--phase-batch-sizes 8,8,2" in caught.value.fix
+
+
+def test_memory_that_runs_out_during_training_is_a_resource_error(run):
+    run.state.step = run.phases[1].first_step
+    with pytest.raises(ResourceError, match="16 px, batch 8") as caught, preflight.out_of_memory_named(run):
+        grab(1, 0)
+    assert "--resume auto" in caught.value.fix
+    with pytest.raises(RuntimeError, match="other"), preflight.out_of_memory_named(run):
+        raise RuntimeError("other")
