@@ -28,6 +28,8 @@ from sources.index import DatasetIndex
 from train_utils import Phase, Step, evaluate, train_one_epoch
 from trainer import Run
 
+SECONDS = 2.0  # of timed steps at each size, where one takes less
+
 
 def print_summary(model_args: dict, phases: Sequence[Phase]) -> None:
     """The layers with output shapes, parameters and multiply-adds, a table for each size of the plan."""
@@ -73,15 +75,15 @@ def timed(batches: Iterable, rate: Rate, device: torch.device, seconds: float) -
             return
 
 
-def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], *, seconds: float = 2.0) -> None:
-    """Print the plan; take two or more real steps (for `seconds`) and validate at every size; project the hours.
+def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> None:
+    """Print the plan; take two or more real steps (for SECONDS) and validate at every size; project the hours.
 
     Checkpoints are tried in a temporary directory; --save-dir is neither made nor touched.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = build.build(config, index, runtime, phases, Path(folder))
         print("\n".join(describe(run, config, index)), flush=True)
-        hours = [try_phase(run, phase, seconds) for phase in run.phases]
+        hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
         print(try_checkpoint(run), flush=True)
     training, validation = (sum(parts) for parts in zip(*hours, strict=True))
     print(f"projected from these rates: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "

@@ -5,16 +5,18 @@ import time
 
 import pytest
 import torch
+from inprocess import TINY, tiny_run
 
 import dryrun
 import flags
 import train
 from dryrun import Rate, timed
-from test_preflight import TINY, tiny_run
-from train_utils import Phase
+from optim import Schedule
+from train_utils import Phase, plan
 
 
-def test_the_dry_run_tries_every_phase_and_writes_nothing(tmp_path, capsys):
+def test_the_dry_run_tries_every_phase_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun, "SECONDS", 0.0)
     save_dir = tmp_path / "run"
     assert train.main([*TINY, "--save-dir", str(save_dir), "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -83,8 +85,6 @@ def test_a_full_plan_is_described_quickly():
     phases = train_phases()
     started = time.perf_counter()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    from optim import Schedule
-
     schedule = Schedule(optimizer, "onecycle", peak_lr=3e-4, total_steps=sum(p.steps for p in phases))
     low, high = dryrun.lr_range(schedule, phases[-1])
     assert high == pytest.approx(3e-4, rel=1e-3) and low == pytest.approx(3e-4 / 25e4)
@@ -92,7 +92,5 @@ def test_a_full_plan_is_described_quickly():
 
 
 def train_phases() -> tuple[Phase, ...]:
-    from train_utils import plan
-
     config, _ = flags.parse(train.build_parser(), [])
     return plan(config.epochs, config.resize_schedule, 1_281_167, config.batch_size)
