@@ -21,7 +21,7 @@ from dataloader import Loader, eval_loader, train_loader
 from errors import UsageError
 from models import build_model, set_drop_path_rate
 from runtime import Runtime, init_runtime, seed_everything, unused_gpu
-from sources.index import DatasetIndex, Split, SubsetSplit, balanced_subset
+from sources.index import DatasetIndex, FileSplit, Split, SubsetSplit, balanced_subset
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, Step, TrainState, plan
 from trainer import Run
 
@@ -68,9 +68,19 @@ def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ..
             "fingerprint": index.fingerprint(), "commit": rundir.commit(), "total_steps": sum(p.steps for p in phases),
             "eval": rundir.eval_facts(index, phases[-1].image_size),
         },
-        say=say, name_of=index.train.name, early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
+        say=say, name_of=index.train.name, slow_data_hint=packing_hint(config, index), early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
         save_every=config.save_every, stop_after=config.stop_after,
     )  # fmt: skip
+
+
+def packing_hint(config, index: DatasetIndex) -> str:
+    """What to do where full-size files cannot be decoded fast enough; '' for data that needs no decoding of such."""
+    split = index.train.base if isinstance(index.train, SubsetSplit) else index.train
+    if not isinstance(split, FileSplit):
+        return ""
+    packed = f"{config.data_dir.rstrip('/')}-packed"
+    return (f"A copy at the training sizes is several times faster: python pack_dataset.py --data-dir {config.data_dir} "
+            f"--dataset {config.dataset} --out {packed}, then train with --data-dir {packed}")  # fmt: skip
 
 
 def workers(config) -> int:

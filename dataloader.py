@@ -149,7 +149,7 @@ class Loader:
         self.waited, self.replaced = 0.0, []
         self.batches = DataLoader(
             dataset, sampler=order, batch_size=None, num_workers=num_workers,
-            persistent_workers=num_workers > 0, prefetch_factor=PREFETCH if num_workers else None,
+            persistent_workers=num_workers > 0 and order.shuffle, prefetch_factor=PREFETCH if num_workers else None,
             pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )  # fmt: skip

@@ -23,6 +23,9 @@ from sources.index import Split
 from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
 
 
+SLOW_DATA = 10  # percent of the time
+
+
 class Finished(Exception):
     """--stop-after was reached: saved, nothing went wrong."""
 
@@ -44,6 +47,7 @@ class Run:
     facts: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
     say: Callable[[str], None] = print
     name_of: Callable[[int], str] = str  # a training sample's name
+    slow_data_hint: str = ""  # said once, if training waits for data
     early: EarlyStopping = field(default_factory=lambda: EarlyStopping(None))
     eval_every: int = 1
     save_every: tuple[float, str] = (1, "ep")
@@ -206,6 +210,9 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
         save(run, "best")
     log.log(row)
     run.say(format_row(row))
+    if run.slow_data_hint and (row["data_wait_percent"] or 0) > SLOW_DATA:
+        run.say(f"note: {row['data_wait_percent']:.0f} % of the time went into waiting for data. {run.slow_data_hint}")
+        run.slow_data_hint = ""
     run.after_epoch()
 
 

@@ -1,0 +1,99 @@
+"""The architecture and the documents as tests: imports point downwards, README tells the truth."""
+
+import argparse
+import ast
+import re
+from pathlib import Path
+
+import flags
+import pytest
+from conftest import ROOT
+
+PARTS = {"models": 2, "dataloader": 2, "checkpoint": 3, "train_utils": 3, "rundir": 3, "trainer": 4, "build": 5, "preflight": 6}
+SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
+SCRIPT_PACKAGES = {"ablation_runs", "benchmarks", "analysis"}
+BASE = {"flags", "errors"}
+
+
+def modules() -> dict[str, Path]:
+    files = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", ".ci"} & set(p.relative_to(ROOT).parts)]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def layer(name: str) -> int:
+    """0: flags and errors, 1: leaves, 2 to 6: parts, 9: scripts."""
+    if name in BASE:
+        return 0
+    if name in SCRIPTS or name.split(".")[0] in SCRIPT_PACKAGES:
+        return 9
+    return PARTS.get(name, 1)
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """Our modules that `path` imports, also inside functions."""
+    found, package = set(), name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, [package, node.module])) if node.level else node.module
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found & modules().keys()
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_point_downwards(name):
+    package = name.split(".")[0]
+    for other in imports(name, modules()[name]) - {name}:
+        inside = other.split(".")[0] == package and "." in name + other
+        assert inside or layer(other) < layer(name), f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS & modules().keys()))
+def test_at_the_top_of_a_script_only_flags_and_errors_are_imported(name):
+    tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
+    top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
+    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names} | {n.module for n in top if isinstance(n, ast.ImportFrom)}
+    heavy = {n for n in names if n.split(".")[0] in {"torch", "torchvision", "numpy", "cv2", "PIL", "matplotlib", "sklearn"}}
+    assert not heavy
+    assert not (names & modules().keys()) - BASE
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_readmes_flag_table_is_the_parser():
+    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
+    wanted = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        default = action.default
+        text = ",".join(map(str, default)) if isinstance(default, tuple) else "" if default in (None, False, "") else str(default)
+        wanted[action.option_strings[0]] = {"(1, 'ep')": "1", "1,ep": "1", "True": "on"}.get(text, text)
+    table = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\|", readme(), re.M))
+    assert table.keys() == wanted.keys()
+    assert {k: v for k, v in table.items()} == wanted
+
+
+def test_the_documents_flags_have_the_documents_defaults():
+    defaults = vars(flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS).parse_args([]))
+    documents = {"epochs": 90, "batch_size": 256, "lr": 3e-4, "momentum": 0.9, "weight_decay": 1e-4, "resume": "",
+                 "save_dir": "./checkpoints", "data_dir": "./data/imagenet", "subset": False, "subset_size": 10000,
+                 "num_workers": 8, "plot": False, "drop_path_rate": 0.2, "use_blurpool": False}  # fmt: skip
+    assert {name: defaults[name] for name in documents} == documents
+
+
+def test_readmes_tree_names_every_file_and_no_other():
+    block = readme().split("## How it is built")[1].split("```")[1]
+    named = set(re.findall(r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.M))
+    files = {p.name for p in ROOT.glob("*.py")} | {f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    assert files <= {n.lstrip("./") for n in named}
+    for name in named:
+        assert (ROOT / name).exists() or list(ROOT.rglob(name)), f"README's tree names {name}, which is not there"
+
+
+def test_every_link_of_readme_leads_somewhere():
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme()):
+        assert (ROOT / target).exists(), target
