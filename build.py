@@ -68,7 +68,8 @@ def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ..
             "fingerprint": index.fingerprint(), "commit": rundir.commit(), "total_steps": sum(p.steps for p in phases),
             "eval": rundir.eval_facts(index, phases[-1].image_size),
         },
-        say=say, name_of=index.train.name, slow_data_hint=packing_hint(config, index), early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
+        say=say, name_of=index.train.name, slow_data_hint=packing_hint(config, index),
+        early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
         save_every=config.save_every, stop_after=config.stop_after,
     )  # fmt: skip
 

@@ -22,7 +22,6 @@ from runtime import Runtime, StopSignals
 from sources.index import Split
 from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
 
-
 SLOW_DATA = 10  # percent of the time
 
 

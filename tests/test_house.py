@@ -5,9 +5,10 @@ import ast
 import re
 from pathlib import Path
 
-import flags
 import pytest
 from conftest import ROOT
+
+import flags
 
 PARTS = {"models": 2, "dataloader": 2, "checkpoint": 3, "train_utils": 3, "rundir": 3, "trainer": 4, "build": 5, "preflight": 6}
 SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
