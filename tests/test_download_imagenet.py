@@ -58,7 +58,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start, status = int(wants[1]), 206
             if start >= len(body):
                 return self.answer(416, {"Content-Range": f"bytes */{len(body)}"}, b"")
-            headers["Content-Range"] = f"bytes {start - (how == 'wrongpart')}-{len(body) - 1}/{len(body)}"
+            start -= how == "wrongpart"
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
         rest = body[start:]
         if how == "gzip":
             headers["Content-Encoding"] = "gzip"
@@ -142,7 +143,7 @@ def test_a_file_that_changed_meanwhile_starts_again(want, server):
     assert download(wanted).read_bytes() == BODY and server.requests[0][2] == '"v0"'
 
 
-@pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "http://elsewhere", "validator": "x"}'])
+@pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "http://elsewhere", "validator": "\\"v1\\""}'])
 def test_a_part_of_unknown_origin_starts_again(note, want):
     wanted = want()
     wanted.part.write_bytes(b"\x1f\x8b of something else")
@@ -507,6 +508,9 @@ def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(smal
     assert asked == 3 and main(auto_args(server, tmp_path)) == 0 and len(server.requests) == asked
     shutil.rmtree(tmp_path / "val")  # the archive is there: nothing to fetch
     assert main(auto_args(server, tmp_path)) == 0 and is_arranged(tmp_path) and len(server.requests) == asked
+    for path in tmp_path.glob("ILSVRC2012_*"):  # all arranged: nothing of them is needed any more
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+    assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
 
 
 def test_auto_killed_anywhere_can_be_run_again(small, server, tmp_path, monkeypatch):
