@@ -115,8 +115,10 @@ fraction = number(float, 0, 1, open_high=True)
 Switch = argparse.BooleanOptionalAction
 
 
-def add_data_args(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("data").add_argument
+def add_dataset_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Which images: for every command that reads data. Returns the group, for flags on how they are read."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
     add("--data-dir", default="./data/imagenet", metavar="DIR", help="the dataset on disk, or a packed copy of it")
     add("--dataset", default="imagenet", metavar="NAME", help=f"one of {DATASETS}; any class folders are 'imagenet'")
     add("--split", default="official", choices=("official", "70-30"), help="70-30 pools tiny-imagenet's train and val")
@@ -124,6 +126,11 @@ def add_data_args(parser: argparse.ArgumentParser) -> None:
     add("--allow-class-mismatch", action="store_true", help="accept a val/ that lacks some of train's classes")
     add("--subset", action="store_true", help="train on a fixed, class-balanced draw of --subset-size images")
     add("--subset-size", type=positive, default=10_000, metavar="N", help="images in it; validation gets a tenth")
+    return group
+
+
+def add_data_args(parser: argparse.ArgumentParser) -> None:
+    add = add_dataset_args(parser).add_argument
     add("--augment", type=_augment, default="full", metavar="LIST",
         help=f"full, basic, none, or names in order: {', '.join(n + a for n, a in AUGMENTS.items())}")  # fmt: skip
     add("--on-bad-image", default="fail", choices=("fail", "skip"),

@@ -11,11 +11,12 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # plots and tables of runs read metrics.jsonl without torch: seconds for every picture
 
 TOP = (1, 5)
 
@@ -27,6 +28,8 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
     lower class index, as argmax does. A label whose logit is NaN is never right, and a NaN beats
     nobody.
     """
+    import torch
+
     own = logits.gather(1, labels[:, None])  # (N, 1)
     earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
     rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
