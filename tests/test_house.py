@@ -10,7 +10,16 @@ from conftest import ROOT
 
 import flags
 
-PARTS = {"models": 2, "dataloader": 2, "checkpoint": 3, "train_utils": 3, "rundir": 3, "trainer": 4, "build": 5, "preflight": 6}
+PARTS = {
+    "models": 2,
+    "dataloader": 2,
+    "checkpoint": 3,
+    "train_utils": 3,
+    "rundir": 3,
+    "trainer": 4,
+    "build": 5,
+    "preflight": 6,
+}
 SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
 SCRIPT_PACKAGES = {"ablation_runs", "benchmarks", "analysis"}
 BASE = {"flags", "errors"}
@@ -47,15 +56,20 @@ def test_imports_point_downwards(name):
     package = name.split(".")[0]
     for other in imports(name, modules()[name]) - {name}:
         inside = other.split(".")[0] == package and "." in name + other
-        assert inside or layer(other) < layer(name), f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
+        assert inside or layer(other) < layer(name), (
+            f"{name} (layer {layer(name)}) imports {other} (layer {layer(other)})"
+        )
 
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS & modules().keys()))
 def test_at_the_top_of_a_script_only_flags_and_errors_are_imported(name):
     tree = ast.parse(modules()[name].read_text(encoding="utf-8"))
     top = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names} | {n.module for n in top if isinstance(n, ast.ImportFrom)}
-    heavy = {n for n in names if n.split(".")[0] in {"torch", "torchvision", "numpy", "cv2", "PIL", "matplotlib", "sklearn"}}
+    names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+    names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
+    heavy = {
+        n for n in names if n.split(".")[0] in {"torch", "torchvision", "numpy", "cv2", "PIL", "matplotlib", "sklearn"}
+    }
     assert not heavy
     assert not (names & modules().keys()) - BASE
 
@@ -71,7 +85,13 @@ def test_readmes_flag_table_is_the_parser():
         if isinstance(action, argparse._HelpAction):
             continue
         default = action.default
-        text = ",".join(map(str, default)) if isinstance(default, tuple) else "" if default in (None, False, "") else str(default)
+        text = (
+            ",".join(map(str, default))
+            if isinstance(default, tuple)
+            else ""
+            if default in (None, False, "")
+            else str(default)
+        )
         wanted[action.option_strings[0]] = {"(1, 'ep')": "1", "1,ep": "1", "True": "on"}.get(text, text)
     table = dict(re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\|", readme(), re.M))
     assert table.keys() == wanted.keys()
@@ -89,7 +109,9 @@ def test_the_documents_flags_have_the_documents_defaults():
 def test_readmes_tree_names_every_file_and_no_other():
     block = readme().split("## How it is built")[1].split("```")[1]
     named = set(re.findall(r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.M))
-    files = {p.name for p in ROOT.glob("*.py")} | {f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()}
+    files = {p.name for p in ROOT.glob("*.py")} | {
+        f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()
+    }
     assert files <= {n.lstrip("./") for n in named}
     for name in named:
         assert (ROOT / name).exists() or list(ROOT.rglob(name)), f"README's tree names {name}, which is not there"

@@ -1,0 +1,109 @@
+"""A run that was stopped anywhere and resumed is the run that was never stopped, bit for bit."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from runs import TINY, digest, finish, payload, spawn
+
+import checkpoint
+import train
+
+STEPS = 11  # of the TINY run on 72 images: 3 + 4 + 4
+
+
+def run(*args) -> None:
+    assert train.main([*map(str, args)]) == 0
+
+
+@pytest.fixture(scope="module")
+def straight(photos, tmp_path_factory):
+    """The undisturbed run, in fp32 and in bf16: precision -> its digest."""
+    torch.set_num_threads(1)
+    digests = {}
+    for amp in ("off", "bf16"):
+        save_dir = tmp_path_factory.mktemp(f"straight-{amp}")
+        run("--data-dir", photos, *TINY, "--amp", amp, "--save-dir", save_dir, "--num-workers", 0)
+        digests[amp] = digest(save_dir)
+    assert payload(save_dir)["step"] == STEPS
+    return digests
+
+
+@pytest.mark.parametrize("stop", range(1, STEPS + 1))
+def test_stopped_after_any_step_and_resumed_with_other_workers(stop, straight, photos, tmp_path):
+    run("--data-dir", photos, *TINY, "--save-dir", tmp_path, "--num-workers", (stop + 1) % 3, "--stop-after", stop)
+    assert payload(tmp_path)["step"] == stop
+    assert len(payload(tmp_path)["rows"]) == sum(stop > end for end in (3, 7, 11))  # at an epoch's end: not yet scored
+    run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", stop % 3)
+    assert digest(tmp_path) == straight["off"]
+
+
+@pytest.mark.parametrize("stop", [2, 7, 10])
+def test_in_bf16_as_well(stop, straight, photos, tmp_path):
+    run("--data-dir", photos, *TINY, "--amp", "bf16", "--save-dir", tmp_path, "--num-workers", 0, "--stop-after", stop)
+    run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", 0)
+    assert digest(tmp_path) == straight["bf16"]
+    assert straight["bf16"] != straight["off"]
+
+
+@pytest.mark.parametrize("part", ["ema", "optimizer", "step", "schedule", "epoch_sums"])
+def test_the_comparison_notices_a_state_that_is_not_restored(part, straight, photos, tmp_path):
+    run("--data-dir", photos, *TINY, "--save-dir", tmp_path, "--num-workers", 0, "--stop-after", 5)
+    (path,) = tmp_path.glob("last_*.pt")
+    saved = checkpoint.load(path)
+    if part == "ema":
+        saved["ema"]["num_updates"] = 0
+    elif part == "optimizer":
+        saved["optimizer"]["state"][0]["exp_avg"].zero_()
+    elif part == "step":
+        saved["step"] -= 1
+        saved["schedule"]["position"] -= 1
+    elif part == "schedule":
+        saved["schedule"]["position"] -= 1
+    else:
+        saved["epoch_sums"]["loss"] = 0.0
+    saved.pop("schema")
+    checkpoint.save(path, saved)
+    run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", 0)
+    assert digest(tmp_path) != straight["off"]
+
+
+def test_twentyfive_kills_at_random_instants_lose_nothing(straight, photos, tmp_path):
+    """SIGKILL to the whole process group: in start-up, steps, validation and saving."""
+    rng, kills, log = random.Random(0), 0, tmp_path / "log"
+    lengths = []
+    while kills < 25:
+        save_dir = tmp_path / f"run{len(lengths)}"
+        for _ in range(4):  # a few kills in the life of one run, then let it end
+            started = time.monotonic()
+            fresh = not list(save_dir.glob("*.pt"))
+            arguments = ("--data-dir", photos, *TINY) if fresh else ()
+            overwrite = ("--overwrite",) if fresh else ("--resume", "auto")
+            process = spawn(
+                *arguments, "--save-dir", save_dir, "--num-workers", rng.choice((0, 1)), *overwrite, output=log
+            )
+            process.join(rng.uniform(0.1, max(lengths, default=4.0)))
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+                process.join()
+                kills += 1
+            else:
+                lengths.append(time.monotonic() - started)
+                break
+        arguments = (
+            ("--resume", "auto") if list(save_dir.glob("*.pt")) else ("--data-dir", photos, *TINY, "--overwrite")
+        )
+        assert finish(spawn(*arguments, "--save-dir", save_dir, "--num-workers", 0, output=log)) == 0, log.read_text()
+        lengths.append(lengths[-1] if lengths else 3.0)
+        assert digest(save_dir) == straight["off"], log.read_text()
+
+
+def test_a_finished_run_says_so_and_touches_nothing(photos, tmp_path, capsys):
+    run("--data-dir", photos, *TINY, "--save-dir", tmp_path, "--num-workers", 0)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name != ".lock"}
+    run("--save-dir", tmp_path, "--resume", "auto")
+    assert "complete" in capsys.readouterr().out
+    assert before == {p.name: p.stat().st_mtime_ns for p in tmp_path.iterdir() if p.name != ".lock"}
