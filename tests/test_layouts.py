@@ -23,7 +23,18 @@ TRAIN = {f"{wnid}_{i}.JPEG": wnid for wnid in IDS for i in (7, 12)}
 VAL = {f"ILSVRC2012_val_{i:08d}.JPEG": IDS[i % 3] for i in range(1, 7)}
 
 
-def put(path, content=b"jpeg"):
+def encoded(form, colour, size=(20, 16)):
+    import PIL.Image
+
+    file = io.BytesIO()
+    PIL.Image.new("RGB", size, colour).save(file, form)
+    return file.getvalue()
+
+
+JPEG = encoded("JPEG", (90, 60, 30))
+
+
+def put(path, content=JPEG):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
 
@@ -102,7 +113,7 @@ def test_every_layout_of_the_same_data_gives_the_same_labels(make, tmp_path):
     assert class_of(found, found.train) == TRAIN
     assert class_of(found, found.val) == VAL
     assert found.class_names == ("tench", "goldfish", "great white shark")
-    assert os.path.isfile(found.train.path(0)) and found.val.read([0]) == [b"jpeg"]
+    assert os.path.isfile(found.train.path(0)) and found.val.read([0]) == [JPEG]
 
 
 def test_the_ilsvrc_tree_is_found_from_each_of_its_levels(tmp_path):
@@ -513,22 +524,23 @@ def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
     assert "download_imagenet.py --method manual" in refused(DataError, "imagenet", tmp_path).fix
 
 
-def png(value):
-    import PIL.Image
+def make_hub(datasets, root):
+    """A dataset of the hub as a local folder of parquet files: 3 + 2 images, cat and dog."""
+    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()})
+    for part, labels in (("train", [1, 0, 1]), ("validation", [0, 1])):
+        rows = {"label": labels, "image": [{"bytes": png(k), "path": None} for k in range(len(labels))]}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{part}.parquet")
 
-    file = io.BytesIO()
-    PIL.Image.new("RGB", (4, 3), (value, 0, 0)).save(file, "PNG")
-    return file.getvalue()
+
+def png(value):
+    return encoded("PNG", (value, 0, 0))
 
 
 def test_hugging_face_datasets(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()})
-    for part, labels in (("train", [1, 0, 1]), ("validation", [0, 1])):
-        rows = {"label": labels, "image": [{"bytes": png(k), "path": None} for k in range(len(labels))]}
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "pets" / f"{part}.parquet")
+    make_hub(datasets, tmp_path / "pets")
     found = index(f"hf:{tmp_path / 'pets'}", "not used")
     assert (found.name, found.classes, found.train.labels.tolist()) == ("pets", ("cat", "dog"), [1, 0, 1])
     assert found.train.read([2, 0]) == [png(2), png(0)] and found.val.labels.tolist() == [0, 1]
