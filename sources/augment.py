@@ -150,7 +150,7 @@ def affine(image: np.ndarray, shift_x: float, shift_y: float, scale_x: float, sc
     return cv2.warpAffine(image, matrix, (w, h), flags=cv2.INTER_LINEAR, borderValue=tuple(fill))
 
 
-_LEVELS = np.arange(256, dtype=np.int16)
+_WHEEL = (np.arange(180 + 256) % 180).astype(np.uint8)
 _ORDERS = tuple(itertools.permutations(range(4)))
 
 
@@ -191,7 +191,8 @@ def _hue(image: np.ndarray, shift: float) -> np.ndarray:
     if shift == 0:
         return image
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)  # H in half degrees: 0 ... 179
-    table = np.mod(_LEVELS + 180 * shift, 180).astype(np.uint8)
+    turn = math.floor(180 * shift) % 180
+    table = _WHEEL[turn : turn + 256]
     cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), table), hsv, 0)  # indexing costs six times that
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
 
