@@ -119,9 +119,12 @@ class BatchDataset(Dataset):
                         "list them all with pack_dataset.py --verify")  # fmt: skip
 
     def _transformed(self, i: int, data: bytes | np.ndarray, epoch: int) -> np.ndarray:
-        if self.augments:
-            return self.transform(data, (self.seed, epoch, i), self.split.name(i))
-        return self.transform(data, self.split.name(i))
+        try:
+            if self.augments:
+                return self.transform(data, (self.seed, epoch, i))
+            return self.transform(data)
+        except BadImage as error:  # looking the name up costs as much as decoding: only where it is needed
+            raise BadImage(self.split.name(i), error.reason) from error
 
 
 def _init_worker(worker: int) -> None:

@@ -24,7 +24,6 @@ from errors import DataError, UsageError
 REPEATS = 3
 BATCH = 128
 AUGMENTATIONS = {"crop-flip": "basic", "full": "full"}
-JITTER = 0.2  # as augment.JITTER; the hue takes a fifth
 LOADERS = ("packed", "full-size", "torchvision", "timm")
 
 
@@ -152,6 +151,7 @@ def _torchvision(folder: Path, size: int, augmentation: str, workers: int) -> It
     from torchvision import datasets
     from torchvision import transforms as T
 
+    from sources.augment import JITTER
     from sources.index import IMAGENET_MEAN, IMAGENET_STD
 
     steps = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
@@ -159,7 +159,7 @@ def _torchvision(folder: Path, size: int, augmentation: str, workers: int) -> It
         affine = T.RandomAffine(
             15, translate=(0.0625, 0.0625), scale=(0.9, 1.1), interpolation=T.InterpolationMode.BILINEAR
         )
-        steps += [T.RandomApply([affine]), T.RandomApply([T.ColorJitter(JITTER, JITTER, JITTER, JITTER / 5)])]
+        steps += [T.RandomApply([affine]), T.RandomApply([T.ColorJitter(*JITTER)])]
     steps += [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     if augmentation == "full":  # one hole of a quarter of the side
         steps += [T.RandomErasing(0.5, scale=(1 / 16, 1 / 16), ratio=(1.0, 1.0))]

@@ -67,16 +67,18 @@ class PackedSplit(Split):
             self._open[k] = Shard(self.shard_path(k), int(self.starts[k + 1] - self.starts[k]))
         return self._open[k]
 
-    def _where(self, i: int) -> tuple[Shard, int]:
-        k = int(self.starts.searchsorted(i, "right")) - 1
-        return self._shard(k), i - int(self.starts[k])
+    def _where(self, ids: Sequence[int]) -> Iterator[tuple[Shard, int]]:
+        """(shard, row) of each id; one search for all of them."""
+        ids = np.asarray(ids, np.int64)
+        shards = self.starts.searchsorted(ids, "right") - 1
+        for k, row in zip(shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True):
+            yield self._shard(k), row
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-        return [shard.image(row) for shard, row in map(self._where, ids)]
+        return [shard.image(row) for shard, row in self._where(ids)]
 
     def name(self, i: int) -> str:
-        shard, row = self._where(i)
-        return shard.name(row)
+        return next(shard.name(row) for shard, row in self._where([i]))
 
     def digest(self) -> str:
         """That of the split it was packed from: the same images and labels, whatever their size."""

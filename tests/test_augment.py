@@ -238,11 +238,12 @@ def test_flip_mirrors():
 
 
 def test_jitter_takes_its_strength_in_percent():
-    weak, strong = (augment.build("jitter", n, FILL, augment.KeyedRandom()) for n in (2, 20))
+    weak, strong, default = (augment.build("jitter", n, FILL, augment.KeyedRandom()) for n in (2, 20, None))
     numbers = (0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # fire; every factor at its largest
     change = [np.abs(op(photo(), fixed(*numbers)).astype(int) - photo()).mean() for op in (weak, strong)]
     assert change[1] > 4 * change[0] > 0
     assert np.array_equal(strong(photo(), fixed(*numbers)), augment.jitter(photo(), 1.2, 1.2, 1.2, 0.04))
+    assert np.array_equal(default(photo(), fixed(*numbers)), augment.jitter(photo(), 1.2, 1.2, 1.2, 0.0))
 
 
 def test_the_fill_is_the_mean_of_the_data():
