@@ -25,7 +25,7 @@ ACCEPTED = (
 
 def is_image(name: bytes) -> bool:
     """By its name; `._x.JPEG` is what macOS leaves beside x.JPEG on foreign disks."""
-    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(b"._")
+    return name[-5:].lower().endswith(IMAGE_ENDINGS) and name[:2] != b"._"
 
 
 def some(names: list[bytes] | list[str]) -> str:
@@ -144,6 +144,9 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
     names, folders = [], []
     prefix = os.path.join(folder, b"")
     for entry in scan(os.path.join(listing.root, folder)):
+        if is_image(entry.name) and entry.is_file(follow_symlinks=False):  # nearly always
+            names.append(prefix + entry.name)
+            continue
         kind = _kind(entry)
         if kind == "folder":
             folders.append(entry)

@@ -23,7 +23,7 @@ class Names(Sequence):
     """An immutable sequence of file names, held as one bytes blob and (n + 1,) offsets."""
 
     def __init__(self, names: Iterable[str | bytes]):
-        encoded = [os.fsencode(name) for name in names]
+        encoded = [name if isinstance(name, bytes) else os.fsencode(name) for name in names]
         self.blob = b"".join(encoded)
         self.offsets = np.zeros(len(encoded) + 1, np.int64)
         np.cumsum([len(name) for name in encoded], out=self.offsets[1:])
