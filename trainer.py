@@ -22,7 +22,7 @@ from runtime import Runtime, StopSignals
 from sources.index import Split
 from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
 
-SLOW_DATA = 10  # percent of the time
+SLOW_DATA = 10  # percent of an epoch's time, and seconds: below either, waiting is not worth a word
 
 
 class Finished(Exception):
@@ -209,8 +209,9 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
         save(run, "best")
     log.log(row)
     run.say(format_row(row))
-    if run.slow_data_hint and (row["data_wait_percent"] or 0) > SLOW_DATA:
-        run.say(f"note: {row['data_wait_percent']:.0f} % of the time went into waiting for data. {run.slow_data_hint}")
+    waited = row["data_wait_percent"] or 0
+    if run.slow_data_hint and waited > SLOW_DATA and waited / 100 * row["seconds"] > SLOW_DATA:
+        run.say(f"note: {waited:.0f} % of the time went into waiting for data. {run.slow_data_hint}")
         run.slow_data_hint = ""
     run.after_epoch()
 

@@ -12,6 +12,7 @@ from runs import TINY, digest, finish, payload, spawn
 import checkpoint
 import train
 
+BF16 = [*TINY, "--amp", "bf16", "--resize-schedule", "32,40,48"]  # see build._without_broken_bf16 for why not 16 px
 STEPS = 11  # of the TINY run on 72 images: 3 + 4 + 4
 
 
@@ -24,9 +25,9 @@ def straight(photos, tmp_path_factory):
     """The undisturbed run, in fp32 and in bf16: precision -> its digest."""
     torch.set_num_threads(1)
     digests = {}
-    for amp in ("off", "bf16"):
+    for amp, flags in (("off", TINY), ("bf16", BF16)):
         save_dir = tmp_path_factory.mktemp(f"straight-{amp}")
-        run("--data-dir", photos, *TINY, "--amp", amp, "--save-dir", save_dir, "--num-workers", 0)
+        run("--data-dir", photos, *flags, "--save-dir", save_dir, "--num-workers", 0)
         digests[amp] = digest(save_dir)
     assert payload(save_dir)["step"] == STEPS
     return digests
@@ -43,10 +44,9 @@ def test_stopped_after_any_step_and_resumed_with_other_workers(stop, straight, p
 
 @pytest.mark.parametrize("stop", [2, 7, 10])
 def test_in_bf16_as_well(stop, straight, photos, tmp_path):
-    run("--data-dir", photos, *TINY, "--amp", "bf16", "--save-dir", tmp_path, "--num-workers", 0, "--stop-after", stop)
+    run("--data-dir", photos, *BF16, "--save-dir", tmp_path, "--num-workers", 0, "--stop-after", stop)
     run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", 0)
     assert digest(tmp_path) == straight["bf16"]
-    assert straight["bf16"] != straight["off"]
 
 
 @pytest.mark.parametrize("part", ["ema", "optimizer", "step", "schedule", "epoch_sums"])
@@ -67,7 +67,7 @@ def test_the_comparison_notices_a_state_that_is_not_restored(part, straight, pho
         saved["epoch_sums"]["loss"] = 0.0
     saved.pop("schema")
     checkpoint.save(path, saved)
-    run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", 0)
+    run("--save-dir", tmp_path, "--resume", path, "--num-workers", 0)
     assert digest(tmp_path) != straight["off"]
 
 
