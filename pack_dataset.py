@@ -46,15 +46,23 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.verify == bool(args.out):
         raise UsageError("give either --out or --verify", "--out DIR packs; --verify checks --data-dir")
-    from sources.layouts import index
-
-    source = index(args.dataset, args.data_dir, split=args.split, class_list=args.class_list or None,
-                   allow_class_mismatch=args.allow_class_mismatch)  # fmt: skip
+    source = _source(args)
     for note in source.notes:
         print(note)
     if args.verify:
         return verify(source, args.workers)
     return pack(source, args.out, args.stored_sides, args.quality, args.workers, args.on_bad_image)
+
+
+def _source(args):
+    """The DatasetIndex to pack: the ILSVRC tars are read in place, all else as train.py reads it."""
+    from sources import tars
+    from sources.layouts import index
+
+    if args.dataset == "imagenet" and tars.present(args.data_dir):
+        return tars.imagenet_tars(args.data_dir)
+    return index(args.dataset, args.data_dir, split=args.split, class_list=args.class_list or None,
+                 allow_class_mismatch=args.allow_class_mismatch)  # fmt: skip
 
 
 def pack(source, out: str, sides: tuple[int, ...], quality: int, workers: int, on_bad_image: str = "fail") -> int:
