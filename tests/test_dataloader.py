@@ -1,0 +1,147 @@
+"""Batches on the device: the same for any number of workers, started anywhere, errors unchanged."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, train_loader
+from errors import DataError, UserError
+from flags import parse_augment
+from sources.images import TrainTransform
+from sources.index import ArraySplit, Split, balanced_subset, take_subset
+from sources.layouts import index as find
+
+
+@pytest.fixture
+def data(photos):
+    return find("imagenet", photos)
+
+
+def batches(data, workers: int, epoch: int = 1, start: int = 0, **options):
+    loader = train_loader(data, image_size=24, batch_size=16, augment=parse_augment("full"), seed=5,
+                          num_workers=workers, **options)  # fmt: skip
+    loader.order.seek(epoch, start)
+    return [(images.clone(), labels) for images, labels in loader]
+
+
+def equal(a, b) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
+    )
+
+
+def test_the_samples_do_not_depend_on_the_number_of_workers(data):
+    alone = batches(data, 0)
+    assert len(alone) == 72 // 16
+    assert all(equal(alone, batches(data, workers)) for workers in (1, 2))
+
+
+def test_every_epoch_augments_anew_and_a_loader_can_start_anywhere(data):
+    first, second = batches(data, 0, epoch=1), batches(data, 0, epoch=2)
+    assert not equal(first, second)
+    assert equal(batches(data, 0, epoch=2, start=3), second[3:])
+
+
+def test_a_sample_is_the_same_in_every_batch_it_could_be_in(data):
+    """Augmentation knows the sample and the epoch, never the batch, the worker or the rank."""
+    dataset = BatchDataset(data.train, TrainTransform(parse_augment("full"), 24, data.mean), seed=5)
+    order = Order(len(data.train), 8, seed=5)
+    (first, *_) = iter(order)
+    together = dataset[first][0]
+    alone = [dataset[first._replace(ids=first.ids[k : k + 1])][0][0] for k in range(8)]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+
+
+def test_ranks_share_the_batches_of_one_rank(data):
+    whole = batches(data, 0)
+    halves = [batches(data, 0, rank=rank, world_size=2) for rank in (0, 1)]
+    joined = [tuple(torch.cat(pair) for pair in zip(a, b, strict=True)) for a, b in zip(*halves, strict=True)]
+    assert equal(whole, joined)
+
+
+def test_get_dataloaders_gives_what_the_documents_show(photos):
+    train, val = get_dataloaders(data_path=str(photos), batch_size=8, image_size=32, num_workers=0)
+    images, labels = next(iter(train))
+    assert images.shape == (8, 3, 32, 32)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    seen = torch.cat([labels for _, labels in val])
+    assert seen.tolist() == sorted([0, 1, 2] * 7)
+    assert abs(images.mean()) < 3  # normalised
+
+
+def test_normalisation_is_torchvisions_formula(data):
+    loader = eval_loader(data.val, data, image_size=32, batch_size=4)
+    raw = loader.dataset[next(iter(loader.order))][0]
+    images, _ = next(iter(loader))
+    mean, std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
+    expected = (raw.permute(0, 3, 1, 2).double() / 255 - mean) / std
+    torch.testing.assert_close(images, expected.float(), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, workers):
+    shutil.copytree(photos, tmp_path / "d")
+    bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[0]
+    bad.write_bytes(bad.read_bytes()[:200])
+    data = find("imagenet", tmp_path / "d")
+    with pytest.raises(UserError, match=bad.name):
+        batches(data, workers)
+    loader = train_loader(
+        data, image_size=24, batch_size=24, augment=(), seed=5, num_workers=workers, on_bad_image="skip"
+    )
+    labels = torch.cat([labels for _, labels in loader])
+    assert loader.replaced == [f"dog/{bad.name}"] or loader.replaced[0].endswith(bad.name)
+    assert torch.bincount(labels).tolist() == [24, 24, 24]  # by an image of the same class
+
+
+def test_validation_never_substitutes(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "d")
+    bad = sorted((tmp_path / "d" / "val" / "owl").iterdir())[0]
+    bad.write_bytes(b"<html>not found</html>")
+    data = find("imagenet", tmp_path / "d")
+    with pytest.raises(DataError, match=bad.name):
+        list(eval_loader(data.val, data, image_size=32, batch_size=8))
+
+
+class Unreadable(Split):
+    labels = np.zeros(8, np.int64)
+
+    def read(self, ids):
+        raise OSError(5, "Input/output error", "/data/x.jpg")
+
+
+def test_an_error_in_a_worker_arrives_as_it_was_raised(data):
+    import dataclasses
+
+    broken = dataclasses.replace(data, train=Unreadable())
+    loader = train_loader(broken, image_size=16, batch_size=4, augment=(), num_workers=1)
+    with pytest.raises(DataError, match=r"/data/x\.jpg"):
+        list(loader)
+
+
+def test_a_subset_is_balanced_and_the_same_on_every_call():
+    labels = np.random.default_rng(0).integers(0, 7, 5000)
+    first, again = balanced_subset(labels, 700, seed=0), balanced_subset(labels, 700, seed=0)
+    assert np.array_equal(first, again)
+    assert np.bincount(labels[first]).tolist() == [100] * 7
+    assert not np.array_equal(first, balanced_subset(labels, 700, seed=1))
+    assert len(np.unique(first)) == 700
+
+
+def test_validation_of_a_subset_is_a_tenth(data):
+    small = take_subset(data, 30)
+    assert (len(small.train), len(small.val)) == (30, 3)
+    assert np.bincount(small.train.labels).tolist() == [10, 10, 10]
+
+
+def test_arrays_go_through_the_same_path_as_files():
+    images = np.random.default_rng(0).integers(0, 255, (12, 20, 20, 3)).astype(np.uint8)
+    split = ArraySplit(images, np.arange(12) % 3)
+    dataset = BatchDataset(split, TrainTransform(parse_augment("basic"), 16, (0.5, 0.5, 0.5)))
+    out, labels, replaced = dataset[next(iter(Order(12, 4)))]
+    assert out.shape == (4, 16, 16, 3)
+    assert len(labels) == 4
+    assert replaced == []
