@@ -337,6 +337,9 @@ def check_train(config: Any, typed: frozenset[str]) -> list[str]:
         raise UsageError("--ema-ramp and --ema-half-life set the decay both", "leave one of the two out")
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of the two out")
+    if config.schedule == "cosine" and config.warmup_epochs >= config.epochs:
+        raise UsageError(f"--warmup-epochs {config.warmup_epochs:g} leaves nothing of {config.epochs} epochs for the cosine",
+                         "give a smaller --warmup-epochs, or 0")  # fmt: skip
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
     notes = []
