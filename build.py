@@ -148,6 +148,14 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
     return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))
 
 
+def take_weights(path: str, model: torch.nn.Module, reset_head: bool) -> None:
+    """--init-from: other weights instead of random ones."""
+    import checkpoint
+    from models.convert import adapt_state_dict
+
+    model.load_state_dict(adapt_state_dict(checkpoint.read(path), model, reset_head))
+
+
 def lr_factor(how: str, phase: Phase, first: Phase) -> float:
     """What --lr-scale makes of a phase's batch."""
     ratio = phase.batch_size / first.batch_size

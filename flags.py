@@ -33,11 +33,15 @@ FREE_ON_RESUME = frozenset({
 })  # fmt: skip
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults shown, and the examples of the epilog kept on lines of their own."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that never abbreviates and raises `UsageError` where it would exit."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
 
     def error(self, message: str):
         raise UsageError(message, f"python {self.prog} --help lists every flag with its range")
@@ -284,9 +288,11 @@ def _yaml_arguments(path: str, known: dict[str, Any]) -> list[str]:
         raise UsageError(f"--config {path} is not YAML: {error}", "write one `flag: value` a line") from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} holds no flags", "write one `flag: value` a line")
-    arguments = []
+    arguments, of_train = [], vars(build_parser("train.py", "", "", TRAIN_GROUPS).parse_args([]))
     for key, value in content.items():
         name = str(key).replace("_", "-")
+        if name.replace("-", "_") in of_train.keys() - known.keys():
+            continue  # a recipe serves lr_finder.py too, which has no --plot
         if name.replace("-", "_") not in known or name == "config":
             raise UsageError(
                 f"--config {path}: unknown key {key!r}", "the keys are train.py's flags without the dashes"

@@ -168,11 +168,8 @@ def restore(built, saved: dict, config) -> None:
 def start_from(built, config) -> None:
     """--init-from: other weights instead of random ones."""
     import build
-    import checkpoint
-    from models.convert import adapt_state_dict
 
-    weights = adapt_state_dict(checkpoint.read(config.init_from), built.state.model, config.reset_head)
-    built.state.model.load_state_dict(weights)
+    build.take_weights(config.init_from, built.state.model, config.reset_head)
     built.state.ema = build.build_ema(config, built.state.model, built.phases)
     say(f"starting from the weights of {config.init_from}" + (", with a new head" if config.reset_head else ""))
 

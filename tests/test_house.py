@@ -13,6 +13,8 @@ import flags
 PARTS = {"models": 2, "dataloader": 2, "checkpoint": 3, "train_utils": 3, "rundir": 4, "trainer": 4, "build": 5,
          "preflight": 5, "dryrun": 6}  # fmt: skip
 SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
+# Not commands: how pictures look, which validate.py and lr_finder.py share.
+LEAVES = {"analysis", "analysis.figures", "analysis.score_figures"}
 SCRIPT_PACKAGES = {"ablation_runs", "benchmarks", "analysis"}
 BASE = {"errors": -1, "flags": 0}
 
@@ -26,6 +28,8 @@ def layer(name: str) -> int:
     """Up to 0: errors and flags, 1: leaves, 2 to 6: parts, 9: scripts."""
     if name in BASE:
         return BASE[name]
+    if name in LEAVES:
+        return 1
     if name in SCRIPTS or name.split(".")[0] in SCRIPT_PACKAGES:
         return 9
     return PARTS.get(name, 1)

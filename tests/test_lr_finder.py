@@ -1,0 +1,290 @@
+"""The range test against rates known from a grid, its edge cases, and what it leaves behind: nothing."""
+
+import copy
+import json
+import math
+import shlex
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import data_utils
+import ema
+import lr_finder
+import optim
+import train
+from errors import DivergedError, UsageError
+from lr_curve import Divergence, longest_descent, smooth, suggest
+from runtime import Runtime
+from sources.generated import digits
+from train_utils import BatchNormBuffers, Step, TrainState, train_step
+
+CPU = torch.device("cpu")
+DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "160", "--arch", "resnet_tiny", "--num-workers", "0",
+          "--device", "cpu", "--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,16"]  # fmt: skip
+
+
+def pixels(split):
+    images = torch.from_numpy(np.stack(split.images)).permute(0, 3, 1, 2).float()
+    return (images / 255 - 0.3053) / 0.3759, torch.from_numpy(split.labels)
+
+
+def mlp():
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 10))
+
+
+def convnet():
+    layers = [nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    layers += [nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
+
+
+class Batches:
+    """An endless stream of shuffled training digits."""
+
+    def __init__(self, size=64, poison=None):
+        (self.images, self.labels), self.size, self.poison = pixels(digits().train), size, poison
+
+    def __iter__(self):
+        generator, count = torch.Generator().manual_seed(0), 0
+        while True:
+            for ids in torch.randperm(len(self.images), generator=generator).split(self.size)[:-1]:
+                images = self.images[ids]
+                yield (images * math.nan if count == self.poison else images), self.labels[ids]
+                count += 1
+
+
+def prepared(net, optimizer, lr=1e-3, steps=1000, amp=None, mix=True):
+    torch.manual_seed(0)
+    model = net()
+    made = optim.build_optimizer(optimizer, model, lr=lr, momentum=0.9, nesterov=False, weight_decay=1e-4)
+    schedule = optim.Schedule(made, "onecycle", peak_lr=lr, total_steps=steps)
+    state = TrainState(model, made, schedule, torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())
+    mixer = data_utils.BatchMixer(10, 0.2 * mix, 1.0 * mix, 0.1 * mix)
+    return state, Step(model, mixer, data_utils.LOSSES["ce"], Runtime(CPU, amp), BatchNormBuffers(model), seed=0)
+
+
+# (net, optimizer, mixing) and the range of peak rates whose 150 OneCycle steps end within a point of
+# the best accuracy; the slow test below measures it anew.
+PROBLEMS = {
+    "mlp, sgd": (mlp, "sgd", False, (2e-2, 0.5)),
+    "convnet, adamw": (convnet, "adamw", False, (3e-3, 0.1)),
+    "convnet, lamb, mixed": (convnet, "lamb", True, (1e-2, 3e-2)),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_suggestions_are_within_a_factor_of_three_of_the_grid(name):
+    net, optimizer, mix, (low, high) = PROBLEMS[name]
+    rates, losses, _ = lr_finder.range_test(*prepared(net, optimizer, mix=mix), Batches(), 1e-7, 10, 120)
+    for lr in suggest(rates, losses).values():
+        assert low / 3 <= lr <= high * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_grid_is_what_the_fast_test_takes_it_for(name):
+    net, optimizer, mix, (low, high) = PROBLEMS[name]
+    images, labels = pixels(digits().val)
+
+    def accuracy(lr):
+        state, how = prepared(net, optimizer, lr, 150, mix=mix)
+        state.model.train()
+        for _, batch in zip(range(150), Batches(), strict=False):
+            train_step(state, how, *batch)
+        return 100 * (state.model.eval()(images).argmax(1) == labels).float().mean().item()
+
+    inside = [accuracy(lr) for lr in np.geomspace(low, high, 3)]
+    assert min(inside) > max(accuracy(low / 10), accuracy(high * 10)) + 1
+    assert max(inside) - min(inside) <= 1.5
+
+
+def test_everything_is_as_before_and_no_step_of_the_trained_optimizer_is_lost():
+    state, how = prepared(convnet, "adamw")
+    state.model.train()
+    for _, batch in zip(range(3), Batches(), strict=False):
+        train_step(state, how, *batch)
+    before = copy.deepcopy(
+        [state.model.state_dict(), state.optimizer.state_dict(), state.schedule.state_dict(), state.step]
+    )
+    lr_finder.range_test(state, how, Batches(), 1e-6, 1, 20)
+    after = [state.model.state_dict(), state.optimizer.state_dict(), state.schedule.state_dict(), state.step]
+    assert flat(before) == flat(after)
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return (str(value.dtype), value.tolist())
+    if isinstance(value, dict):
+        return {k: flat(v) for k, v in value.items()}
+    return [flat(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def test_a_diverging_test_stops_early_and_still_suggests(capfd):
+    rates, losses, ended = lr_finder.range_test(*prepared(mlp, "sgd", mix=False), Batches(), 1e-5, 1e5, 100)
+    assert ended == "the loss diverged" and len(rates) == len(losses) < 100
+    assert all(math.isfinite(loss) for loss in losses)
+    assert suggest(rates, losses)["valley"] < 1
+    assert capfd.readouterr() == ("", "")  # neither the library's bar nor its messages
+
+
+def test_nan_ends_the_test_at_once_and_is_not_part_of_the_curve():
+    state, how = prepared(convnet, "adamw")
+    before = copy.deepcopy(state.model.state_dict())
+    rates, losses, ended = lr_finder.range_test(state, how, Batches(poison=12), 1e-6, 1, 40)
+    assert "finite" in ended and len(rates) == len(losses) == 12
+    assert flat(before) == flat(state.model.state_dict())  # BatchNorm has not seen the NaN
+
+
+def test_bf16_finds_what_fp32_finds():
+    found = [suggest(*lr_finder.range_test(*prepared(convnet, "adamw", amp=amp, mix=False), Batches(), 1e-6, 10, 60)[:2])["valley"]
+             for amp in (None, torch.bfloat16)]  # fmt: skip
+    assert 1 / 2 < found[0] / found[1] < 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_on_a_gpu(tmp_path, amp):
+    assert lr_finder.main([*DIGITS, "--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "lr_finder.json").read_text())["suggestion"]
+
+
+def test_the_rates_rise_geometrically_and_each_is_the_one_its_step_used():
+    state, how = prepared(mlp, "sgd", mix=False)
+    used = []
+    how.forward = lambda images: used.append(state.optimizer.param_groups[1]["lr"]) or state.model(images)
+    rates, *_ = lr_finder.range_test(state, how, Batches(), 1e-6, 1e-2, 30)
+    assert rates == pytest.approx(lr_finder.geometric(1e-6, 1e-2, 30))
+    assert rates == used
+
+
+# --- the curve ---
+
+
+def test_smoothing_is_the_weighted_mean_of_its_definition():
+    losses, scale = [3.0, 1.0, 4.0, 1.0, 5.0], 1.7
+    for i, value in enumerate(smooth(losses, scale)):
+        weights = [math.exp(-abs(i - j) / scale) for j in range(5)]
+        assert value == pytest.approx(sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights))
+    assert smooth([2.0] * 30) == pytest.approx([2.0] * 30)  # no bias at the ends
+
+
+def test_an_explosion_at_the_end_does_not_reach_back():
+    calm = [2.0 - 0.01 * k for k in range(100)]
+    assert smooth([*calm, 1e9])[:80] == pytest.approx(smooth(calm)[:80], abs=0.02)
+
+
+def test_a_known_curve():
+    """Falls only between 1e-3 and 1e-1, rises from 1 on."""
+    lrs = np.geomspace(1e-6, 10, 211)
+    losses = 2 - np.clip((np.log10(lrs) + 3) / 2, 0, 1) + 10 * np.clip(np.log10(lrs), 0, 1)
+    found = suggest(lrs, losses)
+    assert 3e-3 < found["steepest"] < 3e-2
+    assert found["valley"] == pytest.approx(10 ** (-3 + 2 * 2 / 3), rel=0.3)
+    assert 1e-2 < found["minimum / 10"] < 1e-1
+
+
+@pytest.mark.parametrize(
+    "losses", [np.linspace(1, 5, 40), np.full(40, 2.0), 2 + np.random.default_rng(0).normal(0, 0.1, 40)]
+)
+def test_a_curve_that_does_not_fall_suggests_nothing(losses):
+    assert set(suggest(np.geomspace(1e-6, 1, 40), losses).values()) == {None}
+
+
+def test_the_longest_descent_steps_over_bumps():
+    assert longest_descent([5, 6, 4, 4.5, 3, 2, 9, 1, 1]) in ((0, 7), (1, 7))
+    assert longest_descent([1, 2, 3])[0] == longest_descent([1, 2, 3])[1]
+
+
+def test_noise_around_almost_nothing_is_no_divergence():
+    diverged = Divergence()
+    assert not any([diverged(loss) for loss in [2.3, 1.0, 0.1, 0.01, 0.01, 0.2, 0.3, 0.01]])
+    assert any([diverged(loss) for loss in [30.0] * 5])
+
+
+# --- the command ---
+
+
+def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
+    arguments = [*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr-scale", "sqrt",
+                 "--lr", "0.5", "--save-dir", str(tmp_path / "a run")]  # fmt: skip
+    assert lr_finder.main([*arguments, "--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "lr_finder.json").read_text())
+    assert (found["phase"], found["image_size"], found["batch_size"]) == (3, 24, 16)
+    assert len(found["lrs"]) == len(found["losses"]) > 30 and found["flags"]["arch"] == "resnet_tiny"
+    assert found["suggestion"] == found["suggestions"]["valley"]
+    assert (tmp_path / "out" / "lr_finder.png").stat().st_size > 10_000
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # --save-dir is not touched
+    printed = capsys.readouterr().out
+    assert found["commands"].keys() == {"steepest", "minimum / 10", "valley"}
+    for name, line in found["commands"].items():
+        words = shlex.split(line)
+        assert line in printed
+        assert words[:2] == ["python", "train.py"] and words[2:-2] == [w for w in arguments if w not in ("--lr", "0.5")]
+        # --lr belongs to the first phase, with half the batch
+        assert float(words[-1]) == pytest.approx(found["suggestions"][name] / math.sqrt(2), rel=0.05)
+
+
+def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
+    # In this process: starting two others takes seconds and shows nothing more.
+    here = SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=train.main(command[2:])))
+    monkeypatch.setattr(lr_finder, "subprocess", here)
+    arguments = ["--mode", "accuracy", "--trials", "2", "--trial-epochs", "1", "--start-lr", "1e-3", "--end-lr", "1e-2"]
+    assert (
+        lr_finder.main([*DIGITS, *arguments, "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]) == 0
+    )
+    found = json.loads((tmp_path / "lr_finder.json").read_text())
+    assert found["lrs"] == pytest.approx([1e-3, 1e-2]) and found["suggestion"] in found["lrs"]
+    assert all(0 <= accuracy <= 100 for accuracy in found["accuracies"])
+    assert found["accuracies"][found["lrs"].index(found["suggestion"])] == max(found["accuracies"])
+    assert {path.name for path in tmp_path.iterdir()} == {"lr_finder.json", "lr_finder.png"}
+
+
+def test_a_training_that_diverges_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
+    codes = iter([0, 5])
+    monkeypatch.setattr(lr_finder, "subprocess", SimpleNamespace(run=lambda command, **_: Done(next(codes), command)))
+    arguments = [*DIGITS, "--mode", "accuracy", "--trials", "2", "--out", str(tmp_path)]
+    assert lr_finder.main(arguments) == 0
+    found = json.loads((tmp_path / "lr_finder.json").read_text())
+    assert found["accuracies"] == [40.0, None] and found["suggestion"] == found["lrs"][0]
+    codes = iter([6])
+    with pytest.raises(lr_finder.UserError, match="no memory") as failed:
+        lr_finder.main(arguments)
+    assert failed.value.exit_code == 6 and failed.value.fix == "buy some"
+
+
+class Done:
+    stderr = "noise\nerror: no memory\nfix: buy some\n"
+
+    def __init__(self, returncode, command):
+        from pathlib import Path
+
+        self.returncode, run_dir = returncode, Path(command[-1])
+        run_dir.mkdir()
+        (run_dir / "metrics.jsonl").write_text('{"val_top1": 40.0, "val_loss": 1.0}\n')
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"), (["--num-iter", "2"], "num-iter"),
+    (["--resume", "auto"], "--resume"), (["--phas", "1"], "--phas"),
+])  # fmt: skip
+def test_wrong_usage(arguments, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        lr_finder.main([*DIGITS, *arguments, "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_never_finite_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(data_utils.LOSSES, "ce", lambda logits, targets: logits.sum() * math.nan)
+    with pytest.raises(DivergedError, match="no curve"):
+        lr_finder.main([*DIGITS, "--num-iter", "10", "--out", str(tmp_path)])
+
+
+def test_a_recipe_of_train_py_serves_here_too(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("plot: true\nbatch-size: 8\n")
+    config, _ = lr_finder.flags.parse(lr_finder.build_parser(), ["--config", str(recipe)])
+    assert config.batch_size == 8
