@@ -1,0 +1,86 @@
+"""Every recipe: all keys known, its values accepted, a plan and a model that can be built from it."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import flags
+import train
+from errors import UsageError
+from models import build_model
+from optim import Schedule, build_optimizer
+from train_utils import plan
+
+RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
+CLASSES = {"imagenet": 1000, "imagenet100": 100, "tiny-imagenet": 200, "cifar100": 100, "digits": 10}
+IMAGES = {"imagenet": 1_281_167, "imagenet100": 126_689, "tiny-imagenet": 100_000, "cifar100": 50_000, "digits": 1438}
+
+
+def parsed(*arguments: object):
+    return flags.parse(train.build_parser(), [str(a) for a in arguments])
+
+
+def test_the_recipes_of_the_documents_and_the_published_ones_are_there():
+    assert {path.stem for path in RECIPES} >= {
+        *("digits", "imagenet_documents", "tiny_imagenet", "tiny_imagenet_resnet18", "cifar100_resnet34"),
+        *("imagenet100", "a3_100_epochs_160px", "blurpool_160_192"),
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_parsed_planned_and_built(path):
+    config, typed = parsed("--config", path)
+    flags.check_train(config, typed)
+    assert {key.replace("-", "_") for key in yaml.safe_load(path.read_text())} - {"ema"} <= typed
+    phases = plan(config.epochs, config.resize_schedule, IMAGES[config.dataset], config.batch_size,
+                  phase_batch_sizes=config.phase_batch_sizes, phase_epochs=config.phase_epochs)  # fmt: skip
+    assert phases[-1].last_epoch == config.epochs and len(phases) == len(config.resize_schedule)
+    model = build_model(config.arch, num_classes=CLASSES[config.dataset], head=config.head, stem=config.stem,
+                        drop_path_rate=config.drop_path_rate)  # fmt: skip
+    optimizer = build_optimizer(config.optimizer, model, lr=config.lr, momentum=config.momentum,
+                                nesterov=config.nesterov, weight_decay=config.weight_decay)  # fmt: skip
+    steps = sum(p.steps for p in phases)
+    warmup = round(config.warmup_epochs * phases[0].steps_per_epoch) if config.schedule == "cosine" else 0
+    schedule = Schedule(optimizer, config.schedule, peak_lr=config.lr, total_steps=steps, cycles=config.cycles,
+                        warmup_steps=warmup)  # fmt: skip
+    assert max(schedule.lr_at(step) for step in range(0, steps, 1 + steps // 500)) == pytest.approx(config.lr, rel=0.05)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_names_its_source_and_the_curve_to_expect(path):
+    comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
+    assert "Source:" in comments or "arxiv.org" in comments
+    assert "Curve" in comments
+
+
+def test_the_documents_recipe_is_the_defaults():
+    recipe, _ = parsed("--config", RECIPES[0].parent / "imagenet_documents.yaml")
+    defaults, _ = parsed()
+    differ = {k for k, v in flags.plain(defaults).items() if flags.plain(recipe)[k] != v}
+    assert differ == {"config", "phase_epochs", "phase_batch_sizes"}
+    of = [plan(c.epochs, c.resize_schedule, IMAGES["imagenet"], c.batch_size, phase_batch_sizes=c.phase_batch_sizes,
+               phase_epochs=c.phase_epochs) for c in (recipe, defaults)]  # fmt: skip
+    assert of[0] == of[1]
+
+
+def test_the_command_line_wins_over_the_recipe(tmp_path):
+    config, typed = parsed("--config", RECIPES[0].parent / "cifar100_resnet34.yaml", "--epochs", "3")
+    assert (config.epochs, config.lr, config.optimizer) == (3, 0.01, "adam")
+    assert {"epochs", "lr", "optimizer"} <= typed
+
+
+@pytest.mark.parametrize("text, message", [
+    ("learning-rate: 1", "unknown key 'learning-rate'"),
+    ("lr: -1", "--lr"),
+    ("optimizer: adamax", "adamax"),
+    ("- lr", "holds no flags"),
+    ("lr: [1", "is not YAML"),
+    ("config: other.yaml", "unknown key 'config'"),
+])  # fmt: skip
+def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        parsed("--config", tmp_path / "bad.yaml")
+    with pytest.raises(UsageError, match=r"recipes/ holds .*digits\.yaml"):
+        parsed("--config", tmp_path / "absent.yaml")
