@@ -118,7 +118,7 @@ def bare(setting: Setting, runtime: Runtime) -> Callable[[], object]:
 
 
 def timm(setting: Setting, runtime: Runtime) -> Callable[[], object]:
-    """The step of timm's train.py with the same choices. Raises ImportError where timm is not installed.
+    """The step of timm's train.py with the same choices. Raises ImportError where there is none.
 
     Its Mixup writes into the batch, which its loader makes anew each time: here it gets a copy.
     """
@@ -129,6 +129,8 @@ def timm(setting: Setting, runtime: Runtime) -> Callable[[], object]:
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
 
+    if not timm.is_model(setting.arch):
+        raise ImportError(f"timm has no {setting.arch}")
     config = setting.config()
     model = timm.create_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
     model = model.to(runtime.device, memory_format=setting.layout).train()
@@ -193,8 +195,8 @@ def _built(setting: Setting, runtime: Runtime):
     index = synthetic(f"synthetic:classes={CLASSES},train={100 * setting.batch_size},val={CLASSES},size=8")
     phases = build.make_plan(config, index, 1)
     run = build.build(config, index, runtime, phases, Path())
-    if not setting.channels_last:
-        run.state.model.to(memory_format=torch.contiguous_format)
+    for model in (run.state.model, run.state.ema.module):  # one layout, or the average is slow to move
+        model.to(memory_format=setting.layout)
     return run.state, run.make_step(phases[0])
 
 
