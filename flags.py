@@ -161,13 +161,7 @@ def add_phase_args(parser: argparse.ArgumentParser) -> None:
         help="image size of each phase; one size is no progression")  # fmt: skip
     add("--phase-epochs", type=listing(positive), default=None, metavar="N,N,...",
         help="epochs of each phase, as weights when they do not add up to --epochs; default 30,20,40 or equal parts")  # fmt: skip
-    add(
-        "--phase-batch-sizes",
-        type=listing(positive),
-        default=None,
-        metavar="N,N,...",
-        help="global batch of each phase",
-    )
+    add("--phase-batch-sizes", type=listing(positive), default=None, metavar="N,N,...", help="their global batches")
     add("--phase-mix", type=listing(_on_off), default=None, metavar="on|off,...", help="mixing and drop-path by phase")
     add("--accumulate", type=positive, default=1, metavar="K", help="split each global batch into K pieces")
 
@@ -209,24 +203,10 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--save-dir", default="./checkpoints", metavar="DIR", help="where this run lives")
-    add(
-        "--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: --save-dir's newest sound one"
-    )
-    add(
-        "--allow-change",
-        type=listing(str),
-        default=(),
-        metavar="FLAG,...",
-        help="with --resume: flags (or 'data') that may differ",
-    )
+    add("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: the newest sound one")
+    add("--allow-change", type=listing(str), default=(), metavar="FLAG,...", help="what may differ on --resume")
     add("--overwrite", action="store_true", help="delete the run that --save-dir holds")
-    add(
-        "--save-every",
-        type=save_interval,
-        default=(1, "ep"),
-        metavar="N|Nmin",
-        help="epochs, or minutes, between saves",
-    )
+    add("--save-every", type=save_interval, default=(1, "ep"), metavar="N|Nmin", help="epochs or minutes between saves")
     add("--stop-after", type=positive, default=None, metavar="STEP", help="stop there, saved, as a stop signal would")
     add("--eval-every", type=positive, default=1, metavar="N", help="epochs between validations")
     add("--early-stop-patience", type=positive, default=None, metavar="N",

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -216,3 +217,27 @@ def test_evaluation_leaves_training_mode_alone_even_after_an_error():
     with pytest.raises(ZeroDivisionError):
         evaluate({"m": model}, (1 / 0 for _ in range(1)), CPU)
     assert model.training
+
+
+def test_with_shuffled_labels_validation_stays_at_chance():
+    """What would leak the labels (a wrong split, an augmentation that knows the class) would show here."""
+    from sources.generated import digits
+
+    data, rng = digits(), np.random.default_rng(0)
+    state, how = make(torch.float32, alphas=(0.0, 0.0))
+    how.mixer = data_utils.BatchMixer(10, 0.0, 0.0, 0.0)
+    state.model.fc = nn.Conv2d(64, 10, 1)
+    optimizer = torch.optim.SGD(state.model.parameters(), 0.05, momentum=0.9)
+    state.optimizer, state.ema = optimizer, ema.NoEMA()
+    state.schedule = optim.Schedule(optimizer, "constant", peak_lr=0.05, total_steps=100)
+    how.buffers = BatchNormBuffers(state.model)
+    pixels = (
+        torch.stack([torch.from_numpy(np.asarray(x)) for x in data.train.read(range(256))]).permute(0, 3, 1, 2) / 255
+    )
+    wrong = torch.from_numpy(rng.permutation(data.train.labels[:256]))
+    for step in range(60):
+        part = slice(32 * (step % 8), 32 * (step % 8) + 32)
+        train_step(state, how, pixels[part], wrong[part])
+    other = torch.stack([torch.from_numpy(np.asarray(x)) for x in data.val.read(range(300))]).permute(0, 3, 1, 2) / 255
+    score = evaluate({"m": state.model}, [(other, torch.from_numpy(data.val.labels[:300]))], CPU)["m"].top1
+    assert score < 25  # chance is 10
