@@ -119,10 +119,9 @@ def build_eval(config, index: DatasetIndex, runtime: Runtime, split: Split, phas
 def build_step(config, index: DatasetIndex, runtime: Runtime, phase: Phase, model: torch.nn.Module, forward) -> Step:
     """How the steps of `phase` are taken; sets the model's drop-path rate for it."""
     set_drop_path_rate(model, config.drop_path_rate if phase.mix else 0.0)
-    alphas = (config.mixup_alpha, config.cutmix_alpha) if phase.mix else (0.0, 0.0)
     return Step(
         forward=compiled(forward) if config.compile else forward,
-        mixer=data_utils.BatchMixer(len(index.classes), *alphas, config.label_smoothing),
+        mixer=build_mixer(config, index, phase),
         loss=data_utils.LOSSES[config.loss],
         runtime=runtime,
         buffers=BatchNormBuffers(model),
@@ -131,6 +130,11 @@ def build_step(config, index: DatasetIndex, runtime: Runtime, phase: Phase, mode
         accumulate=config.accumulate,
         penalty=(lambda model: config.l1 * data_utils.l1_penalty(model.parameters())) if config.l1 else None,
     )
+
+
+def build_mixer(config, index: DatasetIndex, phase: Phase) -> data_utils.BatchMixer:
+    alphas = (config.mixup_alpha, config.cutmix_alpha) if phase.mix else (0.0, 0.0)
+    return data_utils.BatchMixer(len(index.classes), *alphas, config.label_smoothing)
 
 
 def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> TrainState:

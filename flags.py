@@ -232,7 +232,8 @@ TRAIN_GROUPS = (add_data_args, add_model_args, add_phase_args, add_optim_args, a
 
 def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, frozenset[str]]:
     """The frozen config, and the names of the flags given by hand (or by --config)."""
-    defaults = vars(parser.parse_args([]))
+    # Not parse_args([]): a script's positional arguments have no default.
+    defaults = {a.dest: a.default for a in parser._actions if a.default is not argparse.SUPPRESS}
     typed = _typed(parser, argv)
     if typed.get("config"):
         typed = {**_typed(parser, _yaml_arguments(typed["config"], defaults)), **typed}

@@ -97,18 +97,32 @@ def _write_cells(axis, values: np.ndarray, image, spec: str) -> None:
 
 
 def gallery(images: Sequence[np.ndarray], captions: Sequence[str], *, title: str, columns: int = 6,
-            side: float = 1.7, lines: int = 2) -> Figure:  # fmt: skip
-    """Pictures (H, W, 3) uint8 or (H, W) in rows, each with a caption of up to `lines` lines below."""
+            side: float = 1.7) -> Figure:  # fmt: skip
+    """Pictures (H, W, 3) uint8 or (H, W), `columns` in a row, each with its caption below."""
     columns = max(1, min(columns, len(images)))
-    rows = -(-len(images) // columns)
-    made = figure(max(columns * side, 5.0), rows * (side + 0.17 * lines) + 0.5, title)
-    cells = axes(made, rows, columns)
+    cuts = range(0, len(images), columns)
+    return strips([(images[k : k + columns], captions[k : k + columns]) for k in cuts], title=title, side=side)
+
+
+def strips(rows: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]], *, title: str, side: float = 1.7,
+           names: Sequence[str] = ()) -> Figure:  # fmt: skip
+    """Rows of pictures, each (images, captions); `names` stand at the left of the rows.
+
+    An image is (H, W, 3) uint8 or, drawn in this file's colours, (H, W) numbers.
+    """
+    columns = max(len(images) for images, _ in rows)
+    lines = [1 + max((caption.count("\n") for caption in captions), default=0) for _, captions in rows]
+    height = sum(side + 0.16 * n for n in lines) + 0.25 * (2 + title.count("\n"))
+    made = figure(max(columns * side * 1.02, 6.5), height, title)
+    cells = axes(made, len(rows), columns, gridspec_kw={"height_ratios": [side + 0.16 * n for n in lines]})
     for cell in cells.flat:
         cell.axis("off")
-    for cell, image, caption in zip(cells.flat, images, captions, strict=False):
-        cell.imshow(image, interpolation="nearest", **({"cmap": "gray"} if np.ndim(image) == 2 else {}))
-        # Below the picture, as text of the axes: a title would be cut where two are wide.
-        cell.text(0.5, -0.04, caption, transform=cell.transAxes, ha="center", va="top", fontsize=8)
+    for (images, captions), row in zip(rows, cells, strict=True):
+        for cell, image, caption in zip(row, images, captions, strict=False):
+            cell.imshow(image, interpolation="nearest", **({"cmap": MAP} if np.ndim(image) == 2 else {}))
+            cell.set_title(caption, fontsize=8, y=-0.02, pad=-2, va="top")
+    for name, row in zip(names, cells, strict=False):
+        row[0].text(-0.06, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=9, rotation=90)
     return made
 
 

@@ -1,0 +1,271 @@
+"""Looking inside a model: Grad-CAM by hand, hooks gone, the landscape's centre, what training sees."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import train
+from analysis import batch, feature_maps, filters, gradcam, loss_landscape, misclassified
+from errors import DataError, UsageError
+from models import build_model
+
+DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "100", "--device", "cpu"]
+TRAIN = [*DIGITS, "--arch", "resnet_tiny", "--stem", "small", "--epochs", "2", "--resize-schedule", "16", "--batch-size",
+         "20", "--augment", "none", "--drop-path-rate", "0", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr", "1e-3",
+         "--num-workers", "0", "--amp", "off"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    assert train.main([*TRAIN, "--save-dir", str(folder)]) == 0
+    (path,) = folder.glob("best_*.pt")
+    return path
+
+
+def is_png(path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+class TwoMaps(nn.Module):
+    """Channels are brightness and darkness; class k is the mean of channel k, twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.maps = nn.Conv2d(3, 2, 1, bias=False)
+        with torch.no_grad():
+            self.maps.weight.copy_(torch.tensor([[1.0, 1, 1], [-1.0, -1, -1]]).view(2, 3, 1, 1))
+
+    def forward(self, images):
+        return 2 * F.relu(self.maps(images)).mean((2, 3))
+
+
+def test_gradcam_equals_the_formula_by_hand():
+    torch.manual_seed(0)
+    model, images = TwoMaps(), torch.rand(2, 3, 4, 4)
+    maps = gradcam.grad_cam(model, model.maps, images, torch.tensor([0, 1]))
+    # d logit_0 / d map_0 is 2 / 16 everywhere (all positive) and 0 for map_1: the map is channel 0 itself.
+    brightness = images[0].sum(0)
+    torch.testing.assert_close(maps[0], brightness / brightness.max())
+    assert (maps[1] == 0).all()  # darkness of a bright image is cut off by the network's ReLU: no evidence
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_gradcam_points_at_the_object_of_a_synthetic_picture():
+    images = torch.zeros(1, 3, 32, 32)
+    images[:, :, 20:28, 4:12] = 1
+    model = TwoMaps()
+    model.maps.stride = (4, 4)  # an 8 x 8 map, interpolated up
+    (found,) = gradcam.grad_cam(model, model.maps, images, torch.tensor([0]))
+    row, column = divmod(int(found.argmax()), 32)
+    assert 20 <= row < 28 and 4 <= column < 12
+    assert found[20:28, 4:12].mean() > 0.6 > 10 * found[:14, 16:].mean()
+
+
+def test_gradcam_leaves_no_hook_behind_even_after_an_error():
+    model = TwoMaps()
+    gradcam.grad_cam(model, model.maps, torch.rand(1, 3, 4, 4), torch.tensor([0]))
+    with pytest.raises(RuntimeError):
+        gradcam.grad_cam(model, model.maps, torch.rand(1, 5, 4, 4), torch.tensor([0]))
+    assert hooks(model) == 0
+
+
+def test_gradcam_refuses_a_layer_the_logits_do_not_depend_on():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(32, 2))
+    with pytest.raises(UsageError, match="no spatial map"):
+        gradcam.grad_cam(model, model[2], torch.rand(1, 3, 4, 4), torch.tensor([0]))
+    with pytest.raises(UsageError, match="no such module"):
+        feature_maps.module_named(model, "nose")
+
+
+class Tokens(nn.Module):
+    """As ViT: patches with a class token in front; the last block lets only that token out."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 8, 4, 4), nn.LayerNorm(8)
+        self.attention, self.last, self.head = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 5)
+
+    def forward(self, images):
+        tokens = self.patches(images).flatten(2).transpose(1, 2)
+        tokens = self.norm(torch.cat([tokens.mean(1, keepdim=True), tokens], 1))
+        mixed = self.attention(tokens).mean(1, keepdim=True) + tokens
+        return self.head(self.last(mixed)[:, 0])
+
+
+def test_the_last_map_is_found_in_every_kind_of_network():
+    images = torch.randn(1, 3, 32, 32)
+    model = build_model("resnet_tiny", num_classes=5, stem="small").eval()
+    assert feature_maps.last_map(model, images) == "layer4" and hooks(model) == 0
+    assert feature_maps.last_map(Tokens().eval(), images) == "attention"  # not `last`: its patches reach no logit
+    maps = gradcam.grad_cam(tokens := Tokens(), tokens.attention, images, torch.tensor([1]))
+    assert maps.shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("shape, wanted", [((2, 8, 4, 6), (2, 8, 4, 6)), ((2, 4, 4, 8), (2, 8, 4, 4)),
+                                           ((2, 17, 8), (2, 8, 4, 4)), ((2, 16, 8), (2, 8, 4, 4)), ((2, 8, 1, 1), None),
+                                           ((2, 15, 8), None), ((2, 8), None)])  # fmt: skip
+def test_outputs_read_as_maps(shape, wanted):
+    found = feature_maps.as_map(torch.zeros(shape))
+    assert (None if found is None else tuple(found.shape)) == wanted
+
+
+def test_tokens_keep_their_places():
+    tokens = torch.arange(5.0).view(1, 5, 1)  # class token 0, patches 1 2 / 3 4
+    assert feature_maps.as_map(tokens)[0, 0].tolist() == [[1, 2], [3, 4]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t", "preact_resnet50"])
+def test_gradcam_on_every_architecture(arch):
+    model = build_model(arch, num_classes=4, image_sizes=(64,)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    layer = feature_maps.module_named(model, feature_maps.last_map(model, images))
+    assert gradcam.grad_cam(model, layer, images, torch.tensor([1])).shape == (1, 64, 64)
+    assert hooks(model) == 0
+
+
+def test_gradcam_and_misclassified_commands(trained, tmp_path):
+    out = ["--out", str(tmp_path), "--device", "cpu"]
+    assert gradcam.main([str(trained), *out, "--count", "3"]) == 0
+    assert gradcam.main([str(trained), *out, "--misclassified", "--count", "2"]) == 0
+    assert misclassified.main([str(trained), *out, "--count", "4"]) == 0
+    assert {p.name for p in tmp_path.glob("*.png")} == {"gradcam.png", "gradcam_misclassified.png", "misclassified.png"}
+    found = json.loads((tmp_path / "misclassified.json").read_text())
+    confidences = [m["confidence"] for m in found["mistakes"]]
+    assert found["images"] == 10 and confidences == sorted(confidences, reverse=True)
+    assert all(m["truth"] != m["guess"] for m in found["mistakes"])
+
+
+def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
+    out = ["--out", str(tmp_path), "--device", "cpu"]
+    with pytest.raises(DataError, match="10 classes, the data has 3"):
+        gradcam.main([str(trained), *out, "--dataset", "imagenet", "--data-dir", str(photos), "--subset-size", "3"])
+    with pytest.raises(UsageError, match="there are 10 images"):
+        gradcam.main([str(trained), *out, "--ids", "10"])
+    with pytest.raises(UsageError, match="would do nothing"):
+        gradcam.main([str(trained), *out, "--ids", "1", "--count", "4"])
+    with pytest.raises(UsageError, match="no such class"):
+        misclassified.main([str(trained), *out, "--only", "unicorn"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_gradcam_of_files_needs_no_dataset(trained, tmp_path, photos):
+    file = next((photos / "val" / "cat").iterdir())
+    assert gradcam.main([str(trained), "--files", str(file), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    with pytest.raises(DataError, match="No such file"):
+        gradcam.main([str(trained), "--files", "nothing.jpg", "--out", str(tmp_path), "--device", "cpu"])
+
+
+def test_filters_command_and_the_sizes_stride_and_padding_make(trained, tmp_path):
+    assert filters.main([str(trained), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    names = {"kernels.png", "filtered.png", "feature_maps.png", "stride_padding.png"}
+    assert {p.name for p in tmp_path.iterdir()} == names and all(is_png(p) for p in tmp_path.iterdir())
+
+
+def test_a_kernel_as_a_picture_has_grey_for_zero():
+    kernel = torch.zeros(3, 2, 2)
+    kernel[0, 0, 0], kernel[2, 1, 1] = 2.0, -1.0
+    shown = filters.as_picture(kernel)
+    assert shown[0, 0].tolist() == [255, 128, 128] and shown[1, 1].tolist() == [128, 128, 64]
+
+
+def test_stage_maps_go_from_large_to_small_and_leave_no_hook():
+    model = build_model("resnet_tiny", num_classes=5, stem="small").eval()
+    maps = feature_maps.stage_maps(model, torch.randn(1, 3, 32, 32))
+    assert [m.shape[-1] for m in maps.values()] == [32, 16, 8, 4] and hooks(model) == 0
+
+
+def tiny_problem():
+    torch.manual_seed(1)
+    model = build_model("resnet_tiny", num_classes=5, stem="small").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model, torch.randn(6, 3, 16, 16), np.array([0, 1, 2, 3, 4, 0])
+
+
+def test_the_landscapes_centre_is_the_plain_loss_and_the_model_stays():
+    model, images, labels = tiny_problem()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with torch.no_grad():
+        plain = F.cross_entropy(model(images), torch.as_tensor(labels)).item()
+    for treatment in loss_landscape.TREATMENTS:
+        losses = loss_landscape.landscape(model, images, labels, np.linspace(-1, 1, 3), treatment, 0, "test")
+        assert (losses[1, 1] == pytest.approx(plain, rel=1e-6)) == (treatment == "running")
+        assert losses[0, 1] != losses[1, 0] and losses[0, 2] != losses[1, 1]  # a plane, not a line
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
+
+
+def test_directions_have_the_norm_of_every_filter_and_spare_biases():
+    model, _, _ = tiny_problem()
+    generator = torch.Generator().manual_seed(0)
+    first, second = (loss_landscape.direction(model, generator) for _ in range(2))
+    for p, a, b in zip(model.parameters(), first, second, strict=True):
+        if p.ndim == 1:
+            assert not a.any()
+        else:
+            torch.testing.assert_close(a.flatten(1).norm(dim=1), p.detach().flatten(1).norm(dim=1))
+            cosine = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
+            assert abs(cosine) < 5 / p.numel() ** 0.5
+
+
+def test_loss_landscape_command(trained, tmp_path):
+    few = ["--points", "3", "--samples", "5", "--out", str(tmp_path), "--device", "cpu"]
+    assert loss_landscape.main([str(trained), *few]) == 0
+    written = json.loads((tmp_path / "loss_landscape.json").read_text())
+    assert is_png(tmp_path / "loss_landscape.png") and set(written["losses"]) == {"before training", "after training"}
+
+
+def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
+    import checkpoint
+
+    save = ["--save-dir", str(tmp_path), "--stop-after", "1", "--lr", "1e-30", "--weight-decay", "0", "--no-ema"]
+    train.main([*TRAIN, *save, "--seed", "5"])
+    (path,) = tmp_path.glob("last_*.pt")
+    model, payload = checkpoint.load_model(path, "raw")
+    begun = loss_landscape.initial_model(payload)
+    for wanted, found in zip(begun.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(wanted, found)
+
+
+def test_batch_shows_the_very_batch_that_is_trained_on(tmp_path, monkeypatch):
+    """Pixels and targets that the picture is drawn from are those that the training step computes its loss on."""
+    import data_utils
+
+    flags_of_both = [*DIGITS, "--arch", "resnet_tiny", "--epochs", "1", "--resize-schedule", "16", "--batch-size", "20",
+                     "--augment", "basic", "--num-workers", "0", "--amp", "off"]  # fmt: skip
+    trained_on, shown = [], []
+    mixed = data_utils.BatchMixer.__call__
+
+    def watch(into):
+        def call(self, images, labels):
+            into.append(mixed(self, images, labels))
+            return into[-1]
+
+        return call
+
+    monkeypatch.setattr(data_utils.BatchMixer, "__call__", watch(trained_on))
+    train.main([*flags_of_both, "--save-dir", str(tmp_path / "run"), "--stop-after", "2"])
+    monkeypatch.setattr(data_utils.BatchMixer, "__call__", watch(shown))
+    batch.main([*flags_of_both, "--show-steps", "2", "--show-images", "2", "--out", str(tmp_path)])
+    assert is_png(tmp_path / "batch.png") and len(shown) == len(trained_on) == 2
+    for (images, targets), (wanted_images, wanted_targets) in zip(shown, trained_on, strict=True):
+        assert torch.equal(images, wanted_images) and torch.equal(targets, wanted_targets)
+
+
+def test_a_soft_label_is_written_without_what_smoothing_spreads():
+    names = ["cat", "dog", "owl", "fox"]
+    assert batch.label(torch.tensor([0.925, 0.025, 0.025, 0.025]), names) == "0.93 cat"
+    assert batch.label(torch.tensor([0.3, 0.66, 0.02, 0.02]), names) == "0.66 dog\n0.30 cat"
+    assert batch.label(torch.full((4,), 0.25), names).startswith("0.25 ")
