@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import flags
-from errors import DataError, run
+from errors import run
 
 EPILOG = """examples:
   python -m analysis.plots checkpoints/                       checkpoints/plots/curves.png and lr.png
@@ -28,64 +28,24 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     from analysis import figures
-    from metrics import read_metrics
+    from analysis.runs import read_runs
 
-    runs = {}
-    for run_dir in map(Path, args.run_dirs):
-        runs[run_dir] = read_metrics(run_dir)
-        if not runs[run_dir]:
-            raise DataError(f"{run_dir / 'metrics.jsonl'} has no epoch yet", "wait for the first epoch to end")
-    names = run_names(list(runs))
-    for run_dir, rows in runs.items():
-        folder = (Path(args.out) / (names[run_dir] if len(runs) > 1 else "")) if args.out else run_dir / "plots"
+    runs = read_runs(args.run_dirs)
+    for run_files in runs:
+        folder = (Path(args.out) / (run_files.name if len(runs) > 1 else "")) if args.out else run_files.path / "plots"
         for name, draw in (("curves.png", curves), ("lr.png", learning_rate)):
-            print(figures.save(draw(rows, names[run_dir]), folder / name))
+            print(figures.save(draw(run_files), folder / name))
     if len(runs) > 1 and args.out:
-        compared = compare({names[run_dir]: rows for run_dir, rows in runs.items()})
-        print(figures.save(compared, Path(args.out) / "compare.png"))
+        print(figures.save(compare(runs), Path(args.out) / "compare.png"))
     return 0
 
 
-def run_names(run_dirs: list[Path]) -> dict[Path, str]:
-    """A short name for each run: its folder's, with as much of the path as tells all of them apart."""
-    parts = {path: path.resolve().parts for path in run_dirs}
-    for depth in range(1, max(map(len, parts.values())) + 1):
-        names = {path: "-".join(part[-depth:]) for path, part in parts.items()}
-        if len(set(names.values())) == len(names):
-            break
-    return names
-
-
-def series(rows: list[dict], name: str) -> tuple[list[int], list[float]]:
-    """Epochs and values of one column, where it has any: validation may run every few epochs only."""
-    pairs = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
-
-
-def best_row(rows: list[dict]) -> dict | None:
-    """The row of the best checkpoint; None while there is none."""
-    return next((row for row in reversed(rows) if row.get("best")), None)
-
-
-def best_score(row: dict) -> float | None:
-    """The top-1 (percent) that made it the best: the EMA's where the run keeps one."""
-    return row["val_top1"] if row.get("ema_val_top1") is None else row["ema_val_top1"]
-
-
-def phases(rows: list[dict]) -> list[tuple[int, int, int]]:
-    """(first epoch, image size in px, batch size) of every phase that has begun."""
-    found: list[tuple[int, int, int]] = []
-    for row in rows:
-        if not found or found[-1][1:] != (row["image_size"], row["batch_size"]):
-            found.append((row["epoch"], row["image_size"], row["batch_size"]))
-    return found
-
-
-def curves(rows: list[dict], name: str):
+def curves(run_files):
     """Loss and top-1 over the epochs: training, raw weights, averaged weights."""
     from analysis import figures
+    from analysis.runs import series
 
-    made = figures.figure(11, 4.6, f"Learning curves of {figures.shorten(name, 60)}")
+    made = figures.figure(11, 4.6, f"Learning curves of {figures.shorten(run_files.name, 60)}")
     loss, top1 = figures.axes(made, 1, 2)[0]
     mark = {"marker": "o", "markersize": 3}
     for axis, kinds in (
@@ -97,14 +57,14 @@ def curves(rows: list[dict], name: str):
                 ("ema_val_top1", "validation, EMA weights", figures.VERMILLION, "-"))),
     ):  # fmt: skip
         for column, label, colour, dash in kinds:
-            epochs, values = series(rows, column)
+            epochs, values = series(run_files.rows, column)
             if epochs:
                 axis.plot(epochs, values, dash, color=colour, label=label, **mark)
-        mark_phases(axis, rows)
+        mark_phases(axis, run_files.rows)
         axis.set_xlabel("epoch")
     loss.set(ylabel="cross-entropy (nats)", title="Loss")
     top1.set(ylabel="top-1 accuracy (%)", title="Top-1")
-    mark_best(top1, rows)
+    mark_best(top1, run_files)
     loss.legend(fontsize=8, loc="lower left")
     top1.legend(fontsize=8, loc="lower right")
     return made
@@ -113,6 +73,8 @@ def curves(rows: list[dict], name: str):
 def mark_phases(axis, rows: list[dict]) -> None:
     """A line where each phase begins, and its image and batch size along the top."""
     from matplotlib.ticker import MaxNLocator
+
+    from analysis.runs import phases
 
     first_epoch, last_epoch, found = rows[0]["epoch"], rows[-1]["epoch"], phases(rows)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -128,45 +90,45 @@ def mark_phases(axis, rows: list[dict]) -> None:
                       va="top", color="0.25", rotation=90 if narrow else 0)  # fmt: skip
 
 
-def mark_best(axis, rows: list[dict]) -> None:
+def mark_best(axis, run_files) -> None:
     from analysis import figures
 
-    row = best_row(rows)
-    if row is None:
+    if run_files.best is None:
         return
-    score = best_score(row)
-    axis.plot([row["epoch"]], [score], "*", color=figures.BLACK, markersize=12, zorder=5,
-              label=f"best: {score:.2f} % at epoch {row['epoch']}")  # fmt: skip
+    score, epoch = run_files.best_top1, run_files.best["epoch"]
+    axis.plot([epoch], [score], "*", color=figures.BLACK, markersize=12, zorder=5,
+              label=f"best: {score:.2f} % at epoch {epoch}")  # fmt: skip
 
 
-def learning_rate(rows: list[dict], name: str):
+def learning_rate(run_files):
     """The learning rate at the end of each epoch."""
     from analysis import figures
+    from analysis.runs import series
 
     made = figures.figure(7, 3.8)
     axis = figures.axes(made, 1, 1)[0, 0]
-    epochs, values = series(rows, "lr")
-    axis.plot(epochs, values, "o-", color=figures.BLUE, markersize=3)
-    mark_phases(axis, rows)
+    axis.plot(*series(run_files.rows, "lr"), "o-", color=figures.BLUE, markersize=3)
+    mark_phases(axis, run_files.rows)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
     axis.set(xlabel="epoch", ylabel="learning rate at the end of the epoch",
-             title=f"Learning rate of {figures.shorten(name, 60)}")  # fmt: skip
+             title=f"Learning rate of {figures.shorten(run_files.name, 60)}")  # fmt: skip
     return made
 
 
-def compare(runs: dict[str, list[dict]]):
+def compare(runs):
     """Validation top-1 of several runs in one picture."""
     from analysis import figures
+    from analysis.runs import series
 
     made = figures.figure(9, 5)
     axis = figures.axes(made, 1, 1)[0, 0]
-    for k, (name, rows) in enumerate(runs.items()):
-        column = "ema_val_top1" if series(rows, "ema_val_top1")[0] else "val_top1"
-        epochs, values = series(rows, column)
-        row = best_row(rows)
-        label = figures.shorten(name, 40) + (f" (best {best_score(row):.2f} %)" if row else "")
+    for k, run_files in enumerate(runs):
+        epochs, values = series(run_files.rows, run_files.score)
+        best = f" (best {run_files.best_top1:.2f} %)" if run_files.best else ""
+        label = figures.shorten(run_files.name, 40) + best
         axis.plot(epochs, values, linewidth=1.8, label=label, **figures.line_style(k))
     axis.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Validation top-1 (EMA weights where a run keeps them)")
+    axis.locator_params(axis="x", integer=True)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return made
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from analysis import figures, plots
+from analysis import figures, plots, runs
 from errors import DataError, ResourceError, UsageError
 
 
@@ -46,12 +46,11 @@ def test_plots_refuse_what_holds_no_epoch(tmp_path):
         plots.main([])
 
 
-def test_curves_leave_out_epochs_that_were_not_scored_and_mark_phases_and_the_best():
+def test_curves_leave_out_epochs_that_were_not_scored_and_mark_phases_and_the_best(tmp_path):
     rows = [row(1, val_top1=None, val_loss=None), row(2), row(3, 48, 32, best=True), row(4, 48, 32)]
-    assert plots.series(rows, "val_top1") == ([2, 3, 4], [42.0, 43.0, 44.0])
-    assert plots.phases(rows) == [(1, 32, 64), (3, 48, 32)]
-    assert plots.best_row(rows)["epoch"] == 3
-    _, top1 = plots.curves(rows, "a $name$").axes
+    assert runs.series(rows, "val_top1") == ([2, 3, 4], [42.0, 43.0, 44.0])
+    assert runs.phases(rows) == [(1, 32, 64), (3, 48, 32)]
+    _, top1 = plots.curves(runs.read_run(write_run(tmp_path / "run", rows), "a $name$")).axes
     labels = [line.get_label() for line in top1.get_lines()]
     assert "best: 43.00 % at epoch 3" in labels and "validation, raw weights" in labels
     assert "validation, EMA weights" not in labels
@@ -76,3 +75,24 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         figures.save(figures.figure(2, 2), tmp_path / "file" / "a.png")
     figures.save(figures.figure(2, 2), tmp_path / "deep" / "a.png")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_path):
+    base = {"lr": 0.1, "epochs": 2, "save_dir": "x", "resize_schedule": [32], "ema": True}
+    for name, changed in (("a/run", {}), ("b/run", {"lr": 0.2, "save_dir": "y", "ema": False})):
+        folder = write_run(tmp_path / name, [row(1, seconds=1800.0), row(2, best=True, seconds=1800.0)])
+        (folder / "config.json").write_text(json.dumps({**base, **changed}))
+    found = runs.read_runs(runs.find_runs(tmp_path))
+    assert runs.table(found) == [["run", "epochs", "best top-1 %", "at epoch", "hours", "--lr", "--ema"],
+                                 ["a-run", "2/2", "42.00", "2", "1.00", "0.1", "on"],
+                                 ["b-run", "2/2", "42.00", "2", "1.00", "0.2", "off"]]  # fmt: skip
+    untypical = runs.untypical_flags(found[1].config)
+    assert untypical == {"lr": ("0.2", "0.0003"), "epochs": ("2", "90"), "resize_schedule": ("32", "64,128,224"),
+                         "ema": ("off", "on")}  # fmt: skip
+
+
+def test_a_config_that_is_no_json_is_an_error_that_names_it(tmp_path):
+    folder = write_run(tmp_path / "run", [row(1)])
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DataError, match=r"config.json is unreadable"):
+        runs.read_runs([folder])

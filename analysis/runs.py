@@ -1,0 +1,149 @@
+"""A finished or running run, read from its directory; and what tells several runs apart.
+
+No torch, no pictures: values for plots, tables and the report.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import flags
+from errors import DataError
+from metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What train.py left in one directory."""
+
+    path: Path
+    name: str  # short, and different from the other runs'
+    rows: list[dict]  # of metrics.jsonl
+    config: dict  # empty where config.json is missing
+    env: dict
+
+    @property
+    def best(self) -> dict | None:
+        """The row of the best checkpoint; None while there is none."""
+        return next((row for row in reversed(self.rows) if row.get("best")), None)
+
+    @property
+    def best_top1(self) -> float | None:
+        return best_score(self.best) if self.best else None
+
+    @property
+    def hours(self) -> float:
+        return sum(row.get("seconds") or 0 for row in self.rows) / 3600
+
+    @property
+    def score(self) -> str:
+        """The column the best epoch is judged by: the EMA's top-1 where the run keeps one."""
+        return "ema_val_top1" if series(self.rows, "ema_val_top1")[0] else "val_top1"
+
+    def checkpoint(self) -> Path | None:
+        """best_*.pt, or last_*.pt while there is no best."""
+        found = sorted(self.path.glob("best_*.pt")) or sorted(self.path.glob("last_*.pt"))
+        return found[0] if found else None
+
+
+def read_runs(run_dirs: Sequence[str | Path]) -> list[RunFiles]:
+    """Raises DataError for a directory without metrics.jsonl, or with no epoch in it yet."""
+    paths = list(dict.fromkeys(map(Path, run_dirs)))
+    names = short_names(paths)
+    return [read_run(path, names[path]) for path in paths]
+
+
+def read_run(path: Path, name: str) -> RunFiles:
+    rows = read_metrics(path)
+    if not rows:
+        raise DataError(f"{path / 'metrics.jsonl'} has no epoch yet", "wait for the first epoch to end")
+    return RunFiles(path, name, rows, read_json(path / "config.json"), read_json(path / "env.json"))
+
+
+def read_json(path: Path) -> dict:
+    """Empty where there is no such file. Raises DataError for one that is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is unreadable: {error}", "delete it, or restore it from a copy") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds no JSON object", "delete it, or restore it from a copy")
+    return content
+
+
+def short_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """Each directory's name, with as much of the path before it as tells all of them apart."""
+    parts = {path: path.resolve().parts for path in paths}
+    names = {path: path.name for path in paths}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {path: "-".join(part[-depth:]) for path, part in parts.items()}
+        if len(set(names.values())) == len(names):
+            break
+    return names
+
+
+def find_runs(directory: str | Path) -> list[Path]:
+    """Every directory below (or at) `directory` that holds a run, in order of its name."""
+    if not Path(directory).is_dir():
+        raise DataError(f"{directory} is no directory", "name one that holds runs")
+    return sorted(path.parent for path in Path(directory).rglob("metrics.jsonl") if path.stat().st_size)
+
+
+def series(rows: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
+    """Epochs and values of one column, where it has any: validation may run every few epochs only."""
+    pairs = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+    return [epoch for epoch, _ in pairs], [value for _, value in pairs]
+
+
+def best_score(row: dict) -> float | None:
+    """The top-1 (percent) an epoch is judged by."""
+    return row["val_top1"] if row.get("ema_val_top1") is None else row["ema_val_top1"]
+
+
+def phases(rows: Sequence[dict]) -> list[tuple[int, int, int]]:
+    """(first epoch, image size in px, batch size) of every phase that has begun."""
+    found: list[tuple[int, int, int]] = []
+    for row in rows:
+        if not found or found[-1][1:] != (row["image_size"], row["batch_size"]):
+            found.append((row["epoch"], row["image_size"], row["batch_size"]))
+    return found
+
+
+def shown(value: object) -> str:
+    """A flag's value as one would type it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, list | tuple):
+        return ",".join(map(shown, value)) or "none"
+    return f"{value:g}" if isinstance(value, float) else "none" if value in (None, "") else str(value)
+
+
+def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
+    """Flags that change what is learned and are not the same in all `runs`."""
+    names = list(dict.fromkeys(name for run in runs for name in run.config))
+    return [name for name in names if name not in flags.FREE_ON_RESUME
+            and len({json.dumps(run.config.get(name)) for run in runs}) > 1]  # fmt: skip
+
+
+def untypical_flags(config: dict) -> dict[str, tuple[str, str]]:
+    """flag -> (its value, the default), of those that change what is learned and are not the default."""
+    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
+    defaults = {a.dest: list(a.default) if isinstance(a.default, tuple) else a.default for a in parser._actions}
+    return {name: (shown(value), shown(defaults[name])) for name, value in config.items()
+            if name in defaults and name not in flags.FREE_ON_RESUME and value != defaults[name]}  # fmt: skip
+
+
+def table(runs: Sequence[RunFiles]) -> list[list[str]]:
+    """A header and a row a run: name, epochs, best top-1, hours, and the flags that differ."""
+    differing = differing_flags(runs)
+    rows = [["run", "epochs", "best top-1 %", "at epoch", "hours", *map(flags.dashed, differing)]]
+    for run in runs:
+        best = ["-", "-"] if run.best is None else [f"{run.best_top1:.2f}", str(run.best["epoch"])]
+        done = f"{len(run.rows)}/{run.config.get('epochs', '?')}"
+        rows.append([run.name, done, *best, f"{run.hours:.2f}", *(shown(run.config.get(name)) for name in differing)])
+    return rows
