@@ -236,7 +236,7 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, frozenset[str]]:
     defaults = {a.dest: a.default for a in parser._actions if a.default is not argparse.SUPPRESS}
     typed = _typed(parser, argv)
     if typed.get("config"):
-        typed = {**_typed(parser, _yaml_arguments(typed["config"], defaults)), **typed}
+        typed = {**_typed(parser, yaml_arguments(typed["config"], defaults)), **typed}
     return make_config({**defaults, **typed}), frozenset(typed)
 
 
@@ -257,7 +257,7 @@ def _typed(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
             action.default = default
 
 
-def _yaml_arguments(path: str, known: dict[str, Any]) -> list[str]:
+def yaml_arguments(path: str, known: dict[str, Any]) -> list[str]:
     """The YAML file as a command line, so that its values meet the same checks."""
     import yaml
 

@@ -85,7 +85,8 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
         return 0
     preflight.check_resources(built, build.workers(config))
     if runtime.is_main:
-        facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit()}
+        facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit(), "num_train": len(index.train),
+                                        "num_val": len(index.val), "num_classes": len(index.classes)}  # fmt: skip
         rundir.write_json(save_dir / "config.json", flags.plain(config))
         rundir.write_json(save_dir / "env.json", facts)
     log = MetricLogger(save_dir, built.state.rows, enabled=runtime.is_main, tensorboard=config.tensorboard,

@@ -1,0 +1,441 @@
+"""Studies parse and plan, the runner goes on and survives, and the report claims no more than the runs show."""
+
+import csv
+import io
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from scipy import stats
+
+import flags
+import train
+from ablation_runs import report, results, run, studies, study
+from ablation_runs.study import Study, Variant, merged
+from errors import DataError, UsageError, UserError
+
+IMAGES = {"tiny-imagenet": 100_000, "imagenet100": 126_689, "cifar100": 50_000, "synthetic": 64, "imagenet": 2000}
+EVERY = [(s, preset) for s in studies.STUDIES.values() for preset in study.PRESETS if preset != "cpu" or s.cpu]
+ids = [f"{s.name}-{preset}" for s, preset in EVERY]
+
+
+def config_of(arguments):
+    config, typed = flags.parse(train.build_parser(), arguments)
+    flags.check_train(config, typed)
+    return config
+
+
+# Studies
+
+
+@pytest.mark.parametrize(("which", "preset"), EVERY, ids=ids)
+def test_every_variant_is_accepted_and_planned(which, preset):
+    from train_utils import plan
+
+    for one in which.runs(preset, seeds=(0,)):
+        c = config_of(one.flags)
+        images = 77_000 if c.split == "70-30" else c.subset_size if c.subset else IMAGES[c.dataset.partition(":")[0]]
+        phases = plan(c.epochs, c.resize_schedule, images, c.batch_size, phase_batch_sizes=c.phase_batch_sizes,
+                      phase_epochs=c.phase_epochs, phase_mix=c.phase_mix)  # fmt: skip
+        assert phases[-1].last_epoch == c.epochs and sum(p.steps for p in phases) >= c.epochs
+
+
+@pytest.mark.parametrize(("which", "preset"), [(s, preset) for s, preset in EVERY if preset != "smoke"])
+def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(which, preset):
+    configs = {v.name: config_of(which.flags(v, preset)) for v in which.variants}
+    assert len({repr(c) for c in configs.values()}) == len(configs)  # no two rows are one experiment
+    first, base = which.variants[0], flags.plain(configs[which.variants[0].name])
+    for variant in which.variants[1:]:
+        own = variant.cpu if preset == "cpu" and variant.cpu is not None else variant.flags
+        named = {n.removeprefix("no-").replace("-", "_") for n in merged(first.flags, own)}
+        changed = {name for name, value in flags.plain(configs[variant.name]).items() if value != base[name]}
+        assert changed and changed <= named
+
+
+def test_the_studies_of_the_documents_are_all_here():
+    issue = """tiny_imagenet_01 tiny_imagenet_02 tiny_imagenet_03 imagenet100_architectures efficientnet_size_augmentation
+               tiny_imagenet_resnet18 cifar100_resnet34 lr_exploration sensitivity_grid augmentation optimizers schedules
+               blurpool resize_schedules drop_path_rate ema stored_sides"""
+    assert set(studies.STUDIES) == set(issue.split())
+    for one in studies.STUDIES.values():
+        assert len(one.seeds) >= 3 and one.score in ("val_top1", "ema_val_top1")
+        assert all(re.fullmatch(r"[\w.+=-]+", v.name) for v in one.variants)  # they name directories
+        assert not one.source or one.reported or any(v.reported for v in one.variants) or one.source == "004"
+
+
+def test_the_resize_schedules_cost_the_same():
+    costs = []
+    for variant in studies.RESIZE_SCHEDULES.variants:
+        c = config_of(studies.RESIZE_SCHEDULES.flags(variant))
+        costs.append(sum(n * px**2 for n, px in zip(c.phase_epochs or (c.epochs,), c.resize_schedule, strict=True)))
+    assert max(costs) / min(costs) < 1.04
+
+
+def test_laying_command_lines_over_each_other():
+    assert merged("--lr 1 --ema --a b", "--no-ema --lr 2", "--x=-3") == {"lr": "2", "a": "b", "no-ema": None, "x": "-3"}
+    assert study.as_list(merged("--subset --lr 1")) == ["--subset", "--lr", "1"]
+
+
+def test_a_grid_holds_every_combination_once_and_the_default_first():
+    variants = study.grid({"lr": "2", "batch-size": "8"}, lr=("1", "2"), batch_size=("4", "8", "16"))
+    assert len({v.factors for v in variants}) == 6
+    assert variants[0].flags == "--lr 2 --batch-size 8"
+
+
+def test_what_was_typed_after_two_dashes_lies_over_the_base_and_under_the_variant():
+    which = studies.LR_EXPLORATION
+    assert config_of(which.flags(which.variants[1], extra="--lr 7 --epochs 3")).lr == 0.1
+    assert config_of(which.flags(which.variants[1], extra="--lr 7 --epochs 3")).epochs == 3
+
+
+def test_a_study_without_a_cpu_version_says_so():
+    with pytest.raises(UsageError, match="no CPU preset"):
+        studies.BLURPOOL.runs("cpu")
+
+
+# Statistics
+
+
+def test_paired_differences_agree_with_scipy():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(60, 2, 5), rng.normal(58, 2, 5)
+    mine = results.paired(dict(enumerate(a)), dict(enumerate(b)))
+    theirs = stats.ttest_rel(a, b)
+    low, high = theirs.confidence_interval(0.95)
+    assert (mine.mean, mine.low, mine.high, mine.p) == pytest.approx((np.mean(a - b), low, high, theirs.pvalue))
+
+
+def test_the_interval_of_two_pairs_is_the_closed_form():
+    # One degree of freedom is the Cauchy distribution: its quantile at 0.975 is tan(0.475 pi).
+    d = results.paired({0: 11.0, 1: 14.0}, {0: 10.0, 1: 10.0})
+    assert d.high - d.mean == pytest.approx(math.tan(0.475 * math.pi) * 1.5)
+
+
+def test_only_seeds_that_both_have_are_paired():
+    d = results.paired({0: 5.0, 1: 6.0, 7: 99.0}, {0: 4.0, 1: 4.0, 2: -50.0})
+    assert (d.mean, d.n) == (1.5, 2)
+    assert results.paired({0: 1.0}, {1: 1.0}) is None
+
+
+def test_one_pair_has_no_interval_and_no_verdict():
+    d = results.paired({0: 99.0}, {0: 1.0})
+    assert (d.mean, d.low, d.p) == (98.0, None, None)
+    assert results.word_for(d, d.p) == results.UNKNOWN
+
+
+def test_equal_differences_are_not_certainty():
+    same = {0: 50.5, 1: 60.5, 2: 70.5}, {0: 50.0, 1: 60.0, 2: 70.0}
+    assert results.paired(*same).p == 0.0
+    assert results.paired(*same, resolution=0.5).p == pytest.approx(stats.ttest_1samp([0.0, 0.5, 1.0], 0).pvalue)
+    assert results.paired(same[0], same[0]).p == 1.0
+
+
+def test_holm_by_hand():
+    assert results.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert results.holm([0.6, 0.9]) == [1.0, 1.0]
+
+
+def grid_results(value_of, seeds=3):
+    variants = study.grid({"lr": "1", "wd": "0"}, lr=("1", "2"), wd=("0", "5"))
+    which = Study("g", "", "?", variants)
+    runs = [finished(v.name, s, val_top1=value_of(dict(v.factors), s)) for v in variants for s in range(seeds)]
+    return which, runs
+
+
+def finished(variant, seed, **last):
+    row = {"epoch": 1, "train_top1": 90.0, "val_top1": 50.0, "val_top5": 80.0, "ema_val_top1": None, "seconds": 60.0,
+           "images_per_second": 100.0}  # fmt: skip
+    return results.Result(variant, seed, "done", [row | last], {"num_val": 200})
+
+
+def test_a_grids_effects_are_ranked_and_agree_with_scipy():
+    noise = np.random.default_rng(1).normal(0, 1, (2, 2, 3))
+
+    which, runs = grid_results(
+        lambda f, s: 50 + 8 * (f["lr"] == "2") + noise[int(f["lr"] == "2"), int(f["wd"] == "5"), s]
+    )
+    lr, wd = results.effects(runs, which, "val_top1")
+    assert (lr.parameter, wd.parameter) == ("lr", "wd")
+    assert lr.p < 1e-4 and lr.span == pytest.approx(abs(lr.means["2"] - lr.means["1"]))
+    # One parameter alone is scipy's one-way analysis of variance.
+    one = Study("g", "", "?", study.grid({"lr": "1"}, lr=("1", "2", "3")))
+    scores = {v.name: np.random.default_rng(k).normal(k, 1, 4) for k, v in enumerate(one.variants)}
+    runs = [finished(n, s, val_top1=float(x)) for n, values in scores.items() for s, x in enumerate(values)]
+    (effect,) = results.effects(runs, one, "val_top1")
+    assert effect.p == pytest.approx(stats.f_oneway(*scores.values()).pvalue)
+
+
+def test_an_incomplete_grid_is_not_ranked():
+    which, runs = grid_results(lambda f, s: 50.0 + s)
+    assert results.effects(runs[:-1], which, "val_top1") == []
+
+
+def test_the_last_epoch_counts_not_the_best():
+    r = finished("a", 0)
+    r.rows = [{**r.rows[0], "val_top1": 99.0}, {**r.rows[0], "val_top1": 40.0}]
+    assert (r.score("val_top1"), r.score("gap"), r.minutes) == (40.0, 50.0, 2.0)
+    r.status = "unfinished"
+    assert r.score("val_top1") is None
+
+
+# Conclusions
+
+TWO = Study("two", "000", "Is b better?", (Variant("a"), Variant("b", "--lr 1"), Variant("c", "--lr 2")))
+
+
+def made(**scores):
+    return [finished(name, seed, val_top1=float(x)) for name, values in scores.items() for seed, x in enumerate(values)]
+
+
+def test_a_difference_inside_the_noise_concludes_nothing():
+    text = report.conclusion(TWO, made(a=(50, 51, 52), b=(51, 50, 55), c=(50, 53, 50)))
+    assert text == "Nothing can be said about b and c: the difference to a is inside the noise."
+
+
+def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
+    text = report.conclusion(TWO, made(a=(50, 51, 52), b=(60, 61.5, 61.5), c=(50, 53, 50)))
+    assert re.match(r"\*\*b\*\* is better than a by 10\.0 points .*interval \+8\.8 to \+11\.2, 3 seeds\)", text)
+    assert "smaller with b, by 10.0 points" in text and "Nothing can be said about c" in text
+
+
+def test_what_sits_at_chance_is_named():
+    runs = made(a=(30, 34, 32), b=(4.0, 6.0, 4.5), c=(30, 33, 33))
+    assert "chance" not in report.conclusion(TWO, runs)
+    for r in runs:
+        r.env["num_classes"] = 20
+    assert "At chance (5 %), as far as the seeds can tell: b." in report.conclusion(TWO, runs)
+
+
+def test_many_comparisons_ask_for_more():
+    variants = (Variant("a"), *(Variant(f"v{k}", f"--lr {k}") for k in range(1, 21)))
+    scores = {f"v{k}": (50, 50.2, 49.8) for k in range(2, 21)} | {"a": (50, 50, 50), "v1": (51.4, 52.0, 52.6)}
+    runs = made(**scores)
+    alone = results.verdicts(runs, Study("s", "", "?", variants[:2]), "val_top1")
+    among = results.verdicts(runs, Study("s", "", "?", variants), "val_top1")
+    assert alone[0].word == results.BETTER and among[0].word == results.NOISE
+    assert alone[0].difference == among[0].difference
+
+
+def test_one_seed_and_failed_runs_conclude_nothing():
+    runs = made(a=(50,), b=(90,), c=(10,))
+    runs[2].status = "diverged"
+    text = report.conclusion(TWO, runs)
+    assert text == "Not enough finished pairs of runs to judge b and c. Not every run finished: c (diverged)."
+
+
+# The runner, with a stand-in for train.py that knows its flags and no torch
+
+FAKE = """
+import json, pathlib, signal, sys, time
+words = dict(zip(sys.argv[1:], sys.argv[2:]))
+run = pathlib.Path(words["--save-dir"]); log = run / "metrics.jsonl"
+stop = []; signal.signal(signal.SIGTERM, lambda *a: stop.append(1))
+(run / "started").write_text(str(int((run / "started").read_text()) + 1) if (run / "started").exists() else "1")
+(run / "best_x.pt").write_text(""); (run / "last_x.pt").write_text("")
+if words["--lr"] == "666": print("error: step 3: loss is nan"); sys.exit(5)
+if words["--lr"] == "13": print("error: no such thing\\nfix: none"); sys.exit(3)
+done = len(log.read_text().splitlines()) if log.exists() else 0
+for epoch in range(done + 1, 4):
+    row = dict(epoch=epoch, train_top1=50.0, val_top1=float(words["--lr"]) + int(words["--seed"]), val_top5=90.0,
+               ema_val_top1=None, images_per_second=10.0, seconds=6.0)
+    log.open("a").write(json.dumps(row) + "\\n")
+    for _ in range(int(words.get("--epochs", 0))):
+        time.sleep(.05)
+        if stop: sys.exit(143)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """A study of three variants and two seeds over a stand-in for train.py; returns the runner's arguments."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    variants = (Variant("low", "--lr 1"), Variant("mid", "--lr 2"), Variant("high", "--lr 3"))
+    monkeypatch.setattr(run, "TRAIN", script)
+    monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "", "?", variants, seeds=(0, 1)))
+    return ["fake", "--data-dir", str(tmp_path), "--out", str(tmp_path / "runs")]
+
+
+def starts(tmp_path):
+    return {p.parent.name: int(p.read_text()) for p in (tmp_path / "runs" / "fake").glob("*/started")}
+
+
+def replace_variant(monkeypatch, flags_):
+    which = studies.STUDIES["fake"]
+    variants = (which.variants[0], Variant("mid", flags_), which.variants[2])
+    monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "", "?", variants, seeds=(0, 1)))
+
+
+def test_what_is_done_is_skipped_and_its_checkpoints_make_room(fake, tmp_path, capsys):
+    assert run.main([*fake, "--jobs", "3"]) == 0
+    assert len(starts(tmp_path)) == 6
+    kept = {p.name for p in (tmp_path / "runs/fake/mid-seed1").iterdir()}
+    assert "best_x.pt" in kept and "last_x.pt" not in kept
+    assert run.main([*fake, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("done      python train.py --lr") == 6
+    assert run.main(fake) == 0
+    assert set(starts(tmp_path).values()) == {1}
+
+
+@pytest.mark.parametrize(("lr", "status", "code"), [("13", "failed", 3), ("666", "diverged", 0)])
+def test_a_failing_variant_is_reported_and_the_others_run(fake, tmp_path, monkeypatch, capsys, lr, status, code):
+    replace_variant(monkeypatch, f"--lr {lr}")
+    assert run.main(fake) == code
+    said = capsys.readouterr().out
+    assert f"mid-seed0: {status}" in said and "high-seed1: done" in said
+    assert code == 0 or "FAILED with exit code 3: mid-seed0: error: no such thing" in said
+    assert run.main(fake) == code
+    assert starts(tmp_path)["mid-seed0"] == (2 if code else 1)  # what failed is tried again; diverging is a result
+    assert starts(tmp_path)["low-seed0"] == 1
+
+
+def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monkeypatch, capsys):
+    run.main([*fake, "--seeds", "0"])
+    replace_variant(monkeypatch, "--lr 2.5")
+    capsys.readouterr()
+    run.main([*fake, "--seeds", "0", "--dry-run"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "changed", "done"]
+
+
+def test_shards_share_out_every_run_once(fake):
+    everything = [r.name for r in run.chosen("fake", "full", None, (), (1, 1))]
+    parts = [[r.name for r in run.chosen("fake", "full", None, (), (i, 4))] for i in (1, 2, 3, 4)]
+    assert sorted(name for part in parts for name in part) == sorted(everything) and len(everything) == 6
+
+
+@pytest.mark.parametrize("bad", ["0/4", "5/4", "2", "a/b", "1/0"])
+def test_a_shard_that_is_none_is_refused(fake, bad):
+    with pytest.raises(UsageError, match="such as 2/8"):
+        run.main([*fake, "--shard", bad])
+
+
+def test_unknown_names_are_answered_with_the_known_ones(fake):
+    with pytest.raises(UsageError, match=r"no study 'emma'[\s\S]*ema"):
+        run.main(["emma"])
+    with pytest.raises(UsageError, match=r"no variant hi[\s\S]*low, mid, high"):
+        run.main([*fake, "--variants", "hi"])
+    with pytest.raises(UsageError, match="no study"):
+        report.main(["emma"])
+
+
+def test_a_stopped_study_goes_on_where_it_was(tmp_path, fake):
+    """SIGTERM reaches the run under way, which saves; the same command takes it up and runs the rest."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(f"""
+import pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+from ablation_runs import run, studies
+from ablation_runs.study import Study, Variant
+run.TRAIN = pathlib.Path({str(tmp_path / "fake.py")!r})
+studies.STUDIES["fake"] = Study("fake", "", "?", (Variant("low", "--lr 1 --epochs 10"), Variant("mid", "--lr 2 --epochs 0")))
+sys.exit(run.main(sys.argv[1:]))
+""")
+    command = [sys.executable, str(driver), *fake, "--seeds", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    log = tmp_path / "runs/fake/low-seed0/metrics.jsonl"
+    for _ in range(200):
+        if log.exists():
+            break
+        time.sleep(0.05)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in out
+    assert starts(tmp_path) == {"low-seed0": 1} and len(log.read_text().splitlines()) < 3
+    assert subprocess.run(command, capture_output=True, timeout=30).returncode == 0
+    assert starts(tmp_path) == {"low-seed0": 2, "mid-seed0": 1}
+    assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_list_names_every_study(capsys):
+    assert run.main(["--list"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in studies.STUDIES)
+
+
+def test_every_run_is_given_its_data(fake):
+    job = run.Job(study.Run("s", "v", 0, ["--dataset", "cifar100"]), ROOT / "x")
+    assert job.arguments[2:4] == ["--data-dir", str(ROOT / "data" / "cifar100")]
+    stored = studies.STORED_SIDES.runs(seeds=(0,))[1]
+    arguments = run.Job(stored, ROOT / "x", "/d/i100").arguments
+    assert arguments.count("--data-dir") == 1 and "/d/i100-packed-96-192-320" in arguments
+    assert "--data-dir" not in run.Job(study.Run("s", "v", 0, ["--dataset", "digits"]), ROOT / "x").arguments
+
+
+# Report
+
+
+def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, capsys):
+    which = studies.SENSITIVITY_GRID
+    rng = np.random.default_rng(1)
+    for v in which.variants:
+        for seed in (0, 1):
+            folder = tmp_path / which.name / f"{v.name}-seed{seed}"
+            folder.mkdir(parents=True)
+            score = 60 + 5 * (dict(v.factors)["clip-norm"] == "0.1") + rng.normal()
+            row = finished(v.name, seed, val_top1=score).rows[0]
+            (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+            (folder / "run.json").write_text(json.dumps({"status": "done"}))
+    assert report.main([which.name, "--runs", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "Parameters that matter beyond the noise, most first: clip-norm." in text
+    assert len(list((tmp_path / which.name).glob("heat_map_*.png"))) == 3
+    assert (tmp_path / which.name / "differences.png").stat().st_size > 5000
+
+
+def test_a_report_without_runs_names_the_command(tmp_path):
+    with pytest.raises(DataError, match=r"no runs of ema[\s\S]*ablation_runs.run ema --preset cpu"):
+        report.main(["ema", "--preset", "cpu", "--runs", str(tmp_path)])
+
+
+def test_no_difference_is_reported_for_what_is_still_running(fake, tmp_path, monkeypatch):
+    run.main([*fake, "--keep", "none"])
+    (tmp_path / "runs/fake/mid-seed1/run.json").unlink()
+    runs = results.load(tmp_path / "runs/fake", studies.STUDIES["fake"])
+    assert sorted(results.scores(runs, "mid", "val_top1")) == [0]
+    assert "mid (unfinished)" in report.conclusion(studies.STUDIES["fake"], runs)
+
+
+# From end to end
+
+
+def in_process(arguments, log, stopping):
+    """train.py in this process, as errors.run would end it."""
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            return train.main(arguments)
+    except UserError as error:
+        said.write(f"error: {error.what}\n")
+        return error.exit_code
+    finally:
+        log.write(said.getvalue())
+
+
+def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run, "launch", in_process)
+    monkeypatch.setattr(report, "PUBLISHED", tmp_path / "published")
+    out = ["--out", str(tmp_path)]
+    assert run.main(["ema", "--smoke", "--seeds", "0,1", "--variants", "ramp-0.9999,plain-0.9999", *out]) == 0
+    assert report.main(["ema", "--smoke", "--runs", str(tmp_path), "--publish"]) == 0
+    text = (tmp_path / "published/ema-smoke/summary.md").read_text()
+    assert "smoke test: tiny sizes, the figures mean nothing" in text and "16 validation images" in text
+    assert "Averaged against raw weights" in text and "stuck at chance" in text
+    rows = list(csv.DictReader((tmp_path / "published/ema-smoke/summary.csv").read_text().splitlines()))
+    assert [(r["variant"], r["seed"], r["status"], r["epochs"]) for r in rows] == [
+        ("ramp-0.9999", "0", "done", "3"), ("ramp-0.9999", "1", "done", "3"),
+        ("plain-0.9999", "0", "done", "3"), ("plain-0.9999", "1", "done", "3"),
+    ]  # fmt: skip
+    # The average does not touch training, so with one seed the raw weights score the same.
+    assert rows[0]["val_top1"] == rows[2]["val_top1"]
+    for path in (tmp_path / "published").rglob("*.json*"):
+        assert str(tmp_path) not in path.read_text()
+    assert {p.name for p in (tmp_path / "published/ema-smoke").glob("*.png")} == {"curves.png", "differences.png"}
