@@ -71,14 +71,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.list or not args.study:
         print("\n".join(f"{s.name:<32} {len(s.variants):>3} variants  {s.question}" for s in STUDIES.values()))
         return 0
-    runs = chosen(args.study, "smoke" if args.smoke else args.preset, args.seeds, args.variants, args.shard,
+    preset = "smoke" if args.smoke else args.preset
+    runs = chosen(args.study, preset, args.seeds, args.variants, args.shard,
                   shlex.join(words[cut + 1 :]))  # fmt: skip
     jobs = [Job(run, Path(args.out) / run.study / run.name, args.data_dir) for run in runs]
     if args.dry_run:
         for job in jobs:
             print(f"{job.status():<9} {shlex.join(['python', 'train.py', *job.arguments])}")
         return 0
-    return run_all(jobs, args.jobs, args.keep)
+    code = run_all(jobs, args.jobs, args.keep)
+    if not code:
+        asked = [
+            *(["--preset", preset] if preset != "full" else []),
+            *(["--runs", args.out] if args.out != RUNS else []),
+        ]
+        print(f"next: {shlex.join(['python', '-m', 'ablation_runs.report', args.study, *asked])}")
+    return code
 
 
 def chosen(name: str, preset: str, seeds, variants, part: tuple[int, int], extra: str = "") -> list[Run]:
@@ -101,12 +109,12 @@ class Job:
     def __init__(self, run: Run, directory: Path, data_dir: str = ""):
         self.run, self.directory = run, directory
         dataset = next((v for f, v in zip(run.flags, run.flags[1:], strict=False) if f == "--dataset"), "imagenet")
-        data = str(Path(data_dir).resolve()) if data_dir else str(ROOT / "data" / dataset)
+        data = from_root(Path(data_dir)) if data_dir else f"data/{dataset}"
         own = [word.replace("{data}", data) for word in run.flags]
         on_disk = (
             [] if "--data-dir" in own or dataset.partition(":")[0] in ("digits", "synthetic") else ["--data-dir", data]
         )
-        self.arguments = [*own, *on_disk, "--save-dir", str(directory.resolve()), "--resume", "auto"]
+        self.arguments = [*own, *on_disk, "--save-dir", from_root(directory), "--resume", "auto"]
 
     def recorded(self) -> dict:
         path = self.directory / "run.json"
@@ -125,6 +133,12 @@ class Job:
         partial = self.directory / "run.json.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.directory / "run.json")
+
+
+def from_root(path: Path) -> str:
+    """`path` as the runs see it, whose working directory is this repository."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 class Stopping:
@@ -176,7 +190,7 @@ def run_all(jobs: list[Job], at_once: int, keep: str) -> int:
         return 128 + stopping.signal
     for job, code in failed:
         print(f"FAILED with exit code {code}: {job.run.name}: {last_words(job.directory)}", flush=True)
-    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done; next: python -m ablation_runs.report")
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done")
     return failed[0][1] if failed else 0
 
 

@@ -363,7 +363,7 @@ def test_list_names_every_study(capsys):
 
 def test_every_run_is_given_its_data(fake):
     job = run.Job(study.Run("s", "v", 0, ["--dataset", "cifar100"]), ROOT / "x")
-    assert job.arguments[2:4] == ["--data-dir", str(ROOT / "data" / "cifar100")]
+    assert job.arguments[2:4] == ["--data-dir", "data/cifar100"]
     stored = studies.STORED_SIDES.runs(seeds=(0,))[1]
     arguments = run.Job(stored, ROOT / "x", "/d/i100").arguments
     assert arguments.count("--data-dir") == 1 and "/d/i100-packed-96-192-320" in arguments
