@@ -1,13 +1,15 @@
 """Counting hits and keeping the log."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from errors import DataError
+from errors import DataError, UsageError
 from metrics import MetricLogger, hits, read_metrics
 
 
@@ -56,3 +58,45 @@ def test_a_line_cut_short_is_passed_over_and_a_missing_file_is_named(tmp_path):
     assert read_metrics(tmp_path) == [{"epoch": 1}]
     with pytest.raises(DataError, match=r"nowhere.metrics\.jsonl"):
         read_metrics(tmp_path / "nowhere")
+
+
+ROW = {"epoch": 1, "lr": 0.1, "val_top1": 50.0, "ema_val_top1": None, "better": "raw", "best": True}
+
+
+def test_tensorboard_gets_every_number_of_a_row(tmp_path):
+    log = MetricLogger(tmp_path, tensorboard=True)
+    log.log(ROW)
+    log.close()
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {"lr", "val_top1"} <= set(events.Tags()["scalars"])
+    (point,) = events.Scalars("val_top1")
+    assert (point.step, point.value) == (1, 50.0)
+
+
+@pytest.mark.parametrize("module, options, flag, install", [
+    ("wandb", {"wandb_project": "p"}, "--wandb", "pip install wandb"),
+    ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard", "pip install tensorboard"),
+])  # fmt: skip
+def test_a_tracker_that_is_not_installed_is_named_with_its_install_line(
+    tmp_path, monkeypatch, module, options, flag, install
+):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    with pytest.raises(UsageError, match=flag) as caught:
+        MetricLogger(tmp_path, **options)
+    assert caught.value.exit_code == 2 and caught.value.fix == install
+
+
+def test_wandb_gets_the_rows_and_one_id_per_directory(tmp_path, monkeypatch):
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(options["id"]),
+        log=lambda numbers, step: calls.append((step, numbers["val_top1"])),
+        finish=lambda: calls.append("finish"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):  # the second one is a resumed run
+        log = MetricLogger(tmp_path, wandb_project="p", config={})
+        log.log(ROW)
+        log.close()
+    assert calls[0] == calls[3] and calls[1:3] == calls[4:] == [(1, 50.0), "finish"]

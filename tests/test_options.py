@@ -1,0 +1,278 @@
+"""Every option does something: its value changes the plan, the run or a trace of steps; it trains, and resumes.
+
+The traces take two steps in the first phase and two in the last, of a tiny network on tiny images.
+The grid of whole runs is slow: `pytest -m slow tests/test_options.py`.
+"""
+
+import hashlib
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from inprocess import TINY, built, config_of
+from runs import digest
+
+import build
+import checkpoint
+import errors
+import flags
+import rundir
+import train
+import trainer
+from errors import CheckpointError, UserError
+from metrics import MetricLogger
+from sources import layouts
+from train_utils import train_step
+
+# name: (what both runs share, what the second one changes); more than one change as a list of them
+OPTIONS: dict[str, tuple[str, list[str]]] = {
+    "dataset": ("", ["--dataset synthetic:classes=10,train=40,val=10,size=8"]),
+    "subset": ("", ["--subset-size 41"]),  # TINY has --subset: what it draws is what it does
+    "subset_size": ("", ["--subset-size 48"]),
+    "augment": ("--augment none", [f"--augment {name}" for name in
+                ("rrc", "padcrop:2", "flip", "affine", "jitter", "dropout", "cutout:4", "basic", "full")]),
+    "num_workers": ("", ["--num-workers 1"]),
+    "arch": ("", ["--arch resnet18"]),
+    "drop_path_rate": ("", ["--drop-path-rate 0.6"]),
+    "use_blurpool": ("", ["--use-blurpool"]),
+    "head": ("", ["--head linear"]),
+    "stem": ("", ["--stem small", "--stem d"]),
+    "epochs": ("", ["--epochs 6"]),
+    "resize_schedule": ("", ["--resize-schedule 8,16,20", "--resize-schedule 8,24,24"]),
+    "phase_epochs": ("--epochs 9", ["--phase-epochs 5,2,2"]),
+    "phase_batch_sizes": ("", ["--phase-batch-sizes 8,8,4"]),
+    "phase_mix": ("", ["--phase-mix on,on,off"]),
+    "accumulate": ("", ["--accumulate 2"]),
+    "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb")]),
+    "lr": ("", ["--lr 1e-3"]),
+    "momentum": ("--optimizer sgd", ["--momentum 0.5"]),
+    "nesterov": ("--optimizer sgd", ["--nesterov"]),
+    "weight_decay": ("", ["--weight-decay 0.1"]),
+    "schedule": ("", ["--schedule cosine --warmup-epochs 1", *(f"--schedule {name}" for name in
+                 ("restarts", "step", "triangular2", "constant", "plateau"))]),
+    "warmup_epochs": ("--schedule cosine --warmup-epochs 1", ["--warmup-epochs 2"]),
+    "cycles": ("--schedule triangular2", ["--cycles 2"]),
+    "lr_scale": ("--phase-batch-sizes 8,8,4", ["--lr-scale sqrt", "--lr-scale linear"]),
+    "clip_norm": ("", ["--clip-norm 0.1"]),
+    "clip_mode": ("--clip-norm 0.01", ["--clip-mode value"]),
+    "loss": ("", ["--loss bce"]),
+    "l1": ("", ["--l1 0.001"]),
+    "label_smoothing": ("", ["--label-smoothing 0.3"]),
+    "mixup_alpha": ("--cutmix-alpha 0", ["--mixup-alpha 0", "--mixup-alpha 5"]),
+    "cutmix_alpha": ("--mixup-alpha 0", ["--cutmix-alpha 0", "--cutmix-alpha 5"]),
+    "ema": ("", ["--no-ema"]),
+    "ema_decay": ("--no-ema-ramp", ["--ema-decay 0.5"]),
+    "ema_ramp": ("", ["--no-ema-ramp"]),
+    "ema_half_life": ("", ["--ema-half-life 0.5"]),
+    "amp": ("", ["--amp bf16"]),
+    "seed": ("", ["--seed 1"]),
+    "compile": ("", ["--compile"]),
+    "deterministic": ("", ["--deterministic"]),
+    "sync_bn": ("", ["--sync-bn"]),  # refused on a CPU
+    "save_every": ("", ["--save-every 2"]),
+    "stop_after": ("", ["--stop-after 2"]),
+    "eval_every": ("", ["--eval-every 2"]),
+    "early_stop_patience": ("", ["--early-stop-patience 2"]),
+}  # fmt: skip
+# What these do is no matter of a step: they are the business of other tests.
+ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from", "reset_head", "device",
+             "save_dir", "resume", "allow_change", "overwrite", "plot", "tensorboard", "wandb", "summary", "dry_run",
+             "config", "debug"}  # fmt: skip
+SLOW_VALUES = {
+    "arch": ["resnet34", "resnet50", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large", "swin_t"],
+    "augment": ["rrc,randaugment", "rrc,trivialaugment"],
+}
+
+
+@lru_cache
+def observed(arguments: str) -> tuple:
+    """What can be told from outside about a run: data, plan, run values, and four steps of it."""
+    try:
+        config = config_of(*arguments.split())
+        run = built(config, Path())
+        index = layouts.index(**flags.data_args(config))
+    except UserError as error:
+        return ("refused", error.what)
+    finally:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+    values = (run.eval_every, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
+    steps = trace(run, run.phases[0])
+    for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
+        run.state.schedule.observe(1.0)
+    steps += trace(run, run.phases[-1])
+    return (index.fingerprint(), run.phases, values, steps)
+
+
+def trace(run: trainer.Run, phase, count: int = 2) -> list:
+    """(loss, lr, weights, averaged weights) after each of the first steps of `phase`."""
+    loader, how, state = run.make_loader(phase), run.make_step(phase), run.state
+    workers, compiled = loader.batches.num_workers, how.forward is not state.model
+    seen = [workers, compiled]
+    loader.order.seek(phase.first_epoch)
+    state.step = phase.first_step
+    state.schedule.seek(phase.first_step)
+    state.model.train()
+    for _, (images, labels) in zip(range(count), loader, strict=False):
+        loss, _ = train_step(state, how, images, labels)
+        averaged = state.ema.module and hashed(state.ema.module)
+        seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
+    return seen
+
+
+def hashed(model: torch.nn.Module) -> str:
+    sha = hashlib.sha256()
+    for value in model.state_dict().values():
+        sha.update(value.contiguous().numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: lambda images: forward(images))
+
+
+def test_every_flag_is_tested_here_or_elsewhere():
+    actions = {action.dest for action in train.build_parser()._actions} - {"help"}
+    assert actions == OPTIONS.keys() | ELSEWHERE | {"batch_size"}
+    texts = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    quoted = texts.replace(texts[texts.index("ELSEWHERE = {") : texts.index("}", texts.index("ELSEWHERE = {"))], "")
+    assert [name for name in sorted(ELSEWHERE) if flags.dashed(name) not in quoted and f"{name}=" not in quoted] == []
+
+
+def test_a_trace_is_the_same_twice():
+    first = observed("")
+    observed.cache_clear()
+    assert observed("") == first
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_value_changes_what_is_observed(name, uncompiled):
+    shared, changes = OPTIONS[name]
+    results = [observed(shared)] + [observed(f"{shared} {change}") for change in changes]
+    assert results[0][0] != "refused"
+    for k, result in enumerate(results):
+        assert result not in results[:k], f"{changes[k - 1]} does nothing, or what another value does"
+
+
+def test_the_batch_size_is_the_first_phases_and_is_halved():
+    def batches(*arguments):
+        config, _ = flags.parse(train.build_parser(), ["--dataset", "digits", *arguments])
+        return [p.batch_size for p in build.make_plan(config, layouts.index(**flags.data_args(config)), 1)]
+
+    assert batches() == [256, 128, 64] and batches("--batch-size", "40") == [40, 20, 10]
+
+
+def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
+    former = fitted(["--stop-after", "3"], tmp_path / "former")
+    path = str(next((tmp_path / "former").glob("last_*.pt")))
+    config = config_of("--init-from", path)
+    run = built(config, tmp_path)
+    train.start_from(run, config)
+    assert hashed(run.state.model) == hashed(run.state.ema.module) == hashed(former.state.model)
+    assert run.state.step == 0 and not run.state.optimizer.state
+
+    other = config_of("--init-from", path, "--dataset", "synthetic:classes=7,train=40,val=7,size=8")
+    with pytest.raises(UserError):
+        train.start_from(built(other, tmp_path), other)
+    reset = config_of("--init-from", path, "--reset-head", "--dataset", "synthetic:classes=7,train=40,val=7,size=8")
+    run = built(reset, tmp_path)
+    train.start_from(run, reset)
+    assert torch.equal(run.state.model.conv1.weight, former.state.model.conv1.weight)
+    assert run.state.model.fc.weight.shape[0] == 7
+
+
+def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
+    saved = flags.plain(config_of())
+    typed = frozenset({"lr"})
+    with pytest.raises(CheckpointError, match=r"--lr was 0\.0003, now 0\.1") as caught:
+        rundir.resumed_config(config_of("--lr", "0.1"), typed, saved)
+    assert "--allow-change lr" in caught.value.fix
+    assert (
+        rundir.resumed_config(config_of("--lr", "0.1", "--resume", "auto", "--allow-change", "lr"), typed, saved).lr
+        == 0.1
+    )
+    assert rundir.resumed_config(config_of("--lr", "0.1"), frozenset(), saved).lr == 3e-4
+
+
+def test_plot_draws_after_every_epoch(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(train, "draw", drawn.append)
+    arguments = [*TINY, "--save-dir", str(tmp_path)]
+    assert train.main(arguments) == 0 and drawn == []
+    assert train.main([*arguments, "--overwrite", "--plot"]) == 0 and drawn == [tmp_path] * 3
+
+
+def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
+    def main(argv):
+        raise errors.DataError("no data", "get some")
+
+    for argv, shown in ((["train.py"], False), (["train.py", "--debug"], True)):
+        monkeypatch.setattr(sys, "argv", argv)
+        assert errors.run(main) == 3
+        assert ("Traceback" in capsys.readouterr().err) == shown
+
+
+def test_the_options_cover_every_choice_of_a_flag():
+    for action in train.build_parser()._actions:
+        if action.choices and action.dest in OPTIONS and action.dest not in ("arch", "amp"):
+            text = " ".join([OPTIONS[action.dest][0], *OPTIONS[action.dest][1]])
+            assert [c for c in action.choices if c != action.default and c not in text] == []
+
+
+# --- whole runs, slow ----------------------------------------------------------------------------
+
+LEARNS = ("--resize-schedule 16,16 --phase-batch-sizes 8,8 --epochs 6 --augment flip --mixup-alpha 0 --cutmix-alpha 0 "
+          "--drop-path-rate 0.1 --lr 3e-3")  # fmt: skip
+LEARNING_RATE = {
+    "--optimizer sgd": "0.1",
+    "--optimizer rmsprop": "1e-3",
+    "--optimizer lamb": "0.02",
+    "--loss bce": "1e-3",
+}
+GRID = [
+    *(f"--{flag} {value}" for flag, values in SLOW_VALUES.items() for value in values),
+    *(change for name in ("optimizer", "augment", "loss", "head", "stem", "use_blurpool", "accumulate", "clip_mode", "l1",
+                          "label_smoothing", "ema", "ema_ramp", "ema_half_life", "amp", "nesterov", "seed", "deterministic")
+      for change in OPTIONS[name][1]),
+    *(f"--schedule {name}" for name in flags.SCHEDULES),
+    *("--phase-mix on,off --mixup-alpha 0.2", "--lr-scale sqrt --phase-batch-sizes 8,4", "--mixup-alpha 0.2"),
+]  # fmt: skip
+
+
+def fitted(arguments: list[str], save_dir: Path, resume: bool = False) -> trainer.Run:
+    save_dir.mkdir(exist_ok=True)
+    config = config_of(*arguments)
+    run = built(config, save_dir)
+    if resume:
+        train.restore(run, checkpoint.load(next(save_dir.glob("last_*.pt"))), config)
+    try:
+        trainer.fit(run, MetricLogger(save_dir, run.state.rows))
+    except trainer.Finished:
+        pass
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", GRID)
+def test_every_value_trains_and_resumes_exactly(option, tmp_path):
+    arguments = [*LEARNS.split(), *option.split()]
+    if option in LEARNING_RATE:
+        arguments += ["--lr", LEARNING_RATE[option]]
+    if "nesterov" in option:
+        arguments += ["--optimizer", "sgd", "--lr", "0.1"]
+    if "cosine" in option:
+        arguments += ["--warmup-epochs", "1"]
+    whole = fitted(arguments, tmp_path / "whole")
+    assert whole.state.rows[-1]["train_loss"] < whole.state.rows[0]["train_loss"]
+    fitted([*arguments, "--stop-after", "13"], tmp_path / "halves")  # in the middle of an epoch
+    fitted(arguments, tmp_path / "halves", resume=True)
+    assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
+
+
+def test_one_value_trains_and_resumes_exactly(tmp_path):
+    test_every_value_trains_and_resumes_exactly("--optimizer adam", tmp_path)
