@@ -41,13 +41,12 @@ class KeyedRandom:
         self.generator = np.random.Generator(self.bits)
         self.library = random.Random()  # Albumentations draws from both kinds
         self.uses_library = False
-        self._state = self.bits.state
+        self._state = self.bits.state  # of a generator that has drawn nothing yet
 
     def rekey(self, key: tuple[int, int, int]) -> Draw:
         state = self._state
         state["state"]["key"][:] = (key[0] & 0xFFFFFFFFFFFFFFFF, key[1])
         state["state"]["counter"][:] = (0, 0, 0, key[2])
-        state["buffer_pos"], state["has_uint32"] = 4, 0
         self.bits.state = state
         if self.uses_library:
             self.library.seed(int(self.generator.integers(1 << 63)))

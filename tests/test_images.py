@@ -69,6 +69,7 @@ def test_a_palette_with_transparency_keeps_its_colours():
 def test_cmyk_is_converted_as_pillow_does():
     data = encoded(photo(), "JPEG", "CMYK")
     assert images.jpeg_shape(data) == (60, 80, 4)
+    assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     assert np.abs(decode(data).astype(int) - photo()).mean() < 4
 
 
@@ -89,9 +90,10 @@ def test_the_first_frame_of_an_animation_is_taken(kind):
 def test_exif_orientation_is_ignored_on_both_paths():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = encoded(photo(32, 64), exif=exif)
-    assert decode(data).shape == (32, 64, 3)
-    assert np.array_equal(decode(data), images._decode_strictly(data, ""))
+    for shape in ((32, 64), (32, 32)):
+        data = encoded(photo(*shape), exif=exif)
+        assert decode(data).shape == (*shape, 3)
+        assert np.array_equal(decode(data), images._decode_strictly(data, ""))
 
 
 def test_corrupt_exif_is_no_reason_to_complain():

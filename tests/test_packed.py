@@ -184,6 +184,18 @@ def test_a_shard_damaged_anywhere_is_an_error_or_harmless_never_a_crash(out):
     assert refused > 5
 
 
+def test_offsets_that_point_outside_are_refused(out):
+    path = out / "train-16" / "00000.arrow"
+    split = open_packed(out).train.for_size(8)
+    offsets = split._shard(0).offsets[0].tobytes()
+    data = bytearray(path.read_bytes())
+    at = data.index(offsets) + 4 * 20
+    data[at : at + 4] = (2**30).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"00000\.arrow is damaged"):
+        open_packed(out).train.for_size(8).read([0])
+
+
 @pytest.mark.parametrize("damage", ["labels", "manifest", "format", "unfinished"])
 def test_other_damage_has_clear_words(out, damage):
     manifest = out / "manifest.json"
