@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
                     makers = loaders(source, packed, Path(scratch), size, augmentation, workers)
                     rows += compare(makers, size, augmentation, workers, args.seconds)
                     print(table(rows[-len(makers) :], header=len(rows) == len(makers)), flush=True)
-    Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+    contract = [{key: value for key, value in row.items() if key != "cpu_us_per_image"} for row in rows]
+    Path(args.json).write_text(json.dumps(contract, indent=1) + "\n")
     draw(rows, Path(args.json).with_suffix(".png"))
     return 0
 
@@ -187,23 +188,41 @@ def _peer(dataset, workers: int, **kwargs) -> Iterator:
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def images_per_second(batches: Iterator, workers: int, seconds: float) -> float:
-    """The rate once the queue is filled: the clock starts when every worker has delivered twice."""
+def measure(batches: Iterator, workers: int, seconds: float) -> tuple[float, float]:
+    """(images per second, CPU microseconds of the workers per image), once the queue is filled.
+
+    The clock starts when every worker has delivered twice. CPU time is what remains comparable on a
+    machine that others use too.
+    """
     for _ in range(2 * workers):
         next(batches)
-    started, count = time.perf_counter(), 0
+    cpu, started, count = _worker_cpu(batches), time.perf_counter(), 0
     while (elapsed := time.perf_counter() - started) < seconds:
         count += len(next(batches)[1])
-    return count / elapsed
+    return count / elapsed, (_worker_cpu(batches) - cpu) / count * 1e6
+
+
+def _worker_cpu(batches: Iterator) -> float:
+    """Seconds of CPU that the loader's processes have used (Linux; elsewhere nan)."""
+    if not sys.platform.startswith("linux"):
+        return float("nan")
+    ticks = 0
+    for process in getattr(batches, "_workers", ()):
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])  # user and system
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def compare(makers: dict[str, Callable], size: int, augmentation: str, workers: int, seconds: float) -> list[dict]:
-    """One row per loader: the median of REPEATS measurements, taken in turns."""
+    """One row per loader: the medians of REPEATS measurements, taken in turns."""
     rates: dict[str, list[float]] = {name: [] for name in makers}
+    costs: dict[str, list[float]] = {name: [] for name in makers}
     for _ in range(REPEATS):
         for name, make in makers.items():
             batches = make()
-            rates[name].append(images_per_second(batches, workers, seconds))
+            rate, cost = measure(batches, workers, seconds)
+            rates[name].append(rate)
+            costs[name].append(cost)
             del batches  # ends the workers
     median = {name: statistics.median(values) for name, values in rates.items()}
     return [
@@ -214,18 +233,24 @@ def compare(makers: dict[str, Callable], size: int, augmentation: str, workers: 
             "workers": workers,
             "images_per_second": round(rate, 1),
             "ratio_to_torchvision": round(rate / median["torchvision"], 2),
+            "cpu_us_per_image": round(statistics.median(costs[name])),
         }
         for name, rate in median.items()
     ]
 
 
 def table(rows: list[dict], header: bool) -> str:
-    lines = [f"{'size':>5} {'augmentation':<12} {'workers':>7} {'loader':<12} {'images/s':>9} {'x torchvision':>13}"]
+    lines = [
+        f"{'size':>5} {'augmentation':<12} {'workers':>7} {'loader':<12} {'images/s':>9} {'x torchvision':>13} "
+        f"{'CPU us/image':>12} {'x torchvision':>13}"
+    ]
     lines = lines if header else []
+    base = next(row for row in rows if row["loader"] == "torchvision")["cpu_us_per_image"]
     for row in rows:
         lines.append(
             f"{row['size']:>5} {row['augmentation']:<12} {row['workers']:>7} {row['loader']:<12} "
-            f"{row['images_per_second']:>9,.0f} {row['ratio_to_torchvision']:>13.2f}"
+            f"{row['images_per_second']:>9,.0f} {row['ratio_to_torchvision']:>13.2f} "
+            f"{row['cpu_us_per_image']:>12,.0f} {base / row['cpu_us_per_image']:>13.2f}"
         )
     return "\n".join(lines)
 
