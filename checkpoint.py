@@ -21,8 +21,11 @@ from errors import CheckpointError, ResourceError
 from models import build_model
 
 SCHEMA = 1
-REQUIRED = ("model_args", "eval", "model", "ema", "optimizer", "schedule", "scaler", "step", "epoch_sums", "best",
-            "rows", "config", "fingerprint", "precision")  # fmt: skip
+REQUIRED = {
+    "model_args": dict, "eval": dict, "model": dict, "ema": dict, "optimizer": dict, "schedule": dict, "scaler": dict,
+    "step": int, "epoch_sums": dict, "bad_in_a_row": int, "best": dict, "rows": list, "config": dict,
+    "fingerprint": dict, "precision": str, "total_steps": int,
+}  # fmt: skip
 
 
 def crash_point(name: str) -> None:
@@ -67,27 +70,49 @@ def _write_and_prove(partial: Path, payload: dict) -> None:
 
 def _move_into_place(partial: Path, path: Path) -> None:
     crash_point("before_rename")
-    if path.exists():
-        os.replace(path, previous(path))
+    # A damaged file never replaces a sound older one, which may be the one this run came from.
+    if path.exists() and not find_damage(path):
+        _keep_as(path, previous(path))
     crash_point("between_renames")
     os.replace(partial, path)
+    partial.unlink(missing_ok=True)  # renaming one name of a file to another of its names does nothing
     crash_point("after_rename")
     sync_directory(path.parent)
+
+
+def _keep_as(path: Path, older: Path) -> None:
+    """Let `older` name what `path` names, without a moment in which `path` is missing where links exist."""
+    second_name = older.with_name(older.name + ".partial")
+    try:
+        second_name.unlink(missing_ok=True)
+        os.link(path, second_name)
+    except OSError:  # a filesystem without hard links
+        os.replace(path, older)
+        return
+    os.replace(second_name, older)
+    second_name.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:
     """Give the whole checkpoint `source` a second name; the file that was there becomes prev_<name>."""
     partial = target.with_name(target.name + ".partial")
-    partial.unlink(missing_ok=True)
     try:
-        os.link(source, partial)
+        _name_or_copy(source, partial)
+        crash_point("between_link_and_rename")
+        _move_into_place(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise _write_failed(target, error) from error
+
+
+def _name_or_copy(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
     except OSError:  # a filesystem without hard links
-        try:
-            shutil.copyfile(source, partial)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise _write_failed(target, error) from error
-    _move_into_place(partial, target)
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def previous(path: Path) -> Path:
@@ -115,15 +140,25 @@ def _write_failed(path: Path, error: Exception) -> Exception:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free there"
     except OSError:
         free = "its directory cannot be read"
-    reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else "the write failed"
+    number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)  # torch wraps the OSError
+    reason = os.strerror(number) if number else "the write failed"
     return ResourceError(f"cannot write {path}: {reason} ({free}); the checkpoints written before are untouched",
                          "free some space, or go on elsewhere: --resume PATH --save-dir NEW")  # fmt: skip
 
 
 def find_damage(path: Path) -> str:
-    """Why `path` is not a whole checkpoint file, or '': torch alone would load flipped bits."""
+    """Why `path` is not a whole checkpoint file, or '': torch alone would load flipped bits.
+
+    torch stores every entry as it is, so entries that are packed, or larger together than the file,
+    are refused before they are unpacked: they are how a small file fills a memory.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                return "it holds compressed entries, which torch never writes"
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                return "its entries are larger than the file"
             broken = archive.testzip()
         return f"checksum of {broken} is wrong" if broken else ""
     except zipfile.BadZipFile as error:
@@ -142,7 +177,8 @@ def read(path: str | os.PathLike) -> dict:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {path}", _what_is_there(path))
-    is_legacy = path.open("rb").read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
+    with path.open("rb") as file:
+        is_legacy = file.read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
     damage = "" if is_legacy else find_damage(path)
     if damage:
         raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _what_is_there(path))
@@ -157,18 +193,38 @@ def read(path: str | os.PathLike) -> dict:
 
 
 def load(path: str | os.PathLike) -> dict:
-    """A checkpoint of ours, whole and of a schema this code knows. Raises CheckpointError."""
+    """A checkpoint of ours, whole, of a schema this code knows, plain throughout. Raises CheckpointError."""
     payload = read(path)
-    schema = payload.get("schema") if isinstance(payload, dict) else None
+    schema = payload.get("schema") if type(payload) is dict else None
     if not isinstance(schema, int):
         raise CheckpointError(f"{path} holds weights only, not the state of a run",
                               "use --init-from to start a new run from these weights")  # fmt: skip
     if schema > SCHEMA:
         raise CheckpointError(f"{path} has schema {schema}; this code knows up to {SCHEMA}", "update this repository")
-    missing = [key for key in REQUIRED if key not in payload]
-    if missing:
-        raise CheckpointError(f"{path} lacks {', '.join(missing)}", "use a checkpoint that train.py wrote")
+    wrong = [f"lacks {key}" for key in REQUIRED if key not in payload]
+    wrong = wrong or [f"has a malformed {key}" for key, kind in REQUIRED.items() if not isinstance(payload[key], kind)]
+    wrong = wrong or ([f"holds a {odd}"] if (odd := not_plain(payload)) else [])
+    if wrong:
+        raise CheckpointError(f"{path} {', '.join(wrong)}", "use a checkpoint that train.py wrote")
     return payload
+
+
+def not_plain(payload: object) -> str:
+    """The name of a type in `payload` that no checkpoint of ours holds, or ''."""
+    left, seen = [payload], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
+                return f"{type(value).__name__} of layout {value.layout}"
+        elif isinstance(value, dict | list | tuple):
+            if id(value) in seen:  # shared, or a circle
+                continue
+            seen.add(id(value))
+            left += [*value, *value.values()] if isinstance(value, dict) else value
+        elif not isinstance(value, str | int | float | None):
+            return type(value).__name__
+    return ""
 
 
 def _what_is_there(path: Path) -> str:
@@ -187,11 +243,12 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
     passed_over, sound = [], {}
     for path in candidates:
         try:
-            sound[path] = load(path)["step"]
+            payload = load(path)
+            sound[path] = (payload["step"], len(payload["rows"]))
         except CheckpointError as error:
             passed_over.append(error.what)
     if sound:
-        return max(sound, key=lambda path: (sound[path], path.name.startswith("last_"), path.name)), passed_over
+        return max(sound, key=lambda path: (*sound[path], path.name.startswith("last_"), path.name)), passed_over
     if passed_over:
         raise CheckpointError(f"no sound checkpoint in {directory}: {'; '.join(passed_over)}",
                               "restore a copy, or name another --save-dir to start anew")  # fmt: skip

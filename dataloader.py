@@ -162,11 +162,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.replaced = 0.0, []
-        return self._prefetched() if self.device.type == "cuda" else map(self._to_device, self._raw())
+        raw = self._raw(iter(self.batches))  # workers start here, not at the first batch
+        return self._prefetched(raw) if self.device.type == "cuda" else map(self._to_device, raw)
 
-    def _raw(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _raw(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         """uint8 batches on the CPU, with the waiting timed and the workers' errors raised here."""
-        iterator = iter(self.batches)
         while True:
             started = time.perf_counter()
             try:
@@ -191,10 +191,10 @@ class Loader:
         images = images.permute(0, 3, 1, 2).float()
         return images.sub_(self.mean).mul_(self.scale), labels
 
-    def _prefetched(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         stream = torch.cuda.Stream(self.device)
         ahead = None
-        for batch in self._raw():
+        for batch in raw:
             with torch.cuda.stream(stream):
                 following = self._to_device(batch)
             if ahead is not None:

@@ -6,10 +6,13 @@ and returns the exit code. Tests call `main(argv)` and catch the exception inste
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 
 class UserError(Exception):
@@ -20,6 +23,7 @@ class UserError(Exception):
     def __init__(self, what: str, fix: str):
         super().__init__(f"{what}\nfix: {fix}")
         self.what, self.fix = what, fix
+        self.rank: int | None = None  # the only rank that knows of it, if one of many does
 
     def __reduce__(self):  # crosses from loader workers to the main process
         return type(self), (self.what, self.fix)
@@ -71,13 +75,37 @@ def printable(text: str) -> str:
 
 
 def report(error: UserError) -> None:
-    """Two lines on stderr, from the first rank only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(f"error: {error.what}\nfix: {error.fix}"), file=sys.stderr, flush=True)
+    """Two lines on stderr: from the first rank, or from the one that alone knows of the error."""
+    where = "error" if error.rank is None else f"error on rank {error.rank}"
+    if speaks() or error.rank is not None:
+        tell(f"{where}: {error.what}\nfix: {error.fix}")
+
+
+def speaks() -> bool:
+    """True on the one process of a run that prints."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def tell(text: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(printable(text), file=sys.stderr, flush=True)
+
+
+def exit_at_once(number: int, frame) -> None:
+    """What a stop signal does until training begins: nothing is half written that a restart would trip over."""
+    os._exit(130 if number == signal.SIGINT else 143)
+
+
+DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:
     """Call `main()` and return the exit code; a traceback only with --debug or for our own bugs."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), exit_at_once)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
+        signal.signal(signal.SIGHUP, exit_at_once)
     try:
         return main(None) or 0
     except UserError as error:
@@ -86,11 +114,16 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
         report(error)
         return error.exit_code
     except Stopped as stop:
-        if str(stop):
-            print(printable(str(stop)), file=sys.stderr, flush=True)
+        if str(stop) and speaks():
+            tell(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE or "--debug" in sys.argv:
+            raise
+        report(ResourceError(f"cannot write {error.filename or 'a file'}: {error.strerror}", "free some space"))
+        return ResourceError.exit_code

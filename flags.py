@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -291,8 +291,25 @@ def _recipes() -> str:
     return ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml"))) or "no recipe"
 
 
+def check_ranks(variables: Mapping[str, str]) -> None:
+    """Refuse half of torchrun's variables: such a process would train alone and save nothing."""
+    ranks = {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in variables}
+    whole = "RANK" in ranks and "WORLD_SIZE" in ranks
+    numbers = all(value.isdecimal() for value in ranks.values())
+    if numbers and ((whole and int(ranks["RANK"]) < int(ranks["WORLD_SIZE"])) or all(map(_alone, ranks.items()))):
+        return
+    shown = ", ".join(f"{name}={value}" for name, value in ranks.items())
+    raise UsageError(f"the environment has {shown}, which is no whole set of ranks",
+                     "start with torchrun, or unset these variables")  # fmt: skip
+
+
+def _alone(variable: tuple[str, str]) -> bool:
+    return variable in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+
+
 def check_train(config: Any, typed: frozenset[str]) -> list[str]:
     """Refuse what cannot work together (exit 2); return the notes worth printing."""
+    check_ranks(os.environ)
     phases = len(config.resize_schedule)
     if not phases:
         raise UsageError("--resize-schedule is empty", "give at least one size, such as --resize-schedule 224")

@@ -5,7 +5,7 @@ TensorBoard and Weights & Biases are copies for those who ask; the file is alway
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -60,6 +60,13 @@ def optional(package: str, needed_for: str):
         top = package.split(".")[0]
         package = "tensorboard" if needed_for == "--tensorboard" else top
         raise UsageError(f"{needed_for} needs the {package} package", f"pip install {package}") from None
+
+
+def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
+    """Raises UsageError with the install line where a tracker asked for is not installed."""
+    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise UsageError(f"--{package} needs the {package} package", f"pip install {package}")
 
 
 class MetricLogger:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 LINE_EVERY = 60.0  # seconds between lines where there is no terminal
 
@@ -35,6 +36,10 @@ class Progress:
 
     def update(self, n: int = 1, words: str = "") -> None:
         self.count += n
+        with suppress(OSError):  # the terminal is gone: that is for a stop signal to end, not for a bar
+            self._show(n, words)
+
+    def _show(self, n: int, words: str) -> None:
         if self.bar:
             self.bar.set_postfix_str(words or self._eta(), refresh=False)
             self.bar.update(n)
@@ -53,7 +58,8 @@ class Progress:
 
     def close(self) -> None:
         if self.bar:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
             self.bar = None
 
     def __enter__(self) -> Progress:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 from errors import CheckpointError, ResourceError, UsageError
@@ -15,30 +16,54 @@ FILES = ("config.json", "env.json", "metrics.jsonl", "wandb_id")
 FOLDERS = ("plots", "tensorboard")
 
 
-def prepare(save_dir: str, *, resuming: bool, overwrite: bool) -> Path:
-    """Make `save_dir` this run's own, and prove that files can be written and renamed there.
+def check(save_dir: str, *, resuming: bool, overwrite: bool) -> None:
+    """What can be said about `save_dir` before anything is built; writes nothing.
 
-    Raises UsageError where it holds a run that is neither resumed nor overwritten, ResourceError
-    where it cannot be written.
+    Raises UsageError where it holds a run that is neither resumed nor overwritten, or one under way;
+    ResourceError where it cannot be written.
     """
     path = Path(save_dir)
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "it is read-only" if there.is_dir() else f"{there} is a file"
+        raise ResourceError(f"cannot write to --save-dir {path}: {what}", "name a writable directory")
     held = _run_files(path) if path.is_dir() else []
     if held and not (resuming or overwrite):
         raise UsageError(f"{path} already holds a run ({held[0].name})",
                          "go on with --resume auto, start anew with --overwrite, or name another --save-dir")  # fmt: skip
+    if (path / ".lock").exists():
+        Lock(path).release()
+
+
+def claim(path: Path, *, overwrite: bool) -> Lock:
+    """Make `path` this run's own, prove that files can be written and renamed there, sweep up.
+
+    Raises ResourceError where it cannot be written, UsageError where another run holds it.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".probe"
-        with open(probe, "wb") as file:
-            file.write(b"probe")
-            os.fsync(file.fileno())
-        os.replace(probe, path / ".probe2")
-        (path / ".probe2").unlink()
+        lock = Lock(path)
+        _probe(path / ".probe")
+        if overwrite:
+            clear(path)
+        for half_written in path.glob("*.partial"):
+            half_written.unlink(missing_ok=True)
     except OSError as error:
         raise ResourceError(
             f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory"
         ) from None
-    return path
+    return lock
+
+
+def _probe(file: Path) -> None:
+    try:
+        with open(file, "wb") as probe:
+            probe.write(b"probe")
+            os.fsync(probe.fileno())
+        os.replace(file, file.with_suffix(".renamed"))
+    finally:
+        file.unlink(missing_ok=True)
+        file.with_suffix(".renamed").unlink(missing_ok=True)
 
 
 def clear(path: Path) -> None:
@@ -67,8 +92,10 @@ class Lock:
             self.file.seek(0)
             holder = self.file.read().strip() or "another process"
             raise UsageError(f"{directory} is in use by {holder}", "wait for it, or name another --save-dir") from None
+        except OSError:
+            pass  # a cluster filesystem mounted without locks: better a run without one than no run
         self.file.truncate(0)
-        self.file.write(f"pid {os.getpid()}")
+        self.file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")
         self.file.flush()
 
     def release(self) -> None:
@@ -119,10 +146,38 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
         raise CheckpointError(f"these flags would change the resumed run: {listed}",
                               f"leave them out, or accept the change with --allow-change {','.join(changed)}")  # fmt: skip
     kept = {name: value for name, value in saved.items() if name in given and name not in typed}
+    check_saved(kept, given)
     # How this start was asked for never comes from the checkpoint.
     asked = {name: given[name] for name in ("resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run",
                                             "summary", "debug", "config")}  # fmt: skip
     return make_config({**given, **kept, **asked})
+
+
+def check_saved(saved: dict, like: dict) -> None:
+    """Flags from a file meet the parser as typed ones do. Raises CheckpointError."""
+    import flags
+
+    parser = flags.build_parser("the checkpoint", "", groups=flags.TRAIN_GROUPS)
+    actions = {action.dest: action for action in parser._actions}
+    arguments = []
+    for name, value in saved.items():
+        if name == "save_every" and isinstance(value, list):
+            value = "".join(map(str, value))
+        if isinstance(actions[name].default, bool) != isinstance(value, bool):
+            arguments.append(f"{dashed(name)}={value!r}")  # refused below
+        elif value is not None and value != actions[name].default and not isinstance(value, bool):
+            text = (
+                ",".join("on" if v is True else "off" if v is False else str(v) for v in value)
+                if isinstance(value, list)
+                else str(value)
+            )
+            arguments.append(f"{dashed(name)}={text}")
+    try:
+        parser.parse_args(arguments)
+    except UsageError as error:
+        raise CheckpointError(
+            f"malformed flags in the checkpoint: {error.what}", "use a checkpoint that train.py wrote"
+        ) from None
 
 
 def _shown(value) -> str:

@@ -5,10 +5,12 @@ Nothing else in the project asks which device it is on or how many ranks there a
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from errors import ResourceError, UsageError
+from errors import DataError, ResourceError, UsageError, exit_at_once
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,31 @@ class Runtime:
             dist.barrier()
 
 
+@contextmanager
+def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
+    """Where one of many ranks ends, say so on that rank; and on the others, that they ended because of it.
+
+    What only this rank can know of (its data, its memory) is marked, so that it is printed here.
+    """
+    try:
+        yield
+    except (DataError, ResourceError) as error:
+        error.rank = runtime.rank if runtime.world_size > 1 and runtime.rank > 0 else None
+        raise
+    except RuntimeError as error:
+        if runtime.world_size == 1 or not any(word in str(error) for word in LOST_RANK):
+            raise
+        raise ResourceError(f"another rank ended, or has been silent for {TIMEOUT}",
+                            "its own message says why; then start all ranks again with --resume auto") from error  # fmt: skip
+    else:
+        if runtime.world_size > 1:
+            dist.destroy_process_group()
+
+
+TIMEOUT = timedelta(minutes=5)
+LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out")
+
+
 def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool = False) -> Runtime:
     """Read torchrun's variables, choose device and precision, join the process group.
 
@@ -69,7 +96,11 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
     chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), ranks=world_size)
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=5))
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except (RuntimeError, ValueError) as error:
+            raise ResourceError(f"rank {rank} of {world_size} cannot join the others: {str(error).splitlines()[0]}",
+                                "start all ranks through torchrun, every run on a port of its own") from error  # fmt: skip
     torch.use_deterministic_algorithms(deterministic)
     if chosen.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -142,25 +173,37 @@ def seed_everything(*parts: int) -> None:
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
+class Interrupted(BaseException):
+    """A stop signal came while nothing was under way. Not an Exception: no code between may take it for an error."""
+
+
 class StopSignals:
     """Remembers the first stop signal; the loop asks `received` after every step.
 
     A second signal ends the process at once: checkpoints are renamed into place, so the previous
-    one is whole.
+    one is whole. SIGHUP stays ignored where it was (nohup).
     """
 
     def __init__(self):
         self.received = 0
+        self.process = os.getpid()
+        self.waiting = False  # for data, between two steps: an `Interrupted` breaks nothing
 
     def _remember(self, number: int, frame) -> None:
+        if os.getpid() != self.process:
+            return  # a worker that was just forked
         if self.received:
-            os._exit(130 if number == signal.SIGINT else 143)
+            exit_at_once(number, frame)
         self.received = int(number)
-        os.write(2, b"\nstopping after this step (again: at once)\n")
+        with suppress(OSError):  # the terminal may be what went away
+            os.write(2, b"\nstopping after this step (again: at once)\n")
+        if self.waiting:
+            raise Interrupted
 
     @contextmanager
     def installed(self):
-        previous = {number: signal.signal(number, self._remember) for number in STOP_SIGNALS}
+        wanted = [n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+        previous = {number: signal.signal(number, self._remember) for number in wanted}
         try:
             yield self
         finally:
@@ -172,6 +215,17 @@ def ignore_stop_signals() -> None:
     """For worker processes: the parent finishes its step with them, then ends them itself."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers() -> None:
+    """End the loader workers that are left. They ignore SIGTERM, so one that hangs would keep the exit waiting."""
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    reaper = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report each of them as an error
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, reaper or signal.SIG_DFL)
 
 
 def die_with_parent() -> None:

@@ -27,27 +27,21 @@ def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
     notes = flags.check_train(config, typed)
     import rundir
+    from metrics import check_trackers
     from sources import layouts
 
     saved = rundir.find_resume(config.resume, config.save_dir, say)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     index = layouts.index(**flags.data_args(config))
+    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
     for note in (*notes, *index.notes):
         say(note)
     if config.summary or config.dry_run:
         return look_only(config, index)
-    save_dir, lock = Path(config.save_dir), None
     if is_main():
-        save_dir = rundir.prepare(config.save_dir, resuming=bool(config.resume), overwrite=config.overwrite)
-        lock = rundir.Lock(save_dir)
-        if config.overwrite:
-            rundir.clear(save_dir)
-    try:
-        return train(config, index, save_dir, saved)
-    finally:
-        if lock:
-            lock.release()
+        rundir.check(config.save_dir, resuming=bool(config.resume), overwrite=config.overwrite)
+    return train(config, index, Path(config.save_dir), saved)
 
 
 def look_only(config, index) -> int:
@@ -64,7 +58,36 @@ def look_only(config, index) -> int:
 
 
 def train(config, index, save_dir: Path, saved: dict | None) -> int:
-    """Build the run, take over a checkpoint if there is one, and fit."""
+    """Build the run, take over a checkpoint if there is one, and only then write to `save_dir`."""
+    import build
+    import rundir
+    import trainer
+    from runtime import end_workers, lost_ranks_named
+
+    runtime = build.open_runtime(config)
+    with lost_ranks_named(runtime):
+        built = build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), save_dir)
+        if saved:
+            restore(built, saved, config)
+        elif config.init_from:
+            start_from(built, config)
+        if built.finished and not trainer.best_is_lost(built):
+            say(f"this run is complete: {len(built.state.rows)} epochs in {save_dir}")
+            return 0
+        lock = rundir.claim(save_dir, overwrite=config.overwrite) if runtime.is_main else None
+        try:
+            if saved and config.resume != "auto":
+                trainer.carry_best(built, Path(config.resume).parent)
+            fit(config, index, built)
+        finally:
+            end_workers()
+            if lock:
+                lock.release()
+    return 0
+
+
+def fit(config, index, built) -> None:
+    """Look whether all that the run needs is there, write down what it is, and train."""
     import build
     import preflight
     import rundir
@@ -72,17 +95,9 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
     from metrics import MetricLogger
     from runtime import environment
 
-    runtime = build.open_runtime(config)
-    built = build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), save_dir)
+    runtime, save_dir = built.runtime, built.save_dir
     if config.plot and runtime.is_main:
         built.after_epoch = lambda: draw(save_dir)
-    if saved:
-        restore(built, saved, config)
-    elif config.init_from:
-        start_from(built, config)
-    if built.finished:
-        say(f"this run is complete: {len(built.state.rows)} epochs in {save_dir}")
-        return 0
     preflight.check_resources(built, build.workers(config))
     if runtime.is_main:
         facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit(), "num_train": len(index.train),
@@ -97,11 +112,10 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
             trainer.fit(built, log)
         except trainer.Finished as reached:
             say(str(reached))
-            return 0
+            return
         finally:
             log.close()
     say(conclusion(built, config))
-    return 0
 
 
 def introduction(built, config, index) -> list[str]:
@@ -159,11 +173,13 @@ def restore(built, saved: dict, config) -> None:
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
     try:
         built.state.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}",
                               "start a new run from its weights with --init-from") from error  # fmt: skip
     if not same_plan:
         replan(built)
+    if built.runtime.any_rank(built.state.step) != built.state.step:
+        raise CheckpointError("the ranks found different checkpoints", "let all of them see the same --save-dir")
 
 
 def start_from(built, config) -> None:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 import checkpoint
 from dataloader import Loader
 from errors import Stopped
 from metrics import MetricLogger
 from progress import Eta, Progress, duration
-from runtime import Runtime, StopSignals
+from runtime import Interrupted, Runtime, StopSignals
 from sources.index import Split
 from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
 
@@ -80,6 +84,9 @@ def fit(run: Run, log: MetricLogger) -> None:
 
     An epoch whose steps are all taken but which has no row yet was stopped before it was scored.
     """
+    if best_is_lost(run):
+        save(run, "last")
+        save(run, "best")
     for phase in run.phases:
         if phase.last_epoch <= len(run.state.rows):
             continue  # finished before the restart
@@ -101,7 +108,25 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, how: Step) -
     loader.order.seek(epoch, start)
     with Progress(phase.steps_per_epoch, f"{epoch:>3}/{run.epochs} {phase.image_size} px", unit="steps",
                   initial=start, enabled=run.runtime.is_main) as bar:  # fmt: skip
-        train_one_epoch(run.state, how, loader, Between(run, phase, epoch, loader, bar))
+        train_one_epoch(run.state, how, interruptible(run, loader), Between(run, phase, epoch, loader, bar))
+
+
+def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of `loader`; a stop signal does not wait for one, which a stuck disk may never send."""
+    batches, batch = iter(loader), None
+    while True:
+        try:
+            run.stop.waiting = run.runtime.world_size == 1  # many ranks stop together, after the step
+            if not run.stop.received:
+                batch = next(batches, None)
+            run.stop.waiting = False
+        except Interrupted:
+            pass
+        if run.stop.received and run.runtime.world_size == 1:
+            save_or_stop(run)
+        if batch is None:
+            return
+        yield batch
 
 
 class Between:
@@ -133,7 +158,7 @@ class Between:
         step = state.step - 1 - phase.step_before(self.epoch)
         ids = order.ids(self.epoch)[step * phase.batch_size : (step + 1) * phase.batch_size]
         names = ", ".join(self.run.name_of(int(i)) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
-        self.run.say(f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}")
+        tell(self.run, f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}")
 
 
 def save_or_stop(run: Run, bar: Progress | None = None) -> None:
@@ -183,8 +208,12 @@ def scores(run: Run, phase: Phase) -> dict:
 
     averaged = run.state.ema.module
     models = {"val": run.state.model} | ({} if averaged is None else {"ema_val": averaged})
-    results = evaluate(models, run.make_eval(run.val, phase), run.runtime, between_batches)
-    clean = evaluate({"train": run.state.model}, run.make_eval(run.train_sample, phase), run.runtime, between_batches)
+
+    def scored(models: dict, split: Split) -> dict[str, EvalResult]:
+        return evaluate(models, interruptible(run, run.make_eval(split, phase)), run.runtime, between_batches)
+
+    results = scored(models, run.val)
+    clean = scored({"train": run.state.model}, run.train_sample)
     row = {"train_top1": clean["train"].top1}
     for kind, result in results.items():
         row |= {
@@ -202,16 +231,16 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     row["best"] = judge(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
+    log.log(row)  # before it is saved: a resumed run cuts what it has too much, but cannot add a row that is lost
     every, unit = run.save_every
     if row["best"] or run.finished or unit == "min" or row["epoch"] % every == 0:
         save(run, "last")
     if row["best"]:
         save(run, "best")
-    log.log(row)
-    run.say(format_row(row))
+    tell(run, format_row(row))
     waited = row["data_wait_percent"] or 0
     if run.slow_data_hint and waited > SLOW_DATA and waited / 100 * row["seconds"] > SLOW_DATA:
-        run.say(f"note: {waited:.0f} % of the time went into waiting for data. {run.slow_data_hint}")
+        tell(run, f"note: {waited:.0f} % of the time went into waiting for data. {run.slow_data_hint}")
         run.slow_data_hint = ""
     run.after_epoch()
 
@@ -242,6 +271,34 @@ def save(run: Run, kind: str) -> None:
             checkpoint.link(run.path("last"), run.path(kind))
     run.last_save = time.monotonic()
     run.runtime.barrier()
+
+
+def best_is_lost(run: Run) -> bool:
+    """Whether a run was killed between saving its best epoch as last_* and giving that file its second name."""
+    state, best, last = run.state, run.path("best"), run.path("last")
+    if not (state.rows and state.rows[-1]["best"]):
+        return False
+    epoch = len(state.rows)
+    phase = phase_of(run.phases, min(epoch, run.epochs))
+    just_saved = state.step == phase.step_before(epoch) + phase.steps_per_epoch
+    return just_saved and not (best.exists() and last.exists() and best.samefile(last))
+
+
+def carry_best(run: Run, came_from: Path) -> None:
+    """Let a run that goes on in another directory keep its best checkpoint."""
+    source, target = came_from / run.path("best").name, run.path("best")
+    if run.runtime.is_main and run.state.best["epoch"] and source.is_file() and not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        checkpoint.link(source, target)
+
+
+def tell(run: Run, text: str) -> None:
+    """Say it. An output that is gone (a closed pipe, a lost terminal) is a stop signal, not an error."""
+    try:
+        run.say(text)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        run.stop.received = run.stop.received or signal.SIGHUP
 
 
 def replan(run: Run) -> None:
