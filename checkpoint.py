@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from errors import CheckpointError, ResourceError
+from errors import CheckpointError, ResourceError, UserError
 from models import build_model
 
 SCHEMA = 1
@@ -89,8 +89,10 @@ def _keep_as(path: Path, older: Path) -> None:
     except OSError:  # a filesystem without hard links
         os.replace(path, older)
         return
-    os.replace(second_name, older)
-    second_name.unlink(missing_ok=True)
+    try:
+        os.replace(second_name, older)
+    finally:
+        second_name.unlink(missing_ok=True)
 
 
 def link(source: Path, target: Path) -> None:
@@ -262,7 +264,15 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
     payload["eval"] says how to feed it: classes, class_names, mean, std, image_size, crop.
     """
     payload = load(path)
-    model = build_model(**payload["model_args"])
     averaged = payload["ema"].get("shadow") if weights == "ema" else None
-    model.load_state_dict(averaged or payload["model"])
+    args = payload["model_args"]
+    try:
+        if args.get("num_classes") != len(payload["eval"]["classes"]):
+            raise ValueError("as many classes as it names")  # the names are in the file: no claim can outgrow it
+        model = build_model(**args)
+        model.load_state_dict(averaged or payload["model"])
+    except (UserError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} does not hold the model it describes: {reason}",
+                              "use a checkpoint that train.py wrote") from error  # fmt: skip
     return model.eval(), payload

@@ -209,8 +209,8 @@ def check_precision(saved: str, now: str, allowed: tuple[str, ...]) -> None:
 def check_model_args(saved: dict, now: dict) -> None:
     """Raises CheckpointError where the checkpoint's model is another one."""
     names = ("arch", "num_classes", "use_blurpool", "head", "stem")
-    if any(saved[name] != now[name] for name in names):
-        words = [", ".join(f"{name} {args[name]}" for name in names) for args in (saved, now)]
+    if any(saved.get(name) != now[name] for name in names):
+        words = [", ".join(f"{name} {args.get(name)}" for name in names) for args in (saved, now)]
         raise CheckpointError(f"checkpoint: {words[0]}; now: {words[1]}",
                               "start a new run from its weights with --init-from and --reset-head")  # fmt: skip
 

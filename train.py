@@ -25,7 +25,6 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Usage, paths and the data layout are judged first, before torch is imported or a file written."""
     config, typed = flags.parse(build_parser(), argv)
-    notes = flags.check_train(config, typed)
     import rundir
     from metrics import check_trackers
     from sources import layouts
@@ -33,6 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = rundir.find_resume(config.resume, config.save_dir, say)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
+    notes = flags.check_train(config, typed)
     index = layouts.index(**flags.data_args(config))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
     for note in (*notes, *index.notes):

