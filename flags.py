@@ -200,6 +200,16 @@ def add_device_args(parser: argparse.ArgumentParser) -> None:
     add("--sync-bn", action="store_true", help="BatchNorm statistics over all ranks")
 
 
+def add_asking_args(parser: argparse.ArgumentParser) -> None:
+    """For commands that only ask a trained model."""
+    add = parser.add_argument_group("device").add_argument
+    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; auto: if it is fast")
+    add("--batch-size", type=positive, default=64, metavar="N", help="images at a time")
+    add("--num-workers", type=number(int, 0, 1024), default=8, metavar="N", help="loader processes")
+    add("--debug", action="store_true", help="tracebacks for errors")
+
+
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--save-dir", default="./checkpoints", metavar="DIR", help="where this run lives")
@@ -251,7 +261,8 @@ def _typed(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
     try:
         for action in parser._actions:
             action.default = argparse.SUPPRESS
-        return vars(parser.parse_args(argv))
+        # Intermixed: flags may stand between the images that predict.py is given.
+        return vars(parser.parse_intermixed_args(argv))
     finally:
         for action, default in saved.items():
             action.default = default

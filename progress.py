@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 LINE_EVERY = 60.0  # seconds between lines where there is no terminal
@@ -48,6 +48,12 @@ class Progress:
             percent = 100 * self.count / max(1, self.total)
             print(f"{self.desc} {percent:3.0f}% {self.count}/{self.total} {self.unit}  {words or self._eta()}",
                   file=self.file, flush=True)  # fmt: skip
+
+    def over(self, items: Iterable) -> Iterator:
+        """`items`, counted as they are taken."""
+        for item in items:
+            yield item
+            self.update()
 
     def _eta(self) -> str:
         done = self.count - self.first

@@ -109,6 +109,21 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(partial, path)
 
 
+def check_checkpoint(path: str) -> None:
+    """Raises CheckpointError where there is no such file: told before torch is imported."""
+    if not Path(path).is_file():
+        found = ", ".join(sorted(p.name for p in Path(path).glob("*.pt"))) if Path(path).is_dir() else ""
+        raise CheckpointError(
+            f"no checkpoint at {path}", f"there is {found}" if found else "name a best_*.pt or last_*.pt"
+        )
+
+
+def with_saved_data(config, typed: frozenset[str], saved: dict):
+    """`config` with the data flags that were not typed as the checkpoint's run had them."""
+    names = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
+    return make_config({**plain(config), **{name: saved[name] for name in names if name not in typed}})
+
+
 def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
     """The payload of the checkpoint that --resume names; None where `auto` finds an empty directory.
 

@@ -29,3 +29,26 @@ def photos(tmp_path_factory) -> Path:
                 pixels[:, :, k] += 120
                 Image.fromarray(pixels).save(folder / f"{name}_{i}.JPEG", quality=90)
     return root
+
+
+@pytest.fixture(scope="session")
+def photo_run(photos, tmp_path_factory) -> Path:
+    """A tiny run on the photos, two epochs at 24 px, neither blind nor perfect: its best checkpoint."""
+    import train
+
+    folder = tmp_path_factory.mktemp("photo_run")
+    how = "--arch resnet_tiny --epochs 2 --resize-schedule 24 --batch-size 8 --lr 3e-4 --augment none --ema-decay 0.9"
+    where = [
+        "--data-dir",
+        str(photos),
+        "--save-dir",
+        str(folder),
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ]
+    assert train.main([*how.split(), *where]) == 0
+    return next(folder.glob("best_*.pt"))

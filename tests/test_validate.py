@@ -1,0 +1,197 @@
+"""validate.py from the command line's side, and the model's side of it: opening, asking, recalibrating."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import checkpoint
+import inference
+import validate
+from analysis import figures, score_figures
+from errors import CheckpointError, DataError, UsageError
+from runtime import Runtime
+from scores import calibration, confused_pairs, confusion
+
+CPU = Runtime(torch.device("cpu"))
+PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
+
+
+@pytest.fixture(scope="module")
+def scored(photo_run, tmp_path_factory):
+    """(folder, scores.json) of one call with everything switched on."""
+    out = tmp_path_factory.mktemp("scored")
+    everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn", "--json", str(out / "copy.json")]
+    assert validate.main([str(photo_run), *PLAIN, *everything, "--out", str(out)]) == 0
+    return out, json.loads((out / "scores.json").read_text())
+
+
+def test_the_first_lines_are_what_training_logged(photo_run, scored):
+    row = checkpoint.load(photo_run)["rows"][-1]
+    by_weights = {line["weights"]: line for line in scored[1]["results"][::-1]
+                  if (line["bn"], line["tta"], line["image_size"]) == ("trained", "none", 24)}  # fmt: skip
+    for weights, column in (("raw", "val"), ("ema", "ema_val")):
+        for name in ("top1", "top5", "loss"):
+            assert by_weights[weights][name] == pytest.approx(row[f"{column}_{name}"], rel=1e-5)
+        assert by_weights[weights]["num_samples"] == 21
+
+
+def test_every_combination_is_scored_once(scored):
+    lines = [(line["image_size"], line["weights"], line["bn"], line["tta"]) for line in scored[1]["results"]]
+    assert len(lines) == len(set(lines)) == 2 * 2 * 2 * 2
+    assert scored[1]["details_of"] == next(line for line in scored[1]["results"] if line["weights"] == "ema")
+    assert json.loads((scored[0] / "copy.json").read_text()) == scored[1]
+
+
+def test_files_agree_with_each_other(scored):
+    out, numbers = scored
+    matrix = np.array([row[1:] for row in csv.reader((out / "confusion.csv").open())][1:], int)
+    per_class = list(csv.DictReader((out / "per_class.csv").open()))
+    assert [row["class"] for row in per_class] == ["cat", "dog", "owl"]
+    assert matrix.sum(1).tolist() == [int(row["support"]) for row in per_class] == [7, 7, 7]
+    assert 100 * matrix.trace() / 21 == pytest.approx(numbers["details_of"]["top1"])
+    assert [float(row["recall"]) for row in per_class] == pytest.approx(matrix.diagonal() / 7, abs=1e-6)
+    pairs = list(csv.DictReader((out / "confused_pairs.csv").open()))
+    assert sum(int(pair["times"]) for pair in pairs) == 21 - matrix.trace()
+    assert 100 * np.mean([c["f1"] for c in numbers["per_class"]]) == pytest.approx(numbers["details_of"]["macro_f1"])
+    assert 100 * numbers["calibration"]["ece"] == pytest.approx(numbers["details_of"]["ece"])
+    for name in ("confusion.png", "reliability.png"):
+        assert (out / name).stat().st_size > 10_000
+
+
+def test_json_on_standard_output_is_nothing_but_json(photo_run, tmp_path, capsys):
+    assert validate.main([str(photo_run), *PLAIN, "--json", "-", "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["results"]) == 2 and "macro F1" in said.err
+
+
+def copy_of(photos, tmp_path, names: dict):
+    """The photos with their classes under other names; '' leaves a class out."""
+    for split in ("train", "val"):
+        for old, new in names.items():
+            if new:
+                shutil.copytree(photos / split / old, tmp_path / split / new)
+    return tmp_path
+
+
+def test_fewer_classes_keep_their_places(photos, photo_run, tmp_path, capsys):
+    """owl alone is class 0 of its data and class 2 of the model."""
+    data = copy_of(photos, tmp_path / "data", {"owl": "owl", "dog": "dog"})
+    assert (
+        validate.main([str(photo_run), *PLAIN, "--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")])
+        == 0
+    )
+    said = capsys.readouterr()
+    assert "2 of the model's 3 classes" in said.err
+    numbers = json.loads(said.out)
+    assert [line["class"] for line in numbers["per_class"]] == ["dog", "owl"]
+    models, _ = inference.open_models(str(photo_run), "ema", CPU)
+    whole = inference.ask(models, batches_of(photos, [1, 2]), CPU)["ema"]
+    assert numbers["details_of"]["top1"] == pytest.approx(100 * whole.right[:, 0].mean())
+
+
+def batches_of(photos, classes):
+    from dataloader import eval_loader
+    from sources import layouts
+
+    index = layouts.index("imagenet", photos)
+    for images, labels in eval_loader(index.val, index, image_size=24, batch_size=64):
+        keep = torch.isin(labels, torch.tensor(classes))
+        yield images[keep], labels[keep]
+
+
+def test_classes_the_model_does_not_know_are_refused(photos, photo_run, tmp_path):
+    data = copy_of(photos, tmp_path / "data", {"cat": "cat", "dog": "=cow", "owl": "ape"})
+    with pytest.raises(
+        DataError, match=r"does not know 2 of the data's 3 classes: =cow, ape \(it was trained on imagenet_1k: cat"
+    ):
+        validate.main([str(photo_run), *PLAIN, "--data-dir", str(data), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_input(photos, photo_run, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        validate.main([str(photo_run) + "x"])
+    with pytest.raises(CheckpointError) as caught:
+        validate.main([str(photo_run.parent)])
+    assert photo_run.name in caught.value.fix
+    with pytest.raises(DataError, match="no data directory"):
+        validate.main([str(photo_run), "--data-dir", str(tmp_path / "none")])
+    with pytest.raises(UsageError, match="CHECKPOINT"):
+        validate.main([])
+    with pytest.raises(UsageError, match="--image-sizes"):
+        validate.main([str(photo_run), "--image-sizes", "224,4"])
+    facts = {"model_args": {"arch": "vit_b_16"}, "eval": {"image_size": 224}}
+    with pytest.raises(UsageError, match="224 px only"):
+        validate.check_sizes((224, 256), facts)
+
+
+# --- asking a model ---
+
+
+class Colour(nn.Module):
+    """Logits from the left half of a picture alone, so that its mirror image differs."""
+
+    def forward(self, images):
+        return images[..., : images.shape[-1] // 2].mean((2, 3)) * 5
+
+
+def test_flip_averages_the_probabilities_of_both_pictures():
+    images = torch.randn(4, 3, 6, 6)
+    found = inference.ask({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
+    probabilities = (Colour()(images).softmax(1) + Colour()(images.flip(3)).softmax(1)) / 2
+    assert found["m flip"].confidence == pytest.approx(probabilities.max(1).values.numpy(), rel=1e-5)
+    assert found["m flip"].losses == pytest.approx(-probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4)
+    assert found["m"].confidence == pytest.approx(Colour()(images).softmax(1).max(1).values.numpy())
+
+
+def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
+    batches = [(torch.randn(8, 3, 4, 4) * k + k, None) for k in (1.0, 2.0, 3.0)]
+    found = inference.recalibrate(model, batches, CPU)
+    assert torch.allclose(
+        found[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x, _ in batches]).mean(0), atol=1e-5
+    )
+    assert torch.allclose(
+        found[0].running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x, _ in batches]).mean(0)
+    )
+    assert not any(module.training for module in found.modules()) and found[0].momentum == 0.1
+    assert torch.equal(model[0].running_mean, torch.zeros(3)) and torch.equal(found[2].weight, model[2].weight)
+    with pytest.raises(UsageError, match="no BatchNorm"):
+        inference.recalibrate(nn.Linear(2, 2), [], CPU)
+
+
+def test_raw_is_what_is_there_without_an_average(photo_run, tmp_path):
+    models, payload = inference.open_models(str(photo_run), "both", CPU)
+    assert list(models) == ["raw", "ema"]
+    checkpoint.save(tmp_path / "x.pt", {k: v for k, v in payload.items() if k != "schema"} | {"ema": {}})
+    for asked in ("both", "ema", "raw"):
+        assert list(inference.open_models(tmp_path / "x.pt", asked, CPU)[0]) == ["raw"]
+
+
+# --- pictures ---
+
+
+@pytest.mark.parametrize("num_classes", [2, 30, 200, 1000])
+def test_pictures_of_any_number_of_classes(num_classes, tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, num_classes, 500)
+    guesses = np.where(rng.random(500) < 0.7, labels, rng.integers(0, num_classes, 500))
+    matrix = confusion(labels, guesses, num_classes)
+    names = [f"a $class$ with_a long name {k}" for k in range(num_classes)]
+    made = score_figures.confusion(matrix, names, confused_pairs(matrix), "title")
+    shown = made.axes[0].images[0].get_array()
+    assert max(shown.shape) <= 250 and shown.sum(1).max() == pytest.approx(100)
+    assert len(made.axes[0].get_xticklabels()) <= 40
+    if num_classes < 100:
+        figures.save(made, tmp_path / "x.png")
+
+
+def test_a_perfect_model_has_pictures_too(tmp_path):
+    matrix = np.diag([3, 4])
+    figures.save(score_figures.confusion(matrix, ["a", "b"], [], "perfect"), tmp_path / "a.png")
+    figures.save(score_figures.reliability(calibration(np.ones(7), np.ones(7, bool)), "perfect"), tmp_path / "b.png")
