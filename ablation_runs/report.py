@@ -162,7 +162,9 @@ def conclusion(study: Study, runs: list) -> str:
     if unknown := [v.variant for v in verdicts if v.word == results.UNKNOWN]:
         sentences.append(f"Not enough finished pairs of runs to judge {listed(unknown)}.")
     if stuck := results.at_chance(runs, study):
-        sentences.append(f"At chance ({results.chance(runs):.2g} %), as far as the seeds can tell: {listed(stuck)}.")
+        sentences.append(
+            f"At chance ({results.chance(runs):.2g} %; the interval ends below twice that): {listed(stuck)}."
+        )
     gaps = [v for v in results.verdicts(runs, study, "gap") if v.word in (results.BETTER, results.WORSE)]
     sentences += [f"The gap between training and validation is {'larger' if v.difference.mean > 0 else 'smaller'} with {v.variant}, "
                   f"by {abs(v.difference.mean):.1f} points." for v in gaps]  # fmt: skip

@@ -171,12 +171,11 @@ def chance(results: list[Result]) -> float | None:
 
 
 def at_chance(results: list[Result], study: Study) -> list[str]:
-    """Variants whose score is not above chance by more than the noise over their seeds."""
+    """Variants whose score stays below twice chance even at the upper end of its interval over seeds."""
     level, found = chance(results), []
     for variant in study.variants if level else ():
-        own = scores(results, variant.name, study.score)
-        above = paired(own, dict.fromkeys(own, level), one_image(results))
-        if above and above.low is not None and above.low <= 0:
+        score = paired(own := scores(results, variant.name, study.score), dict.fromkeys(own, 0.0), one_image(results))
+        if score and score.high is not None and score.high < 2 * level:
             found.append(variant.name)
     return found
 

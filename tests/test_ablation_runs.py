@@ -207,11 +207,11 @@ def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
 
 
 def test_what_sits_at_chance_is_named():
-    runs = made(a=(30, 34, 32), b=(4.0, 6.0, 4.5), c=(30, 33, 33))
+    runs = made(a=(30, 34, 32), b=(4.0, 6.0, 4.5), c=(5, 25, 5))
     assert "chance" not in report.conclusion(TWO, runs)
     for r in runs:
         r.env["num_classes"] = 20
-    assert "At chance (5 %), as far as the seeds can tell: b." in report.conclusion(TWO, runs)
+    assert "At chance (5 %; the interval ends below twice that): b." in report.conclusion(TWO, runs)
 
 
 def test_many_comparisons_ask_for_more():
