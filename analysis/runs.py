@@ -6,6 +6,7 @@ No torch, no pictures: values for plots, tables and the report.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,10 +125,20 @@ def shown(value: object) -> str:
 
 
 def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
-    """Flags that change what is learned and are not the same in all `runs`."""
+    """Flags that change what is learned and are not the same in all `runs` that know them."""
     names = list(dict.fromkeys(name for run in runs for name in run.config))
     return [name for name in names if name not in flags.FREE_ON_RESUME
-            and len({json.dumps(run.config.get(name)) for run in runs}) > 1]  # fmt: skip
+            and len({shown(run.config[name]) for run in runs if name in run.config}) > 1]  # fmt: skip
+
+
+def apart(runs: Sequence[RunFiles]) -> list[dict[str, str]]:
+    """For each run the differing flags in which it is not like most others: flag -> value."""
+    usual = {}
+    for name in differing_flags(runs):
+        counts = Counter(shown(run.config[name]) for run in runs if name in run.config).most_common(2)
+        usual[name] = counts[0][0] if counts[0][1] > counts[1][1] else None  # a tie: neither is usual
+    return [{name: shown(run.config[name]) for name, value in usual.items()
+             if name in run.config and shown(run.config[name]) != value} for run in runs]  # fmt: skip
 
 
 def untypical_flags(config: dict) -> dict[str, tuple[str, str]]:
@@ -138,12 +149,10 @@ def untypical_flags(config: dict) -> dict[str, tuple[str, str]]:
             if name in defaults and name not in flags.FREE_ON_RESUME and value != defaults[name]}  # fmt: skip
 
 
-def table(runs: Sequence[RunFiles]) -> list[list[str]]:
-    """A header and a row a run: name, epochs, best top-1, hours, and the flags that differ."""
-    differing = differing_flags(runs)
-    rows = [["run", "epochs", "best top-1 %", "at epoch", "hours", *map(flags.dashed, differing)]]
-    for run in runs:
-        best = ["-", "-"] if run.best is None else [f"{run.best_top1:.2f}", str(run.best["epoch"])]
-        done = f"{len(run.rows)}/{run.config.get('epochs', '?')}"
-        rows.append([run.name, done, *best, f"{run.hours:.2f}", *(shown(run.config.get(name)) for name in differing)])
-    return rows
+def scores(run: RunFiles) -> list[str]:
+    """The cells of a table: name, epochs, best top-1 (percent), its epoch, hours."""
+    best = ["-", "-"] if run.best is None else [f"{run.best_top1:.2f}", str(run.best["epoch"])]
+    return [run.name, f"{len(run.rows)}/{run.config.get('epochs', '?')}", *best, f"{run.hours:.2f}"]
+
+
+SCORES = ("run", "epochs", "best top-1 %", "at epoch", "hours")  # what `scores` returns

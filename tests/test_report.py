@@ -1,0 +1,220 @@
+"""The report: what it contains, that nothing leads out of it, and that no text becomes markup."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from analysis import figures, markdown, page, report, svg
+from errors import DataError, ResourceError, UsageError
+
+EVIL = """<script>alert('x')</script>"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
+VOID = {"meta", "img", "br", "line", "circle", "polyline"}
+
+
+def row(epoch: int, **values) -> dict:
+    return {"epoch": epoch, "image_size": 32 if epoch < 3 else 48, "batch_size": 64, "lr": 1e-3, "train_loss": 2.0,
+            "train_top1": 51.0, "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0, "ema_val_loss": 1.4,
+            "ema_val_top1": 41.25 + epoch, "ema_val_top5": 81.0, "images_per_second": 1234.0, "data_wait_percent": 1.0,
+            "seconds": 1800.0, "bad_steps": 0, "best": False, "better": "ema", **values}  # fmt: skip
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    return make_run(tmp_path / "first")
+
+
+def make_run(folder, *, name: str = "owl", lr: float = 0.1):
+    (folder / "plots").mkdir(parents=True)
+    (folder / "validation").mkdir()
+    rows = [row(1), row(2, val_top1=None, val_loss=None), row(3, best=True), row(4)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "config.json").write_text(json.dumps({"arch": "resnet18", "dataset": name, "lr": lr, "epochs": 4}))
+    (folder / "env.json").write_text(json.dumps({"torch": "2.x", "device": name, "command": f"train.py {name}"}))
+    scores = {"results": [{"image_size": 48, "weights": "ema", "bn": "trained", "tta": "none", "top1": 44.25, "top5": 81.0,
+                           "loss": 1.4, "macro_f1": 43.9, "ece": 2.5}],
+              "per_class": [{"class": "n1", "name": name, "precision": 0.5, "recall": 0.25, "f1": 0.3, "support": 4}],
+              "confused_pairs": [{"truth_name": name, "guess_name": "dog", "times": 3, "share": 0.75}]}  # fmt: skip
+    (folder / "validation" / "scores.json").write_text(json.dumps(scores))
+    for path in (
+        folder / "validation" / "confusion.png",
+        folder / "plots" / "gradcam.png",
+        folder / "plots" / "curves.png",
+    ):
+        figures.save(figures.figure(1, 1), path)
+    return folder
+
+
+class Reader(HTMLParser):
+    """Every tag and attribute, and whether tags close in order."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def written(*arguments, out) -> str:
+    assert report.main([*map(str, arguments), "--no-pictures", "--out", str(out)]) == 0
+    return out.read_text(encoding="utf-8")
+
+
+def test_the_report_of_one_run_holds_what_is_known_about_it(run_dir, tmp_path):
+    text = written(run_dir, out=tmp_path / "r.html")
+    reader = Reader(text)
+    words = " ".join(" ".join(reader.text).split())
+    for expected in (
+        "44.25 %",
+        "3 (EMA weights)",
+        "2h00m",
+        "32 px → 48 px",
+        "resnet18",
+        "taken for",
+        "75.0",
+        "train.py owl",
+        "2.x",
+    ):
+        assert expected in words, expected
+    assert reader.tags.count("img") == 2  # confusion and Grad-CAM; curves.png is drawn anew
+    charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
+    assert len(charts) == 4 and charts[0]["epochs"] == [1, 2, 3, 4]
+    raw = next(s for s in charts[0]["series"] if s["name"] == "validation, raw")
+    assert raw["text"] == ["41.00", None, "43.00", "44.00"]
+
+
+def test_nothing_leads_out_of_the_page(run_dir, tmp_path):
+    text = written(run_dir, out=tmp_path / "r.html")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<iframe|<base", re.sub(r"base64,[^\"]+", "", text))
+    links = [value for name, value in Reader(text).attributes if name in ("src", "href", "action")]
+    assert links and all(value.startswith(("#", "data:image/png;base64,")) for value in links)
+    assert f"sha256-{base64.b64encode(__import__('hashlib').sha256(page.SCRIPT.encode()).digest()).decode()}" in text
+
+
+def test_no_name_becomes_markup(tmp_path):
+    runs = [make_run(tmp_path / "a", name=EVIL), make_run(tmp_path / "b&<b>", name=EVIL, lr=0.2)]
+    for arguments in (runs[:1], runs):
+        text = written(*arguments, out=tmp_path / "r.html")
+        reader = Reader(text)
+        assert reader.tags.count("script") == 1 and "onerror" not in dict(reader.attributes)
+        assert EVIL in "".join(reader.text)  # shown as it is
+    assert "b" not in [tag for tag in reader.tags if tag == "b"]
+
+
+def test_several_runs_are_set_side_by_side_with_the_flags_that_differ(run_dir, tmp_path):
+    other = make_run(tmp_path / "second", lr=0.5)
+    reader = Reader(written(run_dir, other, out=tmp_path / "r.html"))
+    words = " ".join(" ".join(reader.text).split())
+    assert "Flags that differ" in words and "--lr 0.1 0.5" in words and "--arch" in words
+    charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
+    assert [s["name"] for s in charts[0]["series"]] == ["first", "second"]
+
+
+def test_a_run_of_which_little_is_known_is_reported_all_the_same(tmp_path):
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    nothing = {key: None for key in row(1) if key not in ("epoch", "image_size", "batch_size", "lr", "best")}
+    (folder / "metrics.jsonl").write_text(json.dumps(row(1, **nothing)) + "\n")
+    Reader(written(folder, out=tmp_path / "r.html"))
+
+
+def test_a_studys_directory_is_reported_from_its_files(tmp_path):
+    folder = tmp_path / "study"
+    folder.mkdir()
+    figures.save(figures.figure(1, 1), folder / "curves.png")
+    (folder / "summary.md").write_text("# A <b>study\n\nWhat?\n\n| v | top-1 |\n|---|---|\n| **a** | `--lr 1` |\n\n"
+                                       "![curves](curves.png)\n\n- one\n- two **bold**\n")  # fmt: skip
+    (folder / "summary.csv").write_text("variant,seed\na,0\n")
+    reader = Reader(written(folder, out=tmp_path / "r.html"))
+    assert reader.tags.count("img") == 1 and reader.tags.count("li") == 2 and reader.tags.count("table") == 2
+    assert "A <b>study" in reader.text and "--lr 1" in reader.text
+
+
+def test_markdown_takes_pictures_from_its_folder_only(tmp_path):
+    (tmp_path / "in").mkdir()
+    figures.save(figures.figure(1, 1), tmp_path / "secret.png")
+    found = markdown.to_html("![x](../secret.png)\n\n![y](http://evil.example/y.png)", tmp_path / "in")
+    assert "<img" not in found and "no picture" in found
+
+
+def test_usage_and_data_errors(run_dir, tmp_path):
+    for arguments in ([], [str(run_dir), "--list", "."], [str(run_dir), str(tmp_path)]):
+        with pytest.raises(UsageError):
+            report.main(arguments)
+    with pytest.raises(DataError, match=r"metrics\.jsonl"):
+        report.main([str(tmp_path), "--no-pictures"])
+    with pytest.raises(DataError, match="no run below"):
+        (tmp_path / "empty").mkdir()
+        report.main(["--list", str(tmp_path / "empty")])
+    with pytest.raises(ResourceError):
+        written(run_dir, out=run_dir / "metrics.jsonl" / "r.html")
+
+
+def test_the_list_names_each_runs_score_and_what_sets_it_apart(run_dir, tmp_path, capsys):
+    make_run(tmp_path / "second", lr=0.5)
+    make_run(tmp_path / "third")
+    assert report.main(["--list", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["first", "4/4", "44.25", "3", "2.00"]
+    assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr", "0.5"]
+
+
+def test_what_is_missing_or_older_than_the_checkpoint_is_made_and_nothing_else(run_dir, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(report, "call", lambda command: commands.append(command) or "it failed")
+    assert report.main([str(run_dir)]) == 0 and not commands  # no checkpoint
+    checkpoint = run_dir / "best_x.pt"
+    checkpoint.touch()
+    os.utime(run_dir / "plots" / "gradcam.png", (1, 1))
+    os.utime(run_dir / "validation" / "scores.json", (2**33, 2**33))
+    assert report.main([str(run_dir), "--data-dir", str(tmp_path), "--device", "cpu"]) == 0
+    common = [str(checkpoint), "--device", "cpu", "--data-dir", str(tmp_path)]
+    assert commands == [["-m", "analysis.misclassified", *common], ["-m", "analysis.gradcam", *common]]
+    assert "No gradcam.png: it failed." in (run_dir / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_pictures_that_cannot_be_made_are_explained_and_cost_nothing(run_dir, tmp_path):
+    (run_dir / "best_x.pt").write_bytes(b"no checkpoint")
+    for path in run_dir.rglob("*.*"):
+        path.touch()
+    (run_dir / "plots" / "gradcam.png").unlink()
+    (run_dir / "plots" / "misclassified.png").write_bytes((run_dir / "plots" / "curves.png").read_bytes())
+    assert report.main([str(run_dir), "--device", "cpu"]) == 0
+    text = (run_dir / "report.html").read_text()
+    assert "No gradcam.png: damaged or incomplete checkpoint" in text and "No scores.json" not in text
+
+
+def test_ticks_are_round_and_inside():
+    assert svg.ticks(0.3, 9.7) == [2, 4, 6, 8]
+    assert svg.ticks(0.000012, 0.0003) == pytest.approx([1e-4, 2e-4, 3e-4])
+    assert svg.ticks(5, 5) == [5]
+
+
+def test_a_chart_puts_values_where_they_belong():
+    found = svg.chart("t", "u", [svg.Line("a", [1, 2], [0.0, 10.0], 0)])
+    (points,) = re.findall(r'<polyline[^>]*points="([^"]+)"', found)
+    (x0, y0), (x1, y1) = (tuple(map(float, p.split(","))) for p in points.split())
+    assert svg.LEFT < x0 < x1 < svg.WIDTH and svg.TOP < y1 < y0 < svg.HEIGHT - svg.BOTTOM
+    assert svg.chart("t", "u", [svg.Line("a", [], [], 0)]) == ""
