@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import pkgutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -78,9 +80,30 @@ SERVER.set_forkserver_preload(
 )
 
 
+def _at(where: str, act) -> None:
+    """Let `act` happen when a function is about to be called for the nth time: where is 'module.name:n'."""
+    (place, _, nth), calls = where.partition(":"), []
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
+    real = getattr(owner, name)
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == int(nth):
+            act()
+        return real(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
 def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
     os.setsid()  # a process group of its own, to be killed with its workers
     os.environ.update(variables)
+    for number in reversed(variables.get("SIGNALS", "").split()):
+        # To the whole group, as Ctrl-C in a terminal and a cluster's scheduler do.
+        _at(variables["AT"], lambda number=number: os.kill(0, int(number)))
+    if "HANG" in variables:
+        _at(variables["HANG"], lambda: time.sleep(1000))
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,0 +1,214 @@
+"""A stop signal anywhere: the step is finished, the state saved, the run resumes to the same bits, nothing is left behind."""
+
+import fcntl
+import os
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from inprocess import TINY
+from runs import command, digest, environment, finish, payload, spawn
+
+import checkpoint
+import errors
+import runtime
+import train
+
+INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
+# What is about to be done when the signal comes -> the step that is saved then (None: any).
+STATES = {
+    "runtime.seed_everything:9": None,  # anywhere early
+    "train_utils.train_step:1": 1,
+    "train_utils.train_step:5": 5,  # the last of its epoch
+    "train_utils.train_step:8": 8,
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1": 0,  # workers start
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of validation
+    "trainer.evaluate:1": 5,
+    "train_utils.hits:1": 5,  # between raw and averaged weights
+    "trainer.evaluate:4": 10,  # of the training sample
+    "checkpoint._write_and_prove:1": 5,
+    "checkpoint._move_into_place:2": 10,
+    "checkpoint.link:1": None,
+    "build.build_loader:2": 5,  # at the change of size
+    "metrics.MetricLogger.log:3": 15,  # the last
+}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> dict[str, str]:
+    torch.set_num_threads(1)
+    save_dir = tmp_path_factory.mktemp("straight")
+    assert train.main([*TINY, "--save-dir", str(save_dir)]) == 0
+    return digest(save_dir)
+
+
+def members(group: int) -> list[int]:
+    """The living processes of a process group."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z" and int(fields[2]) == group:
+            found.append(int(stat.parent.name))
+    return found
+
+
+def nothing_is_left(group: int) -> bool:
+    deadline = time.monotonic() + 10
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not members(group)
+
+
+def stop_at(state: str, signals: str, save_dir: Path, log: Path, workers: int) -> int:
+    process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, AT=state, SIGNALS=signals)
+    code = finish(process)
+    assert nothing_is_left(process.pid)
+    return code
+
+
+def resumed(save_dir: Path) -> dict[str, str]:
+    assert train.main(["--save-dir", str(save_dir), "--resume", "auto", "--num-workers", "0"]) == 0
+    return digest(save_dir)
+
+
+FAST = [("train_utils.train_step:8", INT), ("train_utils.hits:1", TERM), ("checkpoint._write_and_prove:1", TERM),
+        ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
+REST = (
+    [(state, TERM) for state in STATES] + [(state, INT) for state in list(STATES)[::3]] + [("trainer.evaluate:1", USR1)]
+)
+
+
+@pytest.mark.parametrize("state, number", [*FAST, *(pytest.param(*case, marks=pytest.mark.torture) for case in REST)])
+def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state, number, straight, tmp_path):
+    log, save_dir = tmp_path / "log", tmp_path / "run"
+    workers = 1 + (number == TERM) if "dataloader" in state or number == INT else 0
+    code = stop_at(state, str(number), save_dir, log, workers)
+    said = log.read_text()
+    assert code == (130 if number == INT else 143), said
+    assert "Traceback" not in said
+    assert said.count("stopping after this step") == 1, said
+    assert f"go on with: python train.py --save-dir {save_dir} --resume auto" in said
+    if STATES[state] is not None:
+        assert payload(save_dir)["step"] == STATES[state]
+    assert resumed(save_dir) == straight
+
+
+@pytest.mark.parametrize("state", ["checkpoint._write_and_prove:2",
+                                   pytest.param("train_utils.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
+def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
+    log, save_dir = tmp_path / "log", tmp_path / "run"
+    assert stop_at(state, f"{TERM} {INT}", save_dir, log, 1) == 130
+    assert "go on with" not in log.read_text() and "Traceback" not in log.read_text()
+    assert payload(save_dir)["step"] == 5
+    assert resumed(save_dir) == straight
+
+
+@pytest.mark.parametrize("place", ["dataloader.BatchDataset.__getitem__:3",
+                                   pytest.param("dataloader.BatchDataset.__getitem__:8", marks=pytest.mark.slow)])  # fmt: skip
+def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_path):
+    """A disk that does not answer, in training and in validation; with a worker, and without."""
+    log, save_dir, workers = tmp_path / "log", tmp_path / "run", int(place.endswith("3"))
+    process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, HANG=place)
+    deadline = time.monotonic() + 60
+    while "epoch   px" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(2)
+    os.kill(process.pid, TERM)
+    asked = time.monotonic()
+    assert finish(process) == 143, log.read_text()
+    assert time.monotonic() - asked < 20
+    assert nothing_is_left(process.pid) and "Traceback" not in log.read_text()
+    assert resumed(save_dir) == straight
+
+
+def catches(process: subprocess.Popen, number: int) -> bool:
+    """Whether the process has a handler for a signal (Linux)."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize(
+    "number, code, delay", [(TERM, 143, 0.0), (INT, 130, 0.4), pytest.param(HUP, 143, 0.8, marks=pytest.mark.slow)]
+)
+def test_before_training_begins_a_signal_ends_it_quickly_with_nothing_written(number, code, delay, tmp_path):
+    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path / "run"), stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=environment())  # fmt: skip
+    while process.poll() is None and not catches(process, TERM):
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == code and out == ""
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
+    """ssh drops: SIGHUP comes, and from then on every write to the terminal fails."""
+    master, slave = os.openpty()
+
+    def own_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), stdin=slave, stdout=slave, stderr=slave,
+                               env=environment(), preexec_fn=own_terminal)  # fmt: skip
+    os.close(slave)
+    seen = b""
+    while b"  1    8" not in seen:  # the row of the first epoch
+        seen += os.read(master, 1000)
+    os.close(master)
+    assert process.wait(60) == 143
+    assert payload(tmp_path)["step"] > 4
+    assert resumed(tmp_path) == straight
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_stops_the_run_saved(straight, tmp_path):
+    """train.py | head"""
+    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=environment())  # fmt: skip
+    process.stdout.readline()
+    process.stdout.close()
+    err = process.stderr.read().decode()
+    assert process.wait(60) in (0, 143) and "Traceback" not in err and "Exception ignored" not in err, err
+    if list(tmp_path.glob("*.pt")):
+        assert resumed(tmp_path) == straight
+
+
+def test_help_into_a_closed_pipe_is_quiet():
+    process = subprocess.run(f"{sys.executable} {command()[1]} --help | head -1", shell=True, capture_output=True,
+                             env=environment(), text=True)  # fmt: skip
+    assert process.stdout.startswith("usage") and process.stderr == ""
+
+
+def test_sighup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = runtime.StopSignals()
+        with stop.installed():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.received
+        others = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        errors.run(lambda argv: 0)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        for number, handler in others.items():
+            signal.signal(number, handler)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_handlers_found_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in runtime.STOP_SIGNALS]
+    train.main([*TINY, "--save-dir", str(tmp_path), "--stop-after", "1"])
+    assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] == before
+    assert checkpoint.newest(tmp_path)[0]
