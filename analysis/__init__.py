@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 
+import flags
+
 
 def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     """The arguments of every command about a checkpoint, besides those that name its data."""
@@ -17,3 +19,12 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     add("--weights", default="ema", choices=("ema", "raw"), help="which weights; ema: raw ones where there is no EMA")
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     add("--debug", action="store_true", help="tracebacks for errors")
+
+
+def parse(parser: flags.Parser, argv: list[str] | None):
+    """As flags.parse, for commands about a checkpoint: one that is not there is told before torch is imported."""
+    import rundir
+
+    config, typed = flags.parse(parser, argv)
+    rundir.check_checkpoint(config.checkpoint)
+    return config, typed

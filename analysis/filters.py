@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 import flags
-from analysis import add_checkpoint_args
+from analysis import add_checkpoint_args, parse
 from errors import UsageError, run
 
 EPILOG = """examples:
@@ -27,7 +27,7 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
+    config, typed = parse(build_parser(), argv)
     from analysis import figures
     from analysis.subject import check_ids, open_subject, out_dir
 

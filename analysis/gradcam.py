@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import flags
-from analysis import add_checkpoint_args
+from analysis import add_checkpoint_args, parse
 from errors import DataError, UsageError, run
 
 EPILOG = """examples:
@@ -30,7 +30,7 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
+    config, typed = parse(build_parser(), argv)
     ways = [name for name in ("misclassified", "ids", "files") if getattr(config, name)]
     if len(ways) > 1:
         raise UsageError(f"--{ways[0]} and --{ways[1]} choose the images both", "leave one of the two out")

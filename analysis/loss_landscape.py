@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 import flags
-from analysis import add_checkpoint_args
+from analysis import add_checkpoint_args, parse
 from errors import run
 
 EPILOG = """examples:
@@ -34,7 +34,7 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
+    config, typed = parse(build_parser(), argv)
     import numpy as np
 
     from analysis import figures

@@ -40,7 +40,7 @@ code, pre { font: .85em ui-monospace, monospace; overflow-wrap: anywhere; white-
 summary { cursor: pointer; } details { margin: 10px 0; }
 @media print { :root { color-scheme: light; --ink: #000; --soft: #444; --paper: #fff; --panel: #f4f4f4; --line: #bbb; --c0: #0072b2;
   --c1: #d55e00; --c2: #009e73; --c3: #b0568a; --c4: #a87400; --c5: #2f8fc4; --c6: #000; } body { max-width: none; font-size: 11pt; }
-  nav, .now { display: none; }
+  nav, .now { display: none; } .charts { grid-template-columns: 1fr 1fr; }
   figure img { max-width: 100% !important; width: auto !important; }
   figure, .chart, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } .wide { overflow: visible; } }
 """

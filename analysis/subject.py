@@ -7,7 +7,7 @@ checkpoint, so a command line is `CHECKPOINT --data-dir DIR`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import checkpoint
+import flags
+import rundir
 from dataloader import eval_loader
 from errors import DataError, UsageError
 from progress import Progress
@@ -22,8 +24,6 @@ from runtime import init_runtime
 from sources import layouts
 from sources.images import EvalTransform
 from sources.index import DatasetIndex, SubsetSplit
-
-DATA_FLAGS = ("dataset", "data_dir", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
 
 
 @dataclass
@@ -68,25 +68,18 @@ def open_subject(config, typed: frozenset[str], needs_data: bool = True) -> Subj
     Raises CheckpointError, DataError where the data has other classes than the model.
     """
     model, payload = checkpoint.load_model(config.checkpoint, config.weights)
-    facts, saved = payload["eval"], payload["config"]
+    facts = payload["eval"]
     device = init_runtime(config.device, "off").device
     index = None
     if needs_data:
-        chosen = {name: getattr(config, name) if name in typed else saved[name] for name in DATA_FLAGS}
-        index = find(chosen)
+        index = layouts.index(**flags.data_args(rundir.with_saved_data(config, typed, payload["config"])))
         if list(index.classes) != list(facts["classes"]):
             raise DataError(f"the model knows {len(facts['classes'])} classes, the data has {len(index.classes)} (or others)",
                             "name the data it was trained on: --dataset NAME --data-dir DIR")  # fmt: skip
+        index = replace(index, mean=facts["mean"], std=facts["std"])  # what the model is used to
     weights = "EMA weights" if config.weights == "ema" and payload["ema"].get("shadow") else "raw weights"
     title = f"{payload['model_args']['arch']}, {len(facts['classes'])} classes, {weights}, {facts['image_size']} px"
     return Subject(model.to(device), device, facts, payload, index, title)
-
-
-def find(chosen: dict) -> DatasetIndex:
-    """The index that the values of the data flags name."""
-    return layouts.index(chosen["dataset"], chosen["data_dir"], split=chosen["split"],
-                         class_list=chosen["class_list"] or None, allow_class_mismatch=chosen["allow_class_mismatch"],
-                         subset_size=chosen["subset_size"] if chosen["subset"] else None)  # fmt: skip
 
 
 def out_dir(config) -> Path:

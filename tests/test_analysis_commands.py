@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import train
 from analysis import batch, feature_maps, filters, gradcam, loss_landscape, misclassified
-from errors import DataError, UsageError
+from errors import CheckpointError, DataError, UsageError
 from models import build_model
 
 DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "100", "--device", "cpu"]
@@ -153,6 +153,8 @@ def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
     out = ["--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(DataError, match="10 classes, the data has 3"):
         gradcam.main([str(trained), *out, "--dataset", "imagenet", "--data-dir", str(photos), "--subset-size", "3"])
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        gradcam.main([str(tmp_path / "nothing.pt")])
     with pytest.raises(UsageError, match="there are 10 images"):
         gradcam.main([str(trained), *out, "--ids", "10"])
     with pytest.raises(UsageError, match="would do nothing"):
