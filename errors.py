@@ -107,7 +107,9 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, exit_at_once)
     try:
-        return main(None) or 0
+        code = main(None) or 0
+        sys.stdout.flush()  # here, where a closed pipe is not a traceback
+        return code
     except UserError as error:
         if "--debug" in sys.argv:
             traceback.print_exc()

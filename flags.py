@@ -277,7 +277,9 @@ def yaml_arguments(path: str, known: dict[str, Any]) -> list[str]:
     except OSError as error:
         raise UsageError(f"--config {path}: {error.strerror}", f"recipes/ holds {_recipes()}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"--config {path} is not YAML: {error}", "write one `flag: value` a line") from None
+        raise UsageError(
+            f"--config {path} is not YAML: {' '.join(str(error).split())}", "write one `flag: value` a line"
+        ) from None
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} holds no flags", "write one `flag: value` a line")
     arguments, of_train = [], vars(build_parser("train.py", "", "", TRAIN_GROUPS).parse_args([]))

@@ -129,10 +129,10 @@ def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
 
     `auto` takes the newest sound checkpoint and says which it passed over; a PATH is taken or refused.
     """
-    import checkpoint
-
     if not resume:
         return None
+    import checkpoint
+
     if resume != "auto":
         return checkpoint.load(resume)
     path, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, [])

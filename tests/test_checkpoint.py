@@ -244,7 +244,7 @@ def test_a_flipped_bit_of_a_weight_is_refused(small, tmp_path):
     for offset in (place, place + 701, place + 1199):
         path.write_bytes(small[:offset] + bytes([small[offset] ^ 1]) + small[offset + 1 :])
         torch.load(path, weights_only=True)
-        with pytest.raises(CheckpointError, match="damaged or incomplete.*checksum"):
+        with pytest.raises(CheckpointError, match=r"damaged or incomplete.*checksum"):
             checkpoint.load(path)
 
 
@@ -315,7 +315,7 @@ def test_a_missing_or_malformed_part_is_named(key, tmp_path):
 
 def test_a_newer_schema_asks_for_newer_code(tmp_path):
     torch.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match="schema 2.*up to 1") as caught:
+    with pytest.raises(CheckpointError, match=r"schema 2.*up to 1") as caught:
         checkpoint.load(tmp_path / "x.pt")
     assert "update" in caught.value.fix
 

@@ -1,0 +1,296 @@
+"""What a user can get wrong: an exit code, a line that says what and where, one that says what to do, nothing written."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import ROOT, cli, command, environment
+
+import errors
+import rundir
+import train
+from errors import UserError
+
+SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
+         "--device", "cpu", "--amp", "off")  # fmt: skip
+
+
+def refusal(tmp_path: Path, *arguments) -> UserError:
+    """What train.py says to these arguments; it must not have written anything."""
+    save_dir, before = tmp_path / "run", snapshot(tmp_path)
+    with pytest.raises(UserError) as caught:
+        train.main([*map(str, (*SMALL, "--save-dir", save_dir, *arguments))])
+    assert snapshot(tmp_path) == before, "something was written"
+    error = caught.value
+    assert error.what and error.fix and "\n" not in error.what
+    return error
+
+
+def snapshot(directory: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() if p.is_file() and os.access(p, os.R_OK) else b"" for p in directory.rglob("*")}
+
+
+def check(error: UserError, code: int, *words: str) -> None:
+    said = f"{error.what}\n{error.fix}"
+    assert error.exit_code == code, said
+    assert all(word in said for word in words), said
+
+
+# Arguments: judged by the parser, so even before the data is looked at.
+
+NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha", "--cutmix-alpha",
+           "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
+WRONG_NUMBERS = [(flag, value) for flag in NUMBERS for value in ("nan", "inf", "-1", "x")]
+WRONG_NUMBERS += [
+    ("--lr", "0"),
+    ("--momentum", "1"),
+    ("--ema-decay", "1"),
+    ("--drop-path-rate", "1"),
+    ("--label-smoothing", "1"),
+]
+WRONG_NUMBERS += [
+    (flag, v) for flag in ("--batch-size", "--epochs", "--subset-size", "--accumulate") for v in ("0", "-1", "1.5")
+]
+WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
+                  ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
+                  ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
+def test_a_number_out_of_range_is_refused_with_the_range(flag, value, tmp_path):
+    check(refusal(tmp_path, f"{flag}={value}"), 2, flag, "is not a", "number in ")
+
+
+ARGUMENTS = [
+    (("--no-such-flag",), 2, ["--no-such-flag", "--help"]),
+    (("--drop-path", "0.1"), 2, ["--drop-path"]),  # never abbreviated
+    (("--arch", "resnet51"), 2, ["resnet51", "resnet50"]),
+    (("--augment", "flip,wrong"), 2, ["unknown augmentation 'wrong'"]),
+    (("--augment", "padcrop"), 2, ["needs a size"]),
+    (("--phase-mix", "on,maybe"), 2, ["neither on nor off"]),
+    (("--resize-schedule", ","), 2, ["empty"]),
+    (("--phase-batch-sizes", "8,8"), 2, ["2 entries", "1 phases"]),
+    (("--subset-size", "20"), 2, ["--subset-size would do nothing", "--subset"]),
+    (("--reset-head",), 2, ["--reset-head would do nothing"]),
+    (("--nesterov",), 2, ["--nesterov would do nothing"]),
+    (("--warmup-epochs", "2"), 2, ["--warmup-epochs would do nothing"]),
+    (("--cycles", "2"), 2, ["--cycles would do nothing"]),
+    (("--no-ema", "--ema-decay", "0.9"), 2, ["EMA is off"]),
+    (("--allow-change", "lr"), 2, ["it needs --resume"]),
+    (("--resume", "auto", "--overwrite"), 2, ["contradict"]),
+    (("--config", "no_such.yaml"), 2, ["no_such.yaml", "recipes/ holds"]),
+    (("--dataset", "no-such"), 2, ["no-such"]),
+    (("--device", "gpu9"), 2, ["gpu9", "use auto, cpu"]),
+    (("--amp", "fp16"), 2, ["fp16 needs a GPU"]),
+    (("--sync-bn",), 2, ["--sync-bn needs GPUs"]),
+    (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
+    (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
+    (("--batch-size", "100"), 2, ["batch 100 > 72 training images", "--batch-size 72"]),
+    (("--resume", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
+    (("--init-from", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
+]
+
+
+@pytest.mark.parametrize("arguments, code, words", ARGUMENTS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_an_argument_that_cannot_work_is_refused(arguments, code, words, photos, tmp_path):
+    check(refusal(tmp_path, "--data-dir", photos, *arguments), code, *words)
+
+
+@pytest.mark.parametrize("text, words", [("lr: [1", ["is not YAML"]), ("- a", ["holds no flags"]), ("lrr: 1", ["'lrr'"]),
+                                         ("lr: fast", ["--lr", "fast"]), ("epochs: 1.5", ["--epochs"])])  # fmt: skip
+def test_a_config_file_meets_the_same_checks(text, words, tmp_path):
+    (tmp_path / "flags.yaml").write_text(text)
+    check(refusal(tmp_path, "--config", tmp_path / "flags.yaml"), 2, *words)
+
+
+# Data
+
+
+def no_directory(root: Path) -> None:
+    shutil.rmtree(root)
+
+
+def no_train(root: Path) -> None:
+    shutil.rmtree(root / "train")
+
+
+def no_val(root: Path) -> None:
+    shutil.rmtree(root / "val")
+
+
+def empty_class(root: Path) -> None:
+    for image in (root / "train" / "dog").iterdir():
+        image.unlink()
+
+
+def missing_in_train(root: Path) -> None:
+    shutil.rmtree(root / "train" / "dog")
+
+
+def missing_in_val(root: Path) -> None:
+    shutil.rmtree(root / "val" / "dog")
+
+
+def flat_val(root: Path) -> None:
+    for k, image in enumerate(sorted((root / "val").glob("*/*"))):
+        image.rename(root / "val" / f"ILSVRC2012_val_{k:08d}.JPEG")
+    for folder in (root / "val").glob("*/"):
+        folder.rmdir()
+
+
+def a_file(root: Path) -> None:
+    shutil.rmtree(root)
+    root.write_text("x")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (no_directory, ["data"]), (no_train, ["train"]), (no_val, ["val"]), (empty_class, ["dog"]), (missing_in_train, ["dog"]),
+    (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["data"]),
+])  # fmt: skip
+def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    spoil(data)
+    check(refusal(tmp_path, "--data-dir", data), 3, str(data), *words)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("content", [b"", b"<html>not found</html>", "half", "all but 3 bytes"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_bad_image_ends_the_run_by_name(split, content, workers, photos, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    bad = next((data / split / "dog").iterdir())
+    whole = bad.read_bytes()
+    bad.write_bytes({"half": whole[: len(whole) // 2], "all but 3 bytes": whole[:-3]}.get(content, content))
+    with pytest.raises(UserError) as caught:
+        train.main(
+            [*SMALL, "--data-dir", str(data), "--save-dir", str(tmp_path / "run"), "--num-workers", str(workers)]
+        )
+    check(caught.value, 3, bad.name)
+
+
+# Surroundings
+
+
+def test_a_save_dir_that_cannot_be_one(photos, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    check(refusal(tmp_path, "--data-dir", photos), 6, "--save-dir", "is a file")
+    check(refusal(tmp_path, "--data-dir", photos, "--save-dir", tmp_path / "run" / "below"), 6, "is a file")
+
+
+def test_a_read_only_save_dir(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *args: False)  # root may write anywhere
+    check(refusal(tmp_path, "--data-dir", photos), 6, "--save-dir", "read-only", "writable")
+
+
+def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError) as caught:
+        rundir.claim(tmp_path / "run", overwrite=False)
+    check(caught.value, 6, "No space left", str(tmp_path / "run"))
+    assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
+
+
+def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
+    save_dir = tmp_path / "run"
+    lock = rundir.claim(save_dir, overwrite=False)
+    for flags in ((), ("--overwrite",), ("--resume", "auto")):
+        with pytest.raises(UserError) as caught:
+            train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
+        check(caught.value, 2, "in use by pid", str(os.getpid()), str(save_dir))
+    lock.file.close()  # as the kernel does for a process that was killed
+    assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), "--stop-after", "1"]) == 0
+
+
+def test_a_plain_second_run_and_one_refused_for_another_reason_leave_the_first_alone(photos, tmp_path):
+    assert (
+        train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path / "run"), "--stop-after", "1"]) == 0
+    )
+    check(refusal(tmp_path, "--data-dir", photos), 2, "already holds a run", "--resume auto", "--overwrite")
+    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--batch-size", "100"), 2, "batch 100 > 72")
+    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--init-from", "missing.pt"), 4, "missing.pt")
+    check(refusal(tmp_path, "--resume", "auto", "--epochs", "1", "--lr", "9"), 4, "--lr was", "--allow-change lr")
+
+
+@pytest.mark.parametrize("variables, refused", [
+    ({"RANK": "1"}, True), ({"WORLD_SIZE": "2"}, True), ({"RANK": "2", "WORLD_SIZE": "2"}, True),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, True), ({"LOCAL_RANK": "3"}, True), ({}, False), ({"WORLD_SIZE": "1"}, False),
+    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
+])  # fmt: skip
+def test_half_of_torchruns_variables_are_refused(variables, refused, photos, tmp_path, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if refused:
+        check(refusal(tmp_path, "--data-dir", photos), 2, "torchrun", *variables)
+    else:
+        check(refusal(tmp_path, "--data-dir", photos, "--batch-size", "100"), 2, "batch 100")
+
+
+def test_training_needs_no_network(photos, tmp_path, monkeypatch):
+    def offline(*args):
+        raise AssertionError(f"a connection to {args[1:]}")
+
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(socket, "getaddrinfo", offline)
+    assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path), "--stop-after", "1"]) == 0
+
+
+# Through the command line
+
+
+def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
+    code = ("import sys, errors, train\n"
+            "sys.argv = ['train.py', *{arguments!r}]\n"
+            "try:\n    code = errors.run(train.main)\n"
+            "except SystemExit as exit:\n    code = exit.code\n"
+            "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)")  # fmt: skip
+    for arguments, wanted in ((["--help"], "code 0 False False"), (["--lr", "-1"], "code 2 False False"),
+                              (["--nope"], "code 2 False False"), (["--nesterov"], "code 2 False"),
+                              (["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")], "code 3 False")):  # fmt: skip
+        done = subprocess.run([sys.executable, "-c", code.format(arguments=arguments)], cwd=ROOT, capture_output=True,
+                              text=True, env=environment())  # fmt: skip
+        assert wanted in done.stdout.splitlines()[-1], (done.stdout[-300:], done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_lines_on_stderr_and_no_traceback(tmp_path):
+    done = cli("--epochs", "0")
+    assert done.returncode == 2 and done.stdout == ""
+    first, second = done.stderr.splitlines()
+    assert first.startswith("error: ") and second.startswith("fix: ")
+    assert "Traceback" in cli("--epochs", "0", "--debug").stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variables", [{"LANG": "C", "LC_ALL": "C"}, {"TZ": "Nowhere/Land"}, {"HOME": "/nonexistent"}])
+def test_odd_surroundings_do_not_matter(variables, photos, tmp_path):
+    strange = tmp_path / "dätä \n$(touch x)"
+    shutil.copytree(photos, strange)
+    done = cli(*SMALL, "--data-dir", strange, "--save-dir", tmp_path / "run", **variables)
+    assert done.returncode == 0, done.stderr
+    (strange / "val" / "cat" / "cat_0.JPEG").write_bytes(b"")
+    done = cli(*SMALL, "--data-dir", strange, "--save-dir", tmp_path / "run2", **variables)
+    assert done.returncode == 3 and "cat_0.JPEG" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_names_are_printed_so_that_any_terminal_survives_them(capsys):
+    errors.report(errors.DataError("bad file \x1b[31mred\x07 \udcff\n.JPEG", "delete it"))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\x07" not in said and r"\x1b[31mred\x07" in said
+
+
+def test_a_refusal_takes_less_than_ten_seconds(photos, tmp_path):
+    started = time.process_time()
+    refusal(tmp_path, "--data-dir", photos, "--batch-size", "100")
+    assert time.process_time() - started < 10
+    assert command()
