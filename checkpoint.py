@@ -35,16 +35,24 @@ def crash_point(name: str) -> None:
 
 
 def save(path: Path, payload: dict, *, retries: int = 3) -> None:
-    """Write `payload` to `path`; the file that was there becomes prev_<name>.
+    """Write `payload` and the schema to `path`; the file that was there becomes prev_<name>.
 
     The new file is written beside the target, flushed, fsynced and read back before the old one
     moves, so a kill or a full disk at any instant leaves a whole checkpoint. Raises ResourceError.
     """
-    path = Path(path)
+    _save(Path(path), {"schema": SCHEMA, **payload}, retries)
+
+
+def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write nothing but `weights`, for others' `model.load_state_dict(torch.load(path))`; as safely as `save`."""
+    _save(Path(path), weights, retries=3)
+
+
+def _save(path: Path, content: dict, retries: int) -> None:
     partial = path.with_name(path.name + ".partial")
     for attempt in range(1, retries + 1):
         try:
-            _write_and_prove(partial, payload)
+            _write_and_prove(partial, content)
             _move_into_place(partial, path)
             return
         except (OSError, RuntimeError) as error:
@@ -54,11 +62,11 @@ def save(path: Path, payload: dict, *, retries: int = 3) -> None:
             time.sleep(0.2 * 4**attempt)
 
 
-def _write_and_prove(partial: Path, payload: dict) -> None:
+def _write_and_prove(partial: Path, content: dict) -> None:
     crash_point("before_open")
     with open(partial, "wb") as file:
         crash_point("after_open")
-        torch.save({"schema": SCHEMA, **payload}, file)
+        torch.save(content, file)
         crash_point("before_flush")
         file.flush()
         os.fsync(file.fileno())

@@ -11,7 +11,7 @@ from conftest import ROOT
 import flags
 
 PARTS = {"models": 2, "dataloader": 2, "checkpoint": 3, "train_utils": 3, "rundir": 4, "trainer": 4, "build": 5,
-         "inference": 5, "preflight": 5, "dryrun": 6}  # fmt: skip
+         "inference": 5, "export": 5, "preflight": 5, "dryrun": 6}  # fmt: skip
 SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
 # Not commands: how pictures look, which validate.py and lr_finder.py share.
 LEAVES = {"analysis", "analysis.figures", "analysis.score_figures"}

@@ -1,0 +1,112 @@
+"""predict.py: the pixels of validation, every bad image named, the answers as table, JSON and CSV."""
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+import torch
+
+import inference
+import predict
+from dataloader import eval_loader
+from errors import CheckpointError, DataError, UsageError
+from runtime import Runtime
+from sources import layouts
+
+CPU = Runtime(torch.device("cpu"))
+PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
+
+
+def asked(capsys, *arguments):
+    assert predict.main([str(a) for a in arguments] + PLAIN) == 0
+    return capsys.readouterr().out
+
+
+def test_the_answers_are_those_of_validation_bit_for_bit(photos, photo_run):
+    index = layouts.index("imagenet", photos)
+    models, payload = inference.open_models(str(photo_run), "ema", CPU)
+    facts, files = payload["eval"], [index.val.path(i) for i in range(len(index.val))]
+    theirs = torch.cat([inference.logits_of(models["ema"], images, CPU)
+                        for images, _ in eval_loader(index.val, index, image_size=24, batch_size=64)])  # fmt: skip
+
+    class Config:
+        num_workers, batch_size, top = 0, 64, 3
+
+    found, bad = predict.predict(Config, models["ema"], facts, files, CPU)
+    assert not bad and [path for path, *_ in found] == files
+    best = theirs.softmax(1).topk(3)
+    assert torch.equal(torch.tensor([p for _, p, _ in found], dtype=torch.float32), best.values)
+    assert [c for *_, c in found] == best.indices.tolist()
+
+
+def test_files_folders_and_flags_in_any_order(photos, photo_run, capsys):
+    one = photos / "train" / "owl" / "owl_3.JPEG"
+    found = json.loads(asked(capsys, "--top", 2, photo_run, one, "--json", "-", photos / "val", one))
+    assert [image["file"] for image in found["images"]][:2] == [str(one), str(photos / "val" / "cat" / "cat_0.JPEG")]
+    assert len(found["images"]) == 1 + 21 + 1 and found["images"][0] == found["images"][-1]
+    assert all(len(image["predictions"]) == 2 for image in found["images"])
+    assert found["bad"] == [] and found["image_size"] == 24 and found["weights"] == "ema"
+
+
+def test_probabilities_sum_to_one_and_fall(photos, photo_run, capsys):
+    rows = list(csv.DictReader(io.StringIO(asked(capsys, photo_run, photos / "val" / "dog", "--csv", "-"))))
+    assert len(rows) == 7 * 3  # no more than there are classes
+    for k in range(0, len(rows), 3):
+        three = [float(row["probability"]) for row in rows[k : k + 3]]
+        assert three == sorted(three, reverse=True) and sum(three) == pytest.approx(1, abs=1e-5)
+        assert [row["rank"] for row in rows[k : k + 3]] == ["1", "2", "3"]
+
+
+def test_the_table_names_file_class_and_percent(photos, photo_run, capsys):
+    file = photos / "val" / "cat" / "cat_0.JPEG"
+    lines = asked(capsys, photo_run, file, "--weights", "raw").splitlines()
+    assert len(lines) == 3 and lines[0].startswith(str(file)) and " % " in lines[0]
+    assert {line.split()[-1] for line in lines} == {"cat", "dog", "owl"}
+
+
+def test_bad_images_are_named_and_the_others_answered(photos, photo_run, tmp_path, capsys):
+    names = ["=cmd()\x1b.png", "caf\udce9.jpg", "fine.JPEG", "truncated.JPEG"]
+    data = (photos / "val" / "cat" / "cat_0.JPEG").read_bytes()
+    for name, content in zip(names, [b"no image", data, data, data[:300]], strict=True):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="4 of 6 images") as error:
+        predict.main([str(photo_run), str(tmp_path), str(tmp_path / "none.jpg"), str(tmp_path / "empty"), *PLAIN,
+                      "--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")])  # fmt: skip
+    assert error.value.exit_code == 3
+    said = capsys.readouterr().err
+    for words in ("=cmd()\\x1b.png: not an image", "truncated.JPEG: ", "none.jpg: No such file", "empty: no images"):
+        assert words in said
+    assert "\x1b" not in said and "caf" not in said
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [image["file"] for image in found["images"]] == [str(tmp_path / name) for name in names[1:3]]
+    assert {bad["file"].rpartition("/")[2] for bad in found["bad"]} == {names[0], names[3], "none.jpg", "empty"}
+    assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 2 * 3
+
+
+def test_workers_answer_alike(photos, photo_run, tmp_path, capsys):
+    shutil.copy(photos / "val" / "cat" / "cat_0.JPEG", tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"")
+    outputs = []
+    for workers in (0, 2):
+        with pytest.raises(DataError):
+            predict.main([str(photo_run), str(tmp_path), str(photos / "val"), *PLAIN, "--json", "-", "--batch-size", "4",
+                          "--num-workers", str(workers)])  # fmt: skip
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and json.loads(outputs[0])["bad"][0]["reason"] == "the file is empty"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"), (["a.jpg", "--export", "pdf"], "--export"),
+    (["a.jpg", "--top", "0"], "--top"), (["a.jpg", "--weight", "raw"], "--weight"),
+])  # fmt: skip
+def test_wrong_usage(arguments, message, photo_run):
+    with pytest.raises(UsageError, match=message):
+        predict.main([str(photo_run), *arguments])
+
+
+def test_no_checkpoint(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        predict.main([str(tmp_path / "x.pt"), "a.jpg"])
