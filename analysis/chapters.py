@@ -137,16 +137,17 @@ def validation(run: RunFiles) -> Markup:
     pairs = [
         [p["truth_name"], p["guess_name"], p["times"], f"{100 * p['share']:.1f}"] for p in scores["confused_pairs"]
     ]
-    parts.append(table(["is", "taken for", "times", "% of its class"], pairs[:ENOUGH_ROWS], "Most confused pairs"))
+    confused = table(["is", "taken for", "times", "% of its class"], pairs[:ENOUGH_ROWS], "Most confused pairs")
     classes = sorted(scores["per_class"], key=lambda c: c["recall"])
     cells = [
         [c["name"], *(f"{100 * c[key]:.1f}" for key in ("precision", "recall", "f1")), c["support"]] for c in classes
     ]
     header = ["class", "precision %", "recall %", "F1 %", "images"]
     if len(cells) <= ENOUGH_ROWS:
-        parts.append(table(header, cells, "Classes, hardest first"))
+        parts.append(tag("div", confused, table(header, cells, "Classes, hardest first"), class_="charts"))
     else:
-        parts.append(table(header, cells[:ENOUGH_ROWS], f"The {ENOUGH_ROWS} hardest classes"))
+        hardest = table(header, cells[:ENOUGH_ROWS], f"The {ENOUGH_ROWS} hardest classes")
+        parts.append(tag("div", confused, hardest, class_="charts"))
         parts.append(details(f"All {len(cells)} classes", table(header, cells)))
     for name, words in (("confusion.png", "Confusion matrix"), ("reliability.png", "Calibration")):
         if (folder / name).is_file():

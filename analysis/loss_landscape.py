@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     ids = spread_ids(len(subject.index.val), config.samples)
     images, labels = subject.batch(subject.validation_pixels(ids)), subject.index.val.labels[ids]
     steps = np.linspace(-config.reach, config.reach, config.points | 1)  # odd, so that the centre is a point
-    models = {"before training": initial_model(subject.payload).to(subject.device), "after training": subject.model}
+    before = "random weights" if subject.payload["config"]["init_from"] else "before training"
+    models = {before: initial_model(subject.payload).to(subject.device), "after training": subject.model}
     losses = {}
     for name, model in models.items():
         losses[name] = landscape(model, images, labels, steps, config.batch_norm, config.seed, name)
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def initial_model(payload: dict):
-    """The network as the run began it, random weights from its seed, in eval mode."""
+    """The network with random weights from the run's seed, as a run without --init-from begins, in eval mode."""
     from models import build_model
     from runtime import seed_everything
 
