@@ -128,7 +128,7 @@ def add_dataset_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     add("--split", default="official", choices=("official", "70-30"), help="70-30 pools tiny-imagenet's train and val")
     add("--class-list", default="", metavar="FILE", help="use only these classes (imagenet, imagenet100)")
     add("--allow-class-mismatch", action="store_true", help="accept a val/ that lacks some of train's classes")
-    add("--subset", action="store_true", help="train on a fixed, class-balanced draw of --subset-size images")
+    add("--subset", action=Switch, default=False, help="only a fixed, class-balanced draw of --subset-size images")
     add("--subset-size", type=positive, default=10_000, metavar="N", help="images in it; validation gets a tenth")
     return group
 

@@ -139,6 +139,7 @@ def training_command(argv: list[str] | None, lr: float) -> str:
 def measure(config, index, phases, phase, low: float, high: float) -> dict:
     """--mode loss: the curve of one rising test and what it suggests."""
     import build
+    import preflight
     from lr_curve import suggest
     from progress import Progress
 
@@ -149,7 +150,10 @@ def measure(config, index, phases, phase, low: float, high: float) -> dict:
     how = build.build_step(config, index, runtime, phase, state.model, state.model)
     batches = build.build_loader(config, index, runtime, phase)
     title = f"lr {low:.0e} to {high:.0e} at {phase.image_size} px, batch {phase.batch_size}"
-    with Progress(config.num_iter, title, unit="steps") as bar:
+    memory = preflight.memory_for(
+        f"{phase.image_size} px, batch {phase.batch_size}", "split it: --accumulate 2", runtime.device
+    )
+    with memory, Progress(config.num_iter, title, unit="steps") as bar:
         lrs, losses, ended = range_test(state, how, batches, low, high, config.num_iter, bar.update)
     if len(losses) < FEWEST:
         raise DivergedError(f"{ended} after {len(losses)} steps, at lr {low:.1e}: there is no curve to read",
@@ -279,7 +283,7 @@ def trial(recipe: Path, lr: float, run_dir: Path) -> dict | None:
 
 def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
     """Print the suggestions with their command lines; write lr_finder.json and lr_finder.png."""
-    import rundir
+    import tables
     from analysis import figures
 
     known = {name: lr for name, lr in found["suggestions"].items() if lr is not None}
@@ -290,7 +294,7 @@ def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
         print("WARNING: no suggestion, the loss did not fall; start lower with --start-lr, or give more --num-iter")
     for name in sorted(known, key=lambda name: known[name] != found["suggestion"]):
         print(f"  {name:<14}{known[name]:.1e}   {found['commands'][name]}")
-    rundir.write_json(out / "lr_finder.json", found)
+    tables.write(out / "lr_finder.json", tables.json_text(found))
     figures.save(draw(found, known), out / "lr_finder.png")
     print(f"curve: {out / 'lr_finder.png'}, numbers: {out / 'lr_finder.json'}")
 

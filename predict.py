@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     rundir.check_checkpoint(config.checkpoint)
     paths, bad = gather(config.images or ())
     from inference import open_models
+    from preflight import memory_for
     from runtime import init_runtime
 
     runtime = init_runtime(config.device, config.amp)
@@ -55,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     ((weights, model),) = models.items()
     found: list = []
     if paths:
-        found, unreadable = predict(config, model, payload["eval"], paths, runtime)
+        with memory_for(f"batch {config.batch_size}", "give a smaller --batch-size", runtime.device):
+            found, unreadable = predict(config, model, payload["eval"], paths, runtime)
         bad += unreadable
         deliver(config, weights, payload["eval"], found, bad)
     if config.export:

@@ -171,6 +171,17 @@ def memory_words(device: torch.device) -> str:
 
 
 @contextmanager
+def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
+    """Memory that runs out in here becomes a ResourceError that says for what."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"out of memory at {what} ({memory_words(device)})", fix) from error
+
+
+@contextmanager
 def out_of_memory_named(run: Run) -> Iterator[None]:
     """The one place where memory that runs out during training becomes a ResourceError."""
     try:

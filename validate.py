@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
     import inference
+    from preflight import memory_for
     from runtime import init_runtime
 
     runtime = init_runtime(config.device, config.amp)
@@ -61,7 +62,10 @@ def main(argv: list[str] | None = None) -> int:
     index = layouts.index(**flags.data_args(rundir.with_saved_data(config, typed, payload["config"])))
     index = dataclasses.replace(index, mean=facts["mean"], std=facts["std"])  # what the model is used to
     positions = positions_of(facts, index, say=screen(config))
-    found = [line for size in sizes for line in scores_at(size, config, runtime, models, facts, index, positions)]
+    found = []
+    for size in sizes:
+        with memory_for(f"{size} px, batch {config.batch_size}", "give a smaller --batch-size", runtime.device):
+            found += scores_at(size, config, runtime, models, facts, index, positions)
     main_line = next(line for line in found if line["weights"] == ("ema" if "ema" in models else "raw"))
     out = Path(config.out) if config.out else Path(config.checkpoint).parent / "validation"
     deliver(config, out, found, main_line, payload, index, positions, runtime)

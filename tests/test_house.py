@@ -11,10 +11,10 @@ from conftest import ROOT
 import flags
 
 PARTS = {"models": 2, "dataloader": 2, "checkpoint": 3, "train_utils": 3, "rundir": 4, "trainer": 4, "build": 5,
-         "inference": 5, "export": 5, "preflight": 5, "dryrun": 6}  # fmt: skip
+         "analysis": 5, "inference": 5, "export": 5, "preflight": 5, "dryrun": 6}  # fmt: skip
 SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
 # Not commands: how pictures look, which validate.py and lr_finder.py share.
-LEAVES = {"analysis", "analysis.figures", "analysis.score_figures"}
+LEAVES = {"analysis.figures", "analysis.score_figures"}
 SCRIPT_PACKAGES = {"ablation_runs", "benchmarks", "analysis"}
 BASE = {"errors": -1, "flags": 0}
 
@@ -30,9 +30,11 @@ def layer(name: str) -> int:
         return BASE[name]
     if name in LEAVES:
         return 1
+    if name in PARTS:
+        return PARTS[name]
     if name in SCRIPTS or name.split(".")[0] in SCRIPT_PACKAGES:
         return 9
-    return PARTS.get(name, 1)
+    return 1
 
 
 def imports(name: str, path: Path) -> set[str]:

@@ -11,9 +11,10 @@ from torch import nn
 
 import checkpoint
 import inference
+import rundir
 import validate
 from analysis import figures, score_figures
-from errors import CheckpointError, DataError, UsageError
+from errors import CheckpointError, DataError, ResourceError, UsageError
 from runtime import Runtime
 from scores import calibration, confused_pairs, confusion
 
@@ -128,6 +129,24 @@ def test_wrong_input(photos, photo_run, tmp_path):
     facts = {"model_args": {"arch": "vit_b_16"}, "eval": {"image_size": 224}}
     with pytest.raises(UsageError, match="224 px only"):
         validate.check_sizes((224, 256), facts)
+
+
+def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(inference, "ask", full)
+    with pytest.raises(ResourceError, match="at 24 px, batch 64") as error:
+        validate.main([str(photo_run), *PLAIN, "--out", str(tmp_path)])
+    assert "--batch-size" in error.value.fix
+
+
+def test_data_flags_come_from_the_checkpoint_unless_typed():
+    saved = {"data_dir": "there", "dataset": "imagenet", "split": "official", "class_list": "", "allow_class_mismatch": True,
+             "subset": True, "subset_size": 30}  # fmt: skip
+    config, typed = validate.flags.parse(validate.build_parser(), ["x.pt", "--no-subset", "--data-dir", "here"])
+    found = rundir.with_saved_data(config, typed, saved)
+    assert (found.data_dir, found.subset, found.subset_size, found.allow_class_mismatch) == ("here", False, 30, True)
 
 
 # --- asking a model ---
