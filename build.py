@@ -7,6 +7,7 @@ lr_finder.py and the benchmarks measure it.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import os
 from pathlib import Path
@@ -181,8 +182,10 @@ def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
         return model
     devices = [runtime.device] if runtime.device.type == "cuda" else None
     # The step averages buffers over ranks itself; broadcasting rank 0's would drop the others' data.
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False,
-                                                     gradient_as_bucket_view=True)  # fmt: skip
+    known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
+                                                     **{broadcast: False})  # fmt: skip
 
 
 def compiled(forward):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -68,16 +69,19 @@ def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
 
     What only this rank can know of (its data, its memory) is marked, so that it is printed here.
     """
+    own = runtime.rank or None  # the first rank prints anyway
     try:
         yield
     except (DataError, ResourceError) as error:
-        error.rank = runtime.rank if runtime.world_size > 1 and runtime.rank > 0 else None
+        error.rank = own
         raise
     except RuntimeError as error:
         if runtime.world_size == 1 or not any(word in str(error) for word in LOST_RANK):
             raise
-        raise ResourceError(f"another rank ended, or has been silent for {TIMEOUT}",
-                            "its own message says why; then start all ranks again with --resume auto") from error  # fmt: skip
+        lost = ResourceError(f"another rank ended, or has been silent for {TIMEOUT}",
+                            "its own message says why; then start all ranks again with --resume auto")  # fmt: skip
+        lost.rank = own
+        raise lost from error
     else:
         if runtime.world_size > 1:
             dist.destroy_process_group()
@@ -181,11 +185,14 @@ class StopSignals:
     """Remembers the first stop signal; the loop asks `received` after every step.
 
     A second signal ends the process at once: checkpoints are renamed into place, so the previous
-    one is whole. SIGHUP stays ignored where it was (nohup).
+    one is whole. Repeated within a second it counts once: torchrun hands on what a scheduler may
+    have sent to the ranks already. SIGHUP stays ignored where it was (nohup).
     """
 
+    SAME = 1.0  # seconds
+
     def __init__(self):
-        self.received = 0
+        self.received, self.since = 0, 0.0
         self.process = os.getpid()
         self.waiting = False  # for data, between two steps: an `Interrupted` breaks nothing
 
@@ -193,8 +200,10 @@ class StopSignals:
         if os.getpid() != self.process:
             return  # a worker that was just forked
         if self.received:
-            exit_at_once(number, frame)
-        self.received = int(number)
+            if time.monotonic() - self.since > self.SAME:
+                exit_at_once(number, frame)
+            return
+        self.received, self.since = int(number), time.monotonic()
         with suppress(OSError):  # the terminal may be what went away
             os.write(2, b"\nstopping after this step (again: at once)\n")
         if self.waiting:

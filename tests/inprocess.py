@@ -23,10 +23,10 @@ def config_of(*arguments: object):
 
 
 def built(config, save_dir: Path) -> Run:
-    """The run as train.py would build it, on one rank."""
+    """The run as train.py would build it."""
     index = layouts.index(**flags.data_args(config))
     runtime = build.open_runtime(config)
-    return build.build(config, index, runtime, build.make_plan(config, index, 1), save_dir)
+    return build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), save_dir)
 
 
 def tiny_run(save_dir: Path, *arguments: object) -> Run:

@@ -96,12 +96,20 @@ def _at(where: str, act) -> None:
     setattr(owner, name, wrapped)
 
 
+def _send(numbers: list[str]) -> None:
+    """To the whole group, as Ctrl-C in a terminal and a cluster's scheduler do; '.' waits until it is meant as another."""
+    for number in numbers:
+        if number == ".":
+            time.sleep(1.2)
+        else:
+            os.kill(0, int(number))
+
+
 def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
     os.setsid()  # a process group of its own, to be killed with its workers
     os.environ.update(variables)
-    for number in reversed(variables.get("SIGNALS", "").split()):
-        # To the whole group, as Ctrl-C in a terminal and a cluster's scheduler do.
-        _at(variables["AT"], lambda number=number: os.kill(0, int(number)))
+    if "AT" in variables:
+        _at(variables["AT"], lambda: _send(variables["SIGNALS"].split()))
     if "HANG" in variables:
         _at(variables["HANG"], lambda: time.sleep(1000))
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

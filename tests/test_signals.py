@@ -79,6 +79,14 @@ def resumed(save_dir: Path) -> dict[str, str]:
     return digest(save_dir)
 
 
+@pytest.mark.torture
+def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
+    """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
+    assert stop_at("train_utils.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
+    assert "go on with" in (tmp_path / "log").read_text()
+    assert resumed(tmp_path / "run") == straight
+
+
 FAST = [("train_utils.train_step:8", INT), ("train_utils.hits:1", TERM), ("checkpoint._write_and_prove:1", TERM),
         ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
 REST = (
@@ -105,7 +113,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
                                    pytest.param("train_utils.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
 def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
-    assert stop_at(state, f"{TERM} {INT}", save_dir, log, 1) == 130
+    assert stop_at(state, f"{TERM} . {INT}", save_dir, log, 1) == 130
     assert "go on with" not in log.read_text() and "Traceback" not in log.read_text()
     assert payload(save_dir)["step"] == 5
     assert resumed(save_dir) == straight

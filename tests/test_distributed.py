@@ -1,0 +1,261 @@
+"""Several ranks are one run: the same samples, the same scores, one stop, one checkpoint, one end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from inprocess import TINY, built, config_of
+from runs import ROOT, SERVER, digest, environment, finish, payload, spawn
+from torch import nn
+
+import train
+import train_utils
+import trainer
+from dataloader import Order
+from errors import ResourceError, UserError
+from metrics import MetricLogger
+from runtime import Runtime, lost_ranks_named
+from train_utils import evaluate
+
+TERM = 15
+
+
+def free_port() -> str:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return str(sock.getsockname()[1])
+
+
+def ranks(world: int, port: str) -> list[dict[str, str]]:
+    """What torchrun tells each rank."""
+    return [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+             "GLOO_SOCKET_IFNAME": "lo"} for k in range(world)]  # fmt: skip
+
+
+def run(world: int, log: Path, *arguments, only: dict[int, dict[str, str]] | None = None) -> list[int]:
+    """train.py on `world` ranks; `only` holds more variables for some of them. Their exit codes."""
+    started = [spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
+               for k, variables in enumerate(ranks(world, free_port()))]  # fmt: skip
+    return [finish(process) for process in started]
+
+
+# Without processes
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_ranks_take_the_samples_that_one_rank_would_in_the_same_order(world):
+    for shuffle in (True, False):
+        alone = [batch.ids for batch in Order(53, 12, seed=5, shuffle=shuffle)]
+        shared = zip(
+            *(Order(53, 12, seed=5, shuffle=shuffle, rank=k, world_size=world) for k in range(world)), strict=True
+        )
+        joined = [np.concatenate([batch.ids for batch in parts]) for parts in shared]
+        assert len(joined) == len(alone) and all(map(np.array_equal, joined, alone))
+
+
+class OneOfMany(Runtime):
+    """A rank that keeps what it would send to the others."""
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        self.sent.append(values.clone())
+        return values
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_every_validation_sample_counts_once_however_ragged(world):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), torch.randn(17, 3, 2, 2)
+    labels = torch.randint(0, 7, (17,))
+    for n in range(1, 18):
+        sums = []
+        for rank in range(world):
+            runtime = OneOfMany(torch.device("cpu"), None, rank, world)
+            object.__setattr__(runtime, "sent", [])
+            order = Order(n, 4, shuffle=False, rank=rank, world_size=world)
+            with pytest.raises(ZeroDivisionError) if not any(len(b.ids) for b in order) else _nothing():
+                evaluate({"val": model}, ((images[b.ids], labels[b.ids]) for b in order), runtime)
+            sums += runtime.sent
+        loss, top1, top5, count = torch.stack(sums).sum(0).tolist()
+        logits = model.double()(images[:n].double())
+        model.float()
+        top = logits.topk(5, 1).indices
+        assert (top1, top5, count) == (int((top[:, 0] == labels[:n]).sum()), int((top == labels[:n, None]).sum()), n)
+        assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels[:n], reduction="sum").item(), rel=1e-6)
+
+
+class _nothing:
+    def __enter__(self): ...
+
+    def __exit__(self, *exc): ...
+
+
+@pytest.mark.parametrize("rank, marked", [(0, None), (1, 1)])
+def test_an_error_that_one_rank_alone_knows_of_is_printed_there(rank, marked):
+    with pytest.raises(UserError) as caught, lost_ranks_named(Runtime(torch.device("cpu"), None, rank, 2)):
+        raise ResourceError("no memory", "get some")
+    assert caught.value.rank == marked
+
+
+def test_only_the_loss_of_a_rank_is_named_so():
+    words = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5001"
+    with (
+        pytest.raises(ResourceError, match="another rank ended"),
+        lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)),
+    ):
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="shape"), lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)):
+        raise RuntimeError("shape mismatch")
+    with pytest.raises(RuntimeError, match="gloo"), lost_ranks_named(Runtime(torch.device("cpu"))):
+        raise RuntimeError(words)
+
+
+# Two ranks through train.py, with gloo
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_goes_on(tmp_path):
+    log, save_dir = tmp_path / "log", tmp_path / "run"
+    codes = run(
+        2, log, *TINY, "--save-dir", save_dir, only={1: {"AT": "train_utils.train_step:7", "SIGNALS": str(TERM)}}
+    )
+    said = log.read_text()
+    assert codes == [143, 143] and "Traceback" not in said, said
+    assert said.count("go on with") == 1
+    assert payload(save_dir)["step"] == 7
+    assert train.main(["--resume", "auto", "--save-dir", str(save_dir)]) == 0
+    assert len(payload(save_dir)["rows"]) == 3
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
+    log = tmp_path / "log"
+    assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
+    only = {0: {"AT": "train_utils.hits:1", "SIGNALS": str(TERM)}}
+    assert run(2, log, *TINY, "--save-dir", tmp_path / "run", only=only) == [143, 143], log.read_text()
+    assert run(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
+    assert digest(tmp_path / "run") == digest(tmp_path / "straight")
+    assert log.read_text().count("done: best") == 2  # one rank speaks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dies", [0, 1])
+@pytest.mark.parametrize("where", ["train_utils.train_step:7", "train_utils.hits:1", "trainer.checkpoint.save:1"])
+def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
+    if dies == 1 and "save" in where:
+        where = "runtime.Runtime.barrier:1"
+    log, save_dir = tmp_path / "log", tmp_path / "run"
+    codes = run(2, log, *TINY, "--save-dir", save_dir, only={dies: {"AT": where, "SIGNALS": "9"}})
+    said = log.read_text()
+    assert codes[dies] == -9 and codes[1 - dies] == 6, said
+    assert "another rank ended" in said and "--resume auto" in said and "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path):
+    import shutil
+
+    data, log = tmp_path / "data", tmp_path / "log"
+    shutil.copytree(photos, data)
+    (data / "train" / "dog" / "dog_3.JPEG").write_bytes(b"")
+    flags = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
+             "--device", "cpu", "--amp", "off")  # fmt: skip
+    codes = run(2, log, *flags, "--data-dir", data, "--save-dir", tmp_path / "run")
+    assert sorted(codes) == [3, 6], log.read_text()
+    assert "dog_3.JPEG" in log.read_text() and "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_two_runs_on_one_host_do_not_meet(tmp_path):
+    """Through torchrun, as a user starts them."""
+    started = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                                 str(ROOT / "train.py"), *TINY, "--seed", str(k), "--save-dir", str(tmp_path / str(k))],
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
+               for k in range(2)]  # fmt: skip
+    for k, process in enumerate(started):
+        out, _ = process.communicate(timeout=400)
+        assert process.returncode == 0 and out.count("done: best") == 1, out
+        assert payload(tmp_path / str(k))["config"]["seed"] == k
+
+
+FAKES = {
+    "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else touch requeued; fi',
+    "srun": 'shift; exec "$@"',
+    "torchrun": f'exec {sys.executable} -m torch.distributed.run "$@"',
+}
+
+
+@pytest.mark.slow
+def test_the_slurm_script_puts_a_stopped_job_back_into_the_queue_and_a_finished_one_not(tmp_path):
+    """With stand-ins for SLURM's commands; the whole process group gets USR1, as a job step does."""
+    for name, body in FAKES.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    log = tmp_path / "slurm-7.log"
+    variables = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node1",
+                            SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", PYTHONPATH=str(ROOT))  # fmt: skip
+
+    def job(stop: bool) -> int:
+        with log.open("a") as out:
+            process = subprocess.Popen(["bash", str(ROOT / "docs" / "slurm.sh"), *TINY, "--save-dir", "run"], cwd=tmp_path,
+                                       env=variables, stdout=out, stderr=out, start_new_session=True)  # fmt: skip
+        deadline = time.monotonic() + 200
+        while stop and "    1    8     8" not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if stop:
+            os.killpg(process.pid, signal.SIGUSR1)
+        return process.wait(200)
+
+    assert job(stop=True) != 0 and (tmp_path / "requeued").exists(), log.read_text()
+    (tmp_path / "requeued").unlink()
+    assert job(stop=False) == 0 and not (tmp_path / "requeued").exists(), log.read_text()
+    assert len(payload(tmp_path / "run")["rows"]) == 3
+
+
+# The same losses as one rank
+
+
+PLAIN = ("--mixup-alpha", "0", "--cutmix-alpha", "0", "--drop-path-rate", "0")
+
+
+def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
+    """A run with frozen BatchNorm; every step's loss goes into a file."""
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    run = built(config_of(*PLAIN, "--save-dir", save_dir), Path(save_dir))
+    for module in run.state.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().train = lambda mode=True, module=module: module
+    losses, real = [], train_utils.train_step
+    train_utils.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
+    trainer.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main))
+    if run.runtime.is_main:
+        (Path(save_dir) / "losses.json").write_text(json.dumps(losses))
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_losses_and_scores_of_one(tmp_path):
+    found = []
+    for world in (1, 2):
+        save_dir = tmp_path / str(world)
+        save_dir.mkdir()
+        started = [SERVER.Process(target=losses_of_a_run, args=(variables, str(save_dir)))
+                   for variables in ranks(world, free_port())]  # fmt: skip
+        for process in started:
+            process.start()
+        assert [finish(process) for process in started] == [0] * world
+        found.append((json.loads((save_dir / "losses.json").read_text()), payload(save_dir)))
+    (alone, one), (shared, two) = found
+    assert len(alone) == 15 and all(finite for _, finite in shared)
+    assert [loss for loss, _ in shared] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
+    for a, b in zip(one["rows"], two["rows"], strict=True):
+        assert [a[k] for k in ("val_top1", "ema_val_top1", "train_top1")] == [
+            b[k] for k in ("val_top1", "ema_val_top1", "train_top1")
+        ]
