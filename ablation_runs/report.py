@@ -225,7 +225,7 @@ def how_to_read(study: Study, runs: list) -> list[str]:
                      f"of which one is {image:.2g} points.")  # fmt: skip
     env = next((r.env for r in runs if r.env), {})
     if env:
-        notes.append(f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} thread a run, "
+        notes.append(f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} torch threads, "
                      f"{env.get('precision')}, torch {env.get('torch')}, commit {env.get('commit') or 'unknown'}.")  # fmt: skip
     for template in study.afterwards:
         best = next((p for r in runs if r.directory for p in sorted(r.directory.glob("best_*.pt"))), None)

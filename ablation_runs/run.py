@@ -20,7 +20,7 @@ from pathlib import Path
 import errors
 import flags
 from ablation_runs.studies import STUDIES
-from ablation_runs.study import PRESETS, Run
+from ablation_runs.study import PRESETS, Run, merged
 from errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,7 +107,7 @@ class Job:
     """A run and its directory: the command, what is known of it, and starting it."""
 
     def __init__(self, run: Run, directory: Path, data_dir: str = ""):
-        self.run, self.directory = run, directory
+        self.run, self.directory, self.problem = run, directory, ""
         dataset = next((v for f, v in zip(run.flags, run.flags[1:], strict=False) if f == "--dataset"), "imagenet")
         data = from_root(Path(data_dir)) if data_dir else f"data/{dataset}"
         own = [word.replace("{data}", data) for word in run.flags]
@@ -121,9 +121,9 @@ class Job:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def status(self) -> str:
-        """done, diverged, failed, started or new; what was done with other flags is not done."""
+        """done, diverged, failed, started or new; changed: there is a run of this name, made with other flags."""
         known = self.recorded()
-        if known and known["flags"] != self.run.flags:
+        if known and what_trains(known["flags"]) != what_trains(self.run.flags):
             return "changed"
         return known.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 
@@ -133,6 +133,12 @@ class Job:
         partial = self.directory / "run.json.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.directory / "run.json")
+
+
+def what_trains(words: list[str]) -> dict[str, str | None]:
+    """The flags that change what is learned: a run made with other workers is the same run."""
+    return {name: value for name, value in merged(shlex.join(words)).items()
+            if name.removeprefix("no-").replace("-", "_") not in flags.FREE_ON_RESUME}  # fmt: skip
 
 
 def from_root(path: Path) -> str:
@@ -189,7 +195,7 @@ def run_all(jobs: list[Job], at_once: int, keep: str) -> int:
         print("stopped; the same command goes on")
         return 128 + stopping.signal
     for job, code in failed:
-        print(f"FAILED with exit code {code}: {job.run.name}: {last_words(job.directory)}", flush=True)
+        print(f"FAILED with exit code {code}: {job.run.name}: {job.problem}", flush=True)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done")
     return failed[0][1] if failed else 0
 
@@ -200,6 +206,9 @@ def run_one(job: Job, stopping: Stopping, keep: str) -> int:
     if job.status() in ("done", "diverged"):
         print(f"{job.run.name}: {job.status()} before", flush=True)
         return 0
+    if job.status() == "changed":
+        job.problem = f"made with other flags; delete {job.directory} or name another --out"
+        return UsageError.exit_code
     started = time.monotonic()
     job.directory.mkdir(parents=True, exist_ok=True)
     print(f"{job.run.name}: {shlex.join(['python', 'train.py', *job.arguments])}", flush=True)
@@ -209,6 +218,7 @@ def run_one(job: Job, stopping: Stopping, keep: str) -> int:
         return 0
     status = {0: "done", DIVERGED: "diverged"}.get(code, "failed")
     job.record(status, code)
+    job.problem = last_words(job.directory) if code else ""
     if status == "done":
         clear_checkpoints(job.directory, keep)
     print(f"{job.run.name}: {status} after {time.monotonic() - started:.0f} s", flush=True)

@@ -78,8 +78,8 @@ TINY_IMAGENET_01 = Study(
     notes=(
         "The learning rate comes from the range test: `python lr_finder.py --dataset tiny-imagenet --resize-schedule 64`, "
         "then `python -m ablation_runs.run tiny_imagenet_01 ... -- --lr SUGGESTION`. Without it, 1e-3.",
-        "On pooled 1 x 1 maps a 1x1 convolution and a linear layer compute the same function; a difference between "
-        "`plain` and `conv-head` can only come from their initialisation.",
+        "On pooled 1 x 1 maps a 1x1 convolution and a linear layer compute the same function, and here they start from "
+        "the same numbers: with one seed, `plain` and `conv-head` are one run but for rounding.",
     ),
 )
 
@@ -268,7 +268,7 @@ RESIZE_SCHEDULES = Study(
         Variant("160", "--resize-schedule 160 --epochs 38"),
         Variant("224", "--resize-schedule 224 --epochs 20"),
     ),
-    notes=("Each is scored at its own last size. `python validate.py CHECKPOINT --image-size 224` scores them all at one.",
+    notes=("Each is scored at its own last size. `python validate.py CHECKPOINT --image-sizes 224` scores them all at one.",
            "One batch for all sizes: halving it, as 002 does, would change a second thing."),
 )  # fmt: skip
 

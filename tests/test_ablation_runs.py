@@ -303,6 +303,14 @@ def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monk
     capsys.readouterr()
     run.main([*fake, "--seeds", "0", "--dry-run"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "changed", "done"]
+    assert run.main([*fake, "--seeds", "0"]) == 2 and set(starts(tmp_path).values()) == {1}
+    assert "mid-seed0: made with other flags; delete" in capsys.readouterr().out
+
+
+def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
+    run.main([*fake, "--seeds", "0"])
+    assert run.main([*fake, "--seeds", "0", "--", "--num-workers", "3", "--device", "cuda:1"]) == 0
+    assert set(starts(tmp_path).values()) == {1}
 
 
 def test_shards_share_out_every_run_once(fake):
@@ -364,6 +372,7 @@ def test_list_names_every_study(capsys):
 def test_every_run_is_given_its_data(fake):
     job = run.Job(study.Run("s", "v", 0, ["--dataset", "cifar100"]), ROOT / "x")
     assert job.arguments[2:4] == ["--data-dir", "data/cifar100"]
+    assert job.arguments[-2:] == ["--resume", "auto"]
     stored = studies.STORED_SIDES.runs(seeds=(0,))[1]
     arguments = run.Job(stored, ROOT / "x", "/d/i100").arguments
     assert arguments.count("--data-dir") == 1 and "/d/i100-packed-96-192-320" in arguments
@@ -439,3 +448,33 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     for path in (tmp_path / "published").rglob("*.json*"):
         assert str(tmp_path) not in path.read_text()
     assert {p.name for p in (tmp_path / "published/ema-smoke").glob("*.png")} == {"curves.png", "differences.png"}
+
+
+# What is committed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ablation_runs").glob("*.ipynb")), ids=lambda path: path.stem[-2:])
+def test_notebooks_are_thin_and_hold_the_outputs_of_a_run(path):
+    cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    assert sum(len("".join(c["source"]).splitlines()) for c in cells) < 40
+    assert all(c["execution_count"] for c in cells)
+    outputs = [o for c in cells for o in c["outputs"]]
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+    assert not any(o["output_type"] == "error" for o in outputs)
+
+
+def test_published_results_hold_no_path_and_are_complete():
+    for folder in (ROOT / "ablation_runs" / "results").iterdir():
+        name, _, preset = folder.name.partition("-")
+        found = results.load(folder, studies.STUDIES[name])
+        assert {r.status for r in found} == {"done"}
+        assert {(r.variant, r.seed) for r in found} == {
+            (r.variant, r.seed) for r in studies.STUDIES[name].runs(preset or "full")
+        }
+        text = report.markdown(studies.STUDIES[name], preset or "full", found, ["curves.png", "differences.png"])
+        assert (folder / "summary.md").read_text(
+            encoding="utf-8"
+        ) == text + "\n"  # the report is that of the files beside it
+    small = [p for p in (ROOT / "ablation_runs" / "results").rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in small) < 2_000_000
+    assert not [p for p in small if p.suffix in (".json", ".md", ".csv") and re.search(r'["\s(]/\w+/', p.read_text())]
