@@ -275,12 +275,12 @@ def draw(rows: list[dict], path: Path) -> None:
             }
             at = [i + (k - (len(names) - 1) / 2) * 0.8 / len(names) for i, s in enumerate(sizes) if s in found]
             heights = [found[s]["images_per_second"] for s in sizes if s in found]
-            bars = axis.bar(at, heights, 0.8 / len(names), label=name)
+            bars = axis.bar(at, heights, 0.8 / len(names), color=f"C{LOADERS.index(name)}", label=name)
             axis.bar_label(bars, [f"{found[s]['ratio_to_torchvision']:.1f}x" for s in sizes if s in found], fontsize=7)
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
         axis.set_title(f"{augmentation}, {workers} worker{'s' * (workers > 1)}", fontsize=9)
     axes[0][0].set_ylabel("images per second")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][0].legend(fontsize=8)  # the first panel has every loader
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
