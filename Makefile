@@ -42,8 +42,10 @@ bench: setup     ## loader and step, side by side with public peers: make bench 
 	$(PYTHON) -m benchmarks.loader --data-dir $(or $(DATA),data/imagenet) --json benchmarks/loader.json
 	$(PYTHON) -m benchmarks.step --json benchmarks/step.json
 
+TORTURED := checkpoint signals resume wrong_input distributed torture security
+
 torture: setup   ## hundreds of killed, damaged and resumed runs; about half an hour
-	$(PYTHON) -m pytest -m torture $(ARGS)
+	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
 
 test-gpu: setup  ## what only a GPU can show
 	$(PYTHON) -m pytest -m gpu $(ARGS)
@@ -52,7 +54,7 @@ notebooks: setup ## run the ablation notebooks again, in place
 	$(PYTHON) -m jupyter execute --inplace ablation_runs/*.ipynb
 
 audit: setup     ## known vulnerabilities among the locked packages
-	$(VENV)/bin/pip-audit --require-hashes --disable-pip -r requirements.lock
+	$(VENV)/bin/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
 
 lock:            ## pin anew what requirements.txt and pyproject.toml allow (needs uv)
 	uv pip compile requirements.txt --group dev --universal --python-version 3.10 --generate-hashes \
