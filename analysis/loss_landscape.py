@@ -114,14 +114,13 @@ def landscape(model, images, labels, steps, batch_norm: str, seed: int, name: st
 
 
 def prepared(model, batch_norm: str):
-    """`model` in eval mode; with 'batch', its BatchNorms normalise by the batch and remember nothing."""
+    """`model`, a copy to be thrown away, in eval mode; with 'batch', its BatchNorms normalise by the batch."""
     from torch import nn
 
     model.eval()
     for module in model.modules():
         if batch_norm == "batch" and isinstance(module, nn.modules.batchnorm._NormBase):
             module.train()
-            module.momentum = 0.0
     return model
 
 

@@ -61,6 +61,32 @@ def test_gradcam_equals_the_formula_by_hand():
     assert all(p.grad is None for p in model.parameters())
 
 
+class Weighted(nn.Module):
+    """Logit k is the sum of maps times weights (K, C, h, w), so those weights are the gradients."""
+
+    def __init__(self, weights):
+        super().__init__()
+        self.maps, self.weights = nn.Conv2d(3, weights.shape[1], 1), weights
+
+    def forward(self, images):
+        return torch.einsum("nchw,kchw->nk", self.maps(images), self.weights)
+
+
+def test_gradcam_weighs_channels_by_their_mean_gradient_and_drops_negative_evidence():
+    torch.manual_seed(0)
+    model, images = Weighted(torch.randn(3, 4, 5, 5)), torch.randn(1, 3, 5, 5)
+    (found,) = gradcam.grad_cam(model, model.maps, images, torch.tensor([2]))
+    maps, wanted = model.maps(images)[0].tolist(), [[0.0] * 5 for _ in range(5)]
+    for c in range(4):
+        mean = sum(float(g) for g in model.weights[2, c].flatten()) / 25
+        for i in range(5):
+            for j in range(5):
+                wanted[i][j] += mean * maps[c][i][j]
+    peak = max(map(max, wanted))
+    assert peak > 0 > min(map(min, wanted))
+    torch.testing.assert_close(found, torch.tensor([[max(v, 0) / peak for v in line] for line in wanted]))
+
+
 def test_gradcam_points_at_the_object_of_a_synthetic_picture():
     images = torch.zeros(1, 3, 32, 32)
     images[:, :, 20:28, 4:12] = 1
