@@ -105,6 +105,8 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
         except (RuntimeError, ValueError) as error:
             raise ResourceError(f"rank {rank} of {world_size} cannot join the others: {str(error).splitlines()[0]}",
                                 "start all ranks through torchrun, every run on a port of its own") from error  # fmt: skip
+    if deterministic:  # read when CUDA starts; without it cuBLAS refuses deterministic mode
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     if chosen.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -52,7 +52,7 @@ def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
 
 def payload(run_dir: Path, kind: str = "last") -> dict:
     (path,) = Path(run_dir).glob(f"{kind}_*.pt")
-    return torch.load(path, weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def digest(run_dir: Path, kind: str = "last") -> dict[str, str]:

@@ -1,0 +1,174 @@
+"""What only a GPU can show: `make test-gpu`. Collected everywhere, run where there is one."""
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from inprocess import tiny_run
+from runs import digest
+from test_options import fitted
+
+import preflight
+from dataloader import train_loader
+from errors import ResourceError
+from flags import parse_augment
+from models import build_model
+from runtime import seed_everything
+from sources.layouts import index as find
+from train_utils import train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+GPU = ["--device", "cuda"]
+LEARNS = [
+    *(*GPU, "--resize-schedule", "16,16", "--phase-batch-sizes", "8,8", "--epochs", "6", "--augment", "flip"),
+    *("--lr", "3e-3", "--mixup-alpha", "0", "--cutmix-alpha", "0"),
+]
+
+
+def tensors(state) -> list[torch.Tensor]:
+    return [value.clone() for value in state.model.state_dict().values()]
+
+
+def batch_of(run, size: int = 16):
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, size, size, device="cuda").contiguous(memory_format=torch.channels_last)
+    return images, torch.arange(8, device="cuda")
+
+
+@contextmanager
+def memory_limited_to(mib: float):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(mib * 2**20 / torch.cuda.mem_get_info()[1])
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_drop_path_under_compile_and_graphs_reads_its_seed_anew(mode):
+    model = build_model("resnet_tiny", num_classes=10, drop_path_rate=0.5).cuda().train()
+    for name, value in model.named_parameters():
+        if "bn" in name and name.endswith("weight"):
+            value.data.fill_(1.0)  # a branch that starts as nothing would hide that it is dropped
+    torch._dynamo.reset()
+    forward = torch.compile(model, dynamic=False, mode=mode)
+    images = torch.randn(16, 3, 32, 32, device="cuda")
+
+    def gradient_after(seed: int) -> torch.Tensor:
+        model.zero_grad(set_to_none=True)
+        seed_everything(seed)
+        if mode == "reduce-overhead":
+            torch.compiler.cudagraph_mark_step_begin()
+        forward(images).float().square().mean().backward()
+        return model.conv1.weight.grad.clone()
+
+    for _ in range(3):
+        gradient_after(0)  # compile, warm up, record
+    first, again, other = gradient_after(1), gradient_after(1), gradient_after(2)
+    torch.testing.assert_close(first, again, rtol=1e-4, atol=1e-6)
+    assert (first - other).abs().max() > 100 * (first - again).abs().max()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_every_precision_trains(tmp_path, amp):
+    rows = fitted([*LEARNS, "--amp", amp], tmp_path).state.rows
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and sum(row["bad_steps"] for row in rows) <= 2
+
+
+def test_fp16_that_overflows_backs_off_and_moves_nothing(tmp_path):
+    run = tiny_run(tmp_path, *LEARNS, "--amp", "fp16")
+    run.state.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
+    how, (images, labels) = run.make_step(run.phases[0]), batch_of(run)
+    run.state.model.train()
+    before, scale = tensors(run.state), run.state.scaler.get_scale()
+    _, fine = train_step(run.state, how, images, labels)
+    assert fine and run.state.bad_in_a_row == 0  # an overflow is the scaler's business
+    assert run.state.scaler.get_scale() == scale / 2 and run.state.step == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(run.state), strict=True))
+    while run.state.scaler.get_scale() > 2.0**10:
+        run.state.scaler.update(run.state.scaler.get_scale() / 2)
+    train_step(run.state, how, images, labels)
+    assert not all(torch.equal(a, b) for a, b in zip(before, tensors(run.state), strict=True))
+
+
+def test_a_step_that_is_not_finite_moves_nothing(tmp_path):
+    run = tiny_run(tmp_path, *LEARNS, "--amp", "bf16")
+    how, (images, labels) = run.make_step(run.phases[0]), batch_of(run)
+    run.state.model.train()
+    train_step(run.state, how, images, labels)
+    before, average = tensors(run.state), copy.deepcopy(run.state.ema.module.state_dict())
+    images[0, 0, 0, 0] = float("nan")
+    _, finite = train_step(run.state, how, images, labels)
+    assert not finite and run.state.step == 2 and run.state.bad_in_a_row == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(run.state), strict=True))
+    now = run.state.ema.module.state_dict()
+    assert all(torch.equal(value, now[name]) for name, value in average.items())
+
+
+def test_prefetched_batches_equal_those_of_the_cpu(photos):
+    data = find("imagenet", photos)
+    options = {"image_size": 48, "batch_size": 8, "augment": parse_augment("full"), "seed": 5, "num_workers": 2}
+    busy = torch.randn(4096, 4096, device="cuda")
+    seen = []
+    for images, labels in train_loader(data, **options, device="cuda"):
+        for _ in range(20):  # a step that is still reading when the next batch arrives
+            busy = (busy @ busy).clamp_(-1, 1)
+        seen.append((images * 1, labels * 1))
+    wanted = list(train_loader(data, **options))
+    assert len(seen) == len(wanted) == 9
+    for (images, labels), (right, names) in zip(seen, wanted, strict=True):
+        torch.testing.assert_close(images.cpu(), right, rtol=1e-6, atol=1e-6)
+        assert torch.equal(labels.cpu(), names)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_deterministic_runs_and_resumed_ones_share_their_bits(tmp_path, amp):
+    arguments = [*LEARNS, "--deterministic", "--amp", amp, "--mixup-alpha", "0.2", "--ema-decay", "0.9"]
+    for name in ("one", "two"):
+        fitted(arguments, tmp_path / name)
+    fitted([*arguments, "--stop-after", "13"], tmp_path / "halves")
+    fitted(arguments, tmp_path / "halves", resume=True)
+    assert digest(tmp_path / "one") == digest(tmp_path / "two") == digest(tmp_path / "halves")
+
+
+def test_a_later_phase_that_does_not_fit_is_found_at_the_start(tmp_path):
+    sizes = ["--resize-schedule", "16,512", "--phase-batch-sizes", "8,32", "--epochs", "2", "--amp", "off"]
+    run = tiny_run(tmp_path, *GPU, *sizes)
+    before = tensors(run.state)
+    with memory_limited_to(400), pytest.raises(ResourceError, match=r"phase 2: 512 px, batch 32.*MiB free") as caught:
+        preflight.check_resources(run, workers=0)
+    assert "--accumulate" in caught.value.fix and "--phase-batch-sizes 8," in caught.value.fix
+    pieces = int(caught.value.fix.split("--accumulate ")[1].split(",")[0])
+    fitting = tiny_run(tmp_path, *GPU, *sizes, "--accumulate", str(pieces))
+    with memory_limited_to(400):
+        preflight.check_resources(fitting, workers=0)
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(fitting.state), strict=True))
+
+
+def test_memory_that_runs_out_in_training_is_named(tmp_path):
+    run = tiny_run(tmp_path, *GPU, "--resize-schedule", "512", "--phase-batch-sizes", "32", "--amp", "off")
+    how = run.make_step(run.phases[0])
+    with (
+        memory_limited_to(100),
+        pytest.raises(ResourceError, match="512 px, batch 32"),
+        preflight.out_of_memory_named(run),
+    ):
+        train_step(
+            run.state, how, torch.randn(32, 3, 512, 512, device="cuda"), torch.zeros(32, dtype=torch.long).cuda()
+        )
+
+
+def test_the_look_at_memory_changes_no_bit_of_the_run(tmp_path):
+    arguments = [*LEARNS, "--deterministic", "--amp", "bf16"]
+    fitted(arguments, tmp_path / "plain")
+    looked = tiny_run(tmp_path, *arguments)
+    torch.use_deterministic_algorithms(False)
+    before, generator = tensors(looked.state), torch.cuda.get_rng_state()
+    preflight.check_step_memory(looked)
+    assert torch.equal(generator, torch.cuda.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors(looked.state), strict=True))
+    assert all(p.grad is None for p in looked.state.model.parameters())
