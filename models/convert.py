@@ -18,8 +18,8 @@ from .layers import has_blur
 WRAPPERS = ("model_state_dict", "model", "state_dict")  # the earlier code, ours and torchvision's references, timm
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 HEADS = ("fc", "classifier.3", "classifier.1", "heads.head", "head")  # of a ResNet, MobileNet, EfficientNet, ViT, Swin
-RESNETS = {(False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34", (True, (3, 4, 6, 3)): "resnet50",
-           (True, (3, 4, 23, 3)): "resnet101", (True, (3, 8, 36, 3)): "resnet152"}  # fmt: skip
+RESNETS = {(False, (1, 1, 1, 1)): "resnet_tiny", (False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
+           (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101", (True, (3, 8, 36, 3)): "resnet152"}  # fmt: skip
 STEMS = {(7,): "imagenet", (3,): "small"}
 
 

@@ -83,9 +83,10 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
         folder = write_run(tmp_path / name, [row(1, seconds=1800.0), row(2, best=True, seconds=1800.0)])
         (folder / "config.json").write_text(json.dumps({**base, **changed}))
     found = runs.read_runs(runs.find_runs(tmp_path))
-    assert runs.table(found) == [["run", "epochs", "best top-1 %", "at epoch", "hours", "--lr", "--ema"],
-                                 ["a-run", "2/2", "42.00", "2", "1.00", "0.1", "on"],
-                                 ["b-run", "2/2", "42.00", "2", "1.00", "0.2", "off"]]  # fmt: skip
+    assert [runs.scores(run) for run in found] == [["a-run", "2/2", "42.00", "2", "1.00"],
+                                                   ["b-run", "2/2", "42.00", "2", "1.00"]]  # fmt: skip
+    assert runs.differing_flags(found) == ["lr", "ema"]
+    assert runs.apart(found) == [{"lr": "0.1", "ema": "on"}, {"lr": "0.2", "ema": "off"}]
     untypical = runs.untypical_flags(found[1].config)
     assert untypical == {"lr": ("0.2", "0.0003"), "epochs": ("2", "90"), "resize_schedule": ("32", "64,128,224"),
                          "ema": ("off", "on")}  # fmt: skip
