@@ -240,14 +240,21 @@ def build_parser(prog: str, description: str, epilog: str = "", groups: tuple[Ca
 TRAIN_GROUPS = (add_data_args, add_model_args, add_phase_args, add_optim_args, add_device_args, add_run_args)
 
 
-def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, frozenset[str]]:
-    """The frozen config, and the names of the flags given by hand (or by --config)."""
+class Given(frozenset):
+    """Names of the flags given, on the command line or by --config; `by_hand`: on the command line."""
+
+    by_hand: frozenset[str] = frozenset()
+
+
+def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
+    """The frozen config, and the names of the flags that were given."""
     # Not parse_args([]): a script's positional arguments have no default.
     defaults = {a.dest: a.default for a in parser._actions if a.default is not argparse.SUPPRESS}
-    typed = _typed(parser, argv)
-    if typed.get("config"):
-        typed = {**_typed(parser, yaml_arguments(typed["config"], defaults)), **typed}
-    return make_config({**defaults, **typed}), frozenset(typed)
+    by_hand = _typed(parser, argv)
+    recipe = _typed(parser, yaml_arguments(by_hand["config"], defaults)) if by_hand.get("config") else {}
+    given = Given(recipe | by_hand)
+    given.by_hand = frozenset(by_hand)
+    return make_config(defaults | recipe | by_hand), given
 
 
 def make_config(values: dict[str, Any]) -> Any:
@@ -320,7 +327,7 @@ def _alone(variable: tuple[str, str]) -> bool:
     return variable in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
 
 
-def check_train(config: Any, typed: frozenset[str]) -> list[str]:
+def check_train(config: Any, typed: Given) -> list[str]:
     """Refuse what cannot work together (exit 2); return the notes worth printing."""
     check_ranks(os.environ)
     phases = len(config.resize_schedule)
@@ -348,7 +355,7 @@ def check_train(config: Any, typed: frozenset[str]) -> list[str]:
         "stem": zoo and f"{config.arch} brings its own stem",
     }
     for name, reason in idle.items():
-        if name in typed and reason:
+        if name in typed.by_hand and reason:  # what a recipe brings may be idled by hand
             raise UsageError(f"{dashed(name)} would do nothing: {reason}", f"leave {dashed(name)} out")
     if config.ema_half_life and config.ema_ramp and "ema_ramp" in typed:
         raise UsageError("--ema-ramp and --ema-half-life set the decay both", "leave one of the two out")

@@ -107,7 +107,8 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
                                 "start all ranks through torchrun, every run on a port of its own") from error  # fmt: skip
     if deterministic:  # read when CUDA starts; without it cuBLAS refuses deterministic mode
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler: seconds
+        torch.use_deterministic_algorithms(deterministic)
     if chosen.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic

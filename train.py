@@ -144,9 +144,8 @@ def conclusion(built, config) -> str:
     lines = [f"done: best top-1 {best['score']:.2f} % at epoch {best['epoch']}, in {built.path('best')}"]
     if config.plot:
         lines.append(f"curves: {built.save_dir / 'plots' / 'curves.png'}")
-    data = (
-        f"--dataset {config.dataset}" if config.dataset in ("digits", "synthetic") else f"--data-dir {config.data_dir}"
-    )
+    on_disk = config.dataset.partition(":")[0] not in ("digits", "synthetic", "hf")
+    data = f"--data-dir {config.data_dir}" if on_disk else f"--dataset {config.dataset}"
     return "\n".join([*lines, f"next: python validate.py {built.path('best')} {data}"])
 
 

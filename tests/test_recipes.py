@@ -84,3 +84,13 @@ def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
         parsed("--config", tmp_path / "bad.yaml")
     with pytest.raises(UsageError, match=r"recipes/ holds .*digits\.yaml"):
         parsed("--config", tmp_path / "absent.yaml")
+
+
+def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
+    recipe = RECIPES[0].parent / "tiny_imagenet_resnet18.yaml"  # triangular2, with cycles
+    config, given = parsed("--config", recipe, "--schedule", "plateau")
+    flags.check_train(config, given)
+    assert "cycles" in given
+    config, given = parsed("--config", recipe, "--schedule", "plateau", "--cycles", 2)
+    with pytest.raises(UsageError, match="--cycles would do nothing"):
+        flags.check_train(config, given)
