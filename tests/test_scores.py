@@ -74,8 +74,8 @@ def test_calibration_of_known_cases():
 
 
 def test_confused_pairs_are_sorted_by_number_then_share():
-    matrix = np.array([[5, 2, 0], [2, 1, 1], [0, 0, 9]])
-    assert confused_pairs(matrix) == [Pair(1, 0, 2, 0.5), Pair(0, 1, 2, 2 / 7), Pair(1, 2, 1, 0.25)]
+    matrix = np.array([[5, 2, 0], [2, 1, 1], [1, 0, 1]])
+    assert confused_pairs(matrix) == [Pair(1, 0, 2, 0.5), Pair(0, 1, 2, 2 / 7), Pair(2, 0, 1, 0.5), Pair(1, 2, 1, 0.25)]
     assert confused_pairs(matrix, 1) == [Pair(1, 0, 2, 0.5)]
     assert confused_pairs(np.diag([3, 0])) == []
 

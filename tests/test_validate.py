@@ -162,6 +162,8 @@ class Colour(nn.Module):
 def test_flip_averages_the_probabilities_of_both_pictures():
     images = torch.randn(4, 3, 6, 6)
     found = inference.ask({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
+    both = inference.flipped_logits(Colour(), images, Colour()(images), CPU)
+    assert both.exp().sum(1) == pytest.approx(torch.ones(4).numpy(), rel=1e-5)  # of probabilities, the log
     probabilities = (Colour()(images).softmax(1) + Colour()(images.flip(3)).softmax(1)) / 2
     assert found["m flip"].confidence == pytest.approx(probabilities.max(1).values.numpy(), rel=1e-5)
     assert found["m flip"].losses == pytest.approx(-probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4)
