@@ -21,7 +21,7 @@ from train_utils import Phase, Step
 from trainer import Run
 
 MIB = 2**20
-KEPT_CHECKPOINTS = 3  # the last, the one before it, and the one being written
+KEPT_CHECKPOINTS = 5  # last_*, best_*, their prev_* and the one being written
 
 
 def check_resources(run: Run, workers: int) -> None:

@@ -60,16 +60,17 @@ def digest(run_dir: Path, kind: str = "last") -> dict[str, str]:
     content = payload(run_dir, kind)
     parts = {name: content[name] for name in ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")}
     parts["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
-    return {name: hashlib.sha256(_flat(value).encode()).hexdigest() for name, value in parts.items()}
+    return {name: hashlib.sha256(exact(value).encode()).hexdigest() for name, value in parts.items()}
 
 
-def _flat(value) -> str:
+def exact(value) -> str:
+    """A text that two values share only if they are equal bit for bit."""
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{tuple(value.shape)}" + hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{_flat(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{exact(v)}" for k, v in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_flat, value)) + "]"
+        return "[" + ",".join(map(exact, value)) + "]"
     return repr(value)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from inprocess import TINY, tiny_run
 from malice import PAYLOADS, SENTINEL, write
-from runs import ROOT, digest, finish, spawn
+from runs import ROOT, digest, exact, finish, spawn
 
 import checkpoint
 import errors
@@ -65,7 +65,7 @@ def last(directory: Path) -> Path:
 
 
 def content_of(path: Path) -> str:
-    return repr(checkpoint.load(path))
+    return exact(checkpoint.load(path))
 
 
 # Writing

@@ -36,13 +36,13 @@ def test_the_checkpoint_size_is_known_before_the_first_step(tmp_path, optimizer,
     assert preflight.checkpoint_bytes(run) == pytest.approx(predicted, rel=1e-3)  # its counters
 
 
-def test_a_disk_without_room_for_three_checkpoints_is_refused_before_the_first_step(run, tmp_path, monkeypatch):
+def test_a_disk_without_room_for_all_checkpoints_is_refused_before_the_first_step(run, tmp_path, monkeypatch):
     size = preflight.checkpoint_bytes(run)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 5 * size - 1))
     with pytest.raises(ResourceError, match=r"MiB free.*need") as caught:
         preflight.check_resources(run, workers=0)
     assert str(tmp_path) in caught.value.what and caught.value.exit_code == 6
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 5 * size))
     preflight.check_resources(run, workers=0)
 
 
@@ -51,9 +51,9 @@ def test_a_resumed_run_needs_room_for_the_checkpoints_it_does_not_have_yet(run, 
     (tmp_path / "best_x.pt").hardlink_to(tmp_path / "last_x.pt")  # one file with two names
     (tmp_path / "prev_last_x.pt").write_bytes(b"y")
     size = preflight.checkpoint_bytes(run)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size))
     preflight.check_disk(run)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, size - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size - 1))
     with pytest.raises(ResourceError):
         preflight.check_disk(run)
 
