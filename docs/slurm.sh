@@ -22,7 +22,7 @@ log="slurm-$SLURM_JOB_ID.log"
 export HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 stops() { grep -c "^stopped at step" "$log"; }
 before=$(stops)
-trap '' USR1 TERM # they are for the ranks; this shell waits until those have saved
+trap : USR1 TERM # they are for the ranks; this shell waits until those have saved (ignored, no child could trap them)
 
 # One launcher a node. torchrun hands TERM on to its ranks but would die of USR1, so that is translated.
 srun --kill-on-bad-exit=1 bash -c '
