@@ -231,6 +231,7 @@ LEARNING_RATE = {
     "--optimizer rmsprop": "1e-3",
     "--optimizer lamb": "0.02",
     "--loss bce": "1e-3",
+    "--arch efficientnet_b0": "3e-4",
 }
 GRID = [
     *(f"--{flag} {value}" for flag, values in SLOW_VALUES.items() for value in values),

@@ -1,0 +1,90 @@
+"""benchmarks.step: the loops train what they say, take turns, and the rows say what was measured."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from benchmarks import device_rates, step, step_loops
+from models import build_model
+from runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"))
+TINY = step_loops.Setting("resnet_tiny", 16, 8)
+
+
+@pytest.mark.parametrize("name", [name for name in step_loops.LOOPS if name != "timm"])
+def test_every_loop_takes_optimizer_steps(name, monkeypatch):
+    stepped = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append(len(self.param_groups[0]["params"])))
+    loop = step_loops.LOOPS[name](TINY, CPU)
+    loop()
+    loop()
+    count = sum(p.ndim > 1 for p in build_model("resnet_tiny", num_classes=1000).parameters())
+    assert stepped == [count, count]
+
+
+def test_without_its_guard_the_step_computes_the_same(monkeypatch):
+    states = []
+    built = step_loops._built
+    monkeypatch.setattr(step_loops, "_built", lambda *args: states.append(built(*args)) or states[-1])
+    for make in (step_loops.project, step_loops.unguarded):
+        loop = make(TINY, CPU)
+        for _ in range(3):
+            loop()
+    (one, _), (two, _) = states
+    assert one.step == two.step == 3
+    for a, b in ((one.model, two.model), (one.ema.module, two.ema.module)):
+        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_the_loops_take_turns_and_every_other_round_goes_backwards():
+    calls = []
+    loops = {name: lambda name=name: calls.append(name) for name in "abc"}
+    seconds = step.in_turns(loops, rounds=4, steps=2, device=CPU.device)
+    assert "".join(calls) == "aabbccccbbaaaabbccccbbaa"
+    assert [len(times) for times in seconds.values()] == [4, 4, 4]
+
+
+def test_traffic_of_a_convolution_is_what_it_reads_and_writes():
+    """Forward: x, w -> y. The sum and its gradient: y -> 1, 1 -> y (a view). Backward: dy, x, w -> dx, dw."""
+    x, y, w = 2 * 3 * 64, 2 * 5 * 64, 15
+    moved = device_rates.step_traffic(lambda: torch.nn.Conv2d(3, 5, 1, bias=False), 8, 2, torch.float32)
+    assert 2 * moved / 4 == pytest.approx((x + w + y) + (y + 1) + (1 + 1) + (y + x + w + w), abs=3)
+
+
+def test_the_traffic_of_resnet50_is_that_of_the_notes():
+    """392 MB an image at 224 px; 475 with BatchNorm's second pass over its input."""
+    moved = device_rates.step_traffic(lambda: build_model("resnet50", num_classes=1000), 224, 64, torch.bfloat16)
+    assert 370e6 < moved < 480e6
+
+
+def test_the_command_writes_rows_and_a_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "device_rates", lambda runtime: {"bandwidth": 1e10, "matrix": 1e11})
+    monkeypatch.setitem(step_loops.LOOPS, "timm", absent)
+    file = tmp_path / "new" / "step.json"
+    arguments = "--arch resnet_tiny --sizes 16 24 --batch-sizes 8 4 --rounds 2 --device cpu --amp off --json"
+    assert step.main([*arguments.split(), str(file)]) == 0
+    rows = json.loads(file.read_text())
+    assert [(r["size"], r["loop"]) for r in rows] == [
+        (size, loop) for size in (16, 24) for loop in step_loops.LOOPS if loop != "timm"
+    ]
+    for row in rows:
+        assert row["images_per_second"] == pytest.approx(1000 * row["batch_size"] / row["milliseconds"])
+        assert {"commit", "command", "device", "threads", "fraction_of_bandwidth", "memory_mib"} <= row.keys()
+    ratio = rows[1]["milliseconds"] / rows[0]["milliseconds"]
+    assert rows[1]["times_bare"] == pytest.approx(ratio) and "times_bare" not in rows[0]
+    assert file.with_suffix(".png").stat().st_size > 1000
+    assert "timm: not here" in capsys.readouterr().out
+
+
+def absent(setting, runtime):
+    raise ImportError("No module named 'timm'")
+
+
+def test_help_and_a_wrong_count_cost_no_import():
+    started = time.perf_counter()
+    with pytest.raises(step.UsageError, match="1 --batch-sizes for 2 --sizes"):
+        step.main(["--sizes", "16", "24", "--batch-sizes", "8"])
+    assert time.perf_counter() - started < 1
