@@ -20,9 +20,9 @@ import runtime
 import train
 
 INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
-# What is about to be done when the signal comes -> the step that is saved then (None: any).
+# What is about to be done when the signal comes -> the step that is saved then.
 STATES = {
-    "runtime.seed_everything:9": None,  # anywhere early
+    "train_utils.seed_everything:9": 9,
     "train_utils.train_step:1": 1,
     "train_utils.train_step:5": 5,  # the last of its epoch
     "train_utils.train_step:8": 8,
@@ -33,9 +33,8 @@ STATES = {
     "trainer.evaluate:4": 10,  # of the training sample
     "checkpoint._write_and_prove:1": 5,
     "checkpoint._move_into_place:2": 10,
-    "checkpoint.link:1": None,
     "build.build_loader:2": 5,  # at the change of size
-    "metrics.MetricLogger.log:3": 15,  # the last
+    "metrics.MetricLogger.log:2": 10,
 }
 
 
@@ -80,6 +79,14 @@ def resumed(save_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.torture
+@pytest.mark.parametrize("state", ["metrics.MetricLogger.log:3", "checkpoint.link:1"])
+def test_a_signal_when_nothing_is_left_to_do_does_not_unmake_a_finished_run(state, straight, tmp_path):
+    assert stop_at(state, str(TERM), tmp_path / "run", tmp_path / "log", 0) == 0
+    assert "done: best" in (tmp_path / "log").read_text()
+    assert digest(tmp_path / "run") == straight
+
+
+@pytest.mark.torture
 def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
     """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
     assert stop_at("train_utils.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
@@ -104,8 +111,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     assert "Traceback" not in said
     assert said.count("stopping after this step") == 1, said
     assert f"go on with: python train.py --save-dir {save_dir} --resume auto" in said
-    if STATES[state] is not None:
-        assert payload(save_dir)["step"] == STATES[state]
+    assert payload(save_dir)["step"] == STATES[state]
     assert resumed(save_dir) == straight
 
 
