@@ -116,7 +116,7 @@ def compare_variants(setting, runtime, args, rates) -> list[dict]:
             loops, args.rounds, args.steps or (20 if runtime.device.type == "cuda" else 1), runtime.device
         )
         result = row(changed, where, variant, variant, seconds, memory[variant], demands(changed, where), rates)
-        per_image = [statistics.median(seconds[name]) / how.batch_size for name, how in
+        per_image = [median_of(seconds[name]) / how.batch_size for name, how in
                      (("project", setting), (variant, changed))]  # fmt: skip
         result |= {"loop": "project", "times_faster_than_default": per_image[0] / per_image[1]}
         rows.append(result)
@@ -138,8 +138,8 @@ def warmed_up(make, device) -> tuple:
     return step, round((torch.cuda.max_memory_allocated(device) - before) / 2**20) if gpu else None
 
 
-def in_turns(loops: dict, rounds: int, steps: int, device) -> dict[str, list[float]]:
-    """Seconds per step of every loop, `rounds` timings of each; every other round goes backwards."""
+def in_turns(loops: dict, rounds: int, steps: int, device) -> dict[str, list[tuple[float, float]]]:
+    """(Seconds, CPU seconds of this process) per step of every loop, `rounds` timings; every other round goes backwards."""
     import time
 
     from benchmarks.device_rates import synchronize
@@ -148,11 +148,11 @@ def in_turns(loops: dict, rounds: int, steps: int, device) -> dict[str, list[flo
     for k in range(rounds):
         for name in list(loops)[:: 1 if k % 2 == 0 else -1]:
             synchronize(device)
-            started = time.perf_counter()
+            started, cpu = time.perf_counter(), time.process_time()
             for _ in range(steps):
                 loops[name]()
             synchronize(device)
-            seconds[name].append((time.perf_counter() - started) / steps)
+            seconds[name].append(((time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps))
     return seconds
 
 
@@ -172,32 +172,41 @@ def demands(setting, runtime) -> dict[str, float]:
 
 
 def row(setting, runtime, name: str, variant: str, seconds: dict, memory, demand: dict, rates: dict) -> dict:
-    """One row of the result; ratios are of medians taken in the same turns."""
-    median = statistics.median(seconds[name])
+    """One row of the result; ratios are of medians taken in the same turns.
+
+    On a CPU that others keep busy, a ratio of CPU time says more than one of time.
+    """
+    median = median_of(seconds[name])
     rate = setting.batch_size / median
     result = {
         "size": setting.image_size, "batch_size": setting.batch_size, "arch": setting.arch, "loop": name,
         "variant": variant, "precision": runtime.precision, "milliseconds": 1000 * median,
-        "fastest_milliseconds": 1000 * min(seconds[name]), "timings": len(seconds[name]), "images_per_second": rate,
+        "cpu_milliseconds": 1000 * median_of(seconds[name], 1), "timings": len(seconds[name]), "images_per_second": rate,
         "memory_mib": memory, "fraction_of_bandwidth": rate * demand["bytes"] / rates["bandwidth"],
         "fraction_of_matrix_rate": rate * demand["flops"] / rates["matrix"],
     }  # fmt: skip
     for other in ("bare", "timm"):
         if other in seconds and name != other:
-            result[f"times_{other}"] = median / statistics.median(seconds[other])
+            result[f"times_{other}"] = median / median_of(seconds[other])
+            result[f"cpu_times_{other}"] = median_of(seconds[name], 1) / median_of(seconds[other], 1)
     return result
 
 
+def median_of(timings: list[tuple[float, float]], which: int = 0) -> float:
+    return statistics.median(timing[which] for timing in timings)
+
+
 def table(rows: list[dict]) -> str:
-    lines = [f"{'px':>4} {'batch':>5}  {'loop':<18} {'':<10} {'ms':>9} {'fastest':>9} {'img/s':>9} {'x bare':>7} {'x timm':>7} "
-             f"{'MiB':>7} {'bandwidth':>9} {'matrix':>7}"]  # fmt: skip
+    lines = [f"{'px':>4} {'batch':>5}  {'loop':<18} {'':<10} {'ms':>9} {'CPU ms':>9} {'img/s':>9} {'x bare':>7} "
+             f"{'x timm':>7} {'in CPU time':>13} {'MiB':>7} {'bandwidth':>9} {'matrix':>7}"]  # fmt: skip
     for r in rows:
-        ratios = [f"{r[key]:.3f}" if key in r else "-" for key in ("times_bare", "times_timm")]
+        keys = ("times_bare", "times_timm", "cpu_times_bare", "cpu_times_timm")
+        ratios = [f"{r[key]:.3f}" if key in r else "-" for key in keys]
         memory = "-" if r["memory_mib"] is None else f"{r['memory_mib']:,}"
         faster = r.get("times_faster_than_default")
         lines.append(f"{r['size']:>4} {r['batch_size']:>5}  {r['loop']:<18} {r['variant'] or r['precision']:<10} "
-                     f"{r['milliseconds']:>9.2f} {r['fastest_milliseconds']:>9.2f} {r['images_per_second']:>9,.1f} "
-                     f"{ratios[0]:>7} {ratios[1]:>7} {memory:>7} {r['fraction_of_bandwidth']:>9.0%} "
+                     f"{r['milliseconds']:>9.2f} {r['cpu_milliseconds']:>9.2f} {r['images_per_second']:>9,.1f} "
+                     f"{ratios[0]:>7} {ratios[1]:>7} {ratios[2]:>6} {ratios[3]:>6} {memory:>7} {r['fraction_of_bandwidth']:>9.0%} "
                      f"{r['fraction_of_matrix_rate']:>7.0%}"
                      + (f"  {faster:.2f}x the default" if faster else ""))  # fmt: skip
     return "\n".join(lines)
