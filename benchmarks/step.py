@@ -118,7 +118,11 @@ def compare_variants(setting, runtime, args, rates) -> list[dict]:
         result = row(changed, where, variant, variant, seconds, memory[variant], demands(changed, where), rates)
         per_image = [median_of(seconds[name]) / how.batch_size for name, how in
                      (("project", setting), (variant, changed))]  # fmt: skip
-        result |= {"loop": "project", "times_faster_than_default": per_image[0] / per_image[1]}
+        result |= {
+            "loop": "project",
+            "base_batch_size": setting.batch_size,
+            "times_faster_than_default": per_image[0] / per_image[1],
+        }
         rows.append(result)
         print(table([result]), flush=True)
     return rows
@@ -222,23 +226,26 @@ def write(path: Path, rows: list[dict]) -> None:
 
 
 def picture(rows: list[dict], path: Path) -> None:
-    """Images a second of every loop and variant, a panel for each size."""
+    """Images a second of every loop and variant, a panel for each size and batch."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sizes = list(dict.fromkeys(r["size"] for r in rows))
-    figure, panels = pyplot.subplots(1, len(sizes), figsize=(4.5 * len(sizes), 4), squeeze=False, layout="constrained")
-    for size, panel in zip(sizes, panels[0], strict=True):
-        here = [r for r in rows if r["size"] == size][::-1]
+    groups: dict[tuple, list[dict]] = {}
+    for r in rows:
+        groups.setdefault((r["size"], r.get("base_batch_size", r["batch_size"])), []).insert(0, r)
+    figure, panels = pyplot.subplots(
+        1, len(groups), figsize=(4.5 * len(groups), 4), squeeze=False, layout="constrained"
+    )
+    for ((size, batch), here), panel in zip(groups.items(), panels[0], strict=True):
         names = [r["loop"] + (f": {r['variant']}" if r["variant"] else "") for r in here]
         bars = panel.barh(
             names, [r["images_per_second"] for r in here], color=["C1" if r["variant"] else "C0" for r in here]
         )
         panel.bar_label(bars, fmt="{:,.0f}", padding=2)
         panel.margins(x=0.15)
-        panel.set(title=f"{size} px, batch {here[-1]['batch_size']}", xlabel="images / s")
+        panel.set(title=f"{size} px, batch {batch}", xlabel="images / s")
     figure.suptitle(f"{rows[0]['arch']}, {rows[0]['precision']}, {rows[0]['device']}")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
