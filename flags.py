@@ -221,7 +221,7 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add("--eval-every", type=positive, default=1, metavar="N", help="epochs between validations")
     add("--early-stop-patience", type=positive, default=None, metavar="N",
         help="validations at the last size without a better score before stopping")  # fmt: skip
-    add("--plot", action="store_true", help="draw learning curves into --save-dir/plots after every epoch")
+    add("--plot", action="store_true", help="draw learning curves into --save-dir/plots while training")
     add("--tensorboard", action="store_true", help="log to --save-dir/tensorboard as well")
     add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases as well")
     add("--summary", action="store_true", help="print the layers at every size, then exit")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import flags
@@ -97,7 +99,7 @@ def fit(config, index, built) -> None:
 
     runtime, save_dir = built.runtime, built.save_dir
     if config.plot and runtime.is_main:
-        built.after_epoch = lambda: draw(save_dir)
+        built.after_epoch = Curves(built)
     preflight.check_resources(built, build.workers(config))
     if runtime.is_main:
         facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit(), "num_train": len(index.train),
@@ -190,12 +192,23 @@ def start_from(built, config) -> None:
     say(f"starting from the weights of {config.init_from}" + (", with a new head" if config.reset_head else ""))
 
 
-def draw(save_dir: Path) -> None:
-    """Curves from the run's files, in a process of their own: a failing picture must not cost a run."""
-    command = [sys.executable, "-m", "analysis.plots", str(save_dir.resolve())]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    if done.returncode:
-        say(f"WARNING: no plots: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+class Curves:
+    """Draws a run's curves after an epoch, at most once a minute and at the end.
+
+    From the run's files, in a process of its own: a failing picture must not cost a run.
+    """
+
+    def __init__(self, built):
+        self.built, self.drawn = built, -math.inf
+
+    def __call__(self) -> None:
+        if time.monotonic() - self.drawn < 60 and not self.built.finished:
+            return
+        self.drawn = time.monotonic()
+        command = [sys.executable, "-m", "analysis.plots", str(self.built.save_dir.resolve())]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if done.returncode:
+            say(f"WARNING: no plots: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
 
 
 if __name__ == "__main__":
