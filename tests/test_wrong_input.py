@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ROOT, cli, command, environment
+from runs import ROOT, cli, command, environment, finish, spawn
 
 import errors
 import rundir
@@ -161,18 +161,29 @@ def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", "half", "all but 3 bytes"])
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_bad_image_ends_the_run_by_name(split, content, workers, photos, tmp_path):
-    data = tmp_path / "data"
+def test_a_bad_image_ends_the_run_by_name(split, content, photos, tmp_path):
+    bad = spoiled(photos, tmp_path / "data", split, content)
+    with pytest.raises(UserError) as caught:
+        train.main([*SMALL, "--data-dir", str(tmp_path / "data"), "--save-dir", str(tmp_path / "run")])
+    check(caught.value, 3, bad)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_bad_image_met_by_a_worker_ends_the_run_by_name(split, photos, tmp_path):
+    bad, log = spoiled(photos, tmp_path / "data", split, b""), tmp_path / "log"
+    flags = (*SMALL, "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", "--num-workers", 2)
+    assert finish(spawn(*flags, output=log)) == 3
+    assert bad in log.read_text() and "Traceback" not in log.read_text()
+
+
+def spoiled(photos: Path, data: Path, split: str, content: bytes | str) -> str:
+    """A copy of the photos with one bad image; its name."""
     shutil.copytree(photos, data)
     bad = next((data / split / "dog").iterdir())
     whole = bad.read_bytes()
     bad.write_bytes({"half": whole[: len(whole) // 2], "all but 3 bytes": whole[:-3]}.get(content, content))
-    with pytest.raises(UserError) as caught:
-        train.main(
-            [*SMALL, "--data-dir", str(data), "--save-dir", str(tmp_path / "run"), "--num-workers", str(workers)]
-        )
-    check(caught.value, 3, bad.name)
+    return bad.name
 
 
 # Surroundings
