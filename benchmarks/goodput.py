@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,10 +118,8 @@ def live(argv: list[str], directory: Path, number: int, seconds: float | None) -
         except subprocess.TimeoutExpired:
             code, died = 0, True
         finally:  # also on Ctrl-C: nothing is left running
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             process.wait()
     if code:
         raise SystemExit(f"the run ended with exit code {code}: {words}")
