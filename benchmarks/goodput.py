@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import runpy
 import shutil
 import signal
 import statistics
@@ -47,7 +48,7 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["--child"]:
-        return child(Path(argv[1]), argv[2:])
+        child(Path(argv[1]), argv[2:])
     args = build_parser().parse_args(argv)
     if args.table:
         print(table(json.loads((Path(args.table) / "goodput.json").read_text())))
@@ -77,13 +78,11 @@ def data(steps_per_epoch: int) -> list[str]:
     return ["--dataset", f"synthetic:train={steps_per_epoch * BATCH},val=500,size=32"]
 
 
-def child(log: Path, argv: list[str]) -> int:
+def child(log: Path, argv: list[str]) -> None:
     """train.py, which logs each step and save as it is done, and dies with its parent."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    import errors
-    import train
     import trainer
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -99,7 +98,8 @@ def child(log: Path, argv: list[str]) -> int:
         os.write(file, f"save {began} {time.monotonic()}\n".encode())
 
     trainer.Between.__call__, trainer.save = logged_between, logged_save
-    return errors.run(lambda _: train.main(argv))
+    sys.argv = ["train.py", *argv]
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 def live(argv: list[str], directory: Path, number: int, seconds: float | None) -> dict:
