@@ -8,7 +8,6 @@ compared with. `--table DIR` prints the tables of docs/reliability.md from DIR/b
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -18,6 +17,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import flags
+from benchmarks.goodput import bits
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
 BITS = {"sign": range(31, 32), "exponent": range(23, 31), "mantissa": range(23)}  # of a float32
@@ -159,21 +159,9 @@ def flip(tensor, element: int, bit: int) -> tuple[float, float]:
 def ending(run, error: str) -> dict:
     """How a run ended: what stopped it, its score, the steps it passed over, and a hash of its whole state."""
     state, rows = run.state.state_dict(), run.state.rows
-    digest = hashlib.sha256()
-    for name in ("model", "ema", "optimizer"):
-        add_to(digest, state[name])
     return {"error": error, "score": rows[-1][run.judged_by] if rows else None,
-            "bad_steps": sum(row["bad_steps"] for row in rows), "digest": digest.hexdigest()}  # fmt: skip
-
-
-def add_to(digest, value) -> None:
-    if isinstance(value, dict):
-        value = [*value.items()]
-    if isinstance(value, list | tuple):
-        for item in value:
-            add_to(digest, item)
-    else:
-        digest.update(value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode())
+            "bad_steps": sum(row["bad_steps"] for row in rows),
+            "digest": bits([state[name] for name in ("model", "ema", "optimizer")])}  # fmt: skip
 
 
 def outcome(point: dict, undisturbed: dict) -> str:

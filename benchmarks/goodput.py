@@ -9,6 +9,7 @@ file. Linux only. `--table DIR` prints the table of docs/reliability.md from DIR
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -176,10 +177,10 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
     a_step = statistics.median(b - a for life in disturbed for (_, a), (_, b) in pairwise(life["steps"]))
     restarts = [life["steps"][0][1] - life["began"] - a_step for life in disturbed[1:] if life["steps"]]
     gaps = [b - a for life in disturbed for (a, _), (b, _) in pairwise(life["saves"])]
-    s, r = statistics.median(gaps), statistics.median(restarts) if restarts else math.nan
+    s, r = statistics.median(gaps), statistics.median(restarts or [0.0])
     a_save = statistics.median(end - begin for life in disturbed for begin, end in life["saves"])
     goodput = useful(disturbed) / statistics.mean(undisturbed_rates)
-    possible = best_possible(s, r if restarts else 0.0, mean)
+    possible = best_possible(s, r, mean)
     return {
         "steps": steps, "undisturbed_steps_per_second": undisturbed_rates, "killed_steps_per_second": useful(disturbed),
         "goodput": goodput, "best_possible": possible, "points_below": 100 * (possible - goodput),
@@ -192,21 +193,25 @@ def differences(one: Path, other: Path) -> list[str]:
     """The parts of two runs' last checkpoints that are not the same bits; rows without their timing columns."""
     import torch
 
-    def exact(value):
-        if isinstance(value, torch.Tensor):
-            return (str(value.dtype), tuple(value.shape), value.contiguous().numpy().tobytes())
-        if isinstance(value, dict):
-            return {key: exact(v) for key, v in value.items()}
-        return [exact(v) for v in value] if isinstance(value, list | tuple) else repr(value)
-
     parts = []
     for directory in (one, other):
         (path,) = (directory / "run").glob("last_*.pt")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        rows = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
-        names = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")
-        parts.append({name: exact(content[name]) for name in names} | {"rows": exact(rows)})
+        content["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
+        names = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best", "rows")
+        parts.append({name: bits(content[name]) for name in names})
     return [name for name in parts[0] if parts[0][name] != parts[1][name]]
+
+
+def bits(value) -> str:
+    """A hash that two values share only where they are the same bit for bit."""
+    if isinstance(value, dict):
+        value = [*value.items()]
+    if isinstance(value, list | tuple):
+        content = "".join(map(bits, value)).encode()
+    else:
+        content = value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode()
+    return hashlib.sha256(content).hexdigest()
 
 
 def table(r: dict) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from runs import ROOT
 
 from benchmarks import goodput
@@ -89,3 +90,8 @@ def wait_until(true) -> None:
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_the_same_bits_are_told_from_equal_numbers():
+    zero, other = torch.zeros(2), torch.tensor([0.0, -0.0])
+    assert goodput.bits({"a": [zero, 1]}) == goodput.bits({"a": [zero.clone(), 1]}) != goodput.bits({"a": [other, 1]})
