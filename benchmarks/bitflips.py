@@ -23,8 +23,9 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
 BITS = {"sign": range(31, 32), "exponent": range(23, 31), "mantissa": range(23)}  # of a float32
 WORSE = 1.0  # points of top-1
 OUTCOMES = ("noticed", "same bits", "same score", "within 1 point", "worse", "better")
-RUN = [*("--dataset", "digits", "--arch", "resnet_tiny", "--resize-schedule", "16", "--batch-size", "32", "--epochs", "6"),
-       *("--lr", "1e-2", "--augment", "none", "--num-workers", "0", "--device", "cpu", "--amp", "off")]  # fmt: skip
+# The small stem leaves the last stage 2 x 2 pixels. At 1 x 1 a 3 x 3 kernel sees padding: most weights would do nothing.
+RUN = [*("--dataset", "digits", "--arch", "resnet_tiny", "--stem", "small", "--resize-schedule", "16", "--batch-size", "32"),
+       *("--epochs", "5", "--lr", "1e-2", "--augment", "none", "--num-workers", "0", "--device", "cpu", "--amp", "off")]  # fmt: skip
 
 
 def build_parser() -> flags.Parser:
