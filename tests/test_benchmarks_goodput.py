@@ -42,6 +42,7 @@ def test_the_figures_of_known_lives():
     assert found["save_interval"] == pytest.approx(1) and found["save_seconds"] == pytest.approx(0.01)
     assert found["restart_seconds"] == pytest.approx(2)
     assert found["goodput"] == pytest.approx(12 / 14.5)
+    assert found["goodput_by_own_speed"] == pytest.approx(100 / 14.5 / 10)
     assert found["achieved_mean_between_kills"] == pytest.approx(14.5)
     assert found["points_below"] == pytest.approx(100 * (goodput.best_possible(1, 2, 60) - 12 / 14.5))
     assert "1 kills, 5 steps done twice" in goodput.table(found | {"different": []})
