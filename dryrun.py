@@ -137,7 +137,9 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
           f"loss {sums['loss'] / max(1, sums['images']):.3f}), {validation.per_second:>8,.1f} img/s validation, "
           f"memory {memory_of(run, phase, how)}", flush=True)  # fmt: skip
     if sums["bad_steps"]:
-        run.say(f"WARNING: {sums['bad_steps']} steps at {phase.image_size} px were not finite")
+        searching = run.state.scaler.is_enabled() and not run.state.bad_in_a_row
+        run.say(f"{'note' if searching else 'WARNING'}: {sums['bad_steps']} steps at {phase.image_size} px were not finite"
+                + (", as fp16 looks for its scale" if searching else ""))  # fmt: skip
     validations = sum(epoch % run.eval_every == 0 or epoch == run.epochs
                       for epoch in range(phase.first_epoch, phase.last_epoch + 1))  # fmt: skip
     images = len(run.val) + len(run.train_sample) / len(models)  # the training sample is scored with one model

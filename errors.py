@@ -96,6 +96,17 @@ def exit_at_once(number: int, frame) -> None:
     os._exit(130 if number == signal.SIGINT else 143)
 
 
+# Only a GPU has an exception of its own, and not for all that its libraries say when memory runs out.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried", "out of memory", "unable to find an engine",
+                 "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
 
 
@@ -124,6 +135,14 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or "--debug" in sys.argv:
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        lack = ResourceError(f"out of memory: {reason}", "free the device or the machine, or give smaller batches")
+        lack.rank = int(os.environ.get("RANK", 0)) or None  # the others have theirs
+        report(lack)
+        return lack.exit_code
     except OSError as error:
         if error.errno not in DISK_TROUBLE or "--debug" in sys.argv:
             raise

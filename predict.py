@@ -142,7 +142,7 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
             best = logits_of(model, images, runtime).softmax(1).topk(min(config.top, len(facts["classes"])))
             rows = zip(ids.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
             found += [(paths[i], probabilities, classes) for i, probabilities, classes in rows]
-    reasons = dict(loader.replaced)
+    reasons = dict(loader.bad)
     return ([row for i, row in enumerate(found) if i not in reasons], [(paths[i], why) for i, why in reasons.items()])
 
 

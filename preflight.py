@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dataloader import PREFETCH
-from errors import ResourceError
+from errors import ResourceError, is_out_of_memory
 from train_utils import Phase, Step
 from trainer import Run
 
@@ -90,9 +90,13 @@ def check_step_memory(run: Run) -> None:
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
     how = run.make_step(phase)
     at_once = math.ceil(phase.batch_size / run.runtime.world_size / how.accumulate)
-    ballast = torch.empty(room_beside(run, phase), dtype=torch.uint8, device=run.runtime.device)
-    fitting = largest_fitting(at_once, lambda images: try_step(run, how, phase, images))
-    del ballast
+
+    def attempt(images: int) -> None:
+        ballast = torch.empty(room_beside(run, phase), dtype=torch.uint8, device=run.runtime.device)
+        try_step(run, how, phase, images)
+        del ballast  # held until here: it stands for what else will be there
+
+    fitting = largest_fitting(at_once, attempt)
     torch.cuda.empty_cache()
     if fitting < at_once:
         raise does_not_fit(run, phase, at_once, fitting, how.accumulate)
@@ -137,17 +141,11 @@ def largest_fitting(batch: int, attempt: Callable[[int], None]) -> int:
 def _fits(batch: int, attempt: Callable[[int], None]) -> bool:
     try:
         attempt(batch)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return False  # and with the exception go the tensors its frames hold
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # A CPU and Metal have no exception of their own.
-    words = ("can't allocate memory", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def does_not_fit(run: Run, phase: Phase, at_once: int, fitting: int, accumulate: int) -> ResourceError:
@@ -164,9 +162,10 @@ def does_not_fit(run: Run, phase: Phase, at_once: int, fitting: int, accumulate:
 
 
 def memory_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
+    with suppress(RuntimeError):  # a GPU whose memory ran out may answer nothing
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            return f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
     return f"on {device.type}"
 
 
@@ -175,7 +174,7 @@ def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
     """Memory that runs out in here becomes a ResourceError that says for what."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ResourceError(f"out of memory at {what} ({memory_words(device)})", fix) from error
@@ -186,7 +185,7 @@ def out_of_memory_named(run: Run) -> Iterator[None]:
     """The one place where memory that runs out during training becomes a ResourceError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         step = min(run.state.step, sum(p.steps for p in run.phases) - 1)

@@ -93,7 +93,7 @@ def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, 
         data, image_size=24, batch_size=24, augment=(), seed=5, num_workers=workers, on_bad_image="skip"
     )
     labels = torch.cat([labels for _, labels in loader])
-    assert loader.replaced == [f"dog/{bad.name}"] or loader.replaced[0].endswith(bad.name)
+    assert loader.bad == [f"dog/{bad.name}"] or loader.bad[0].endswith(bad.name)
     assert torch.bincount(labels).tolist() == [24, 24, 24]  # by an image of the same class
 
 
