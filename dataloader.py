@@ -74,7 +74,8 @@ class Order(Sampler):
 class BatchDataset(Dataset):
     """Maps a `Batch` to (images (n, H, W, 3) uint8, labels (n,) int64, names of bad images).
 
-    With 'skip' a bad image is replaced in training and left out in scoring. An error about the data is returned, not raised: it crosses the process boundary unchanged.
+    With 'skip' a bad image is replaced in training and left out in scoring. An error about the data
+    is returned, not raised: it crosses the process boundary unchanged.
     """
 
     def __init__(self, split: Split, transform: TrainTransform | EvalTransform, seed: int = 0,

@@ -275,7 +275,8 @@ def train_one_epoch(state: TrainState, how: Step, batches: Iterable[tuple[Tensor
         if state.bad_in_a_row >= MAX_BAD_STEPS:
             scale = f", fp16 scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
             raise DivergedError(
-                f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} at lr {state.schedule.last_lr:.2e}{scale}",
+                f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} "
+                f"at lr {state.schedule.last_lr:.2e}{scale}",
                 "lower --lr (run lr_finder.py), or try --amp off; the last checkpoint is from before and clean",
             )
 

@@ -106,6 +106,37 @@ def test_validation_never_substitutes(photos, tmp_path):
         list(eval_loader(data.val, data, image_size=32, batch_size=8))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_scoring_with_skip_leaves_bad_images_out_and_names_them(photos, tmp_path, workers):
+    shutil.copytree(photos, tmp_path / "d")
+    bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[:3]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:200])
+    data = find("imagenet", tmp_path / "d")
+    with pytest.raises(DataError, match=bad[0].name):
+        list(eval_loader(data.train, data, image_size=16, batch_size=2))
+    loader = eval_loader(data.train, data, image_size=16, batch_size=2, num_workers=workers, on_bad_image="skip")
+    found = list(loader)
+    assert [name.rpartition("/")[2] for name in loader.bad] == [path.name for path in bad]
+    assert all(len(images) == len(labels) for images, labels in found) and min(len(labels) for _, labels in found) == 0
+    assert torch.bincount(torch.cat([labels for _, labels in found])).tolist() == [24, 21, 24]
+
+
+@pytest.mark.parametrize("device, waits", [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_cuda_copies_without_waiting(data, device, waits):
+    """Metal's copy from memory that is not pinned reads what the next batch has written there."""
+    loader, seen = eval_loader(data.val, data, image_size=16, batch_size=2), []
+
+    class Pixels:
+        def to(self, where, non_blocking=False):
+            seen.append((where.type, non_blocking))
+            return torch.zeros(2, 16, 16, 3)
+
+    loader.device = torch.device(device)
+    loader._to_device((Pixels(), Pixels()))
+    assert seen == [(device, not waits)] * 2
+
+
 class Unreadable(Split):
     labels = np.zeros(8, np.int64)
 
