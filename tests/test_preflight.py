@@ -102,7 +102,9 @@ SAID = [
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
+    ),
     RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
     MemoryError(),
 ]

@@ -91,6 +91,8 @@ ARGUMENTS = [
     (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
     (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
     (("--batch-size", "100"), 2, ["batch 100 > 72 training images", "--batch-size 72"]),
+    (("--batch-size", "1"), 2, ["phase 1: batch 1 at 16 px", "one value per channel", "--batch-size 2"]),
+    (("--batch-size", "1", "--dry-run"), 2, ["phase 1: batch 1 at 16 px"]),
     (("--resume", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
     (("--init-from", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
 ]
