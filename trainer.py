@@ -213,12 +213,12 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         row |= scores(run, phase)
         run.eta.observe_validation(phase.image_size, time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
-    seconds = sums["seconds"]
+    seconds, left_out = sums["seconds"], row.pop("bad_images", 0)
     return row | {
         "images_per_second": sums["images"] / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
-        "bad_steps": sums["bad_steps"], "bad_images": sums["bad_images"] + row.get("bad_images", 0), "best": False,
+        "bad_steps": sums["bad_steps"], "bad_images": sums["bad_images"] + left_out, "best": False,
     }  # fmt: skip
 
 
