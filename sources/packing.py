@@ -183,7 +183,7 @@ def _batches(split: Split, plan: dict, group: Group, tables: dict[str, int | Non
         for i, data in zip(ids, split.read(ids), strict=True):
             name = split.name(i)
             try:
-                pixels = decode(data, name)
+                pixels = decode(data, name, thorough=True)
             except BadImage as error:
                 skipped.append({"id": i, "name": error.name, "reason": error.reason})
                 continue
