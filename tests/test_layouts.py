@@ -1,9 +1,11 @@
 """Every layout of a dataset on disk, and everything that can be wrong with one."""
 
+import dataclasses
 import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -350,6 +352,59 @@ def test_70_30_of_the_real_sizes_is_77000_and_33000():
     train, val = stratified_split(labels, 0.3, seed=0)
     assert (len(train), len(val)) == (77_000, 33_000)
     assert set(np.bincount(labels[val])) == {165} and not set(train) & set(val)
+
+
+def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(photos, tmp_path):
+    """Class names go into checkpoints, tables and pages; file names only into messages."""
+    root = os.fsencode(shutil.copytree(photos, tmp_path / "d"))
+    for part in (b"train", b"val"):
+        image = sorted(os.listdir(os.path.join(root, part, b"cat")))[0]
+        os.rename(os.path.join(root, part, b"cat", image), os.path.join(root, part, b"cat", b"\xff\xfe\x1b.JPEG"))
+        put(Path(os.fsdecode(os.path.join(root, part, b"cat", b"\xff\x1b.txt"))), b"")
+    found = index("imagenet", os.fsdecode(root))
+    assert len(found.train) == 72 and all(note.isprintable() and note.isascii() for note in found.notes)
+    for part in (b"train", b"val"):
+        os.rename(os.path.join(root, part, b"dog"), os.path.join(root, part, b"\xff\xfe"))
+    error = refused(DataError, "imagenet", os.fsdecode(root))
+    assert r"b'\xff\xfe'" in error.what and "rename" in error.fix
+    with pytest.raises(DataError, match="no name"):
+        dataclasses.replace(found, class_names=("a", "b", os.fsdecode(b"\xff")))
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"a,b\n1,2\n", b"ImageId,PredictionString\n\xff\xff,n01440764\n", b"ImageId,PredictionString\nx\n",
+    b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000, b"ImageId\0,PredictionString\nx,n\0",
+], ids=range(7))  # fmt: skip
+def test_damaged_labels_are_no_traceback(damage, tmp_path):
+    make_flat(tmp_path)
+    put(tmp_path / "LOC_val_solution.csv", damage)
+    refused(DataError, "imagenet", tmp_path)
+    (tmp_path / "LOC_val_solution.csv").unlink()
+    devkit = tmp_path / "ILSVRC2012_devkit_t12/data"
+    put(devkit / "ILSVRC2012_validation_ground_truth.txt", b"x\n1\n")
+    refused(DataError, "imagenet", tmp_path)  # without meta.mat
+    put(devkit / "meta.mat", damage)
+    assert str(devkit) in refused(DataError, "imagenet", tmp_path).what
+
+
+def test_annotations_are_looked_into_only_so_far(tmp_path):
+    """No XML is parsed, so entities that expand to gigabytes are nothing to it; nor is a huge file read."""
+    make_flat(tmp_path)
+    laughs = b"<!DOCTYPE x [<!ENTITY a '" + b"ha" * 1000 + b"'>]><x>" + b"&a;" * 1000 + b"<name>n01440764</name></x>"
+    for name in VAL:
+        put(tmp_path / "Annotations/CLS-LOC/val" / f"{name[:-5]}.xml", laughs)
+    put(tmp_path / "Annotations/CLS-LOC/val" / os.fsdecode(b"\xff.xml"), b"<name>n01440764</name>")
+    assert len(index("imagenet", tmp_path, allow_class_mismatch=True).val) == 6
+    path = tmp_path / "Annotations/CLS-LOC/val" / "ILSVRC2012_val_00000001.xml"
+    path.write_bytes(b" " * imagenet.XML_BYTES + laughs)
+    assert "have no label" in refused(DataError, "imagenet", tmp_path).what
+
+
+@pytest.mark.parametrize("names", [b"[1]", b"{", b"[" * 100_000, b"\xff"])
+def test_damaged_class_names_are_no_traceback(names, tmp_path):
+    make_folders(tmp_path, {"n99999999_1.JPEG": "n99999999"}, {"x.JPEG": "n99999999"})
+    put(tmp_path / "Labels.json", names)
+    assert "class names" in refused(DataError, "imagenet", tmp_path).what
 
 
 class Py2:
