@@ -6,6 +6,7 @@ the archives we read have none of them. A name that is not expected is refused, 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
@@ -53,9 +54,9 @@ def tar_members(stream: BinaryIO | Member) -> Iterator[Member]:
     """The members of a POSIX or GNU tar stream, in order (pubs.opengroup.org, pax, 'ustar Interchange Format')."""
     while True:
         header = stream.read(BLOCK)
+        if len(header) < BLOCK:
+            raise EOFError("the archive ends without its end mark")
         if not header.strip(b"\0"):
-            if len(header) < BLOCK:
-                raise EOFError("the archive ends without its end mark")
             return
         member = _tar_header(header, stream)
         padding = -member.size % BLOCK
@@ -111,7 +112,9 @@ def opened(path: Path) -> Iterator[Iterator[Member]]:
     except DataError as error:
         raise DataError(f"{path}: {error.what}", error.fix) from error
     except (EOFError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, NotImplementedError, ValueError, struct.error,
-            OverflowError) as error:  # fmt: skip
+            OverflowError, OSError) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that: sought before the start
+            raise
         raise DataError(f"{path} is damaged: {error}", "fetch the archive again") from error
 
 

@@ -510,6 +510,8 @@ def test_a_damaged_tar_is_refused_whole(tmp_path):
     for cut in (0, 100, 512, 600, 4000, 4700, 7168):
         with pytest.raises(DataError, match=r"x\.tar"):
             open_and_unpack(data[:cut], tmp_path / "out")
+    with pytest.raises(DataError, match="damaged"):  # not a multiple of 512
+        open_and_unpack(data[: 512 + 3072 + 300], tmp_path / "out")
     for header in (0, 512 + 3072):
         for byte in (0, 124, 148, 156, 257):  # name, size, checksum, kind, magic
             flipped = bytearray(data)
@@ -551,6 +553,28 @@ def test_a_zip_is_read_and_its_checksums_compared(tmp_path):
         with pytest.raises(DataError, match="damaged"):
             open_and_unpack(data, tmp_path / "out2", name="x.zip")
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_mutated_archive_is_read_or_refused(tmp_path):
+    rng = random.Random(0)
+    for name, data in (("x.zip", zip_of({f"{k}": rng.randbytes(200) for k in range(5)})),
+                       ("x.tar", tar_of([(f"{k}", rng.randbytes(700)) for k in range(5)]))):  # fmt: skip
+        for _ in range(150):
+            damaged = bytearray(data)
+            for _ in range(rng.choice((1, 2, 8))):
+                damaged[rng.randrange(len(data))] = rng.randrange(256)
+            with contextlib.suppress(DataError):
+                open_and_unpack(
+                    bytes(damaged[: rng.choice((None, rng.randrange(len(data))))]),
+                    tmp_path / "out",
+                    anything_plain,
+                    name,
+                )
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def anything_plain(name):
+    return name if re.fullmatch(r"\w{1,9}", name) else None
 
 
 def test_a_link_in_a_zip_is_refused(tmp_path):
