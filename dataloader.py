@@ -7,9 +7,14 @@ any number of workers, and gives what it would have given.
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import sys
 import time
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from errors import DataError, ResourceError, UserError
-from runtime import die_with_parent, ignore_stop_signals
+from runtime import die_with_parent, left_to_parent
 from sources.images import BadImage, EvalTransform, TrainTransform
 from sources.index import DatasetIndex, Split
 
@@ -133,13 +138,35 @@ class BatchDataset(Dataset):
             raise BadImage(self.split.name(i), error.reason) from error
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(ignored: list[int], worker: int) -> None:
     import cv2
 
     die_with_parent()
-    ignore_stop_signals()
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)  # the workers are the parallelism
     torch.set_num_threads(1)
+
+
+_started: weakref.WeakSet = weakref.WeakSet()  # torch's iterators that have workers
+
+
+def end_workers() -> None:
+    """End the workers that are left. In training they ignore SIGTERM, so one that hangs would keep the exit waiting."""
+    for iterator in list(_started):
+        if hasattr(
+            iterator, "_pin_memory_thread"
+        ):  # it reads from the workers: it goes first, as in torch's own shutdown
+            iterator._pin_memory_thread_done_event.set()
+            iterator._worker_result_queue.put((None, None))
+            iterator._pin_memory_thread.join(5)
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    reaper = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report each of them as an error
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, reaper or signal.SIG_DFL)
 
 
 class Loader:
@@ -159,7 +186,7 @@ class Loader:
         self.batches = DataLoader(
             dataset, sampler=order, batch_size=None, num_workers=num_workers,
             persistent_workers=num_workers > 0 and order.shuffle, prefetch_factor=PREFETCH if num_workers else None,
-            pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
+            pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )  # fmt: skip
 
@@ -168,7 +195,11 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
-        raw = self._raw(iter(self.batches))  # workers start here, not at the first batch
+        self.batches.worker_init_fn = partial(_init_worker, left_to_parent())
+        iterator = iter(self.batches)  # workers start here, not at the first batch
+        if self.batches.num_workers:
+            _started.add(iterator)
+        raw = self._raw(iterator)
         return self._prefetched(raw) if self.device.type == "cuda" else map(self._to_device, raw)
 
     def _raw(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -242,12 +273,15 @@ def get_dataloaders(data_path: str, batch_size: int, image_size: int, num_worker
                     device: torch.device | str = "cpu") -> tuple[Loader, Loader]:  # fmt: skip
     """(train_loader, val_loader) of float32 normalised images (N, 3, H, W) and int64 labels (N,).
 
-    Raises DataError where `data_path` does not hold the dataset.
+    No more workers than cores. Raises DataError where `data_path` does not hold the dataset.
     """
-    from flags import parse_augment
+    from flags import cores, parse_augment
     from sources.layouts import index as find
 
     index = find(dataset, data_path)
+    if num_workers > cores():
+        warnings.warn(f"{num_workers} loader workers asked for, {cores()} cores: using {cores()}", stacklevel=2)
+        num_workers = cores()
     shared = {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers, "device": device}
     train = train_loader(index, augment=parse_augment(augment), seed=seed, **shared)
     return train, eval_loader(index.val, index, **shared)

@@ -64,7 +64,8 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
     import build
     import rundir
     import trainer
-    from runtime import end_workers, lost_ranks_named
+    from dataloader import end_workers
+    from runtime import lost_ranks_named
 
     runtime = build.open_runtime(config)
     with lost_ranks_named(runtime):

@@ -21,6 +21,7 @@ from sources.index import DatasetIndex, Split
 MANIFEST, UNFINISHED = "manifest.json", "packing.json"
 FORMAT = 1
 BATCH_ROWS = 256  # images in each record batch of a shard
+IMAGE = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])  # what Hugging Face calls Image
 # RandomResizedCrop cuts 0.73 of the side on average: from 1.15 times the size on, few crops are
 # enlarged by much. Measured per stored side in benchmarks/README.md.
 HEADROOM = 1.15
@@ -71,6 +72,8 @@ class PackedSplit(Split):
         """(shard, row) of each id; one search for all of them."""
         ids = np.asarray(ids, np.int64)
         shards = self.starts.searchsorted(ids, "right") - 1
+        for k in np.unique(shards).tolist():
+            self._shard(k).check_size()
         for k, row in zip(shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True):
             yield self._shard(k), row
 
@@ -96,17 +99,29 @@ class Shard:
     """One memory-mapped Arrow stream."""
 
     def __init__(self, path: str, rows: int):
+        self.path = path
         try:
+            self.size = os.path.getsize(path)
             self.table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
+            if self.table.schema.field("image").type != IMAGE:
+                raise ValueError(f"its column image is {self.table.schema.field('image').type}")
             self.table.validate(full=True)  # offsets of a damaged file may point anywhere
             chunks = [chunk.field("bytes") for chunk in self.table.column("image").chunks]
-        except (OSError, pa.ArrowException, KeyError) as error:
+            if len(self.table) != rows or any(len(chunk) != BATCH_ROWS for chunk in chunks[:-1]):
+                raise ValueError(f"it has {len(self.table)} images, the manifest says {rows}")
+            if any(chunk.null_count for chunk in chunks):
+                raise ValueError("it lacks images")
+            # Slicing these buffers takes half a microsecond an image; `as_py` takes 9, `take` 80.
+            self.offsets = [np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset :] for chunk in chunks]
+            self.data = [memoryview(chunk.buffers()[2] or b"") for chunk in chunks]
+        except (OSError, pa.ArrowException, KeyError, ValueError, OverflowError, MemoryError) as error:
             raise DataError(f"the shard {path} is damaged or missing: {error}", REPAIR) from error
-        if len(self.table) != rows or any(len(chunk) != BATCH_ROWS for chunk in chunks[:-1]):
-            raise DataError(f"the shard {path} has {len(self.table)} images, the manifest says {rows}", REPAIR)
-        # Slicing these buffers takes half a microsecond an image; `as_py` takes 9, `take` 80.
-        self.offsets = [np.frombuffer(chunk.buffers()[1], np.int32) for chunk in chunks]
-        self.data = [memoryview(chunk.buffers()[2]) for chunk in chunks]
+
+    def check_size(self) -> None:
+        """A file cut short under its mapping would end the process with SIGBUS."""
+        problem = check_file(self.path, self.size)
+        if problem:
+            raise DataError(f"the shard {self.path} changed while it was read: {problem}", REPAIR)
 
     def image(self, row: int) -> bytes:
         batch, row = divmod(row, BATCH_ROWS)
@@ -115,7 +130,8 @@ class Shard:
 
     def name(self, row: int) -> str:
         batch, row = divmod(row, BATCH_ROWS)
-        return os.fsdecode(self.table.column("image").chunk(batch).field("path")[row].as_buffer().to_pybytes())
+        path = self.table.column("image").chunk(batch).field("path")[row].as_buffer()
+        return os.fsdecode(path.to_pybytes()) if path is not None else f"{self.path}#{batch * BATCH_ROWS + row}"
 
 
 def table_name(part: str, side: int | None) -> str:
@@ -192,7 +208,16 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
 def _labels(root: str, part: str, manifest: dict) -> np.ndarray:
     """(n,) int64 from the file beside the manifest: opening 300 shards for them would take a second."""
     path, known = os.path.join(root, f"{part}-labels.npy"), manifest["parts"][part]
+    # Every side has the same rows.
+    shards = manifest["tables"][table_name(part, max(manifest["sides"], default=None) if part == "train" else None)]
     problem = check_file(path, known["labels_bytes"], known["labels_crc32"])
     if problem:
         raise DataError(f"the labels {path} are damaged: {problem}", REPAIR)
-    return np.load(path, allow_pickle=False).astype(np.int64)
+    try:
+        labels = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError) as error:
+        raise DataError(f"the labels {path} are damaged: {error}", REPAIR) from error
+    wrong = labels.dtype.kind not in "iu" or labels.shape != (sum(shard["rows"] for shard in shards),)
+    if wrong or (len(labels) and not 0 <= labels.min() <= labels.max() < len(manifest["classes"])):
+        raise DataError(f"the labels {path} do not fit the images and classes of {MANIFEST}", REPAIR)
+    return labels.astype(np.int64)

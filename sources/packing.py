@@ -25,6 +25,7 @@ from sources.index import DatasetIndex, Split
 from sources.packed import (
     BATCH_ROWS,
     FORMAT,
+    IMAGE,
     MANIFEST,
     UNFINISHED,
     check_file,
@@ -183,7 +184,7 @@ def _batches(split: Split, plan: dict, group: Group, tables: dict[str, int | Non
         for i, data in zip(ids, split.read(ids), strict=True):
             name = split.name(i)
             try:
-                pixels = decode(data, name)
+                pixels = decode(data, name, thorough=True)
             except BadImage as error:
                 skipped.append({"id": i, "name": error.name, "reason": error.reason})
                 continue
@@ -206,9 +207,8 @@ def _paths(names: list[str]) -> pa.Array:
 def _schema(classes: Sequence[str]) -> pa.Schema:
     names = [name.encode("utf-8", "backslashreplace").decode() for name in classes]
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-    image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
     return pa.schema(
-        [pa.field("image", image), pa.field("label", pa.int64())],
+        [pa.field("image", IMAGE), pa.field("label", pa.int64())],
         metadata={"huggingface": json.dumps({"info": {"features": features}})},
     )
 
