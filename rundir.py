@@ -135,13 +135,12 @@ def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
 
     if resume != "auto":
         return checkpoint.load(resume)
-    path, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, [])
+    path, payload, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, None, [])
     for reason in passed_over:
         say(f"passed over {reason}")
-    if path is None:
-        return None
-    say(f"resuming from {path}")
-    return checkpoint.load(path)
+    if path:
+        say(f"resuming from {path}")
+    return payload
 
 
 def resumed_config(config, typed: frozenset[str], saved: dict):

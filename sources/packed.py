@@ -7,7 +7,6 @@ A shard is an Arrow IPC stream with the columns image {bytes, path} and label, s
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,8 @@ import pyarrow as pa
 from errors import DataError
 from sources.index import DatasetIndex, Split
 
+COLUMNS = pa.schema([pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
+                     pa.field("label", pa.int64())])  # fmt: skip
 MANIFEST, UNFINISHED = "manifest.json", "packing.json"
 FORMAT = 1
 BATCH_ROWS = 256  # images in each record batch of a shard
@@ -99,6 +100,10 @@ class Shard:
         try:
             self.table = pa.ipc.open_stream(pa.memory_map(path)).read_all()
             self.table.validate(full=True)  # offsets of a damaged file may point anywhere
+            if not self.table.schema.equals(COLUMNS) or any(
+                column.null_count for column in self.table.flatten().columns
+            ):
+                raise pa.ArrowInvalid("it has other columns")
             chunks = [chunk.field("bytes") for chunk in self.table.column("image").chunks]
         except (OSError, pa.ArrowException, KeyError) as error:
             raise DataError(f"the shard {path} is damaged or missing: {error}", REPAIR) from error
@@ -148,15 +153,13 @@ def file_crc32(path: str) -> int:
     return value
 
 
-def read_json(path: str) -> dict:
-    try:
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {error}", REPAIR) from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise DataError(f"{path} is not of a packed dataset, or of another version", "pack the data again")
-    return found
+def read_json(path: str, finished: bool = True) -> dict:
+    """manifest.json, or packing.json while it is not `finished`."""
+    import schemas
+
+    if finished:
+        return schemas.read_packing(path, schemas.Manifest, FORMAT, REPAIR)
+    return schemas.read_packing(path, schemas.Plan, FORMAT, REPAIR)
 
 
 def open_packed(root: str | os.PathLike) -> DatasetIndex:
@@ -176,7 +179,7 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
             if problem:
                 raise DataError(f"the shard {os.path.join(root, shard_file(table, k))} is damaged: {problem}", REPAIR)
     # Which copy is read is a question of the training size; until it is asked, the largest.
-    largest = max(manifest["sides"], default=None)
+    largest = max(manifest["sides"])
     return DatasetIndex(
         name=manifest["name"],
         classes=tuple(manifest["classes"]),
@@ -195,4 +198,11 @@ def _labels(root: str, part: str, manifest: dict) -> np.ndarray:
     problem = check_file(path, known["labels_bytes"], known["labels_crc32"])
     if problem:
         raise DataError(f"the labels {path} are damaged: {problem}", REPAIR)
-    return np.load(path, allow_pickle=False).astype(np.int64)
+    try:
+        # Mapped, so that no header can ask for more memory than there are bytes.
+        labels = np.array(np.load(path, mmap_mode="r", allow_pickle=False), np.int64)
+    except (OSError, ValueError, EOFError, TypeError, OverflowError) as error:
+        raise DataError(f"the labels {path} are damaged: {error}", REPAIR) from None
+    if labels.shape != (known["images"],) or not ((labels >= 0) & (labels < len(manifest["classes"]))).all():
+        raise DataError(f"the labels {path} are not {known['images']} of {len(manifest['classes'])} classes", REPAIR)
+    return labels

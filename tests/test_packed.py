@@ -211,7 +211,7 @@ def test_other_damage_has_clear_words(out, damage):
         os.replace(manifest, out / "packing.json")
     words = {
         "labels": "train-labels.npy",
-        "manifest": "cannot read",
+        "manifest": "manifest.json is unreadable",
         "format": "another version",
         "unfinished": "not fin",
     }
