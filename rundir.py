@@ -121,7 +121,9 @@ def check_checkpoint(path: str) -> None:
 def with_saved_data(config, typed: frozenset[str], saved: dict):
     """`config` with the data flags that were not typed as the checkpoint's run had them."""
     names = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
-    return make_config({**plain(config), **{name: saved[name] for name in names if name not in typed}})
+    return make_config(
+        {**plain(config), **{name: saved[name] for name in names if name in saved and name not in typed}}
+    )
 
 
 def find_resume(resume: str, save_dir: str, say=print) -> dict | None:

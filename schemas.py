@@ -25,10 +25,10 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=1e15)]
 Percent = Annotated[float, Field(ge=0, le=100)]
-Triple = Annotated[list[Finite], Field(min_length=3, max_length=3)]
-Deviations = Annotated[list[Annotated[Finite, Field(gt=0)]], Field(min_length=3, max_length=3)]
+Means = Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=3, max_length=3)]
 Names = Annotated[list[Text], Field(min_length=1)]
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}$")]
 
@@ -57,6 +57,15 @@ def _not_nan(value: float) -> float:
 
 def _all_plain(values: dict) -> dict:
     return {key: _plain(value) for key, value in values.items()}
+
+
+def _whole_or_empty(schema: Any) -> AfterValidator:
+    def judge(values: dict) -> dict:
+        if values and (missing := schema.__annotations__.keys() - values.keys()):
+            raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        return values
+
+    return AfterValidator(judge)
 
 
 Plain = Annotated[Any, PlainValidator(_plain)]
@@ -116,7 +125,7 @@ class Eval(TypedDict):
     dataset: Text
     classes: Names
     class_names: Names
-    mean: Triple
+    mean: Means
     std: Deviations
     image_size: Pixels
     crop: Annotated[float, Field(gt=0, le=1)]
@@ -191,10 +200,10 @@ class Checkpoint(TypedDict):
     model_args: ModelArgs
     eval: Eval
     model: Tensors
-    ema: Average
+    ema: Annotated[Average, _whole_or_empty(Average)]
     optimizer: Optimizer
     schedule: Schedule
-    scaler: Scaler
+    scaler: Annotated[Scaler, _whole_or_empty(Scaler)]
     step: Count
     epoch_sums: Annotated[EpochSums, AfterValidator(_all_plain)]
     bad_in_a_row: Count
@@ -297,7 +306,7 @@ class Plan(TypedDict):
     name: Text
     classes: Names
     class_names: Names | None
-    mean: Triple
+    mean: Means
     std: Deviations
     native_size: Pixels | None
     sides: Annotated[list[Pixels], Field(min_length=1)]
