@@ -388,6 +388,29 @@ class StudyRun(TypedDict, total=False):
     flags: list[Text]
 
 
+class ClassScore(TypedDict):
+    name: Text
+    precision: NotNegative
+    recall: NotNegative
+    f1: NotNegative
+    support: Count
+
+
+class ConfusedPair(TypedDict):
+    truth_name: Text
+    guess_name: Text
+    times: Count
+    share: NotNegative
+
+
+class Scores(TypedDict):
+    """scores.json of validate.py, as much of it as a report shows."""
+
+    results: list[Config]
+    per_class: list[ClassScore]
+    confused_pairs: list[ConfusedPair]
+
+
 LabelNames = dict[Text, Any]  # Labels.json of Kaggle
 
 

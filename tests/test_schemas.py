@@ -19,7 +19,7 @@ import schemas
 import train
 import validate
 from ablation_runs import results
-from analysis import runs
+from analysis import report, runs
 from errors import CheckpointError, DataError
 from sources import packed
 
@@ -368,13 +368,20 @@ def test_other_files_of_a_run_are_named_where_they_are_not_what_they_should_be(t
         reader.read_run(folder, "a")
 
 
+def test_scores_that_are_none_are_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    (tmp_path / "validation").mkdir()
+    for content in ("5", "{}", '{"results": [{"top1": {}}], "per_class": [], "confused_pairs": []}'):
+        (tmp_path / "validation" / "scores.json").write_text(content)
+        with pytest.raises(DataError, match=r"scores\.json"):
+            report.main([str(tmp_path), "--out", str(tmp_path / "r.html"), "--no-pictures"])
+
+
 def test_what_a_file_says_reaches_no_terminal_raw(tmp_path, capsys):
     run = tmp_path / "a\x1b[31m"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"epoch": 1}\n')
     (run / "config.json").write_text('{"dataset": "\\u001b]0;x\\u0007"}')
-    from analysis import report
-
     assert errors.run(lambda _: report.main(["--list", str(tmp_path)])) == 0
     assert errors.run(lambda _: print("\x1b[2J\udcff fine\n\r")) == 0
     said = capsys.readouterr()
