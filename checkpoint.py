@@ -223,7 +223,7 @@ def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
         raise CheckpointError(f"{path} holds weights only, not the state of a run",
                               "use --init-from to start a new run from these weights")  # fmt: skip
     if schema > SCHEMA:
-        unknown = ", ".join(sorted(map(str, payload.keys() - schemas.Checkpoint.__annotations__.keys())))
+        unknown = ", ".join(sorted(map(str, dict.keys(payload) - schemas.Checkpoint.__annotations__.keys())))
         raise CheckpointError(f"{path} has schema {schema}; this code knows up to {SCHEMA}"
                               + (f" and nothing of {one_line(unknown)[:200]}" if unknown else ""),
                               "update this repository")  # fmt: skip

@@ -252,7 +252,7 @@ def _too_large(payload: dict) -> str:
 
 def check_tensors(saved: dict, own: dict, what: str) -> None:
     """`load_state_dict` would copy across dtypes without a word. Raises CheckpointError."""
-    for name in own.keys() | saved.keys():
+    for name in {**own, **saved}:
         mine, theirs = own.get(name), saved.get(name)
         if mine is None or theirs is None:
             raise CheckpointError(

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,8 @@ def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_model(path)
     assert caught.value.exit_code == 4 and caught.value.fix
+    with suppress(CheckpointError):  # two are whole but hold no model: restoring them is what fails
+        checkpoint.newest(tmp_path)
     assert not list(tmp_path.glob(f"*{SENTINEL}*"))
     assert time.monotonic() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: under 1 GiB more
