@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 
 class UserError(Exception):
@@ -67,18 +67,36 @@ class Stopped(Exception):
         self.exit_code = 130 if signal_number == 2 else 143  # SIGINT; SIGTERM and the rest
 
 
-def printable(text: str) -> str:
+def printable(text: str, stream=None) -> str:
     """`text` as any terminal can show it: undecodable bytes and control characters escaped."""
-    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    encoding = getattr(stream or sys.stderr, "encoding", None) or "ascii"
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def one_line(text: str) -> str:
+    """`printable`, without line breaks: for names from files and disks inside a message."""
+    return printable(text).replace("\n", "\\n")
+
+
+class Printable:
+    """A text stream that writes only what any terminal can show: file and class names may hold anything."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text, self.stream))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def report(error: UserError) -> None:
     """Two lines on stderr: from the first rank, or from the one that alone knows of the error."""
     where = "error" if error.rank is None else f"error on rank {error.rank}"
     if speaks() or error.rank is not None:
-        tell(f"{where}: {error.what}\nfix: {error.fix}")
+        tell(f"{where}: {one_line(error.what)}\nfix: {error.fix}")
 
 
 def speaks() -> bool:
@@ -118,7 +136,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, exit_at_once)
     try:
-        code = main(None) or 0
+        with redirect_stdout(Printable(sys.stdout)):  # all that is printed passes here; stderr is for `tell`
+            code = main(None) or 0
         sys.stdout.flush()  # here, where a closed pipe is not a traceback
         return code
     except UserError as error:

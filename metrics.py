@@ -37,19 +37,33 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    """The rows of a run, oldest first. Raises DataError where there are none."""
+    """The rows of a run, oldest first. Raises DataError where there are none, or where a line is no row."""
+    import schemas
+
     path = Path(run_dir) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", "name a directory that train.py wrote (--save-dir)") from None
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # a line cut short by a full disk or a kill; the checkpoint has the row
+            row = schemas.parse_json(line, schemas.Row, f"{path} line {number}", "delete the line, or resume the run")
+        except DataError:
+            if number == len(
+                lines
+            ):  # nothing, or a line cut short by a full disk or a kill; the checkpoint has the row
+                break
+            raise
+        rows.append(_finite(row))
     return rows
+
+
+def _finite(row: dict) -> dict:
+    """JSON has no NaN: a value that is not finite is None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
 
 
 def optional(package: str, needed_for: str):
@@ -118,6 +132,4 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _line(row: dict) -> str:
-    # JSON has no NaN; a value that is not finite is null.
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(_finite(row)) + "\n"

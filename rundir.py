@@ -121,7 +121,9 @@ def check_checkpoint(path: str) -> None:
 def with_saved_data(config, typed: frozenset[str], saved: dict):
     """`config` with the data flags that were not typed as the checkpoint's run had them."""
     names = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
-    return make_config({**plain(config), **{name: saved[name] for name in names if name not in typed}})
+    return make_config(
+        {**plain(config), **{name: saved[name] for name in names if name in saved and name not in typed}}
+    )
 
 
 def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
@@ -135,13 +137,12 @@ def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
 
     if resume != "auto":
         return checkpoint.load(resume)
-    path, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, [])
+    path, payload, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, None, [])
     for reason in passed_over:
         say(f"passed over {reason}")
-    if path is None:
-        return None
-    say(f"resuming from {path}")
-    return checkpoint.load(path)
+    if path:
+        say(f"resuming from {path}")
+    return payload
 
 
 def resumed_config(config, typed: frozenset[str], saved: dict):

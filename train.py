@@ -81,6 +81,7 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
         try:
             if saved and config.resume != "auto":
                 trainer.carry_best(built, Path(config.resume).parent)
+            (saved or {}).clear()  # taken over: its tensors would lie in memory for the whole run
             fit(config, index, built)
         finally:
             end_workers()
@@ -164,6 +165,7 @@ def is_main() -> bool:
 
 def restore(built, saved: dict, config) -> None:
     """Take over a checkpoint's state; refuse one that this run cannot go on from."""
+    import optim
     import rundir
     from trainer import replan
 
@@ -173,15 +175,33 @@ def restore(built, saved: dict, config) -> None:
     rundir.check_model_args(saved["model_args"], built.facts["model_args"])
     if not same_plan:
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    try:
-        built.state.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}",
-                              "start a new run from its weights with --init-from") from error  # fmt: skip
-    if not same_plan:
+    flags_then = saved["config"]
+    if not optim.keeps_alike(
+        config.optimizer, config.momentum, flags_then.get("optimizer"), flags_then.get("momentum")
+    ):
+        say("note: another optimizer than the checkpoint's: it starts without its state")
+        saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
+    built.state.load_state_dict(saved)
+    if same_plan:
+        check_position(built)
+    else:
         replan(built)
     if built.runtime.any_rank(built.state.step) != built.state.step:
         raise CheckpointError("the ranks found different checkpoints", "let all of them see the same --save-dir")
+
+
+def check_position(built) -> None:
+    """Raises CheckpointError where the resumed step does not lie in the epoch after the last row."""
+    from train_utils import phase_of
+
+    state, epoch, epochs = built.state, len(built.state.rows) + 1, built.epochs
+    phase = phase_of(built.phases, min(epoch, epochs))
+    first = phase.step_before(epoch)
+    last = first + phase.steps_per_epoch if epoch <= epochs else first
+    if epoch > epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
+        raise CheckpointError(f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
+                              f"({state.schedule.position} of its schedule): no place in this run",
+                              "use a checkpoint that train.py wrote")  # fmt: skip
 
 
 def start_from(built, config) -> None:

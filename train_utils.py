@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from errors import DivergedError, UsageError
 from metrics import hits
-from optim import clip_gradients
+from optim import clip_gradients, load_optimizer
 from runtime import Runtime, seed_everything
 
 
@@ -130,10 +130,22 @@ class TrainState:
         return parts | {name: getattr(self, name) for name in self.VALUES}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self.VALUES:
-            setattr(self, name, state[name])
+        """Take over a checkpoint. Raises CheckpointError where its tensors are not what this run's would be."""
+        from schemas import check_tensors
+
+        check_tensors(state["model"], self.model.state_dict(), "the checkpoint's model")
+        if self.ema.module is not None and "shadow" in state["ema"]:
+            check_tensors(state["ema"]["shadow"], self.ema.module.state_dict(), "the checkpoint's ema.shadow")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:  # empty unless the run was in fp16; without, it starts anew
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
+        # Older files have other counters: what this run does not count is dropped, what they lack starts at nothing.
+        for mine, theirs in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
+            mine.update({name: theirs[name] for name in mine if name in theirs})
 
 
 MAX_BAD_STEPS = 10  # in a row, before a run is given up

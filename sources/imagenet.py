@@ -7,7 +7,6 @@ ILSVRC/Data/CLS-LOC/{train,val} + LOC_val_solution.csv or ILSVRC/Annotations; Ka
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -194,11 +193,16 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
 
 def _names_in(place: Path) -> dict[str, str]:
     """{id: first word} of words.txt (Tiny ImageNet), LOC_synset_mapping.txt or Labels.json (Kaggle)."""
+    import schemas
+
     pairs: list[list[str]] = []
     if (place / "words.txt").is_file():
         pairs += [line.split("\t", 1) for line in (place / "words.txt").read_text("utf-8", "replace").splitlines()]
     if (place / "LOC_synset_mapping.txt").is_file():
         pairs += [line.split(" ", 1) for line in (place / "LOC_synset_mapping.txt").read_text("utf-8").splitlines()]
     if (place / "Labels.json").is_file():
-        pairs += [[key, str(words)] for key, words in json.loads((place / "Labels.json").read_text("utf-8")).items()]
+        names = schemas.read_json(
+            place / "Labels.json", schemas.LabelNames, "delete it: only names for people are in it"
+        )
+        pairs += [[key, str(words)] for key, words in names.items()]
     return {pair[0]: pair[1].split(",")[0].strip() for pair in pairs if len(pair) == 2}

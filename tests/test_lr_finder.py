@@ -297,7 +297,7 @@ class Done:
 
         self.returncode, run_dir = returncode, Path(command[-1])
         run_dir.mkdir()
-        (run_dir / "metrics.jsonl").write_text('{"val_top1": 40.0, "val_loss": 1.0}\n')
+        (run_dir / "metrics.jsonl").write_text('{"epoch": 1, "val_top1": 40.0, "val_loss": 1.0}\n')
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

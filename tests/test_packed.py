@@ -203,7 +203,7 @@ OTHER_SHARDS = {
     "images that are text": pa.table({"image": ["x"] * 90}),
     "images with 64-bit offsets": pa.table({"image": pa.array(STRUCT, pa.struct({"bytes": pa.large_binary(), "path": pa.string()}))}),
     "images that are missing": pa.table({"image": [{"bytes": None, "path": "a"}] * 90}),
-    "a name that is missing": pa.table({"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.IMAGE)}),
+    "a name that is missing": pa.table({"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.COLUMNS.field("image").type)}),
     "other images": pa.table({"image": STRUCT[:7]}),
     "nothing": pa.table({}),
 }  # fmt: skip
@@ -263,7 +263,7 @@ def test_other_damage_has_clear_words(out, damage):
         os.replace(manifest, out / "packing.json")
     words = {
         "labels": "train-labels.npy",
-        "manifest": "cannot read",
+        "manifest": "manifest.json is unreadable",
         "format": "another version",
         "unfinished": "not fin",
     }
