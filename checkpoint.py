@@ -12,6 +12,7 @@ import pickle
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -243,9 +244,12 @@ def _what_is_there(path: Path) -> str:
     return f"in {path.parent} there is: {others}" if others else "leave --resume out to start a new run"
 
 
-def newest(directory: Path) -> tuple[Path | None, list[str]]:
+def newest(
+    directory: Path, own: Callable[[Path, dict], bool] = lambda path, payload: True
+) -> tuple[Path | None, list[str]]:
     """The newest sound last_* (or prev_last_*, or best_*) in `directory`, and what was passed over and why.
 
+    own(path, payload): whether it is of the run that is looked for
     Raises CheckpointError if there are checkpoints but none is sound: starting again over them
     would destroy what may still be rescued.
     """
@@ -254,7 +258,8 @@ def newest(directory: Path) -> tuple[Path | None, list[str]]:
     for path in candidates:
         try:
             payload = load(path)
-            sound[path] = (payload["step"], len(payload["rows"]))
+            if own(path, payload):
+                sound[path] = (payload["step"], len(payload["rows"]))
         except CheckpointError as error:
             passed_over.append(error.what)
     if sound:

@@ -96,7 +96,22 @@ def exit_at_once(number: int, frame) -> None:
     os._exit(130 if number == signal.SIGINT else 143)
 
 
-DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
+# Of the machine, whatever was being done; other trouble with a file is the user's where the file has a name.
+MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "ENOMEM", "EMFILE",
+                                             "ENFILE") if hasattr(errno, name)}  # fmt: skip
+
+
+def resource_error(error: BaseException) -> ResourceError | None:
+    """What the machine lacks, in our words; None for what is a bug of ours."""
+    if isinstance(error, MemoryError):
+        return ResourceError(f"out of memory{f': {error}' if str(error) else ''}",
+                             "free memory, or ask for less: a smaller batch, fewer --num-workers")  # fmt: skip
+    if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE):
+        return None
+    file = f"cannot use {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else "a file failed"
+    return ResourceError(
+        f"{file}: {error.strerror or error}", "see that it is there, that it may be used, and that there is room"
+    )
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:
@@ -124,8 +139,9 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE or "--debug" in sys.argv:
+    except (OSError, MemoryError) as error:
+        known = resource_error(error)
+        if known is None or "--debug" in sys.argv:
             raise
-        report(ResourceError(f"cannot write {error.filename or 'a file'}: {error.strerror}", "free some space"))
-        return ResourceError.exit_code
+        report(known)
+        return known.exit_code

@@ -284,14 +284,6 @@ def best_is_lost(run: Run) -> bool:
     return just_saved and not (best.exists() and last.exists() and best.samefile(last))
 
 
-def carry_best(run: Run, came_from: Path) -> None:
-    """Let a run that goes on in another directory keep its best checkpoint."""
-    source, target = came_from / run.path("best").name, run.path("best")
-    if run.runtime.is_main and run.state.best["epoch"] and source.is_file() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.link(source, target)
-
-
 def tell(run: Run, text: str) -> None:
     """Say it. An output that is gone (a closed pipe, a lost terminal) is a stop signal, not an error."""
     try:
