@@ -43,7 +43,7 @@ class Held:
 def look(save_dir: str) -> Held:
     """What lies in `save_dir`; writes nothing. Raises UsageError or ResourceError for what can be no run's directory."""
     path = Path(save_dir)
-    if not save_dir or "\0" in save_dir:
+    if not save_dir or "\0" in save_dir or any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise UsageError(f"--save-dir {save_dir!r} is no directory", "name one, such as --save-dir ./checkpoints")
     try:
         kind = (path / ".lock").lstat().st_mode
@@ -141,7 +141,7 @@ def identity(held: Held, resume: str, saved: dict | None) -> Identity:
     if not saved:  # a run that was killed before its first checkpoint keeps its id
         return Identity((held.run if resume else "") or secrets.token_hex(8))
     own, at_home = _text(saved, "run"), lies_in(resume, held.path)
-    if held.run == own if held.run and own else at_home:
+    if (held.run == own) if held.run and own else at_home:
         return Identity(held.run or own or secrets.token_hex(8), held.parent, begins=False)
     if held:
         raise UsageError(f"{held.path} holds {_called(held.run)}, {resume} is of {_called(own)}",
