@@ -96,9 +96,9 @@ def exit_at_once(number: int, frame) -> None:
     os._exit(130 if number == signal.SIGINT else 143)
 
 
+DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
 # Of the machine, whatever was being done; other trouble with a file is the user's where the file has a name.
-MACHINE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO", "ESTALE", "ENOMEM", "EMFILE",
-                                             "ENFILE") if hasattr(errno, name)}  # fmt: skip
+MACHINE = DISK_TROUBLE | {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
 
 def resource_error(error: BaseException) -> ResourceError | None:
@@ -108,10 +108,10 @@ def resource_error(error: BaseException) -> ResourceError | None:
                              "free memory, or ask for less: a smaller batch, fewer --num-workers")  # fmt: skip
     if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE):
         return None
-    file = f"cannot use {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else "a file failed"
-    return ResourceError(
-        f"{file}: {error.strerror or error}", "see that it is there, that it may be used, and that there is room"
-    )
+    verb = "write" if error.errno in DISK_TROUBLE else "use"
+    file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    return ResourceError(f"cannot {verb} {file}: {error.strerror or error}",
+                         "see that it is there, that it may be used, and that there is room")  # fmt: skip
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:

@@ -81,7 +81,7 @@ def train(config, index, held, saved: dict | None) -> int:
             restore(built, saved, config)
         elif config.init_from:
             start_from(built, config)
-        if built.finished and (who.begins or not trainer.best_is_lost(built)):
+        if built.finished and not trainer.best_is_lost(built):
             where = Path(config.resume).parent if who.begins else save_dir
             say(f"this run is complete: {len(built.state.rows)} epochs in {where}")
             return 0

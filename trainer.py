@@ -87,6 +87,8 @@ def fit(run: Run, log: MetricLogger) -> None:
     if best_is_lost(run):
         save(run, "last")
         save(run, "best")
+    if run.finished:
+        return
     for phase in run.phases:
         if phase.last_epoch <= len(run.state.rows):
             continue  # finished before the restart

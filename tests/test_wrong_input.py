@@ -57,8 +57,8 @@ WRONG_NUMBERS += [
     (flag, v) for flag in ("--batch-size", "--epochs", "--subset-size", "--accumulate") for v in ("0", "-1", "1.5")
 ]
 WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
-                  ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"), ("--save-every", "0s"),
-                  ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
+                  ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
+                  ("--save-every", "0s"), ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
 
 
 @pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
