@@ -92,6 +92,16 @@ def test_a_run_resumed_in_its_directory_keeps_its_id(mine):
     assert env(mine)["run"] == before and {checkpoint.load(p)["run"] for p in mine.glob("*.pt")} == {before}
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_id(mine):
+    before = env(mine)["run"]
+    for path in mine.glob("*.pt"):
+        path.unlink()
+    run(*TINY, "--save-dir", mine, "--resume", "auto", "--stop-after", "1")
+    assert env(mine)["run"] == before
+    run(*TINY, "--save-dir", mine, "--overwrite", "--stop-after", "1")
+    assert env(mine)["run"] != before
+
+
 def test_in_an_empty_directory_it_goes_on_as_a_fork_with_its_best_and_ends_in_the_same_bits(mine, tmp_path):
     parent, fork = env(mine)["run"], tmp_path / "fork"
     best = digest(mine, "best")
