@@ -121,13 +121,14 @@ def model_args(config, index) -> dict:
             "image_sizes": list(config.resize_schedule)}  # fmt: skip
 
 
-def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path) -> Run:
+def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path,
+          run: str = "") -> Run:  # fmt: skip
     """Everything `fit` needs, as values: the state, and how to make what each phase needs."""
     state = build_state(config, index, runtime, phases)
     forward = distributed(state.model, runtime)
     sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
     return Run(
-        state, phases, runtime, save_dir, f"{config.arch}_{index.name}.pt", index.val, SubsetSplit(index.train, sample),
+        state, phases, runtime, save_dir, rundir.checkpoint_name(config.arch, index.name), index.val, SubsetSplit(index.train, sample),
         make_loader=lambda phase: build_loader(config, index, runtime, phase),
         make_eval=lambda split, phase: build_eval(config, index, runtime, split, phase),
         make_step=lambda phase: build_step(config, index, runtime, phase, state.model, forward),
@@ -135,6 +136,7 @@ def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ..
             "model_args": model_args(config, index), "config": flags.plain(config), "precision": runtime.precision,
             "fingerprint": index.fingerprint(), "commit": rundir.commit(), "total_steps": sum(p.steps for p in phases),
             "eval": rundir.eval_facts(index, phases[-1].image_size),
+            **({"run": run} if run else {}),
         },
         say=say, name_of=index.train.name, slow_data_hint=packing_hint(config, index),
         early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,

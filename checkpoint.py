@@ -12,6 +12,7 @@ import pickle
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -236,9 +237,12 @@ def _what_is_there(path: Path) -> str:
     return f"in {path.parent} there is: {others}" if others else "leave --resume out to start a new run"
 
 
-def newest(directory: Path) -> tuple[Path | None, dict | None, list[str]]:
+def newest(
+    directory: Path, own: Callable[[Path, dict], bool] = lambda path, payload: True
+) -> tuple[Path | None, dict | None, list[str]]:
     """The newest sound last_* (or prev_last_*, or best_*) in `directory`, its payload, and what was passed over and why.
 
+    own(path, payload): whether it is of the run that is looked for
     Only the one that is taken is read whole. Raises CheckpointError if there are checkpoints but none is
     sound: starting again over them would destroy what may still be rescued.
     """
@@ -246,7 +250,8 @@ def newest(directory: Path) -> tuple[Path | None, dict | None, list[str]]:
     for path in directory.glob("*.pt"):
         try:
             known = load(path, values_only=True)
-            candidates.append(((known["step"], len(known["rows"]), path.name.startswith("last_"), path.name), path))
+            if own(path, known):
+                candidates.append(((known["step"], len(known["rows"]), path.name.startswith("last_"), path.name), path))
         except CheckpointError as error:
             passed_over.append(error.what)
     for _, path in sorted(candidates, reverse=True):

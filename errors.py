@@ -126,6 +126,24 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
+# Of the machine, whatever was being done; other trouble with a file is the user's where the file has a name.
+MACHINE = DISK_TROUBLE | {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+def resource_error(error: BaseException) -> ResourceError | None:
+    """What the machine lacks, in our words; None for what is a bug of ours."""
+    if is_out_of_memory(error):
+        reason = f": {str(error).splitlines()[0]}" if str(error) else ""
+        fix = "free memory, or ask for less: smaller batches, fewer --num-workers"
+        lack = ResourceError(f"out of memory{reason}", fix)
+        lack.rank = int(os.environ.get("RANK", 0)) or None  # the others have theirs
+        return lack
+    if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE):
+        return None
+    verb = "write" if error.errno in DISK_TROUBLE else "use"
+    file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    return ResourceError(f"cannot {verb} {file}: {error.strerror or error}",
+                         "see that it is there, that it may be used, and that there is room")  # fmt: skip
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:
@@ -154,16 +172,9 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or "--debug" in sys.argv:
+    except (OSError, RuntimeError, MemoryError) as error:
+        known = resource_error(error)
+        if known is None or "--debug" in sys.argv:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        lack = ResourceError(f"out of memory: {reason}", "free the device or the machine, or give smaller batches")
-        lack.rank = int(os.environ.get("RANK", 0)) or None  # the others have theirs
-        report(lack)
-        return lack.exit_code
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE or "--debug" in sys.argv:
-            raise
-        report(ResourceError(f"cannot write {error.filename or 'a file'}: {error.strerror}", "free some space"))
-        return ResourceError.exit_code
+        report(known)
+        return known.exit_code

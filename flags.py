@@ -81,14 +81,11 @@ def _on_off(text: str) -> bool:
 
 
 def save_interval(text: str) -> tuple[float, str]:
-    """'2' or '2ep': every 2 epochs; '15min': every 15 minutes as well as after every epoch."""
-    for unit in ("min", "ep", ""):
+    """'2' or '2ep': every 2 epochs; '15min' or '30s': as long after a save, as well as after every epoch."""
+    for unit, minutes in (("min", 1), ("s", 1 / 60)):
         if text.endswith(unit):
-            kind = float if unit == "min" else int
-            return number(kind, 0 if kind is float else 1, open_low=kind is float)(
-                text.removesuffix(unit)
-            ), unit or "ep"
-    raise AssertionError("unreachable: every text ends with ''")
+            return above_zero(text.removesuffix(unit)) * minutes, "min"
+    return positive(text.removesuffix("ep")), "ep"
 
 
 def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
@@ -216,7 +213,8 @@ def add_run_args(parser: argparse.ArgumentParser) -> None:
     add("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: the newest sound one")
     add("--allow-change", type=listing(str), default=(), metavar="FLAG,...", help="what may differ on --resume")
     add("--overwrite", action="store_true", help="delete the run that --save-dir holds")
-    add("--save-every", type=save_interval, default=(1, "ep"), metavar="N|Nmin", help="epochs or minutes between saves")
+    add("--save-every", type=save_interval, default=(1, "ep"), metavar="N|Nmin|Ns",
+        help="epochs, minutes or seconds between saves")  # fmt: skip
     add("--stop-after", type=positive, default=None, metavar="STEP", help="stop there, saved, as a stop signal would")
     add("--eval-every", type=positive, default=1, metavar="N", help="epochs between validations")
     add("--early-stop-patience", type=positive, default=None, metavar="N",

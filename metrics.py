@@ -5,7 +5,7 @@ TensorBoard and Weights & Biases are copies for those who ask; the file is alway
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -67,20 +67,28 @@ def _finite(row: dict) -> dict:
 
 
 def optional(package: str, needed_for: str):
-    """Import `package`, or say how to install it."""
+    """Import `package`. Raises UsageError: how to install it, or why it does not import although it is there."""
+    top = package.partition(".")[0]
+    name = "tensorboard" if needed_for == "--tensorboard" else top
     try:
         return importlib.import_module(package)
-    except ImportError:
-        top = package.split(".")[0]
-        package = "tensorboard" if needed_for == "--tensorboard" else top
-        raise UsageError(f"{needed_for} needs the {package} package", f"pip install {package}") from None
+    except ModuleNotFoundError as error:
+        if error.name in (package, top, name):
+            raise UsageError(f"{needed_for} needs the {name} package", f"pip install {name}") from None
+        cause: Exception = error
+    except Exception as error:  # whatever the code of others does when it does not fit the rest
+        cause = error
+    said = (str(cause).strip() or "no reason given").splitlines()[0]
+    raise UsageError(f"{needed_for}: the {name} package is there but does not import: {type(cause).__name__}: {said}",
+                     f"mend it, as with pip install --force-reinstall {name}") from cause  # fmt: skip
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises UsageError with the install line where a tracker asked for is not installed."""
-    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UsageError(f"--{package} needs the {package} package", f"pip install {package}")
+    """Raises UsageError where a tracker asked for cannot be imported: before anything is written."""
+    if tensorboard:
+        optional("torch.utils.tensorboard", "--tensorboard")
+    if wandb:
+        optional("wandb", "--wandb")
 
 
 class MetricLogger:

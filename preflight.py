@@ -24,23 +24,22 @@ MIB = 2**20
 KEPT_CHECKPOINTS = 5  # last_*, best_*, their prev_* and the one being written
 
 
-def check_resources(run: Run, workers: int) -> None:
+def check_resources(run: Run, workers: int, former: Iterable[Path] = ()) -> None:
     """Raise ResourceError now for what would end the run hours later; warn about shared memory."""
     if run.runtime.is_main:
-        check_disk(run)
+        check_disk(run, former)
         run.say(shared_memory_warning(run.phases, workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
 
 
-def check_disk(run: Run) -> None:
-    """Raises ResourceError unless the checkpoints fit beside those already there."""
-    there = {
-        (s := file.stat()).st_ino: s.st_size for file in run.save_dir.glob("*.pt")
-    }  # best is a second name of last
+def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
+    """Raises ResourceError unless the checkpoints fit; `former` ones are replaced or deleted."""
+    room = {(s := file.stat()).st_ino: s.st_size for file in former}  # best is often a second name of last
     size = checkpoint_bytes(run)
-    need = size * max(1, KEPT_CHECKPOINTS - len(there))
-    free = shutil.disk_usage(run.save_dir).free
+    need = max(size, KEPT_CHECKPOINTS * size - sum(room.values()))
+    there = next(p for p in (run.save_dir, *run.save_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
     if free < need:
         raise ResourceError(
             f"{run.save_dir} has {free / MIB:,.0f} MiB free; the checkpoints, {size / MIB:,.0f} MiB each, need {need / MIB:,.0f}",

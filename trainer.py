@@ -88,6 +88,8 @@ def fit(run: Run, log: MetricLogger) -> None:
     if best_is_lost(run):
         save(run, "last")
         save(run, "best")
+    if run.finished:
+        return
     for phase in run.phases:
         if phase.last_epoch <= len(run.state.rows):
             continue  # finished before the restart
@@ -314,14 +316,6 @@ def best_is_lost(run: Run) -> bool:
     phase = phase_of(run.phases, min(epoch, run.epochs))
     just_saved = state.step == phase.step_before(epoch) + phase.steps_per_epoch
     return just_saved and not (best.exists() and last.exists() and best.samefile(last))
-
-
-def carry_best(run: Run, came_from: Path) -> None:
-    """Let a run that goes on in another directory keep its best checkpoint."""
-    source, target = came_from / run.path("best").name, run.path("best")
-    if run.runtime.is_main and run.state.best["epoch"] and source.is_file() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.link(source, target)
 
 
 def tell(run: Run, text: str) -> None:

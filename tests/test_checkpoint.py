@@ -409,7 +409,7 @@ def test_of_many_checkpoints_only_the_one_that_is_taken_is_read_whole(tmp_path, 
 def test_a_resumed_run_does_not_keep_what_it_read(run_dir, monkeypatch):
     kept = []
     monkeypatch.setattr(train, "restore", lambda built, saved, config: kept.append(saved))
-    monkeypatch.setattr(train, "fit", lambda config, index, built: kept.append(dict(kept[0])))
+    monkeypatch.setattr(train, "fit", lambda config, index, built, who: kept.append(dict(kept[0])))
     main("--resume", "auto", "--save-dir", run_dir)
     assert kept == [{}, {}]
 

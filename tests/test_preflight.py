@@ -49,15 +49,16 @@ def test_a_disk_without_room_for_all_checkpoints_is_refused_before_the_first_ste
 
 
 def test_a_resumed_run_needs_room_for_the_checkpoints_it_does_not_have_yet(run, tmp_path, monkeypatch):
-    (tmp_path / "last_x.pt").write_bytes(b"x")
-    (tmp_path / "best_x.pt").hardlink_to(tmp_path / "last_x.pt")  # one file with two names
-    (tmp_path / "prev_last_x.pt").write_bytes(b"y")
     size = preflight.checkpoint_bytes(run)
+    former = [tmp_path / f"{kind}_x.pt" for kind in ("last", "best", "prev_last")]
+    former[0].write_bytes(bytes(size))
+    former[1].hardlink_to(former[0])  # one file with two names
+    former[2].write_bytes(bytes(size))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size))
-    preflight.check_disk(run)
+    preflight.check_disk(run, former)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size - 1))
     with pytest.raises(ResourceError):
-        preflight.check_disk(run)
+        preflight.check_disk(run, former)
 
 
 def test_full_shared_memory_is_warned_of_with_the_flag_to_lower(run, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run")), config_of()
 
 
-OPTIONAL = {"commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes"}
+OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes"}
 
 
 def is_free(at: tuple) -> bool:
@@ -347,7 +347,7 @@ def test_a_shard_of_other_columns_is_refused(tmp_path, columns):
     table = pa.table(columns)
     with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
-    with pytest.raises(DataError, match="it has other columns|it lacks images"):
+    with pytest.raises(DataError, match=r"it has other columns|it lacks images"):
         packed.Shard(str(tmp_path / "x.arrow"), 6)
 
 

@@ -58,7 +58,7 @@ WRONG_NUMBERS += [
 ]
 WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
                   ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
-                  ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
+                  ("--save-every", "0s"), ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
 
 
 @pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
@@ -208,19 +208,19 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError) as caught:
-        rundir.claim(tmp_path / "run", overwrite=False)
+        rundir.claim(rundir.look(str(tmp_path / "run")), overwrite=False)
     check(caught.value, 6, "No space left", str(tmp_path / "run"))
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
 def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
     save_dir = tmp_path / "run"
-    lock = rundir.claim(save_dir, overwrite=False)
+    lock = rundir.claim(rundir.look(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
         with pytest.raises(UserError) as caught:
             train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
         check(caught.value, 2, "in use by pid", str(os.getpid()), str(save_dir))
-    lock.file.close()  # as the kernel does for a process that was killed
+    lock.release()  # as the kernel does for a process that was killed
     assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), "--stop-after", "1"]) == 0
 
 
