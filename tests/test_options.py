@@ -75,7 +75,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "save_every": ("", ["--save-every 2"]),
     "stop_after": ("", ["--stop-after 2"]),
     "eval_every": ("", ["--eval-every 2"]),
-    "early_stop_patience": ("", ["--early-stop-patience 2"]),
+    "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # What these do is no matter of a step: they are the business of other tests.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from", "reset_head", "device",

@@ -87,7 +87,7 @@ ARGUMENTS = [
     (("--dataset", "no-such"), 2, ["no-such"]),
     (("--device", "gpu9"), 2, ["gpu9", "use auto, cpu"]),
     (("--amp", "fp16"), 2, ["fp16 needs a GPU"]),
-    (("--sync-bn",), 2, ["--sync-bn needs GPUs"]),
+    (("--sync-bn",), 2, ["--sync-bn would do nothing", "one process"]),
     (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
     (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
     (("--batch-size", "100"), 2, ["batch 100 > 72 training images", "--batch-size 72"]),
