@@ -4,7 +4,6 @@ The traces take two steps in the first phase and two in the last, of a tiny netw
 The grid of whole runs is slow: `pytest -m slow tests/test_options.py`.
 """
 
-import hashlib
 import subprocess
 import sys
 from functools import lru_cache
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inprocess import TINY, built, config_of
+from inprocess import TINY, built, config_of, hashed, look
 from runs import digest
 
 import build
@@ -25,7 +24,6 @@ import trainer
 from errors import CheckpointError, UserError
 from metrics import MetricLogger
 from sources import layouts
-from train_utils import train_step
 
 # name: (what both runs share, what the second one changes); more than one change as a list of them
 OPTIONS: dict[str, tuple[str, list[str]]] = {
@@ -89,45 +87,7 @@ SLOW_VALUES = {
 
 @lru_cache
 def observed(arguments: str) -> tuple:
-    """What can be told from outside about a run: data, plan, run values, and four steps of it."""
-    try:
-        config = config_of(*arguments.split())
-        run = built(config, Path())
-        index = layouts.index(**flags.data_args(config))
-    except UserError as error:
-        return ("refused", error.what)
-    finally:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
-    values = (run.eval_every, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
-    steps = trace(run, run.phases[0])
-    for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
-        run.state.schedule.observe(1.0)
-    steps += trace(run, run.phases[-1])
-    return (index.fingerprint(), run.phases, values, steps)
-
-
-def trace(run: trainer.Run, phase, count: int = 2) -> list:
-    """(loss, lr, weights, averaged weights) after each of the first steps of `phase`."""
-    loader, how, state = run.make_loader(phase), run.make_step(phase), run.state
-    workers, compiled = loader.batches.num_workers, how.forward is not state.model
-    seen = [workers, compiled]
-    loader.order.seek(phase.first_epoch)
-    state.step = phase.first_step
-    state.schedule.seek(phase.first_step)
-    state.model.train()
-    for _, (images, labels) in zip(range(count), loader, strict=False):
-        loss, _ = train_step(state, how, images, labels)
-        averaged = state.ema.module and hashed(state.ema.module)
-        seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
-    return seen
-
-
-def hashed(model: torch.nn.Module) -> str:
-    sha = hashlib.sha256()
-    for value in model.state_dict().values():
-        sha.update(value.contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    return look(lambda: config_of(*arguments.split()))
 
 
 @pytest.fixture
