@@ -302,6 +302,8 @@ class Done:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"), (["--num-iter", "2"], "num-iter"),
+    (["--lr", "1"], "--lr would do nothing"), (["--trials", "3"], "--trials would do nothing"),
+    (["--mode", "accuracy", "--num-iter", "20"], "--num-iter would do nothing"), (["--cycles", "3"], "--cycles would do nothing"),
     (["--resume", "auto"], "--resume"), (["--phas", "1"], "--phas"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, tmp_path):

@@ -158,6 +158,35 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
     assert rundir.resumed_config(config_of("--lr", "0.1"), frozenset(), saved).lr == 3e-4
 
 
+@pytest.mark.parametrize(("name", "value"), [
+    ("epochs", "5"), ("epochs", True), ("epochs", None), ("epochs", [3]), ("epochs", 3.0), ("epochs", -1), ("lr", float("nan")),
+    ("lr", "3e-4"), ("resize_schedule", 16), ("resize_schedule", "8,16,24"), ("resize_schedule", [[8, 16]]), ("subset", 1),
+    ("subset", "yes"), ("phase_mix", ["on", "off", "on"]), ("save_every", 1), ("save_every", [0, "ep"]), ("optimizer", "adamax"),
+    ("dataset", None), ("dataset", {}), ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
+])  # fmt: skip
+def test_a_checkpoints_flag_of_another_kind_is_refused_by_name(name, value):
+    with pytest.raises(CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")):
+        rundir.check_saved(flags.plain(config_of()) | {name: value})
+
+
+def test_a_list_that_holds_itself_is_refused_and_not_walked_through():
+    knot: list = []
+    for _ in range(100):
+        knot = [knot, knot]  # 2 ** 100 of them, if one were to look
+    with pytest.raises(CheckpointError, match="resize_schedule is of a wrong type"):
+        rundir.check_saved({"resize_schedule": knot})
+
+
+def test_a_checkpoint_of_another_version_lacks_flags_or_has_some_that_are_named():
+    saved = flags.plain(config_of("--phase-mix", "on,off,on", "--save-every", "15min", "--lr", "1e-5"))
+    assert rundir.check_saved(saved) == saved
+    older = {name: value for name, value in saved.items() if name not in ("l1", "cycles")}
+    assert rundir.check_saved(older) == saved  # at their defaults
+    with pytest.raises(CheckpointError, match="does not know: 5, warp") as caught:
+        rundir.resumed_config(config_of(), frozenset(), saved | {"warp": 9, 5: 5})
+    assert caught.value.exit_code == 4
+
+
 def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, monkeypatch):
     drawn, real = [], subprocess.run
 
