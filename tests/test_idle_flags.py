@@ -68,6 +68,7 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
     "reset_head": ["--reset-head"],
     "allow_change": ["--allow-change lr"],
     "ema_ramp": ["--no-ema-ramp"],
+    "ema_decay": ["--ema-decay 0"],  # below what the ramp begins with
 }
 SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # seen as they are set, not by what comes of it
 # Over these every flag is tried.
