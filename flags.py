@@ -201,7 +201,13 @@ def add_optim_args(parser: argparse.ArgumentParser) -> None:
     add("--ema", action=Switch, default=True, help="keep and score an average of the weights")
     add("--ema-decay", type=fraction, default=0.9999, metavar="D", help="per step")
     add("--ema-ramp", action=Switch, default=True, help="let the decay grow as (1 + n) / (10 + n)")
-    add("--ema-half-life", type=above_zero, default=None, metavar="EPOCHS", help="sets --ema-decay from the plan")
+    add(
+        "--ema-half-life",
+        type=number(float, 0, 10**6, open_low=True),
+        default=None,
+        metavar="EPOCHS",
+        help="sets --ema-decay from the plan",
+    )
 
 
 def add_device_args(parser: argparse.ArgumentParser) -> None:

@@ -77,7 +77,7 @@ MODES = [
     "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau", "--schedule constant",
     "--schedule restarts", "--schedule triangular2 --cycles 2", "--loss bce --label-smoothing 0", "--accumulate 2",
     "--augment none", "--stem small --head linear", "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value",
-    "--phase-mix off,on,off", "--no-ema-ramp", "--dataset synthetic:train=40,val=10,size=8", "--l1 0.001", "--seed 7",
+    "--phase-mix on,off,off", "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip
 # What these change is no matter of a step: files, output, which run; tried as whole runs below and in other tests.
 WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary", "dry_run",

@@ -77,6 +77,7 @@ ARGUMENTS = [
     (("--augment", "padcrop:100"), 2, ["padcrop:100 leaves nothing of an image of 16 px", "padcrop:15"]),
     (("--augment", "cutout:32"), 2, ["cutout:32 leaves nothing", "cutout:31"]),
     (("--augment", "jitter:101"), 2, ["101 is not a"]),
+    (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "1000000]"]),  # a decay of 1
     (("--epochs", "9" * 5000), 2, ["--epochs", "1000000000]"]),
     (("--dataset", "synthetic:size=100000"), 2, ["'size=100000'", "size up to 4,096"]),
     (("--dataset", "synthetic:train=" + "9" * 5000), 2, ["train=999", "train up to 100,000,000"]),
