@@ -82,13 +82,15 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
     """
     with tempfile.TemporaryDirectory() as folder:
         run = build.build(config, index, runtime, phases, Path(folder))
+        if config.init_from:
+            build.take_weights(config.init_from, run.state.model, config.reset_head)
         print("\n".join(describe(run, config, index)), flush=True)
         hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
         print(try_checkpoint(run), flush=True)
     training, validation = (sum(parts) for parts in zip(*hours, strict=True))
     print(f"projected from these rates: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
           f"{validation:.2f} h validation\n(a projection, warm-up left out; start-up and checkpoints are not in it)\n"
-          "nothing was written: leave --dry-run out to train", flush=True)  # fmt: skip
+          f"nothing was written to {config.save_dir}: leave --dry-run out to train", flush=True)  # fmt: skip
 
 
 def describe(run: Run, config, index: DatasetIndex) -> list[str]:

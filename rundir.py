@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from errors import CheckpointError, ResourceError, UsageError
-from flags import FREE_ON_RESUME, dashed, make_config, plain
+from flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
 
 KINDS = ("last", "best", "prev_last", "prev_best")
 FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")  # the last two say whose the others are: they go last
 PICTURES = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
             "feature_maps", "stride_padding", "loss_landscape")  # what our commands draw into plots/  # fmt: skip
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
 
 
 @dataclass(frozen=True)
@@ -272,10 +273,8 @@ def check_checkpoint(path: str) -> None:
 
 def with_saved_data(config, typed: frozenset[str], saved: dict):
     """`config` with the data flags that were not typed as the checkpoint's run had them."""
-    names = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
-    return make_config(
-        {**plain(config), **{name: saved[name] for name in names if name in saved and name not in typed}}
-    )
+    saved = check_saved(saved)
+    return make_config({**plain(config), **{name: saved[name] for name in DATA_FLAGS if name not in typed}})
 
 
 def find_resume(resume: str, held: Held, say=print) -> dict | None:
@@ -330,45 +329,45 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     unknown = allowed - given.keys() - {"data"}
     if unknown:
         raise UsageError(f"--allow-change: no flag {', '.join(sorted(unknown))}", "name flags as in --help, or 'data'")
-    changed = [name for name in sorted(typed) if name in saved and name not in FREE_ON_RESUME
+    saved = check_saved(saved)
+    changed = [name for name in sorted(typed) if name not in FREE_ON_RESUME
                and given[name] != saved[name] and name not in allowed]  # fmt: skip
     if changed:
         listed = "; ".join(f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed)
         raise CheckpointError(f"these flags would change the resumed run: {listed}",
                               f"leave them out, or accept the change with --allow-change {','.join(changed)}")  # fmt: skip
-    kept = {name: value for name, value in saved.items() if name in given and name not in typed}
-    check_saved(kept, given)
     # How this start was asked for never comes from the checkpoint.
-    asked = {name: given[name] for name in ("resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run",
-                                            "summary", "debug", "config")}  # fmt: skip
-    return make_config({**given, **kept, **asked})
+    asked = {
+        *typed,
+        "resume",
+        "overwrite",
+        "allow_change",
+        "save_dir",
+        "stop_after",
+        "dry_run",
+        "summary",
+        "debug",
+        "config",
+    }
+    return make_config(saved | {name: given[name] for name in asked})
 
 
-def check_saved(saved: dict, like: dict) -> None:
-    """Flags from a file meet the parser as typed ones do. Raises CheckpointError."""
-    import flags
+def check_saved(saved: dict) -> dict:
+    """The flags of a checkpoint as the parser makes them, those of a later day at their defaults.
 
-    parser = flags.build_parser("the checkpoint", "", groups=flags.TRAIN_GROUPS)
-    actions = {action.dest: action for action in parser._actions}
-    arguments = []
-    for name, value in saved.items():
-        if name == "save_every" and isinstance(value, list):
-            value = "".join(map(str, value))
-        if isinstance(actions[name].default, bool) != isinstance(value, bool):
-            arguments.append(f"{dashed(name)}={value!r}")  # refused below
-        elif value is not None and value != actions[name].default and not isinstance(value, bool):
-            text = (
-                ",".join("on" if v is True else "off" if v is False else str(v) for v in value)
-                if isinstance(value, list)
-                else str(value)
-            )
-            arguments.append(f"{dashed(name)}={text}")
+    Raises CheckpointError naming flags that this version does not know, or whose values are none.
+    """
+    parser = train_parser()
+    if unknown := sorted(str(name)[:80] for name in saved if name not in {action.dest for action in parser._actions}):
+        raise CheckpointError(f"the checkpoint has flags that this version does not know: {', '.join(unknown)}",
+                              "update this repository")  # fmt: skip
     try:
-        parser.parse_args(arguments)
+        values = train_defaults() | from_file(parser, saved, exact=True)
     except UsageError as error:
         raise CheckpointError(
             f"malformed flags in the checkpoint: {error.what}", "use a checkpoint that train.py wrote"
         ) from None
+    return plain(make_config(values))
 
 
 def _shown(value) -> str:

@@ -148,7 +148,6 @@ def fit(config, index, built, who) -> None:
 
 
 def introduction(built, config, index) -> list[str]:
-    import build
     from models import notes
     from trainer import ROW_HEADER
 
@@ -157,11 +156,7 @@ def introduction(built, config, index) -> list[str]:
              f"({runtime.precision}), {len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"]  # fmt: skip
     if runtime.device.type == "cpu" and config.device == "auto":
         lines.append("no GPU found: training on the CPU")
-    if build.workers(config) < config.num_workers:
-        lines.append(
-            f"{config.num_workers} loader workers asked for, {flags.cores()} cores: using {build.workers(config)}"
-        )
-    lines += notes(config.arch, drop_path_rate=config.drop_path_rate, use_blurpool=config.use_blurpool)
+    lines += filter(None, (flags.workers_note(config.num_workers), *notes(config.use_blurpool)))
     for p in built.phases:
         lines.append(f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
                      f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path"))  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from errors import DivergedError, UsageError
+from flags import phase_batches, share_epochs
 from metrics import hits
 from optim import clip_gradients, load_optimizer
 from runtime import Runtime, seed_everything
@@ -54,7 +55,7 @@ def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *
     `batch_size` is the first phase's, halved at every size step unless `phase_batch_sizes` says
     otherwise. Raises UsageError where a phase cannot fill a batch.
     """
-    batches = phase_batch_sizes or [max(1, batch_size >> k) for k in range(len(sizes))]
+    batches = phase_batch_sizes or phase_batches(batch_size, len(sizes))
     mixes = phase_mix or [True] * len(sizes)
     phases, first_epoch, first_step = [], 1, 0
     for size, batch, mix, length in zip(
@@ -73,23 +74,6 @@ def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *
         phases.append(Phase(first_epoch, first_epoch + length - 1, size, batch, steps, first_step, mix))
         first_epoch, first_step = first_epoch + length, first_step + length * steps
     return tuple(phases)
-
-
-def share_epochs(epochs: int, weights: Sequence[int] | None, parts: int) -> list[int]:
-    """Split `epochs` by `weights` (largest remainder); the last part always gets one.
-
-    Without weights three phases share 30 : 20 : 40, as in the documents, any other number evenly.
-    """
-    weights = weights or ((30, 20, 40) if parts == 3 else (1,) * parts)
-    exact = [epochs * weight / sum(weights) for weight in weights]
-    shares = [math.floor(x) for x in exact]
-    by_remainder = sorted(range(parts), key=lambda k: (exact[k] - shares[k], k), reverse=True)
-    for k in by_remainder[: epochs - sum(shares)]:
-        shares[k] += 1
-    if shares[-1] == 0:
-        shares[max(range(parts), key=lambda k: shares[k])] -= 1
-        shares[-1] = 1
-    return shares
 
 
 def phase_of(phases: Sequence[Phase], epoch: int) -> Phase:

@@ -692,3 +692,10 @@ assert not {{"torch", "torchvision", "datasets", "pyarrow"}} & sys.modules.keys(
 def test_the_size_of_the_synthetic_dataset_is_in_its_name():
     assert generated.SyntheticSize.parse("synthetic") == generated.SyntheticSize()
     assert generated.SyntheticSize.parse("synthetic:size=32,classes=3") == generated.SyntheticSize(classes=3, size=32)
+
+
+def test_a_subset_larger_than_the_data_says_how_much_there_is():
+    def notes(size: int) -> tuple[str, ...]:
+        return layouts.index("synthetic:classes=4,train=40,val=8,size=8", "", subset_size=size).notes
+
+    assert notes(40) == () and notes(41) == ("note: --subset-size 41 of 40 training images: all are used",)
