@@ -40,23 +40,19 @@ TINY = ["--dataset", "digits", "--subset", "--subset-size", "40", "--arch", "res
 FOLDERS = [*TINY[5:], "--dataset", "imagenet", "--data-dir"]
 HALF, LAST = "half/last_resnet_tiny_digits.pt", "run/last_resnet_tiny_digits.pt"
 FOREIGN = ("run/thesis.pt", "run/plots/holiday.png", "run/notes.partial", "half/notes.txt")
-ODD_TEXT = ("", " ", "x", "\x1b[31mred\x07", "a\nb", "\0", "\udcff", "é ☃", "x" * 300, "-", "--", "../x", "%s{0}")
+ODD_TEXT = ("", " ", "x", "\x1b[31mred\x07", "a\nb", "\0", "\udcff", "é ☃", "x" * 300, "-", "--", "empty/../x", "%s{0}")
 NUMBERS = ("0", "1", "2", "3", "8", "16", "-1", "0.5", "0.999", "1e-3", "1.0", "nan", "inf", "1e308", "5e-324", "1e400",
            "9" * 400, "1_0", "٣", "0x10", "+5", "-0.0", str(2**31), str(2**63), "10min", "2ep", "0.001min", "1e308min",
            "on", "off", "on,off", "8,16", "16,24,32", "10,10", "1,1", "8,8,8", ",", "1,,2", "flip", "none", "basic",
            "padcrop:4", "rrc,padcrop:100", "cutout:9999", "jitter:0", "randaugment,trivialaugment", "lr", "data,seed")  # fmt: skip
 PATHS = ("run", "half", "new", LAST, HALF, "data", "packed", "flags.yaml", "classes.txt", "data/val/owl/0.png", "empty", ".",
-         "..", "nowhere", "fifo", "auto", "/dev/null", "run/metrics.jsonl", "-", *ODD_TEXT)  # fmt: skip
+         "empty/..", "nowhere", "auto", "/dev/null", "run/metrics.jsonl", "-", *ODD_TEXT)  # fmt: skip
 NAMES = {
     "--dataset": ("digits", "imagenet", "synthetic:classes=2,train=20,val=4,size=9", "cifar10", "tiny-imagenet", "synthetic:",
                   "synthetic:size=100000", "synthetic:classes=1", "synthetic:size=9,size=x", "digits:1", *ODD_TEXT),
     "--device": ("cpu", "auto", "cuda", "cuda:9", "mps", "meta", "cpu:3", "xla", *ODD_TEXT),
 }  # fmt: skip
-SLOW = {
-    "compile": "a compiler run",
-    "mode": "trainings in processes of their own",
-    "points": "a pass over the data each",
-}
+SLOW = {"compile", "mode", "points"}  # a compiler, trainings in processes of their own, a grid of evaluations
 ASKING = {  # how other commands begin
     "validate": [HALF, "--device", "cpu", "--num-workers", "0"],
     "predict": [HALF, "data/val", "--device", "cpu", "--num-workers", "0"],
@@ -104,7 +100,6 @@ def make_files(folder: Path) -> Path:
     (folder / "flags.yaml").write_text("epochs: 1\nlr: 1e-3\nphase_epochs: [1, 1]\n")
     (folder / "classes.txt").write_text("cat\nowl\n")
     (folder / "empty").mkdir()
-    os.mkfifo(folder / "fifo")
     return folder
 
 
@@ -192,8 +187,8 @@ def judge(code: int, said: str, case: Case, before: dict[str, int], after: dict[
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     # What is in the data shows late; flags and checkpoints are judged before anything is written.
     if code in (2, 4) and changed:
-        wrong += [f"refused, but {', '.join(changed)[:200]} changed"]
-    return wrong + [f"{name} of another person changed" for name in FOREIGN if name in changed]
+        wrong += [f"refused, but files changed: {', '.join(changed)[:200]}"]
+    return wrong + [f"files of another person changed: {name}" for name in FOREIGN if name in changed]
 
 
 def where(said: str, first: bool = False) -> str:
@@ -204,8 +199,7 @@ def where(said: str, first: bool = False) -> str:
 
 def run(case: Case, files: Path, root: Path, number: int) -> list[str]:
     folder = root / str(number) / "here"
-    shutil.copytree(files, folder, symlinks=True, ignore=shutil.ignore_patterns("fifo"))
-    os.mkfifo(folder / "fifo")
+    shutil.copytree(files, folder)
     (folder.parent / "tmp").mkdir()
     (folder.parent / "neighbour").write_text("of another person")
     case.spoil(folder)
@@ -223,14 +217,15 @@ def shown(case: Case) -> str:
 
 
 def run_all(cases: list[Case], files: Path, root: Path) -> dict[str, list[str]]:
-    """All that was wrong -> the cases it was wrong with; two at a time."""
+    """The kinds of what was wrong -> the cases that it was wrong with; two at a time."""
     found: dict[str, list[str]] = {}
     with ThreadPoolExecutor(2) as pool:
         for case, wrong in zip(
             cases, pool.map(lambda k: run(cases[k], files, root, k), range(len(cases))), strict=True
         ):
             for what in wrong:
-                found.setdefault(what, []).append(f"{case.name}: {shown(case)}")
+                kind, _, detail = what.partition(": ")
+                found.setdefault(kind, []).append(f"{detail}\n    {case.name}: {shown(case)}")
     return found
 
 
@@ -296,7 +291,8 @@ def doubled(value):
 DAMAGE: dict[str, Callable] = {
     "gone": None, "renamed": None, "circle": None,  # done by `damage`
     "none": lambda v: None, "true": lambda v: True, "text": lambda v: str(v)[:99], "five": lambda v: "5",
-    "long": lambda v: "x" * 100_000, "escape": lambda v: "\x1b[31m\x07\x00", "surrogate": lambda v: "\udcff", "zero": lambda v: 0, "one": lambda v: 1,
+    "long": lambda v: "x" * 100_000, "escape": lambda v: "\x1b[31m\x07\x00",
+    "surrogate": lambda v: "\udcff", "zero": lambda v: 0, "one": lambda v: 1,
     "minus one": lambda v: -1, "minus": lambda v: -5, "half": lambda v: 0.5, "large": lambda v: 2**40, "huge": lambda v: 10**30,
     "nan": lambda v: math.nan, "inf": lambda v: math.inf, "listed": lambda v: [v], "mapped": lambda v: {"x": v}, "shared": doubled,
     "emptied": lambda v: {} if isinstance(v, dict) else [] if isinstance(v, list) else "", "tensor": lambda v: torch.zeros(3),
@@ -306,7 +302,8 @@ NO_TEXT = {"circle", "tensor", "shared"}  # what JSON cannot hold; YAML can the 
 TENSORS: dict[str, Callable] = {
     "resized": lambda t: torch.zeros(2, 3, 5), "grown": lambda t: torch.cat([torch.atleast_1d(t)] * 2),
     "no elements": lambda t: t.new_zeros(0), "int8": lambda t: t.to(torch.int8), "double": lambda t: t.double(),
-    "half": lambda t: t.half(), "bool": lambda t: t.bool(), "complex": lambda t: t.to(torch.complex64), "negative": lambda t: t - t.abs() - 1,
+    "half": lambda t: t.half(), "bool": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64), "negative": lambda t: t - t.abs() - 1,
     "not finite": lambda t: t * math.nan, "a view": lambda t: torch.zeros(1).expand(t.shape), "meta": lambda t: t.to("meta"),
     "billions": lambda t: torch.zeros(1).expand(10**10), "sparse": lambda t: torch.zeros(4, 4).to_sparse(), "a number": lambda t: 1.5,
     "flat": lambda t: t.reshape(-1), "requires grad": lambda t: torch.nn.Parameter(t.float()),
