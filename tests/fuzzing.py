@@ -336,8 +336,8 @@ def somewhere(rng: random.Random, tree, kinds: list[str], *path) -> tuple[tuple,
 
 
 USES = {
-    "resume auto": ("train", ["--resume", "auto", "--save-dir", "half", "--stop-after", "8"]),
-    "resume": ("train", ["--resume", HALF, "--save-dir", "new", "--stop-after", "8"]),
+    "resume auto": ("train", ["--resume", "auto", "--save-dir", "half", "--stop-after", "9"]),
+    "resume": ("train", ["--resume", HALF, "--save-dir", "new", "--stop-after", "9"]),
     "init": ("train", [*TINY, "--init-from", HALF, "--save-dir", "new", "--stop-after", "1"]),
     **{name: (name, argv) for name, argv in ASKING.items() if argv[0] == HALF},
     "export": ("predict", [HALF, "--export", "safetensors", "--out", "new", "--device", "cpu"]),
@@ -386,13 +386,15 @@ READERS = {  # a file, and the command that reads it
     "half/config.json": ("analysis.report", ["--list", "."]),
     "flags.yaml": ("train", [*TINY, "--config", "flags.yaml", "--save-dir", "new", "--stop-after", "1"]),
 }
-LAUGHS = b"a0: &a0 [1, 1]\n" + b"".join(b"a%d: &a%d [*a%d, *a%d]\n" % (k, k, k - 1, k - 1) for k in range(1, 60))
+LAUGHS = (
+    b"phase_epochs: [&a0 [1, 1]" + b"".join(b", &a%d [*a%d, *a%d]" % (k, k - 1, k - 1) for k in range(1, 60)) + b"]\n"
+)
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty file": lambda b: b"", "cut": lambda b: b[: len(b) // 2], "bad UTF-8": lambda b: b[:9] + b"\xff\xfe" + b[9:],
     "NUL": lambda b: b[:9] + b"\0" + b[9:], "zeros": lambda b: bytes(len(b)), "twice": lambda b: b + b, "text": lambda b: b'"x"',
     "deep list": lambda b: b"[" * 5000, "deep map": lambda b: b'{"a":' * 5000, "a five": lambda b: b"5\n" + b,
     "BOM": lambda b: b"\xef\xbb\xbf" + b, "escape": lambda b: b"\x1b[31m" + b, "nan": lambda b: b.replace(b"1", b"NaN", 3),
-    "huge number": lambda b: re.sub(rb"\d+", b"9" * 5000, b, count=1), "laughs": lambda b: LAUGHS + b"epochs: *a59\n",
+    "huge number": lambda b: re.sub(rb"\d+", b"9" * 5000, b, count=1), "laughs": lambda b: LAUGHS,
     "an object": lambda b: b"!!python/object/apply:os.system [touch ../neighbour]\n", "a date": lambda b: b"epochs: 2020-01-01\n",
     "a set": lambda b: b"augment: !!set {flip}\n", "off": lambda b: b"amp: off\nwandb: no\nphase_mix: [on, off]\n",
     "a number key": lambda b: b"1: 2\n", "list key": lambda b: b"? [a, b]\n: 1\n",
