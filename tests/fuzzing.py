@@ -292,7 +292,7 @@ DAMAGE: dict[str, Callable] = {
     "gone": None, "renamed": None, "circle": None,  # done by `damage`
     "none": lambda v: None, "true": lambda v: True, "text": lambda v: str(v)[:99], "five": lambda v: "5",
     "long": lambda v: "x" * 100_000, "escape": lambda v: "\x1b[31m\x07\x00",
-    "surrogate": lambda v: "\udcff", "zero": lambda v: 0, "one": lambda v: 1,
+    "surrogate": lambda v: "\udcff", "climbs": lambda v: "/../../../neighbour", "zero": lambda v: 0, "one": lambda v: 1,
     "minus one": lambda v: -1, "minus": lambda v: -5, "half": lambda v: 0.5, "large": lambda v: 2**40, "huge": lambda v: 10**30,
     "nan": lambda v: math.nan, "inf": lambda v: math.inf, "listed": lambda v: [v], "mapped": lambda v: {"x": v}, "shared": doubled,
     "emptied": lambda v: {} if isinstance(v, dict) else [] if isinstance(v, list) else "", "tensor": lambda v: torch.zeros(3),

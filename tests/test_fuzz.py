@@ -113,6 +113,7 @@ CHECKPOINTS = [  # (use, place, what is done there, how it may end)
     ("analysis.gradcam", "eval/std", "none", ANY),
     ("analysis.misclassified", "eval/class_names", "renamed", ANY),
     *[(use, "eval/class_names/0", "surrogate", (0,)) for use in ("validate", "analysis.misclassified")],
+    *[("export", "eval/dataset", how, ANY) for how in ("climbs", "escape")],
     ("torchvision", "best/epoch", "zero", IDLE),
 ]  # fmt: skip
 FILES = [  # (file, what is done to it, how it may end)
@@ -122,7 +123,7 @@ FILES = [  # (file, what is done to it, how it may end)
     ("packed/manifest.json", [(("tables", "train-16", 0, "rows"), "minus")], (3,)),
     ("packed/manifest.json", [(("tables",), "none")], (3,)),
     ("packed/manifest.json", [(("classes", 0), "escape")], ANY),
-    ("packed/manifest.json", [(("name",), "escape")], ANY),
+    *[("packed/manifest.json", [(("name",), how)], ANY) for how in ("escape", "climbs")],
     ("packed/manifest.json", "deep map", (3,)),
     ("packed/train-16/00000.arrow", "cut", (3,)),
     ("packed/train-labels.npy", "zeros", (3,)),
