@@ -8,7 +8,7 @@ FOUND  := $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
 RUN    := checkpoints/digits
 ARGS   ?=
 
-.PHONY: help setup train test lint format bench torture test-gpu notebooks audit lock clean
+.PHONY: help setup train test lint format bench torture fuzz test-gpu notebooks audit lock clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ TORTURED := checkpoint signals resume wrong_input distributed torture security
 
 torture: setup   ## hundreds of killed, damaged and resumed runs; about half an hour
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
+
+fuzz: setup      ## random command lines, damaged files; FUZZ_SEED=7 for others
+	$(PYTHON) -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
 
 test-gpu: setup  ## what only a GPU can show
 	$(PYTHON) -m pytest -m gpu $(ARGS)

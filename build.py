@@ -7,9 +7,11 @@ lr_finder.py and the benchmarks measure it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,9 +24,10 @@ import rundir
 from dataloader import Loader, eval_loader, train_loader
 from errors import UsageError
 from models import build_model, set_drop_path_rate
+from models.summary import smallest_norm_map
 from runtime import Runtime, init_runtime, seed_everything, unused_gpu
 from sources.index import DatasetIndex, FileSplit, Split, SubsetSplit, balanced_subset
-from train_utils import BatchNormBuffers, EarlyStopping, Phase, Step, TrainState, plan
+from train_utils import BatchNormBuffers, EarlyStopping, Phase, Step, TrainState, plan, smallest_piece
 from trainer import Run
 
 
@@ -57,9 +60,58 @@ def _without_broken_bf16(runtime: Runtime, config) -> Runtime:
 
 
 def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]:
-    return plan(config.epochs, config.resize_schedule, len(index.train), config.batch_size,
-                phase_batch_sizes=config.phase_batch_sizes, phase_epochs=config.phase_epochs,
-                phase_mix=config.phase_mix, world_size=world_size)  # fmt: skip
+    phases = plan(config.epochs, config.resize_schedule, len(index.train), config.batch_size,
+                  phase_batch_sizes=config.phase_batch_sizes, phase_epochs=config.phase_epochs,
+                  phase_mix=config.phase_mix, world_size=world_size)  # fmt: skip
+    check_norms(config, index, phases, world_size)
+    return phases
+
+
+def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_size: int) -> None:
+    """Refuse a plan in which BatchNorm would see one value per channel: it has no variance, and torch no step."""
+
+    @functools.cache
+    def smallest_map(size: int) -> int:
+        with torch.device("meta"):
+            return smallest_norm_map(build_model(**model_args(config, index)), size)
+
+    def fits(size: int, batch: int, accumulate: int = config.accumulate) -> bool:
+        images, left = divmod(batch, world_size)
+        together = smallest_piece(images, accumulate) * (world_size if config.sync_bn else 1) if images else 0
+        return not left and (together > 1 or (together == 1 and smallest_map(size) != 1))
+
+    for number, phase in enumerate(phases, 1):
+        if fits(phase.image_size, phase.batch_size):
+            continue
+        ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
+        piece = f" in the smallest piece of --accumulate {config.accumulate}" if config.accumulate > 1 else ""
+        raise UsageError(
+            f"phase {number}: batch {phase.batch_size} at {phase.image_size} px leaves one image{ranks}{piece}, and "
+            f"BatchNorm of {config.arch} one value per channel there",
+            " or ".join(_batches_that_fit(config, phases, len(index.train), fits)),
+        )
+
+
+def _batches_that_fit(config, phases: tuple[Phase, ...], samples: int, fits) -> Iterator[str]:
+    """What to change in a plan that `check_norms` refuses: the fewest pieces less, or images more."""
+    sizes, batches = config.resize_schedule, config.phase_batch_sizes
+    for pieces in range(min(config.accumulate, phases[0].batch_size) - 1, 0, -1):
+        if all(fits(phase.image_size, phase.batch_size, pieces) for phase in phases):
+            yield f"give --accumulate {pieces}"
+            break
+    if batches:
+        enough = [
+            next((b for b in range(batch, samples + 1) if fits(size, b)), 0)
+            for size, batch in zip(sizes, batches, strict=True)
+        ]
+        if all(enough):
+            yield f"give --phase-batch-sizes {','.join(map(str, enough))}"
+    else:
+        for batch in range(config.batch_size, samples + 1):
+            if all(fits(size, max(1, batch >> k)) for k, size in enumerate(sizes)):
+                yield f"give --batch-size {batch}"
+                break
+    yield "larger sizes in --resize-schedule"
 
 
 def model_args(config, index) -> dict:
@@ -69,13 +121,14 @@ def model_args(config, index) -> dict:
             "image_sizes": list(config.resize_schedule)}  # fmt: skip
 
 
-def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path) -> Run:
+def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path,
+          run: str = "") -> Run:  # fmt: skip
     """Everything `fit` needs, as values: the state, and how to make what each phase needs."""
     state = build_state(config, index, runtime, phases)
     forward = distributed(state.model, runtime)
     sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
     return Run(
-        state, phases, runtime, save_dir, f"{config.arch}_{index.name}.pt", index.val, SubsetSplit(index.train, sample),
+        state, phases, runtime, save_dir, rundir.checkpoint_name(config.arch, index.name), index.val, SubsetSplit(index.train, sample),
         make_loader=lambda phase: build_loader(config, index, runtime, phase),
         make_eval=lambda split, phase: build_eval(config, index, runtime, split, phase),
         make_step=lambda phase: build_step(config, index, runtime, phase, state.model, forward),
@@ -83,6 +136,7 @@ def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ..
             "model_args": model_args(config, index), "config": flags.plain(config), "precision": runtime.precision,
             "fingerprint": index.fingerprint(), "commit": rundir.commit(), "total_steps": sum(p.steps for p in phases),
             "eval": rundir.eval_facts(index, phases[-1].image_size),
+            **({"run": run} if run else {}),
         },
         say=say, name_of=index.train.name, slow_data_hint=packing_hint(config, index),
         early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
@@ -112,9 +166,11 @@ def build_loader(config, index: DatasetIndex, runtime: Runtime, phase: Phase) ->
 
 
 def build_eval(config, index: DatasetIndex, runtime: Runtime, split: Split, phase: Phase) -> Loader:
+    """Validation always fails on a bad image; --on-bad-image is about training data, also where it is scored."""
     return eval_loader(split, index, image_size=phase.image_size, batch_size=max(64, phase.batch_size),
                        num_workers=workers(config), device=runtime.device, rank=runtime.rank,
-                       world_size=runtime.world_size)  # fmt: skip
+                       world_size=runtime.world_size,
+                       on_bad_image="fail" if split is index.val else config.on_bad_image)  # fmt: skip
 
 
 def build_step(config, index: DatasetIndex, runtime: Runtime, phase: Phase, model: torch.nn.Module, forward) -> Step:

@@ -12,20 +12,16 @@ import pickle
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from errors import CheckpointError, ResourceError, UserError
+from errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
 
 SCHEMA = 1
-REQUIRED = {
-    "model_args": dict, "eval": dict, "model": dict, "ema": dict, "optimizer": dict, "schedule": dict, "scaler": dict,
-    "step": int, "epoch_sums": dict, "bad_in_a_row": int, "best": dict, "rows": list, "config": dict,
-    "fingerprint": dict, "precision": str, "total_steps": int,
-}  # fmt: skip
 
 
 def crash_point(name: str) -> None:
@@ -66,7 +62,7 @@ def _write_and_prove(partial: Path, content: dict) -> None:
     crash_point("before_open")
     with open(partial, "wb") as file:
         crash_point("after_open")
-        torch.save(content, file)
+        torch.save(_on_cpu(content), file)
         crash_point("before_flush")
         file.flush()
         os.fsync(file.fileno())
@@ -74,6 +70,15 @@ def _write_and_prove(partial: Path, content: dict) -> None:
     damage = find_damage(partial)
     if damage:
         raise OSError(errno.EIO, f"the file did not read back: {damage}")
+
+
+def _on_cpu(value):
+    """The same with tensors that any machine can open: torch notes the device that each was saved from."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
 
 
 def _move_into_place(partial: Path, path: Path) -> None:
@@ -156,11 +161,12 @@ def _write_failed(path: Path, error: Exception) -> Exception:
                          "free some space, or go on elsewhere: --resume PATH --save-dir NEW")  # fmt: skip
 
 
-def find_damage(path: Path) -> str:
+def find_damage(path: Path, only: str = "") -> str:
     """Why `path` is not a whole checkpoint file, or '': torch alone would load flipped bits.
 
     torch stores every entry as it is, so entries that are packed, or larger together than the file,
     are refused before they are unpacked: they are how a small file fills a memory.
+    With `only`, no more than the entries whose name ends so are read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -169,6 +175,11 @@ def find_damage(path: Path) -> str:
                 return "it holds compressed entries, which torch never writes"
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 return "its entries are larger than the file"
+            if only:
+                for entry in entries:
+                    if entry.filename.endswith(only):
+                        archive.read(entry)
+                return ""
             broken = archive.testzip()
         return f"checksum of {broken} is wrong" if broken else ""
     except zipfile.BadZipFile as error:
@@ -179,9 +190,10 @@ def find_damage(path: Path) -> str:
         return f"{type(error).__name__}: {error}"
 
 
-def read(path: str | os.PathLike) -> dict:
+def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     """Any file of tensors and plain types (ours, torchvision's, the earlier code's), on the CPU.
 
+    With `values_only`, the bytes of tensors are neither read nor checked.
     Raises CheckpointError if it is missing, damaged, or holds anything that could run code.
     """
     path = Path(path)
@@ -189,11 +201,11 @@ def read(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"no checkpoint at {path}", _what_is_there(path))
     with path.open("rb") as file:
         is_legacy = file.read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
-    damage = "" if is_legacy else find_damage(path)
+    damage = "" if is_legacy else find_damage(path, "data.pkl" if values_only else "")
     if damage:
         raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _what_is_there(path))
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=values_only and not is_legacy)
     except pickle.UnpicklingError as error:
         found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
         raise CheckpointError(f"refused {path}: it contains code, not only tensors ({found[:160]})",
@@ -202,39 +214,21 @@ def read(path: str | os.PathLike) -> dict:
         raise CheckpointError(f"unreadable checkpoint {path}: {type(error).__name__}", _what_is_there(path)) from error
 
 
-def load(path: str | os.PathLike) -> dict:
-    """A checkpoint of ours, whole, of a schema this code knows, plain throughout. Raises CheckpointError."""
-    payload = read(path)
-    schema = payload.get("schema") if type(payload) is dict else None
-    if not isinstance(schema, int):
+def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
+    """A checkpoint of ours, whole, of a schema this code knows, as `schemas` checked it. Raises CheckpointError."""
+    import schemas
+
+    payload = read(path, values_only=values_only)
+    schema = dict.get(payload, "schema") if isinstance(payload, dict) else None
+    if type(schema) is not int:
         raise CheckpointError(f"{path} holds weights only, not the state of a run",
                               "use --init-from to start a new run from these weights")  # fmt: skip
     if schema > SCHEMA:
-        raise CheckpointError(f"{path} has schema {schema}; this code knows up to {SCHEMA}", "update this repository")
-    wrong = [f"lacks {key}" for key in REQUIRED if key not in payload]
-    wrong = wrong or [f"has a malformed {key}" for key, kind in REQUIRED.items() if not isinstance(payload[key], kind)]
-    wrong = wrong or ([f"holds a {odd}"] if (odd := not_plain(payload)) else [])
-    if wrong:
-        raise CheckpointError(f"{path} {', '.join(wrong)}", "use a checkpoint that train.py wrote")
-    return payload
-
-
-def not_plain(payload: object) -> str:
-    """The name of a type in `payload` that no checkpoint of ours holds, or ''."""
-    left, seen = [payload], set()
-    while left:
-        value = left.pop()
-        if isinstance(value, torch.Tensor):
-            if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
-                return f"{type(value).__name__} of layout {value.layout}"
-        elif isinstance(value, dict | list | tuple):
-            if id(value) in seen:  # shared, or a circle
-                continue
-            seen.add(id(value))
-            left += [*value, *value.values()] if isinstance(value, dict) else value
-        elif not isinstance(value, str | int | float | None):
-            return type(value).__name__
-    return ""
+        unknown = ", ".join(sorted(map(str, dict.keys(payload) - schemas.Checkpoint.__annotations__.keys())))
+        raise CheckpointError(f"{path} has schema {schema}; this code knows up to {SCHEMA}"
+                              + (f" and nothing of {one_line(unknown)[:200]}" if unknown else ""),
+                              "update this repository")  # fmt: skip
+    return schemas.check_checkpoint(payload, Path(path))
 
 
 def _what_is_there(path: Path) -> str:
@@ -243,26 +237,32 @@ def _what_is_there(path: Path) -> str:
     return f"in {path.parent} there is: {others}" if others else "leave --resume out to start a new run"
 
 
-def newest(directory: Path) -> tuple[Path | None, list[str]]:
-    """The newest sound last_* (or prev_last_*, or best_*) in `directory`, and what was passed over and why.
+def newest(
+    directory: Path, own: Callable[[Path, dict], bool] = lambda path, payload: True
+) -> tuple[Path | None, dict | None, list[str]]:
+    """The newest sound last_* (or prev_last_*, or best_*) in `directory`, its payload, and what was passed over and why.
 
-    Raises CheckpointError if there are checkpoints but none is sound: starting again over them
-    would destroy what may still be rescued.
+    own(path, payload): whether it is of the run that is looked for
+    Only the one that is taken is read whole. Raises CheckpointError if there are checkpoints but none is
+    sound: starting again over them would destroy what may still be rescued.
     """
-    candidates = {path: 0 for path in directory.glob("*.pt")}
-    passed_over, sound = [], {}
-    for path in candidates:
+    candidates, passed_over = [], []
+    for path in directory.glob("*.pt"):
         try:
-            payload = load(path)
-            sound[path] = (payload["step"], len(payload["rows"]))
+            known = load(path, values_only=True)
+            if own(path, known):
+                candidates.append(((known["step"], len(known["rows"]), path.name.startswith("last_"), path.name), path))
         except CheckpointError as error:
             passed_over.append(error.what)
-    if sound:
-        return max(sound, key=lambda path: (*sound[path], path.name.startswith("last_"), path.name)), passed_over
+    for _, path in sorted(candidates, reverse=True):
+        try:
+            return path, load(path), passed_over
+        except CheckpointError as error:
+            passed_over.append(error.what)
     if passed_over:
         raise CheckpointError(f"no sound checkpoint in {directory}: {'; '.join(passed_over)}",
                               "restore a copy, or name another --save-dir to start anew")  # fmt: skip
-    return None, []
+    return None, None, []
 
 
 def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module, dict]:
@@ -271,16 +271,18 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
     weights: 'ema' (the raw weights where the run kept no average) or 'raw'.
     payload["eval"] says how to feed it: classes, class_names, mean, std, image_size, crop.
     """
+    import schemas
+
     payload = load(path)
-    averaged = payload["ema"].get("shadow") if weights == "ema" else None
-    args = payload["model_args"]
     try:
-        if args.get("num_classes") != len(payload["eval"]["classes"]):
-            raise ValueError("as many classes as it names")  # the names are in the file: no claim can outgrow it
-        model = build_model(**args)
-        model.load_state_dict(averaged or payload["model"])
-    except (UserError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        model = build_model(**payload["model_args"])
+    except (UserError, RuntimeError, ValueError, TypeError) as error:
+        reason = one_line(str(error).splitlines()[0])
         raise CheckpointError(f"{path} does not hold the model it describes: {reason}",
                               "use a checkpoint that train.py wrote") from error  # fmt: skip
+    own, averaged = model.state_dict(), payload["ema"].get("shadow")
+    for name, state in (("model", payload["model"]), ("ema.shadow", averaged)):
+        if state is not None:
+            schemas.check_tensors(state, own, f"{path}: {name}")
+    model.load_state_dict(averaged if averaged is not None and weights == "ema" else payload["model"])
     return model.eval(), payload

@@ -7,9 +7,14 @@ any number of workers, and gives what it would have given.
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import sys
 import time
+import warnings
+import weakref
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from errors import DataError, ResourceError, UserError
-from runtime import die_with_parent, ignore_stop_signals
+from runtime import die_with_parent, left_to_parent
 from sources.images import BadImage, EvalTransform, TrainTransform
 from sources.index import DatasetIndex, Split
 
@@ -72,9 +77,10 @@ class Order(Sampler):
 
 
 class BatchDataset(Dataset):
-    """Maps a `Batch` to (images (n, H, W, 3) uint8, labels (n,) int64, names of replaced images).
+    """Maps a `Batch` to (images (n, H, W, 3) uint8, labels (n,) int64, names of bad images).
 
-    An error about the data is returned, not raised: it crosses the process boundary unchanged.
+    With 'skip' a bad image is replaced in training and left out in scoring. An error about the data
+    is returned, not raised: it crosses the process boundary unchanged.
     """
 
     def __init__(self, split: Split, transform: TrainTransform | EvalTransform, seed: int = 0,
@@ -85,13 +91,16 @@ class BatchDataset(Dataset):
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[str]] | UserError:
         side = self.transform.image_size
         images = np.empty((len(batch.ids), side, side, 3), np.uint8)
-        replaced: list[str] = []
+        kept, bad = [], []
         try:
-            for k, (i, data) in enumerate(zip(batch.ids, self._read(batch.ids), strict=True)):
-                images[k] = self._image(int(i), data, batch.epoch, replaced)
+            for i, data in zip(batch.ids, self._read(batch.ids), strict=True):
+                image = self._image(int(i), data, batch.epoch, bad)
+                if image is not None:
+                    images[len(kept)] = image
+                    kept.append(i)
         except UserError as error:
             return error
-        return torch.from_numpy(images), torch.from_numpy(self.split.labels[batch.ids]), replaced
+        return torch.from_numpy(images[: len(kept)]), torch.from_numpy(self.split.labels[kept]), bad
 
     def _read(self, ids: Sequence[int]) -> list:
         try:
@@ -100,14 +109,16 @@ class BatchDataset(Dataset):
             raise DataError(f"cannot read {error.filename or 'the data'}: {error.strerror}",
                             "check the disk and the permissions; then --resume auto goes on") from error  # fmt: skip
 
-    def _image(self, i: int, data: bytes | np.ndarray, epoch: int, replaced: list[str]) -> np.ndarray:
-        """The transformed image, or that of another sample of its class (training with 'skip')."""
+    def _image(self, i: int, data: bytes | np.ndarray, epoch: int, bad: list[str]) -> np.ndarray | None:
+        """The transformed image; with 'skip' that of another sample of its class, or None in scoring."""
         try:
             return self._transformed(i, data, epoch)
         except BadImage:
-            if self.on_bad_image == "fail" or not self.augments:
+            if self.on_bad_image == "fail":
                 raise
-        replaced.append(self.split.name(i))
+        bad.append(self.split.name(i))
+        if not self.augments:
+            return None
         same_class = np.flatnonzero(self.split.labels == self.split.labels[i])
         draw = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch, i))))
         for other in draw.permutation(same_class[same_class != i])[:20]:
@@ -127,13 +138,35 @@ class BatchDataset(Dataset):
             raise BadImage(self.split.name(i), error.reason) from error
 
 
-def _init_worker(worker: int) -> None:
+def _init_worker(ignored: list[int], worker: int) -> None:
     import cv2
 
     die_with_parent()
-    ignore_stop_signals()
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(0)  # the workers are the parallelism
     torch.set_num_threads(1)
+
+
+_started: weakref.WeakSet = weakref.WeakSet()  # torch's iterators that have workers
+
+
+def end_workers() -> None:
+    """End the workers that are left. In training they ignore SIGTERM, so one that hangs would keep the exit waiting."""
+    for iterator in list(_started):
+        if hasattr(
+            iterator, "_pin_memory_thread"
+        ):  # it reads from the workers: it goes first, as in torch's own shutdown
+            iterator._pin_memory_thread_done_event.set()
+            iterator._worker_result_queue.put((None, None))
+            iterator._pin_memory_thread.join(5)
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    reaper = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report each of them as an error
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    signal.signal(signal.SIGCHLD, reaper or signal.SIG_DFL)
 
 
 class Loader:
@@ -141,7 +174,7 @@ class Loader:
 
     Workers send uint8, a quarter of the bytes; on a GPU the copy and the normalisation of the next
     batch run on a side stream during the current step. After an epoch, `waited` holds the seconds
-    the loop spent waiting for data and `replaced` the names of bad images passed over.
+    the loop spent waiting for data and `bad` the names of bad images that were replaced or left out.
     """
 
     def __init__(self, dataset: BatchDataset, order: Order, *, mean: Sequence[float], std: Sequence[float],
@@ -149,11 +182,11 @@ class Loader:
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
         self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1) * 255
         self.scale = 1 / (torch.tensor(std, device=self.device).view(1, 3, 1, 1) * 255)
-        self.waited, self.replaced = 0.0, []
+        self.waited, self.bad = 0.0, []
         self.batches = DataLoader(
             dataset, sampler=order, batch_size=None, num_workers=num_workers,
             persistent_workers=num_workers > 0 and order.shuffle, prefetch_factor=PREFETCH if num_workers else None,
-            pin_memory=self.device.type == "cuda", worker_init_fn=_init_worker,
+            pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
         )  # fmt: skip
 
@@ -161,8 +194,12 @@ class Loader:
         return len(self.order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.waited, self.replaced = 0.0, []
-        raw = self._raw(iter(self.batches))  # workers start here, not at the first batch
+        self.waited, self.bad = 0.0, []
+        self.batches.worker_init_fn = partial(_init_worker, left_to_parent())
+        iterator = iter(self.batches)  # workers start here, not at the first batch
+        if self.batches.num_workers:
+            _started.add(iterator)
+        raw = self._raw(iterator)
         return self._prefetched(raw) if self.device.type == "cuda" else map(self._to_device, raw)
 
     def _raw(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,12 +218,13 @@ class Loader:
                 return
             if isinstance(item, UserError):
                 raise item
-            images, labels, replaced = item
-            self.replaced += replaced
+            images, labels, bad = item
+            self.bad += bad
             yield images, labels
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = (tensor.to(self.device, non_blocking=True) for tensor in batch)
+        # Only CUDA's copies are pinned; Metal's, not waited for, read memory that is already used anew.
+        images, labels = (tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in batch)
         # (n, H, W, 3) in memory is (n, 3, H, W) in channels_last: the permutation costs nothing.
         images = images.permute(0, 3, 1, 2).float()
         return images.sub_(self.mean).mul_(self.scale), labels
@@ -222,9 +260,10 @@ def train_loader(index: DatasetIndex, *, image_size: int, batch_size: int, augme
 
 
 def eval_loader(split: Split, index: DatasetIndex, *, image_size: int, batch_size: int, num_workers: int = 0,
-                device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, crop: float = 0.875) -> Loader:  # fmt: skip
+                device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, crop: float = 0.875,
+                on_bad_image: str = "fail") -> Loader:  # fmt: skip
     """Every sample of `split` once over all ranks, through the evaluation transform."""
-    dataset = BatchDataset(split, EvalTransform(image_size, crop))
+    dataset = BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
     order = Order(len(split), batch_size, shuffle=False, rank=rank, world_size=world_size)
     return Loader(dataset, order, mean=index.mean, std=index.std, num_workers=num_workers, device=device)
 
@@ -234,12 +273,15 @@ def get_dataloaders(data_path: str, batch_size: int, image_size: int, num_worker
                     device: torch.device | str = "cpu") -> tuple[Loader, Loader]:  # fmt: skip
     """(train_loader, val_loader) of float32 normalised images (N, 3, H, W) and int64 labels (N,).
 
-    Raises DataError where `data_path` does not hold the dataset.
+    No more workers than cores. Raises DataError where `data_path` does not hold the dataset.
     """
-    from flags import parse_augment
+    from flags import cores, parse_augment
     from sources.layouts import index as find
 
     index = find(dataset, data_path)
+    if num_workers > cores():
+        warnings.warn(f"{num_workers} loader workers asked for, {cores()} cores: using {cores()}", stacklevel=2)
+        num_workers = cores()
     shared = {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers, "device": device}
     train = train_loader(index, augment=parse_augment(augment), seed=seed, **shared)
     return train, eval_loader(index.val, index, **shared)

@@ -82,13 +82,15 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
     """
     with tempfile.TemporaryDirectory() as folder:
         run = build.build(config, index, runtime, phases, Path(folder))
+        if config.init_from:
+            build.take_weights(config.init_from, run.state.model, config.reset_head)
         print("\n".join(describe(run, config, index)), flush=True)
         hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
         print(try_checkpoint(run), flush=True)
     training, validation = (sum(parts) for parts in zip(*hours, strict=True))
     print(f"projected from these rates: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
           f"{validation:.2f} h validation\n(a projection, warm-up left out; start-up and checkpoints are not in it)\n"
-          "nothing was written: leave --dry-run out to train", flush=True)  # fmt: skip
+          f"nothing was written to {config.save_dir}: leave --dry-run out to train", flush=True)  # fmt: skip
 
 
 def describe(run: Run, config, index: DatasetIndex) -> list[str]:
@@ -137,7 +139,9 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
           f"loss {sums['loss'] / max(1, sums['images']):.3f}), {validation.per_second:>8,.1f} img/s validation, "
           f"memory {memory_of(run, phase, how)}", flush=True)  # fmt: skip
     if sums["bad_steps"]:
-        run.say(f"WARNING: {sums['bad_steps']} steps at {phase.image_size} px were not finite")
+        searching = run.state.scaler.is_enabled() and not run.state.bad_in_a_row
+        run.say(f"{'note' if searching else 'WARNING'}: {sums['bad_steps']} steps at {phase.image_size} px were not finite"
+                + (", as fp16 looks for its scale" if searching else ""))  # fmt: skip
     validations = sum(epoch % run.eval_every == 0 or epoch == run.epochs
                       for epoch in range(phase.first_epoch, phase.last_epoch + 1))  # fmt: skip
     images = len(run.val) + len(run.train_sample) / len(models)  # the training sample is scored with one model

@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 
 
 class UserError(Exception):
@@ -67,18 +67,36 @@ class Stopped(Exception):
         self.exit_code = 130 if signal_number == 2 else 143  # SIGINT; SIGTERM and the rest
 
 
-def printable(text: str) -> str:
+def printable(text: str, stream=None) -> str:
     """`text` as any terminal can show it: undecodable bytes and control characters escaped."""
-    encoding = getattr(sys.stderr, "encoding", None) or "ascii"
+    encoding = getattr(stream or sys.stderr, "encoding", None) or "ascii"
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def one_line(text: str) -> str:
+    """`printable`, without line breaks: for names from files and disks inside a message."""
+    return printable(text).replace("\n", "\\n")
+
+
+class Printable:
+    """A text stream that writes only what any terminal can show: file and class names may hold anything."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text, self.stream))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
 
 
 def report(error: UserError) -> None:
     """Two lines on stderr: from the first rank, or from the one that alone knows of the error."""
     where = "error" if error.rank is None else f"error on rank {error.rank}"
     if speaks() or error.rank is not None:
-        tell(f"{where}: {error.what}\nfix: {error.fix}")
+        tell(f"{where}: {one_line(error.what)}\nfix: {error.fix}")
 
 
 def speaks() -> bool:
@@ -96,7 +114,36 @@ def exit_at_once(number: int, frame) -> None:
     os._exit(130 if number == signal.SIGINT else 143)
 
 
+# Only a GPU has an exception of its own, and not for all that its libraries say when memory runs out.
+OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried", "out of memory", "unable to find an engine",
+                 "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # fmt: skip
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
 DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
+# Of the machine, whatever was being done; other trouble with a file is the user's where the file has a name.
+MACHINE = DISK_TROUBLE | {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
+
+
+def resource_error(error: BaseException) -> ResourceError | None:
+    """What the machine lacks, in our words; None for what is a bug of ours."""
+    if is_out_of_memory(error):
+        reason = f": {str(error).splitlines()[0]}" if str(error) else ""
+        fix = "free memory, or ask for less: smaller batches, fewer --num-workers"
+        lack = ResourceError(f"out of memory{reason}", fix)
+        lack.rank = int(os.environ.get("RANK", 0)) or None  # the others have theirs
+        return lack
+    if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE):
+        return None
+    verb = "write" if error.errno in DISK_TROUBLE else "use"
+    file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
+    return ResourceError(f"cannot {verb} {file}: {error.strerror or error}",
+                         "see that it is there, that it may be used, and that there is room")  # fmt: skip
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:
@@ -107,7 +154,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, exit_at_once)
     try:
-        code = main(None) or 0
+        with redirect_stdout(Printable(sys.stdout)):  # all that is printed passes here; stderr is for `tell`
+            code = main(None) or 0
         sys.stdout.flush()  # here, where a closed pipe is not a traceback
         return code
     except UserError as error:
@@ -124,8 +172,9 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     except BrokenPipeError:  # `| head` closed our output: nothing left to say
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE or "--debug" in sys.argv:
+    except (OSError, RuntimeError, MemoryError) as error:
+        known = resource_error(error)
+        if known is None or "--debug" in sys.argv:
             raise
-        report(ResourceError(f"cannot write {error.filename or 'a file'}: {error.strerror}", "free some space"))
-        return ResourceError.exit_code
+        report(known)
+        return known.exit_code

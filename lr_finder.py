@@ -57,6 +57,14 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
     add("--debug", action="store_true", help="tracebacks for errors")
 
 
+OWN = (
+    flags.Row(
+        "num_iter", "trace", lambda c: c.mode == "accuracy" and "--mode accuracy counts --trials and --trial-epochs"
+    ),
+    flags.Row("trials", "trace", lambda c: c.mode == "loss" and "it needs --mode accuracy"),
+    flags.Row("trial_epochs", "trace", lambda c: c.mode == "loss" and "it needs --mode accuracy"),
+)
+
 TRAINING = (
     flags.add_data_args,
     flags.add_model_args,
@@ -75,13 +83,17 @@ def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
     low, high = rate_limits(config)
     # The parts below may ask for any of train.py's flags; those that are no flags here have their defaults.
-    config = flags.make_config({**train_defaults(), **flags.plain(config)})
-    flags.check_train(config, typed)
+    config = flags.make_config({**flags.train_defaults(), **flags.plain(config)})
+    if "lr" in typed.by_hand:  # a recipe may bring it
+        raise UsageError("--lr would do nothing: it is what is looked for", "leave --lr out")
+    notes = flags.refuse_idle(OWN, config, typed) + flags.check_train(config, typed)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import layouts
 
     index = layouts.index(**flags.data_args(config))
+    for note in filter(None, (*notes, *index.notes, flags.workers_note(config.num_workers))):
+        print(note, flush=True)
     import build
 
     phases = build.make_plan(config, index, world_size=1)
@@ -111,10 +123,6 @@ def rate_limits(config) -> tuple[float, float]:
     return low, high
 
 
-def train_defaults() -> dict:
-    return vars(flags.build_parser("train.py", "", "", flags.TRAIN_GROUPS).parse_args([]))
-
-
 def geometric(low: float, high: float, count: int) -> list[float]:
     return [low * (high / low) ** (k / (count - 1)) for k in range(count)]
 
@@ -131,7 +139,6 @@ def training_command(argv: list[str] | None, lr: float) -> str:
     """The train.py command line for `lr`: what was typed here, less what is only known here."""
     own = flags.Parser(prog="lr_finder.py", add_help=False)
     add_finder_args(own)
-    own.add_argument("--lr")
     _, rest = own.parse_known_args(argv)
     return shlex.join(["python", "train.py", *rest, "--lr", f"{lr:.2g}"])
 
@@ -193,8 +200,8 @@ def range_test(state, how, batches, low: float, high: float, num_iter: int, afte
         def _train_batch(self, train_iter, *unused, **also_unused):
             probe.model.train()
             rate = probe.optimizer.param_groups[0]["lr"]
-            loss, finite = train_step(probe, how, *next(train_iter))
-            if not (finite and math.isfinite(loss)):
+            loss, _ = train_step(probe, how, *next(train_iter))
+            if probe.bad_in_a_row:  # a loss is finite where fp16 only lowers its scale
                 raise Ended("the loss was no longer finite")
             rates.append(rate)
             losses.append(loss)
@@ -250,17 +257,20 @@ def trial_recipe(config, phase) -> str:
     """The run's flags as a recipe for one short phase of it."""
     import yaml
 
-    defaults = train_defaults()
+    defaults = flags.train_defaults()
     values = {name: value for name, value in flags.plain(config).items() if name in defaults}
     values |= {"epochs": config.trial_epochs, "resize_schedule": [phase.image_size], "batch_size": phase.batch_size,
-               "phase_batch_sizes": None, "phase_epochs": None, "phase_mix": ["on" if phase.mix else "off"],
+               "phase_batch_sizes": None, "phase_epochs": None, "phase_mix": [phase.mix],
                "warmup_epochs": None, "config": None, "save_dir": None, "lr_scale": "none"}  # fmt: skip
     if config.schedule == "cosine":
         values["warmup_epochs"] = min(config.warmup_epochs, config.trial_epochs / 5)
-    standard = {name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()}
-    return yaml.safe_dump(
-        {name: value for name, value in values.items() if value is not None and value != standard[name]}
-    )
+    standard = flags.plain(flags.make_config(defaults))
+    values = {name: value for name, value in values.items() if value is not None and value != standard[name]}
+    trial = flags.make_config(defaults | values)
+    idle = {row.name for row in flags.TABLE if flags.why_idle(row, trial)}  # in one phase, what served several
+    if "phase_mix" in values:
+        values["phase_mix"] = "on" if phase.mix else "off"
+    return yaml.safe_dump({name: value for name, value in values.items() if name not in idle})
 
 
 def trial(recipe: Path, lr: float, run_dir: Path) -> dict | None:

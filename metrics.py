@@ -5,7 +5,7 @@ TensorBoard and Weights & Biases are copies for those who ask; the file is alway
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -37,36 +37,58 @@ def hits(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    """The rows of a run, oldest first. Raises DataError where there are none."""
+    """The rows of a run, oldest first. Raises DataError where there are none, or where a line is no row."""
+    import schemas
+
     path = Path(run_dir) / "metrics.jsonl"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}", "name a directory that train.py wrote (--save-dir)") from None
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # a line cut short by a full disk or a kill; the checkpoint has the row
+            row = schemas.parse_json(line, schemas.Row, f"{path} line {number}", "delete the line, or resume the run")
+        except DataError:
+            if number == len(
+                lines
+            ):  # nothing, or a line cut short by a full disk or a kill; the checkpoint has the row
+                break
+            raise
+        rows.append(_finite(row))
     return rows
 
 
+def _finite(row: dict) -> dict:
+    """JSON has no NaN: a value that is not finite is None."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+
+
 def optional(package: str, needed_for: str):
-    """Import `package`, or say how to install it."""
+    """Import `package`. Raises UsageError: how to install it, or why it does not import although it is there."""
+    top = package.partition(".")[0]
+    name = "tensorboard" if needed_for == "--tensorboard" else top
     try:
         return importlib.import_module(package)
-    except ImportError:
-        top = package.split(".")[0]
-        package = "tensorboard" if needed_for == "--tensorboard" else top
-        raise UsageError(f"{needed_for} needs the {package} package", f"pip install {package}") from None
+    except ModuleNotFoundError as error:
+        if error.name in (package, top, name):
+            raise UsageError(f"{needed_for} needs the {name} package", f"pip install {name}") from None
+        cause: Exception = error
+    except Exception as error:  # whatever the code of others does when it does not fit the rest
+        cause = error
+    said = (str(cause).strip() or "no reason given").splitlines()[0]
+    raise UsageError(f"{needed_for}: the {name} package is there but does not import: {type(cause).__name__}: {said}",
+                     f"mend it, as with pip install --force-reinstall {name}") from cause  # fmt: skip
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises UsageError with the install line where a tracker asked for is not installed."""
-    for package, wanted in (("tensorboard", tensorboard), ("wandb", wandb)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UsageError(f"--{package} needs the {package} package", f"pip install {package}")
+    """Raises UsageError where a tracker asked for cannot be imported: before anything is written."""
+    if tensorboard:
+        optional("torch.utils.tensorboard", "--tensorboard")
+    if wandb:
+        optional("wandb", "--wandb")
 
 
 class MetricLogger:
@@ -118,6 +140,4 @@ def _run_id(run_dir: Path) -> str:
 
 
 def _line(row: dict) -> str:
-    # JSON has no NaN; a value that is not finite is null.
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-    return json.dumps(finite) + "\n"
+    return json.dumps(_finite(row)) + "\n"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from errors import CheckpointError, UsageError
+from errors import CheckpointError, UsageError, one_line
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -131,6 +131,68 @@ def build_optimizer(
     if choice.has_fused and all(p.device.type in ("cuda", "cpu") for p in model.parameters()):
         options["fused"] = True  # else torch chooses: foreach on a GPU
     return choice.make(param_groups(model, weight_decay), lr=lr, **options)
+
+
+def keeps_alike(name: str, momentum: float, other: str, others_momentum: float) -> bool:
+    """Whether two optimizers keep the same things for a parameter: one can go on from the other's state."""
+    return name == other and (not OPTIMIZERS[name].uses_momentum or bool(momentum) == bool(others_momentum))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Take each parameter's state from a checkpoint, and nothing else: the options are this run's own.
+
+    The kernels check no shapes: a tensor of another size ends the process, one of another type is
+    trained on. So each must be what the optimizer would have made. Raises CheckpointError.
+    """
+    own = optimizer.state_dict()
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+        raise _misfit("its parameter groups are other ones")
+    if not saved["state"]:  # no step was taken
+        return
+    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    if saved["state"].keys() != set(range(count)):
+        raise _misfit(f"it has state for {len(saved['state'])} parameters, or others than this run's {count}")
+    taken: dict[int, dict] = {}
+    for group in optimizer.param_groups:
+        like = _state_of_one(optimizer, group)
+        for param in group["params"]:
+            taken[len(taken)] = _fitting(saved["state"][len(taken)], like, param, f"parameter {len(taken)}")
+    optimizer.load_state_dict(own | {"state": taken})
+
+
+def _state_of_one(optimizer: torch.optim.Optimizer, group: dict) -> dict:
+    """What the optimizer keeps for a parameter, from a step of its like on a single number."""
+    one = torch.zeros(1, requires_grad=True)
+    one.grad = torch.zeros(1)
+    like = type(optimizer)([{**group, "params": [one]}])
+    like.step()
+    return like.state[one]
+
+
+def _fitting(state: dict, like: dict, param: Tensor, where: str) -> dict:
+    if state.keys() != like.keys():
+        raise _misfit(f"{where} has {', '.join(map(str, state)) or 'nothing'}, not {', '.join(like) or 'nothing'}")
+    taken = {}
+    for name, example in like.items():
+        value, counts = state[name], not isinstance(example, Tensor) or example.ndim == 0
+        fits = type(value) is type(example)
+        if fits and isinstance(example, Tensor):
+            shape, dtype = ((), example.dtype) if counts else (param.shape, param.dtype)
+            fits = value.shape == shape and value.dtype == dtype and value.layout is torch.strided
+        if not fits or (counts and not 0 <= value < math.inf):
+            raise _misfit(f"{where} has another {name} than a {type(param).__name__} of {tuple(param.shape)} makes")
+        # A copy of its own: tensors in a file may share memory.
+        taken[name] = value if not isinstance(value, Tensor) else value.clone() if counts else _like(param, value)
+    return taken
+
+
+def _like(param: Tensor, value: Tensor) -> Tensor:
+    return torch.empty_like(param, requires_grad=False).copy_(value)
+
+
+def _misfit(reason: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint's optimizer state does not fit: {one_line(reason)}",
+                           "use a checkpoint that train.py wrote with this --optimizer")  # fmt: skip
 
 
 def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
@@ -316,7 +378,7 @@ class Schedule:
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on at a saved position. Load the optimizer first: its state carries a learning rate too."""
+        """Go on at a saved position."""
         if state["position"] > self.total_steps:
             raise CheckpointError(
                 f"the checkpoint is at optimizer step {state['position']}, this run's plan has {self.total_steps}",
@@ -324,6 +386,7 @@ class Schedule:
             )
         for name in self._STATE:
             setattr(self, name, state[name])
+        self._set(self.last_lr)  # of a finished run no other comes
         self._set_current()
 
     def _set_current(self) -> None:

@@ -236,7 +236,7 @@ def _bad_images(split, start: int, stop: int) -> list[dict]:
     bad = []
     for i in range(start, stop):
         try:
-            decode(split.read([i])[0], split.name(i))
+            decode(split.read([i])[0], split.name(i), thorough=True)
         except BadImage as error:
             bad.append({"name": error.name, "reason": error.reason})
         except (OSError, DataError) as error:

@@ -18,6 +18,13 @@ EPILOG = """examples:
   python predict.py CHECKPOINT --export onnx --out exported"""
 
 
+IDLE = (
+    *(flags.Row(name, "output", lambda c: not c.images and "no image is named")
+      for name in ("top", "json", "csv", "batch_size", "num_workers")),
+    flags.Row("out", "files", lambda c: not c.export and "it needs --export"),
+)  # fmt: skip
+
+
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("predict.py", "Name what is in images.", EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a best_*.pt or last_*.pt that train.py wrote")
@@ -38,11 +45,12 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, _ = flags.parse(build_parser(), argv)
+    config, typed = flags.parse(build_parser(), argv)
     import rundir
 
     if not (config.images or config.export):
         raise UsageError("no image to look at", "name image files or folders, or --export FORMAT")
+    flags.refuse_idle(IDLE, config, typed)
     if config.json == config.csv == "-":
         raise UsageError("--json - and --csv - both want standard output", "give one of them a file name")
     rundir.check_checkpoint(config.checkpoint)
@@ -133,6 +141,8 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
     from sources.images import EvalTransform
 
     workers = min(config.num_workers, flags.cores()) if len(paths) > config.batch_size else 0
+    if workers and (note := flags.workers_note(config.num_workers)):
+        say(config, note)
     dataset = Pictures(paths, EvalTransform(facts["image_size"], facts["crop"]))
     loader = Loader(dataset, Order(len(paths), config.batch_size, shuffle=False), mean=facts["mean"], std=facts["std"],
                     num_workers=workers, device=runtime.device)  # fmt: skip
@@ -142,7 +152,7 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
             best = logits_of(model, images, runtime).softmax(1).topk(min(config.top, len(facts["classes"])))
             rows = zip(ids.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
             found += [(paths[i], probabilities, classes) for i, probabilities, classes in rows]
-    reasons = dict(loader.replaced)
+    reasons = dict(loader.bad)
     return ([row for i, row in enumerate(found) if i not in reasons], [(paths[i], why) for i, why in reasons.items()])
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from dataloader import PREFETCH
-from errors import ResourceError
+from errors import ResourceError, is_out_of_memory
 from train_utils import Phase, Step
 from trainer import Run
 
@@ -24,23 +24,22 @@ MIB = 2**20
 KEPT_CHECKPOINTS = 5  # last_*, best_*, their prev_* and the one being written
 
 
-def check_resources(run: Run, workers: int) -> None:
+def check_resources(run: Run, workers: int, former: Iterable[Path] = ()) -> None:
     """Raise ResourceError now for what would end the run hours later; warn about shared memory."""
     if run.runtime.is_main:
-        check_disk(run)
+        check_disk(run, former)
         run.say(shared_memory_warning(run.phases, workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
 
 
-def check_disk(run: Run) -> None:
-    """Raises ResourceError unless the checkpoints fit beside those already there."""
-    there = {
-        (s := file.stat()).st_ino: s.st_size for file in run.save_dir.glob("*.pt")
-    }  # best is a second name of last
+def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
+    """Raises ResourceError unless the checkpoints fit; `former` ones are replaced or deleted."""
+    room = {(s := file.stat()).st_ino: s.st_size for file in former}  # best is often a second name of last
     size = checkpoint_bytes(run)
-    need = size * max(1, KEPT_CHECKPOINTS - len(there))
-    free = shutil.disk_usage(run.save_dir).free
+    need = max(size, KEPT_CHECKPOINTS * size - sum(room.values()))
+    there = next(p for p in (run.save_dir, *run.save_dir.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
     if free < need:
         raise ResourceError(
             f"{run.save_dir} has {free / MIB:,.0f} MiB free; the checkpoints, {size / MIB:,.0f} MiB each, need {need / MIB:,.0f}",
@@ -90,9 +89,13 @@ def check_step_memory(run: Run) -> None:
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
     how = run.make_step(phase)
     at_once = math.ceil(phase.batch_size / run.runtime.world_size / how.accumulate)
-    ballast = torch.empty(room_beside(run, phase), dtype=torch.uint8, device=run.runtime.device)
-    fitting = largest_fitting(at_once, lambda images: try_step(run, how, phase, images))
-    del ballast
+
+    def attempt(images: int) -> None:
+        ballast = torch.empty(room_beside(run, phase), dtype=torch.uint8, device=run.runtime.device)
+        try_step(run, how, phase, images)
+        del ballast  # held until here: it stands for what else will be there
+
+    fitting = largest_fitting(at_once, attempt)
     torch.cuda.empty_cache()
     if fitting < at_once:
         raise does_not_fit(run, phase, at_once, fitting, how.accumulate)
@@ -137,17 +140,11 @@ def largest_fitting(batch: int, attempt: Callable[[int], None]) -> int:
 def _fits(batch: int, attempt: Callable[[int], None]) -> bool:
     try:
         attempt(batch)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return False  # and with the exception go the tensors its frames hold
     return True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    # A CPU and Metal have no exception of their own.
-    words = ("can't allocate memory", "MPS backend out of memory")
-    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def does_not_fit(run: Run, phase: Phase, at_once: int, fitting: int, accumulate: int) -> ResourceError:
@@ -164,9 +161,10 @@ def does_not_fit(run: Run, phase: Phase, at_once: int, fitting: int, accumulate:
 
 
 def memory_words(device: torch.device) -> str:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
+    with suppress(RuntimeError):  # a GPU whose memory ran out may answer nothing
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            return f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
     return f"on {device.type}"
 
 
@@ -175,7 +173,7 @@ def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
     """Memory that runs out in here becomes a ResourceError that says for what."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise ResourceError(f"out of memory at {what} ({memory_words(device)})", fix) from error
@@ -186,7 +184,7 @@ def out_of_memory_named(run: Run) -> Iterator[None]:
     """The one place where memory that runs out during training becomes a ResourceError."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         step = min(run.state.step, sum(p.steps for p in run.phases) - 1)

@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
+from errors import printable
+
 LINE_EVERY = 60.0  # seconds between lines where there is no terminal
 
 
@@ -22,7 +24,7 @@ class Progress:
 
     def __init__(self, total: int, desc: str, *, unit: str = "it", initial: int = 0, enabled: bool = True,
                  line_every: float = LINE_EVERY, file=None):  # fmt: skip
-        self.total, self.desc, self.unit, self.count = total, desc, unit, initial
+        self.total, self.desc, self.unit, self.count = total, printable(desc), unit, initial
         self.enabled, self.line_every, self.file = enabled, line_every, file or sys.stderr
         self.started = self.last_line = time.monotonic()
         self.first = initial
@@ -30,7 +32,7 @@ class Progress:
         if enabled and self.file.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=desc, unit=unit, initial=initial, leave=False, file=self.file,
+            self.bar = tqdm(total=total, desc=self.desc, unit=unit, initial=initial, leave=False, file=self.file,
                             dynamic_ncols=True,
                             bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
 

@@ -2,105 +2,258 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import shutil
+import secrets
+import stat
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from errors import CheckpointError, ResourceError, UsageError
-from flags import FREE_ON_RESUME, dashed, make_config, plain
+from flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
 
-FILES = ("config.json", "env.json", "metrics.jsonl", "wandb_id")
-FOLDERS = ("plots", "tensorboard")
+KINDS = ("last", "best", "prev_last", "prev_best")
+FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")  # the last two say whose the others are: they go last
+PICTURES = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
+            "feature_maps", "stride_padding", "loss_landscape")  # what our commands draw into plots/  # fmt: skip
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
 
 
-def check(save_dir: str, *, resuming: bool, overwrite: bool) -> None:
-    """What can be said about `save_dir` before anything is built; writes nothing.
+@dataclass(frozen=True)
+class Held:
+    """What a save directory holds of a run, as it was looked at."""
+
+    path: Path
+    run: str  # the id of the run; empty for none, and for one from before runs had ids
+    parent: str  # the run it was forked from
+    files: tuple[Path, ...]  # what --overwrite deletes, in this order
+    checkpoints: tuple[Path, ...]  # where no run is recorded: any that are named like a run's
+    state: tuple  # changes when a run writes here
+
+    def __bool__(self) -> bool:
+        return bool(self.files or self.checkpoints)
+
+
+def look(save_dir: str) -> Held:
+    """What lies in `save_dir`; writes nothing. Raises UsageError or ResourceError for what can be no run's directory."""
+    path = Path(save_dir)
+    if not save_dir or "\0" in save_dir or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise UsageError(f"--save-dir {save_dir!r} is no directory", "name one, such as --save-dir ./checkpoints")
+    try:
+        kind = (path / ".lock").lstat().st_mode
+        if not stat.S_ISREG(kind):
+            raise ResourceError(f"{path / '.lock'} is not a plain file", "remove it, or name another --save-dir")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise _unusable(path, error) from None
+    config, env = _read_json(path / "config.json"), _read_json(path / "env.json")
+    recorded = [name for name, known in (("config.json", {"arch", "resize_schedule"} <= config.keys()),
+                                         ("env.json", {"torch", "command"} <= env.keys())) if known]  # fmt: skip
+    checkpoints = [p for kind in KINDS for p in sorted(path.glob(f"{kind}_*.pt"))]
+    files = []
+    if recorded:
+        name = env.get("checkpoint") or _name_before_ids(checkpoints, str(config.get("arch")))
+        checkpoints = [p for p in checkpoints if p.name in names(name)]
+        files = [path / "plots" / f"{picture}.png" for picture in PICTURES]
+        files += sorted((path / "tensorboard").glob("events.out.tfevents.*"))
+        files += checkpoints + [path / f"{n}.partial" for n in names(name)]
+        files += [path / n for n in FILES if n in recorded or not n.endswith(".json")]
+    files = [p for p in files if p.is_file() or p.is_symlink()]
+    return Held(path, _text(env, "run"), _text(env, "parent"), tuple(files), tuple(checkpoints),
+                tuple(sorted((p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in (*checkpoints, *(path / n for n in FILES))
+                             if (s := _stat(p)))))  # fmt: skip
+
+
+def checkpoint_name(arch: str, dataset: str) -> str:
+    """What follows last_ and best_."""
+    return f"{arch}_{dataset}.pt"
+
+
+def names(checkpoint: object) -> list[str]:
+    """The four names of a run's checkpoints; none for what is no file name."""
+    fits = isinstance(checkpoint, str) and checkpoint == Path(checkpoint).name and checkpoint.endswith(".pt")
+    return [f"{kind}_{checkpoint}" for kind in KINDS] if fits else []
+
+
+def _name_before_ids(checkpoints: list[Path], arch: str) -> str:
+    """env.json did not say it then: the name of the youngest last_* of the recorded architecture."""
+    found = [p for p in checkpoints if p.name.startswith(f"last_{arch}_") and _stat(p)]
+    return max(found, key=lambda p: p.stat().st_mtime_ns).name.removeprefix("last_") if found else ""
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _text(values: dict, key: str) -> str:
+    return value if isinstance(value := values.get(key), str) else ""
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.lstat()
+    except OSError:
+        return None
+
+
+def _unusable(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory")
+
+
+def check(held: Held, *, resuming: bool, overwrite: bool) -> None:
+    """What can be said about a save directory before anything is built; writes nothing.
 
     Raises UsageError where it holds a run that is neither resumed nor overwritten, or one under way;
     ResourceError where it cannot be written.
     """
-    path = Path(save_dir)
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    there = next(p for p in (held.path, *held.path.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         what = "it is read-only" if there.is_dir() else f"{there} is a file"
-        raise ResourceError(f"cannot write to --save-dir {path}: {what}", "name a writable directory")
-    held = _run_files(path) if path.is_dir() else []
+        raise ResourceError(f"cannot write to --save-dir {held.path}: {what}", "name a writable directory")
     if held and not (resuming or overwrite):
-        raise UsageError(f"{path} already holds a run ({held[0].name})",
+        raise UsageError(f"{held.path} already holds a run ({(held.checkpoints or held.files)[0].name})",
                          "go on with --resume auto, start anew with --overwrite, or name another --save-dir")  # fmt: skip
-    if (path / ".lock").exists():
-        Lock(path).release()
+    if (held.path / ".lock").exists():
+        Lock(held.path).release()
 
 
-def claim(path: Path, *, overwrite: bool) -> Lock:
-    """Make `path` this run's own, prove that files can be written and renamed there, sweep up.
+class Identity(NamedTuple):
+    """Which run goes on, or begins."""
 
-    Raises ResourceError where it cannot be written, UsageError where another run holds it.
+    run: str
+    parent: str = ""  # the run it was forked from
+    begins: bool = True  # in this directory: as a new run or as a fork
+
+
+def identity(held: Held, resume: str, saved: dict | None) -> Identity:
+    """Raises UsageError where the directory holds another run than the checkpoint `saved`."""
+    if not saved:  # a run that was killed before its first checkpoint keeps its id
+        return Identity((held.run if resume else "") or secrets.token_hex(8))
+    own, at_home = _text(saved, "run"), lies_in(resume, held.path)
+    if (held.run == own) if held.run and own else at_home:
+        return Identity(held.run or own or secrets.token_hex(8), held.parent, begins=False)
+    if held:
+        raise UsageError(f"{held.path} holds {_called(held.run)}, {resume} is of {_called(own)}",
+                         "name an empty --save-dir, or go on with what this one holds: --resume auto")  # fmt: skip
+    return Identity(secrets.token_hex(8), own)
+
+
+def _called(run: str) -> str:
+    return f"run {run}" if run else "a run without an id"
+
+
+def lies_in(resume: str, path: Path) -> bool:
+    """Whether the checkpoint that --resume names is one of `path`'s."""
+    return resume == "auto" or (path.is_dir() and Path(resume).parent.samefile(path))
+
+
+def check_foreign(held: Held, checkpoint: str) -> None:
+    """Raises UsageError where a run that begins here would write over files that no run recorded here has written."""
+    wanted = [held.path / name for name in (*FILES, *names(checkpoint))]
+    foreign = [p.name for p in wanted if _stat(p) and p not in held.files]
+    if foreign:
+        raise UsageError(f"{held.path} holds {', '.join(foreign)}, which no run recorded there has written",
+                         "move them away, or name another --save-dir")  # fmt: skip
+
+
+def claim(held: Held, *, overwrite: bool, checkpoint: str = "") -> Lock:
+    """Make the directory this run's own, prove that files can be written and renamed there, sweep up.
+
+    checkpoint: the name of the run's checkpoints after last_ and best_.
+    Raises ResourceError where it cannot be written, UsageError where another run holds it, or wrote
+    to it since it was looked at.
     """
+    path = held.path
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = Lock(path)
-        _probe(path / ".probe")
-        if overwrite:
-            clear(path)
-        for half_written in path.glob("*.partial"):
-            half_written.unlink(missing_ok=True)
+        try:
+            if look(str(path)).state != held.state:
+                raise UsageError(f"{path} was changed by another run while this one started",
+                                 "look at what it holds, then start again")  # fmt: skip
+            lock.sign()
+            _probe(path)
+            for file in held.files if overwrite else ():
+                file.unlink(missing_ok=True)
+            for name in (*names(checkpoint), "config", "env", "metrics"):
+                (path / f"{name}.partial").unlink(missing_ok=True)
+        except BaseException:
+            lock.release()
+            raise
     except OSError as error:
-        raise ResourceError(
-            f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory"
-        ) from None
+        raise _unusable(path, error) from None
     return lock
 
 
-def _probe(file: Path) -> None:
+def _probe(path: Path) -> None:
+    file = path / f".probe-{secrets.token_hex(8)}"
+    renamed = file.with_name(f"{file.name}-renamed")
     try:
         with open(file, "wb") as probe:
             probe.write(b"probe")
             os.fsync(probe.fileno())
-        os.replace(file, file.with_suffix(".renamed"))
+        os.replace(file, renamed)
     finally:
         file.unlink(missing_ok=True)
-        file.with_suffix(".renamed").unlink(missing_ok=True)
+        renamed.unlink(missing_ok=True)
 
 
-def clear(path: Path) -> None:
-    """Delete what a former run left here, and nothing else."""
-    for file in _run_files(path):
-        file.unlink(missing_ok=True)
-    for folder in FOLDERS:
-        shutil.rmtree(path / folder, ignore_errors=True)
-
-
-def _run_files(path: Path) -> list[Path]:
-    found = [path / name for name in FILES if (path / name).exists()]
-    return found + sorted(path.glob("*.pt")) + sorted(path.glob("*.pt.partial"))
+@contextmanager
+def vanishing_named(path: Path) -> Iterator[None]:
+    """A directory that is removed while its run lives ends the run with one message, whatever was being written."""
+    try:
+        yield
+    except (OSError, ResourceError, RuntimeError) as error:
+        if path.is_dir():
+            raise
+        raise ResourceError(f"{path} was removed, or its disk taken away, while the run was writing to it",
+                            "bring it back and go on with --resume auto, or start again") from error  # fmt: skip
 
 
 class Lock:
     """Held while a run lives in a directory; the kernel drops it when the process dies, however it dies."""
 
     def __init__(self, directory: Path):
-        import fcntl
+        from filelock import FileLock, Timeout
 
-        self.file = open(directory / ".lock", "a+")  # noqa: SIM115  (open as long as the run)
+        # It opens the file without following a link; a lock file instead of a lock would outlive a killed run.
+        self.file = directory / ".lock"
+        self.lock = FileLock(self.file, blocking=False, fallback_to_soft=False)
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.seek(0)
-            holder = self.file.read().strip() or "another process"
-            raise UsageError(f"{directory} is in use by {holder}", "wait for it, or name another --save-dir") from None
-        except OSError:
-            pass  # a cluster filesystem mounted without locks: better a run without one than no run
-        self.file.truncate(0)
-        self.file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")
-        self.file.flush()
+            self.lock.acquire()
+        except Timeout:
+            raise UsageError(f"{directory} is in use by {self._holder()}",
+                             "wait for it, or name another --save-dir") from None  # fmt: skip
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            # A cluster filesystem mounted without locks: better a run without one than no run.
+
+    def sign(self) -> None:
+        """Say who holds it, for the message that a second run gets."""
+        flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+        with suppress(OSError), open(os.open(self.file, flags), "w") as file:  # Windows locks it against this, too
+            file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")
+
+    def _holder(self) -> str:
+        with suppress(OSError):
+            return self.file.read_text(encoding="utf-8", errors="replace")[:80].strip() or "another process"
+        return "another process"
 
     def release(self) -> None:
-        self.file.truncate(0)
-        self.file.close()
+        self.lock.release()
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -120,12 +273,12 @@ def check_checkpoint(path: str) -> None:
 
 def with_saved_data(config, typed: frozenset[str], saved: dict):
     """`config` with the data flags that were not typed as the checkpoint's run had them."""
-    names = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
-    return make_config({**plain(config), **{name: saved[name] for name in names if name not in typed}})
+    saved = check_saved(saved)
+    return make_config({**plain(config), **{name: saved[name] for name in DATA_FLAGS if name not in typed}})
 
 
-def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
-    """The payload of the checkpoint that --resume names; None where `auto` finds an empty directory.
+def find_resume(resume: str, held: Held, say=print) -> dict | None:
+    """The payload of the checkpoint that --resume names; None where `auto` finds no checkpoint of the run.
 
     `auto` takes the newest sound checkpoint and says which it passed over; a PATH is taken or refused.
     """
@@ -135,13 +288,35 @@ def find_resume(resume: str, save_dir: str, say=print) -> dict | None:
 
     if resume != "auto":
         return checkpoint.load(resume)
-    path, passed_over = checkpoint.newest(Path(save_dir)) if Path(save_dir).is_dir() else (None, [])
+
+    def own(path: Path, payload: dict) -> bool:
+        run = _text(payload, "run")
+        ours = not held.run or (run == held.run if run else path in held.checkpoints)
+        say("" if ours else f"passed over {path}: of another run")
+        return ours
+
+    path, payload, passed_over = checkpoint.newest(held.path, own) if held.path.is_dir() else (None, None, [])
     for reason in passed_over:
         say(f"passed over {reason}")
-    if path is None:
-        return None
-    say(f"resuming from {path}")
-    return checkpoint.load(path)
+    if path:
+        say(f"resuming from {path}")
+    return payload
+
+
+def carry_best(saved: dict, resume: str, target: Path, run: str) -> str:
+    """Let a run that goes on in another directory keep its best checkpoint; a note where it is not to be had."""
+    import checkpoint
+
+    best, source = saved["best"], Path(resume).parent / target.name
+    if not best["epoch"] or target.exists():
+        return ""
+    with suppress(CheckpointError):
+        found = checkpoint.load(source)
+        alike = all(found["best"].get(name) == best[name] for name in ("score", "epoch"))
+        if alike and found.get("run") == saved.get("run"):
+            checkpoint.save(target, {**found, "run": run})
+            return ""
+    return f"note: the best checkpoint so far, of epoch {best['epoch']}, is not beside {resume}: a better one is yet to come"
 
 
 def resumed_config(config, typed: frozenset[str], saved: dict):
@@ -154,45 +329,45 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     unknown = allowed - given.keys() - {"data"}
     if unknown:
         raise UsageError(f"--allow-change: no flag {', '.join(sorted(unknown))}", "name flags as in --help, or 'data'")
-    changed = [name for name in sorted(typed) if name in saved and name not in FREE_ON_RESUME
+    saved = check_saved(saved)
+    changed = [name for name in sorted(typed) if name not in FREE_ON_RESUME
                and given[name] != saved[name] and name not in allowed]  # fmt: skip
     if changed:
         listed = "; ".join(f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed)
         raise CheckpointError(f"these flags would change the resumed run: {listed}",
                               f"leave them out, or accept the change with --allow-change {','.join(changed)}")  # fmt: skip
-    kept = {name: value for name, value in saved.items() if name in given and name not in typed}
-    check_saved(kept, given)
     # How this start was asked for never comes from the checkpoint.
-    asked = {name: given[name] for name in ("resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run",
-                                            "summary", "debug", "config")}  # fmt: skip
-    return make_config({**given, **kept, **asked})
+    asked = {
+        *typed,
+        "resume",
+        "overwrite",
+        "allow_change",
+        "save_dir",
+        "stop_after",
+        "dry_run",
+        "summary",
+        "debug",
+        "config",
+    }
+    return make_config(saved | {name: given[name] for name in asked})
 
 
-def check_saved(saved: dict, like: dict) -> None:
-    """Flags from a file meet the parser as typed ones do. Raises CheckpointError."""
-    import flags
+def check_saved(saved: dict) -> dict:
+    """The flags of a checkpoint as the parser makes them, those of a later day at their defaults.
 
-    parser = flags.build_parser("the checkpoint", "", groups=flags.TRAIN_GROUPS)
-    actions = {action.dest: action for action in parser._actions}
-    arguments = []
-    for name, value in saved.items():
-        if name == "save_every" and isinstance(value, list):
-            value = "".join(map(str, value))
-        if isinstance(actions[name].default, bool) != isinstance(value, bool):
-            arguments.append(f"{dashed(name)}={value!r}")  # refused below
-        elif value is not None and value != actions[name].default and not isinstance(value, bool):
-            text = (
-                ",".join("on" if v is True else "off" if v is False else str(v) for v in value)
-                if isinstance(value, list)
-                else str(value)
-            )
-            arguments.append(f"{dashed(name)}={text}")
+    Raises CheckpointError naming flags that this version does not know, or whose values are none.
+    """
+    parser = train_parser()
+    if unknown := sorted(str(name)[:80] for name in saved if name not in {action.dest for action in parser._actions}):
+        raise CheckpointError(f"the checkpoint has flags that this version does not know: {', '.join(unknown)}",
+                              "update this repository")  # fmt: skip
     try:
-        parser.parse_args(arguments)
+        values = train_defaults() | from_file(parser, saved, exact=True)
     except UsageError as error:
         raise CheckpointError(
             f"malformed flags in the checkpoint: {error.what}", "use a checkpoint that train.py wrote"
         ) from None
+    return plain(make_config(values))
 
 
 def _shown(value) -> str:

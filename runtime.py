@@ -5,7 +5,6 @@ Nothing else in the project asks which device it is on or how many ranks there a
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -223,21 +222,14 @@ class StopSignals:
                 signal.signal(number, handler)
 
 
-def ignore_stop_signals() -> None:
-    """For worker processes: the parent finishes its step with them, then ends them itself."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def left_to_parent() -> list[int]:
+    """The signals that a worker started now ignores: its parent gets them too, and ends it when it has done with it.
 
-
-def end_workers() -> None:
-    """End the loader workers that are left. They ignore SIGTERM, so one that hangs would keep the exit waiting."""
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    reaper = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would report each of them as an error
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join()
-    signal.signal(signal.SIGCHLD, reaper or signal.SIG_DFL)
+    Ctrl-C always, it reaches the whole process group; the others while `StopSignals` are installed, whose
+    step needs its workers. Without them SIGTERM must end a worker: that is how multiprocessing does it at exit.
+    """
+    in_charge = isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopSignals)
+    return STOP_SIGNALS if in_charge else [signal.SIGINT]
 
 
 def die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import subprocess
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     from metrics import check_trackers
     from sources import layouts
 
-    saved = rundir.find_resume(config.resume, config.save_dir, say)
+    held = rundir.look(config.save_dir)
+    saved = rundir.find_resume(config.resume, held, say)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
@@ -42,8 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.summary or config.dry_run:
         return look_only(config, index)
     if is_main():
-        rundir.check(config.save_dir, resuming=bool(config.resume), overwrite=config.overwrite)
-    return train(config, index, Path(config.save_dir), saved)
+        rundir.check(held, resuming=bool(config.resume), overwrite=config.overwrite)
+    return train(config, index, held, saved)
 
 
 def look_only(config, index) -> int:
@@ -59,28 +61,40 @@ def look_only(config, index) -> int:
     return 0
 
 
-def train(config, index, save_dir: Path, saved: dict | None) -> int:
-    """Build the run, take over a checkpoint if there is one, and only then write to `save_dir`."""
+def train(config, index, held, saved: dict | None) -> int:
+    """Build the run, take over a checkpoint if there is one, and only then write to the save directory."""
     import build
+    import preflight
     import rundir
     import trainer
-    from runtime import end_workers, lost_ranks_named
+    from dataloader import end_workers
+    from runtime import lost_ranks_named
 
+    save_dir, name = held.path, rundir.checkpoint_name(config.arch, index.name)
+    who = rundir.identity(held, config.resume, saved)
+    if who.begins:
+        rundir.check_foreign(held, name)
     runtime = build.open_runtime(config)
     with lost_ranks_named(runtime):
-        built = build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), save_dir)
+        phases = build.make_plan(config, index, runtime.world_size)
+        built = build.build(config, index, runtime, phases, save_dir, who.run)
         if saved:
             restore(built, saved, config)
         elif config.init_from:
             start_from(built, config)
         if built.finished and not trainer.best_is_lost(built):
-            say(f"this run is complete: {len(built.state.rows)} epochs in {save_dir}")
+            where = Path(config.resume).parent if who.begins else save_dir
+            say(f"this run is complete: {len(built.state.rows)} epochs in {where}")
             return 0
-        lock = rundir.claim(save_dir, overwrite=config.overwrite) if runtime.is_main else None
+        former = [path for path in held.checkpoints if path in held.files or not who.begins]
+        preflight.check_resources(built, build.workers(config), former)
+        lock = rundir.claim(held, overwrite=config.overwrite, checkpoint=name) if runtime.is_main else None
         try:
-            if saved and config.resume != "auto":
-                trainer.carry_best(built, Path(config.resume).parent)
-            fit(config, index, built)
+            with rundir.vanishing_named(save_dir):
+                if saved and not rundir.lies_in(config.resume, save_dir):
+                    move_in(built, saved, config.resume, who)
+                (saved or {}).clear()  # taken over: its tensors would lie in memory for the whole run
+                fit(config, index, built, who)
         finally:
             end_workers()
             if lock:
@@ -88,9 +102,19 @@ def train(config, index, save_dir: Path, saved: dict | None) -> int:
     return 0
 
 
-def fit(config, index, built) -> None:
-    """Look whether all that the run needs is there, write down what it is, and train."""
-    import build
+def move_in(built, saved: dict, resume: str, who) -> None:
+    """A run that goes on in another directory has its checkpoints there before it trains."""
+    import rundir
+    import trainer
+
+    if who.begins:
+        trainer.save(built, "last")
+    if built.runtime.is_main and not trainer.best_is_lost(built):
+        say(rundir.carry_best(saved, resume, built.path("best"), who.run))
+
+
+def fit(config, index, built, who) -> None:
+    """Write down what the run is, and train."""
     import preflight
     import rundir
     import trainer
@@ -100,15 +124,18 @@ def fit(config, index, built) -> None:
     runtime, save_dir = built.runtime, built.save_dir
     if config.plot and runtime.is_main:
         built.after_epoch = Curves(built)
-    preflight.check_resources(built, build.workers(config))
     if runtime.is_main:
         facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit(), "num_train": len(index.train),
-                                        "num_val": len(index.val), "num_classes": len(index.classes)}  # fmt: skip
+                                        "num_val": len(index.val), "num_classes": len(index.classes), "run": who.run,
+                                        "checkpoint": built.file_name} | ({"parent": who.parent} if who.parent else {})  # fmt: skip
         rundir.write_json(save_dir / "config.json", flags.plain(config))
         rundir.write_json(save_dir / "env.json", facts)
     log = MetricLogger(save_dir, built.state.rows, enabled=runtime.is_main, tensorboard=config.tensorboard,
                        wandb_project=config.wandb, config=flags.plain(config))  # fmt: skip
     say("\n".join(introduction(built, config, index)))
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     with built.stop.installed(), preflight.out_of_memory_named(built):
         try:
             trainer.fit(built, log)
@@ -121,7 +148,6 @@ def fit(config, index, built) -> None:
 
 
 def introduction(built, config, index) -> list[str]:
-    import build
     from models import notes
     from trainer import ROW_HEADER
 
@@ -130,11 +156,7 @@ def introduction(built, config, index) -> list[str]:
              f"({runtime.precision}), {len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"]  # fmt: skip
     if runtime.device.type == "cpu" and config.device == "auto":
         lines.append("no GPU found: training on the CPU")
-    if build.workers(config) < config.num_workers:
-        lines.append(
-            f"{config.num_workers} loader workers asked for, {flags.cores()} cores: using {build.workers(config)}"
-        )
-    lines += notes(config.arch, drop_path_rate=config.drop_path_rate, use_blurpool=config.use_blurpool)
+    lines += filter(None, (flags.workers_note(config.num_workers), *notes(config.use_blurpool)))
     for p in built.phases:
         lines.append(f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
                      f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path"))  # fmt: skip
@@ -163,6 +185,7 @@ def is_main() -> bool:
 
 def restore(built, saved: dict, config) -> None:
     """Take over a checkpoint's state; refuse one that this run cannot go on from."""
+    import optim
     import rundir
     from trainer import replan
 
@@ -172,15 +195,33 @@ def restore(built, saved: dict, config) -> None:
     rundir.check_model_args(saved["model_args"], built.facts["model_args"])
     if not same_plan:
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    try:
-        built.state.load_state_dict(saved)
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}",
-                              "start a new run from its weights with --init-from") from error  # fmt: skip
-    if not same_plan:
+    flags_then = saved["config"]
+    if not optim.keeps_alike(
+        config.optimizer, config.momentum, flags_then.get("optimizer"), flags_then.get("momentum")
+    ):
+        say("note: another optimizer than the checkpoint's: it starts without its state")
+        saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
+    built.state.load_state_dict(saved)
+    if same_plan:
+        check_position(built)
+    else:
         replan(built)
     if built.runtime.any_rank(built.state.step) != built.state.step:
         raise CheckpointError("the ranks found different checkpoints", "let all of them see the same --save-dir")
+
+
+def check_position(built) -> None:
+    """Raises CheckpointError where the resumed step does not lie in the epoch after the last row."""
+    from train_utils import phase_of
+
+    state, epoch, epochs = built.state, len(built.state.rows) + 1, built.epochs
+    phase = phase_of(built.phases, min(epoch, epochs))
+    first = phase.step_before(epoch)
+    last = first + phase.steps_per_epoch if epoch <= epochs else first
+    if epoch > epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
+        raise CheckpointError(f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
+                              f"({state.schedule.position} of its schedule): no place in this run",
+                              "use a checkpoint that train.py wrote")  # fmt: skip
 
 
 def start_from(built, config) -> None:
@@ -212,4 +253,5 @@ class Curves:
 
 
 if __name__ == "__main__":
+    gc.disable()  # until training begins: importing torch makes a million objects that stay
     sys.exit(run(main))

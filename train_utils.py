@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from errors import DivergedError, UsageError
+from flags import phase_batches, share_epochs
 from metrics import hits
-from optim import clip_gradients
+from optim import clip_gradients, load_optimizer
 from runtime import Runtime, seed_everything
 
 
@@ -54,7 +55,7 @@ def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *
     `batch_size` is the first phase's, halved at every size step unless `phase_batch_sizes` says
     otherwise. Raises UsageError where a phase cannot fill a batch.
     """
-    batches = phase_batch_sizes or [max(1, batch_size >> k) for k in range(len(sizes))]
+    batches = phase_batch_sizes or phase_batches(batch_size, len(sizes))
     mixes = phase_mix or [True] * len(sizes)
     phases, first_epoch, first_step = [], 1, 0
     for size, batch, mix, length in zip(
@@ -73,23 +74,6 @@ def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *
         phases.append(Phase(first_epoch, first_epoch + length - 1, size, batch, steps, first_step, mix))
         first_epoch, first_step = first_epoch + length, first_step + length * steps
     return tuple(phases)
-
-
-def share_epochs(epochs: int, weights: Sequence[int] | None, parts: int) -> list[int]:
-    """Split `epochs` by `weights` (largest remainder); the last part always gets one.
-
-    Without weights three phases share 30 : 20 : 40, as in the documents, any other number evenly.
-    """
-    weights = weights or ((30, 20, 40) if parts == 3 else (1,) * parts)
-    exact = [epochs * weight / sum(weights) for weight in weights]
-    shares = [math.floor(x) for x in exact]
-    by_remainder = sorted(range(parts), key=lambda k: (exact[k] - shares[k], k), reverse=True)
-    for k in by_remainder[: epochs - sum(shares)]:
-        shares[k] += 1
-    if shares[-1] == 0:
-        shares[max(range(parts), key=lambda k: shares[k])] -= 1
-        shares[-1] = 1
-    return shares
 
 
 def phase_of(phases: Sequence[Phase], epoch: int) -> Phase:
@@ -111,9 +95,9 @@ class TrainState:
     ema: object
     step: int = 0
     epoch_sums: dict = field(default_factory=dict)  # of the epoch under way
-    bad_in_a_row: int = 0  # steps that were not finite
-    # The best epoch; the top score since the last size began, and validations waited for a better one.
-    best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "top": -1.0, "waited": 0})
+    bad_in_a_row: int = 0  # steps that were not finite, and that a lower fp16 scale cannot mend
+    # The best epoch, and the validations since then.
+    best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "waited": 0})
     rows: list = field(default_factory=list)
 
     def __post_init__(self):
@@ -130,13 +114,25 @@ class TrainState:
         return parts | {name: getattr(self, name) for name in self.VALUES}
 
     def load_state_dict(self, state: dict) -> None:
-        for name in self.PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        for name in self.VALUES:
-            setattr(self, name, state[name])
+        """Take over a checkpoint. Raises CheckpointError where its tensors are not what this run's would be."""
+        from schemas import check_tensors
+
+        check_tensors(state["model"], self.model.state_dict(), "the checkpoint's model")
+        if self.ema.module is not None and "shadow" in state["ema"]:
+            check_tensors(state["ema"]["shadow"], self.ema.module.state_dict(), "the checkpoint's ema.shadow")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:  # empty unless the run was in fp16; without, it starts anew
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
+        # Older files have other counters: what this run does not count is dropped, what they lack starts at nothing.
+        for mine, theirs in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
+            mine.update({name: theirs[name] for name in mine if name in theirs})
 
 
-MAX_BAD_STEPS = 10  # non-finite steps in a row before a run is given up
+MAX_BAD_STEPS = 10  # in a row, before a run is given up
 
 
 class BatchNormBuffers:
@@ -186,11 +182,12 @@ class Step:
 
 
 def train_step(state: TrainState, how: Step, images: Tensor, labels: Tensor) -> tuple[float, bool]:
-    """One optimizer step on images (N, 3, H, W) and labels (N,): (mean loss, whether it was finite).
+    """One optimizer step on images (N, 3, H, W) and labels (N,): (mean loss, whether the step was finite).
 
     The gradient norm and the loss are read together, the step's only host sync. If they are not
     finite nothing moves: BatchNorm buffers go back, optimizer and EMA are passed over. The plan's
-    step counts all the same, so that a resumed run does not meet the batch again.
+    step counts all the same, so that a resumed run does not meet the batch again. A step that is
+    neither finite nor counted in `bad_in_a_row` overflowed under fp16, and the scale was lowered.
     """
     # Mixing and drop-path descend from this line, so a step is a function of (state, batch, seed).
     seed_everything(how.seed, state.step, how.runtime.rank)
@@ -205,26 +202,37 @@ def train_step(state: TrainState, how: Step, images: Tensor, labels: Tensor) -> 
     loss = how.runtime.sum_over_ranks(loss) / how.runtime.world_size
     loss, norm = torch.stack([loss, norm.to(loss)]).tolist()
     finite = math.isfinite(loss) and math.isfinite(norm)
-    # Under fp16 the scaler finds the overflow itself and backs off.
-    if finite or state.scaler.is_enabled():
-        state.scaler.step(state.optimizer)
-    state.scaler.update()
     if finite:
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
         state.ema.update()
-    else:
+    else:  # not even the scaler's own skip: fused SGD would make its momentum of uninitialised memory
         how.buffers.restore()
+    state.bad_in_a_row = 0 if finite or lower_scale(state.scaler, loss) else state.bad_in_a_row + 1
     state.schedule.step()
     state.step += 1
-    backing_off = state.scaler.is_enabled() and math.isfinite(loss)
-    state.bad_in_a_row = 0 if finite else state.bad_in_a_row + (not backing_off)
-    return loss, finite or backing_off
+    return loss, finite
+
+
+def lower_scale(scaler: torch.amp.GradScaler, loss: float) -> bool:
+    """After a step that was not finite: halve the fp16 scale if that may help; whether it may.
+
+    It cannot where the loss itself is not finite, nor at a scale of 1, where gradients overflow by
+    themselves. So from 65536 there are 16 back-offs at most in a row, and then bad steps.
+    """
+    before = scaler.get_scale()
+    scaler.update()
+    if math.isfinite(loss) and 1.0 <= scaler.get_scale() < before:
+        return True
+    scaler.update(max(1.0, before))
+    return False
 
 
 def backward(state: TrainState, how: Step, images: Tensor, targets: Tensor) -> Tensor:
     """Accumulate gradients of the batch's mean loss, in `how.accumulate` pieces; return that loss (scalar)."""
     losses = []
     pieces = list(zip(images.chunk(how.accumulate), targets.chunk(how.accumulate), strict=True))
-    for k, (part, wanted) in enumerate(pieces):
+    for k, (part, wanted) in enumerate(pieces):  # `smallest_piece` knows how chunk cuts
         last = k == len(pieces) - 1
         no_sync = getattr(how.forward, "no_sync", nullcontext)  # DDP: exchange gradients once
         with nullcontext() if last else no_sync():
@@ -239,6 +247,11 @@ def backward(state: TrainState, how: Step, images: Tensor, targets: Tensor) -> T
     return torch.stack(losses).sum()
 
 
+def smallest_piece(images: int, accumulate: int) -> int:
+    """Images in the smallest of the pieces that `backward` cuts a batch of `images` into: the last one."""
+    return (images - 1) % math.ceil(images / accumulate) + 1
+
+
 def train_one_epoch(state: TrainState, how: Step, batches: Iterable[tuple[Tensor, Tensor]],
                     after_step: Callable[[int, bool], None]) -> None:  # fmt: skip
     """Train on every batch; sums go into `state.epoch_sums`.
@@ -249,15 +262,17 @@ def train_one_epoch(state: TrainState, how: Step, batches: Iterable[tuple[Tensor
     for images, labels in batches:
         loss, finite = train_step(state, how, images, labels)
         count = len(images) * how.runtime.world_size
-        if finite and math.isfinite(loss):
+        if finite:
             state.epoch_sums["loss"] += loss * count
             state.epoch_sums["images"] += count
         else:
             state.epoch_sums["bad_steps"] += 1
         after_step(count, finite)
         if state.bad_in_a_row >= MAX_BAD_STEPS:
+            scale = f", fp16 scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
             raise DivergedError(
-                f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} at lr {state.schedule.last_lr:.2e}",
+                f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} "
+                f"at lr {state.schedule.last_lr:.2e}{scale}",
                 "lower --lr (run lr_finder.py), or try --amp off; the last checkpoint is from before and clean",
             )
 
@@ -286,7 +301,7 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tenso
     totals = {name: torch.zeros(4, device=runtime.device, dtype=dtype) for name in models}
     try:
         for images, labels in batches:
-            for name, model in models.items():
+            for name, model in models.items() if len(labels) else ():  # all left out, or the other ranks'
                 with runtime.autocast():
                     logits = model(images).float()  # (N, K)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -299,7 +314,8 @@ def evaluate(models: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tenso
     results = {}
     for name, sums in totals.items():
         loss, top1, top5, n = runtime.sum_over_ranks(sums).tolist()
-        results[name] = EvalResult(loss / n, 100 * top1 / n, 100 * top5 / n, int(n))
+        of = n or math.nan  # every image may have been left out
+        results[name] = EvalResult(loss / of, 100 * top1 / of, 100 * top5 / of, int(n))
     return results
 
 

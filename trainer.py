@@ -51,6 +51,7 @@ class Run:
     say: Callable[[str], None] = print
     name_of: Callable[[int], str] = str  # a training sample's name
     slow_data_hint: str = ""  # said once, if training waits for data
+    bad_sample_said: bool = False  # that images of the training sample are bad
     early: EarlyStopping = field(default_factory=lambda: EarlyStopping(None))
     eval_every: int = 1
     save_every: tuple[float, str] = (1, "ep")
@@ -87,28 +88,46 @@ def fit(run: Run, log: MetricLogger) -> None:
     if best_is_lost(run):
         save(run, "last")
         save(run, "best")
+    if run.finished:
+        return
     for phase in run.phases:
         if phase.last_epoch <= len(run.state.rows):
             continue  # finished before the restart
         loader, how = run.make_loader(phase), run.make_step(phase)
         for epoch in range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1):
-            train_epoch(run, phase, epoch, loader, how)
+            if train_epoch(run, phase, epoch, loader, how) and is_scored(run, epoch) and is_saved(run, epoch):
+                save(run, "last")  # whatever happens in scoring, the epoch is kept; saved anew with its row
             finish_epoch(run, score_epoch(run, phase, epoch), log)
             if run.finished:
                 return
 
 
-def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, how: Step) -> None:
-    """The steps of `epoch` that are left: all of them, or those after a mid-epoch stop."""
+def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, how: Step) -> bool:
+    """The steps of `epoch` that are left: all of them, or those after a mid-epoch stop. Whether there were any."""
     start = run.state.step - phase.step_before(epoch)
     if start == 0:
         run.state.start_epoch()
     if start >= phase.steps_per_epoch:
-        return
+        return False
     loader.order.seek(epoch, start)
     with Progress(phase.steps_per_epoch, f"{epoch:>3}/{run.epochs} {phase.image_size} px", unit="steps",
                   initial=start, enabled=run.runtime.is_main) as bar:  # fmt: skip
-        train_one_epoch(run.state, how, interruptible(run, loader), Between(run, phase, epoch, loader, bar))
+        between = Between(run, phase, epoch, loader, bar)
+        train_one_epoch(run.state, how, interruptible(run, loader), between)
+    if between.back_offs:
+        tell(run, f"note: {between.back_offs} steps of epoch {epoch} overflowed under fp16 and were passed over; "
+                  f"the scale is {run.state.scaler.get_scale():g} now")  # fmt: skip
+    return True
+
+
+def is_scored(run: Run, epoch: int) -> bool:
+    return epoch % run.eval_every == 0 or epoch == run.epochs
+
+
+def is_saved(run: Run, epoch: int) -> bool:
+    """Whether `epoch` is saved whatever its score: by --save-every, and at the end."""
+    every, unit = run.save_every
+    return unit == "min" or epoch % every == 0 or epoch == run.epochs
 
 
 def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
@@ -134,19 +153,21 @@ class Between:
 
     def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, bar: Progress):
         self.run, self.phase, self.epoch, self.loader, self.bar = run, phase, epoch, loader, bar
-        self.clock, self.waited, self.replaced = time.perf_counter(), 0.0, 0
-        self.images, self.seconds = 0, 0.0
+        self.clock, self.waited, self.bad = time.perf_counter(), 0.0, 0
+        self.images, self.seconds, self.back_offs = 0, 0.0, 0
 
     def __call__(self, images: int, finite: bool) -> None:
         run, sums, now = self.run, self.run.state.epoch_sums, time.perf_counter()
         sums["seconds"] += now - self.clock
         sums["waited"] += self.loader.waited - self.waited
-        sums["bad_images"] += len(self.loader.replaced) - self.replaced
+        sums["bad_images"] += len(self.loader.bad) - self.bad
         self.images, self.seconds = self.images + images, self.seconds + now - self.clock
-        self.clock, self.waited, self.replaced = now, self.loader.waited, len(self.loader.replaced)
+        self.clock, self.waited, self.bad = now, self.loader.waited, len(self.loader.bad)
         run.eta.observe_training(self.phase.image_size, self.images, self.seconds)
-        if not finite:
+        if not finite and run.state.bad_in_a_row:
             self.report_bad_step()
+        elif not finite:
+            self.back_offs += 1  # no fault of the images: said once an epoch
         left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
         self.bar.update(1, f"loss {sums['loss'] / max(1, sums['images']):.3f}  lr {run.state.schedule.last_lr:.1e}  "
                            f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
@@ -157,8 +178,12 @@ class Between:
         state, phase, order = self.run.state, self.phase, self.loader.order
         step = state.step - 1 - phase.step_before(self.epoch)
         ids = order.ids(self.epoch)[step * phase.batch_size : (step + 1) * phase.batch_size]
-        names = ", ".join(self.run.name_of(int(i)) for i in ids[:8]) + (", ..." if len(ids) > 8 else "")
+        names = listed([self.run.name_of(int(i)) for i in ids[:9]])
         tell(self.run, f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}")
+
+
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
 
 
 def save_or_stop(run: Run, bar: Progress | None = None) -> None:
@@ -186,21 +211,24 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
     row |= {f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")} | {
         "better": None
     }
-    if epoch % run.eval_every == 0 or epoch == run.epochs:
+    if is_scored(run, epoch):
         row |= scores(run, phase)
         run.eta.observe_validation(phase.image_size, time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
-    seconds = sums["seconds"]
+    seconds, left_out = sums["seconds"], row.pop("bad_images", 0)
     return row | {
         "images_per_second": sums["images"] / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
-        "bad_steps": sums["bad_steps"], "bad_images": sums["bad_images"], "best": False,
+        "bad_steps": sums["bad_steps"], "bad_images": sums["bad_images"] + left_out, "best": False,
     }  # fmt: skip
 
 
 def scores(run: Run, phase: Phase) -> dict:
-    """Of the row: val_* and ema_val_* over the validation set, train_top1 over the training sample."""
+    """Of the row: val_* and ema_val_* over the validation set, train_top1 over the training sample.
+
+    And bad_images: those of the sample, which `make_eval` leaves out where training replaces them.
+    """
 
     def between_batches(count: int) -> None:
         if run.runtime.any_rank(run.stop.received):
@@ -209,12 +237,19 @@ def scores(run: Run, phase: Phase) -> dict:
     averaged = run.state.ema.module
     models = {"val": run.state.model} | ({} if averaged is None else {"ema_val": averaged})
 
-    def scored(models: dict, split: Split) -> dict[str, EvalResult]:
-        return evaluate(models, interruptible(run, run.make_eval(split, phase)), run.runtime, between_batches)
+    def scored(models: dict, split: Split) -> tuple[dict[str, EvalResult], list[str]]:
+        loader = run.make_eval(split, phase)
+        return evaluate(models, interruptible(run, loader), run.runtime, between_batches), loader.bad
 
-    results = scored(models, run.val)
-    clean = scored({"train": run.state.model}, run.train_sample)
-    row = {"train_top1": clean["train"].top1}
+    results, _ = scored(models, run.val)
+    clean, bad = scored({"train": run.state.model}, run.train_sample)
+    if bad and not run.bad_sample_said:
+        run.bad_sample_said = True
+        tell(
+            run,
+            f"note: train_top1 leaves out {len(bad)} of {len(run.train_sample)} images, which are bad: {listed(bad)}",
+        )
+    row = {"train_top1": clean["train"].top1 if clean["train"].num_samples else None, "bad_images": len(bad)}
     for kind, result in results.items():
         row |= {
             f"{kind}_{f.name}": getattr(result, f.name)
@@ -232,8 +267,7 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     run.state.rows.append(row)
     run.state.start_epoch()
     log.log(row)  # before it is saved: a resumed run cuts what it has too much, but cannot add a row that is lost
-    every, unit = run.save_every
-    if row["best"] or run.finished or unit == "min" or row["epoch"] % every == 0:
+    if row["best"] or run.finished or is_saved(run, row["epoch"]):
         save(run, "last")
     if row["best"]:
         save(run, "best")
@@ -246,19 +280,19 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
 
 
 def judge(run: Run, row: dict) -> bool:
-    """Whether this epoch is the best: at the last size, past two thirds of the run; ties keep the earlier."""
+    """Whether this epoch is the best so far; ties keep the earlier.
+
+    At the last size only, and past two thirds of the run: what an early end would miss. With
+    --early-stop-patience the end may be any, so from the first epoch at that size on.
+    """
     score, best = row[run.judged_by], run.state.best
-    if score is None or not math.isfinite(score) or row["epoch"] < run.phases[-1].first_epoch:
+    early = run.early.patience is not None
+    if score is None or row["epoch"] < run.phases[-1].first_epoch or not (early or 3 * row["epoch"] > 2 * run.epochs):
         return False
-    eligible = 3 * row["epoch"] > 2 * run.epochs
-    if eligible and score > best["score"]:
-        run.state.best = {"score": score, "epoch": row["epoch"], "top": score, "waited": 0}
+    if math.isfinite(score) and score > best["score"]:
+        run.state.best = {"score": score, "epoch": row["epoch"], "waited": 0}
         return True
-    improved = score > best["top"]
-    run.state.best = best = {**best, "top": max(score, best["top"]), "waited": 0 if improved else best["waited"] + 1}
-    if best["epoch"] == 0 and run.early.should_stop(best["waited"]):
-        run.state.best = {**best, "score": score, "epoch": row["epoch"]}  # an early end takes its last epoch
-        return True
+    run.state.best = best | {"waited": best["waited"] + 1}
     return False
 
 
@@ -282,14 +316,6 @@ def best_is_lost(run: Run) -> bool:
     phase = phase_of(run.phases, min(epoch, run.epochs))
     just_saved = state.step == phase.step_before(epoch) + phase.steps_per_epoch
     return just_saved and not (best.exists() and last.exists() and best.samefile(last))
-
-
-def carry_best(run: Run, came_from: Path) -> None:
-    """Let a run that goes on in another directory keep its best checkpoint."""
-    source, target = came_from / run.path("best").name, run.path("best")
-    if run.runtime.is_main and run.state.best["epoch"] and source.is_file() and not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.link(source, target)
 
 
 def tell(run: Run, text: str) -> None:

@@ -59,7 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     models, payload = inference.open_models(config.checkpoint, "both", runtime)
     facts = payload["eval"]
     sizes = check_sizes(config.image_sizes or (facts["image_size"],), payload)
-    index = layouts.index(**flags.data_args(rundir.with_saved_data(config, typed, payload["config"])))
+    if config.recalibrate_bn and payload["model_args"]["arch"] in flags.NO_BATCH_NORM:
+        raise UsageError("--recalibrate-bn would do nothing: the model has no BatchNorm", "leave --recalibrate-bn out")
+    data = rundir.with_saved_data(config, typed, payload["config"])
+    notes = flags.refuse_idle([row for row in flags.TABLE if row.name in rundir.DATA_FLAGS], data, typed)
+    index = layouts.index(**flags.data_args(data))
+    for note in filter(None, (*notes, *index.notes, flags.workers_note(config.num_workers))):
+        screen(config)(note)
     index = dataclasses.replace(index, mean=facts["mean"], std=facts["std"])  # what the model is used to
     positions = positions_of(facts, index, say=screen(config))
     found = []

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     print(write(study, preset, directory, out))
     if args.publish:
         publish(directory, out, study)
-    print(f"written: {out}/summary.md, summary.csv and pictures", file=sys.stderr)
+    errors.tell(f"written: {out}/summary.md, summary.csv and pictures")
     return 0
 
 
@@ -247,6 +247,7 @@ def write_csv(path: Path, runs: list) -> None:
 
 def publish(directory: Path, out: Path, study: Study) -> None:
     """Copy each run's small files, without what only this machine knows."""
+    import schemas
     from ablation_runs import results
 
     for run in results.load(directory, study):
@@ -255,9 +256,12 @@ def publish(directory: Path, out: Path, study: Study) -> None:
         for name in ("metrics.jsonl", "run.json"):
             if (run.directory / name).is_file():
                 shutil.copyfile(run.directory / name, target / name)
-        for name, private in (("config.json", PRIVATE), ("env.json", ("command",))):
+        for name, schema, private in (
+            ("config.json", schemas.Config, PRIVATE),
+            ("env.json", schemas.Env, ("command",)),
+        ):
             if (run.directory / name).is_file():
-                kept = json.loads((run.directory / name).read_text(encoding="utf-8"))
+                kept = schemas.read_json(run.directory / name, schema, "delete it, or run the study again")
                 text = json.dumps({k: v for k, v in kept.items() if k not in private}, indent=1)
                 (target / name).write_text(text + "\n", encoding="utf-8")
 

@@ -6,7 +6,6 @@ epoch: nothing is selected on the score that is reported.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -48,7 +47,7 @@ class Result:
     @property
     def minutes(self) -> float:
         """Training and validation, without start-up; as much as there was of it."""
-        return sum(row["seconds"] for row in self.rows) / 60
+        return sum(row["seconds"] or 0 for row in self.rows) / 60
 
     @property
     def images_per_second(self) -> float | None:
@@ -70,8 +69,10 @@ def load(directory: Path, study: Study) -> list[Result]:
 
 
 def read_run(path: Path, variant: str) -> Result:
-    record, env = ({} if not (path / name).is_file() else json.loads((path / name).read_text(encoding="utf-8"))
-                   for name in ("run.json", "env.json"))  # fmt: skip
+    import schemas
+
+    record, env = (schemas.read_json(path / name, schema, "delete it, or run the study again", missing={})
+                   for name, schema in (("run.json", schemas.StudyRun), ("env.json", schemas.Env)))  # fmt: skip
     rows = read_metrics(path) if (path / "metrics.jsonl").is_file() else []
     seed = int(path.name.rpartition("-seed")[2])
     return Result(variant, seed, record.get("status", "unfinished"), rows, env, path)

@@ -117,13 +117,16 @@ class Job:
         self.arguments = [*own, *on_disk, "--save-dir", from_root(directory), "--resume", "auto"]
 
     def recorded(self) -> dict:
-        path = self.directory / "run.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        import schemas
+
+        return schemas.read_json(
+            self.directory / "run.json", schemas.StudyRun, "delete it: the run starts again", missing={}
+        )
 
     def status(self) -> str:
         """done, diverged, failed, started or new; changed: there is a run of this name, made with other flags."""
         known = self.recorded()
-        if known and what_trains(known["flags"]) != what_trains(self.run.flags):
+        if known and what_trains(known.get("flags", [])) != what_trains(self.run.flags):
             return "changed"
         return known.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 

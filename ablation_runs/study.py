@@ -71,12 +71,14 @@ class Study:
 
     def flags(self, variant: Variant, preset: str = "full", extra: str = "") -> list[str]:
         """train.py's flags for `variant`; `extra` is laid over the base, under what the variant names."""
-        base = shlex.join(recipe_flags(self.recipe)) + " " + self.base if self.recipe else self.base
+        recipe = shlex.join(recipe_flags(self.recipe)) if self.recipe else ""
+        layers = (self.base, extra, variant.flags)
         if preset == "cpu":
-            own = variant.flags if variant.cpu is None else variant.cpu
-            return as_list(merged(base, CPU, self.cpu, extra, own))
-        small = smoke if preset == "smoke" else dict
-        return as_list(small(merged(base, extra, variant.flags)))
+            layers = (self.base, CPU, self.cpu, extra, variant.flags if variant.cpu is None else variant.cpu)
+        chosen = merged(recipe, *layers)
+        chosen = smoke(chosen) if preset == "smoke" else chosen
+        idle = idle_in(chosen) - merged(*layers).keys() if recipe else ()
+        return as_list({name: value for name, value in chosen.items() if name not in idle})
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,22 @@ class Run:
 
 def recipe_flags(name: str) -> list[str]:
     """A recipe spelled out, so that a command says all it does; where the data lies is the runner's business."""
-    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
-    words = flags.yaml_arguments(str(RECIPES / f"{name}.yaml"), vars(parser.parse_args([])))
-    return [word for word in words if not word.startswith("--data-dir=")]
+    values = flags.read_recipe(flags.train_parser(), str(RECIPES / f"{name}.yaml"))
+    return [as_typed(flag, value) for flag, value in values.items() if flag != "data_dir"]
+
+
+def as_typed(flag: str, value) -> str:
+    name = flags.dashed(flag)
+    if isinstance(value, bool):
+        return name if value else f"--no-{name[2:]}"
+    items = value if isinstance(value, tuple) else (value,)
+    return f"{name}=" + ",".join("on" if item is True else "off" if item is False else str(item) for item in items)
+
+
+def idle_in(chosen: dict[str, str | None]) -> set[str]:
+    """What `chosen` names in vain: train.py would refuse it, and lets it go where a recipe brings it."""
+    config, _ = flags.parse(flags.train_parser(), as_list(chosen))
+    return {row.name.replace("_", "-") for row in flags.TABLE if not row.note and flags.why_idle(row, config)}
 
 
 def grid(defaults: dict[str, str], **values: tuple[str, ...]) -> tuple[Variant, ...]:

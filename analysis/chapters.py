@@ -121,8 +121,10 @@ def epochs_table(run: RunFiles) -> Markup:
 
 def validation(run: RunFiles) -> Markup:
     """What validate.py wrote beside the checkpoint, or how to have it written."""
+    import schemas
+
     folder = run.path / "validation"
-    scores = reading.read_json(folder / "scores.json")
+    scores = schemas.read_json(folder / "scores.json", schemas.Scores, "run validate.py again", missing={})
     if not scores:
         return tag(
             "p",

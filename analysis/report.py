@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import flags
-from errors import DataError, ResourceError, UsageError, printable, run
+from errors import DataError, ResourceError, UsageError, run, tell
 
 ROOT = Path(__file__).resolve().parent.parent
 EPILOG = """examples:
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     from analysis import runs as reading
 
     if args.list:
-        print(printable(listing(reading.read_runs(nonempty(reading.find_runs(args.list), args.list)))))
+        print(listing(reading.read_runs(nonempty(reading.find_runs(args.list), args.list))))
         return 0
     paths = list(dict.fromkeys(map(Path, args.run_dirs)))
     studies = [path for path in paths if (path / "summary.md").is_file()]
@@ -91,7 +91,7 @@ def complete(found, data_dir: str, device: str) -> list[str]:
 
 def call(command: list[str]) -> str:
     """Run one of our commands; '' or why it failed. A process of its own: it must not cost the report."""
-    print(f"python {' '.join(command)}", file=sys.stderr, flush=True)
+    tell(f"python {' '.join(command)}")
     # Relative data paths in a checkpoint are relative to where the user stands.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     script = [str(ROOT / command[0])] if command[0].endswith(".py") else command[:1]

@@ -5,7 +5,6 @@ No torch, no pictures: values for plots, tables and the report.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,23 +57,14 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[RunFiles]:
 
 
 def read_run(path: Path, name: str) -> RunFiles:
+    import schemas
+
     rows = read_metrics(path)
     if not rows:
         raise DataError(f"{path / 'metrics.jsonl'} has no epoch yet", "wait for the first epoch to end")
-    return RunFiles(path, name, rows, read_json(path / "config.json"), read_json(path / "env.json"))
-
-
-def read_json(path: Path) -> dict:
-    """Empty where there is no such file. Raises DataError for one that is no JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is unreadable: {error}", "delete it, or restore it from a copy") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds no JSON object", "delete it, or restore it from a copy")
-    return content
+    config, env = (schemas.read_json(path / file, schema, "delete it, or restore it from a copy", missing={})
+                   for file, schema in (("config.json", schemas.Config), ("env.json", schemas.Env)))  # fmt: skip
+    return RunFiles(path, name, rows, config, env)
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:

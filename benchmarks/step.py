@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import flags
-from errors import UsageError, run
+from errors import UsageError, UserError, run
 
 EPILOG = """examples:
   python -m benchmarks.step --sizes 64 128 224 --json step.json      the documents' three phases
@@ -55,13 +57,15 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for size, batch in zip(args.sizes, batches, strict=True):
         setting = Setting(args.arch, size, batch)
-        rows += compare(
-            setting, runtime, args, rates, ["bare", "project", "project, no EMA", "project, no guard", "timm"]
-        )
-        if args.variants:
-            rows += compare_variants(setting, runtime, args, rates)
+        loops = ["bare", "project", "project, no EMA", "project, no guard", "timm"]
+        compared = [compare(setting, runtime, args, rates, loops)]
+        for more in chain(compared, compare_variants(setting, runtime, args, rates) if args.variants else ()):
+            rows += [row | {"command": command(argv), **provenance(facts)} for row in more]
+            if args.json:  # as they come: hours of measuring are not to be lost to the last variant
+                write(Path(args.json), rows)
     if args.json:
-        write(Path(args.json), [row | {"command": command(argv), **provenance(facts)} for row in rows])
+        picture(rows, Path(args.json).with_suffix(".png"))
+        print(f"rows: {args.json}; picture: {Path(args.json).with_suffix('.png')}", flush=True)
     return 0
 
 
@@ -103,15 +107,18 @@ def compare(setting, runtime, args, rates, names: list[str]) -> list[dict]:
     return rows
 
 
-def compare_variants(setting, runtime, args, rates) -> list[dict]:
-    """The rows of every variant, the project's step as it is taking turns with each."""
+def compare_variants(setting, runtime, args, rates) -> Iterator[list[dict]]:
+    """The row of every variant that can be made, the project's step as it is taking turns with each."""
     from benchmarks.step_loops import project, variants
 
-    rows = []
     for variant, (changed, where) in variants(setting, runtime).items():
         loops, memory = {}, {}
-        for name, (how, there) in {"project": (setting, runtime), variant: (changed, where)}.items():
-            loops[name], memory[name] = warmed_up(lambda how=how, there=there: project(how, there), runtime.device)
+        try:
+            for name, (how, there) in {"project": (setting, runtime), variant: (changed, where)}.items():
+                loops[name], memory[name] = warmed_up(lambda how=how, there=there: project(how, there), runtime.device)
+        except (ImportError, UserError) as error:
+            print(f"{variant}: not here ({getattr(error, 'what', error)})", flush=True)
+            continue
         seconds = in_turns(
             loops, args.rounds, args.steps or (20 if runtime.device.type == "cuda" else 1), runtime.device
         )
@@ -123,9 +130,8 @@ def compare_variants(setting, runtime, args, rates) -> list[dict]:
             "base_batch_size": setting.batch_size,
             "times_faster_than_default": per_image[0] / per_image[1],
         }
-        rows.append(result)
         print(table([result]), flush=True)
-    return rows
+        yield [result]
 
 
 def warmed_up(make, device) -> tuple:
@@ -221,8 +227,6 @@ def write(path: Path, rows: list[dict]) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    picture(rows, path.with_suffix(".png"))
-    print(f"rows: {path}; picture: {path.with_suffix('.png')}", flush=True)
 
 
 def picture(rows: list[dict], path: Path) -> None:

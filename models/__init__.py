@@ -57,14 +57,9 @@ def build_model(
     return model
 
 
-def notes(arch: str, *, drop_path_rate: float = 0.0, use_blurpool: bool = False) -> list[str]:
+def notes(use_blurpool: bool) -> list[str]:
     """What the user should be told about this choice; one line each, to be printed by the caller."""
-    lines = []
-    if use_blurpool:
-        lines.append(BLURPOOL_NOTICE)
-    if drop_path_rate and arch in torchvision_zoo.NO_DROP_PATH:
-        lines.append(f"note: {arch} has no branches to drop, so --drop-path-rate {drop_path_rate:g} does nothing")
-    return lines
+    return [BLURPOOL_NOTICE] if use_blurpool else []
 
 
 def describe_args(model_args: dict) -> str:

@@ -37,6 +37,19 @@ def count_macs(model: nn.Module, image_size: int) -> int:
     return counter.get_total_flops() // 2
 
 
+def smallest_norm_map(model: nn.Module, image_size: int) -> int:
+    """Positions (H * W) of the smallest map that a BatchNorm meets at `image_size` px; 0 without BatchNorm."""
+    met: list[int] = []
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    handles = [norm.register_forward_pre_hook(lambda norm, args: met.append(args[0][0, 0].numel())) for norm in norms]
+    try:
+        _meta_forward(model, image_size)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(met, default=0)
+
+
 def rows(model: nn.Module, image_size: int, depth: int = 2) -> list[Row]:
     """One row for each layer of up to `depth` names, in the order of execution.
 

@@ -13,7 +13,6 @@ from torch import nn
 from errors import UsageError
 
 ZOO = ("efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t")
-NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # no StochasticDepth inside
 
 PATCH = 16  # px, the side of a ViT-B/16 patch
 

@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 from their python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The archives are pickles, and a pickle can run any code: this reader builds NumPy arrays and plain values only.
+The archives are pickles, and a pickle can run any code: this reader builds arrays of numbers and plain values only.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +16,6 @@ import numpy as np
 
 from errors import DataError
 from sources.index import ArraySplit, DatasetIndex
-
-ALLOWED = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    # Where NumPy 1 and 2 keep the function that pickled arrays name.
-    ("numpy.core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.empty(0))[0],
-    ("numpy._core.multiarray", "_reconstruct"): np.ndarray.__reduce__(np.empty(0))[0],
-}
 
 
 @dataclass(frozen=True)
@@ -50,24 +43,87 @@ CIFAR100 = Cifar(
 )  # fmt: skip
 
 
+class _Dtype:
+    """What a pickle says of a NumPy type. NumPy's own would take over flags that make it read bytes as pointers."""
+
+    def __init__(self, name: str | bytes, *_):
+        self.name, self.order = name.decode() if isinstance(name, bytes) else name, "|"
+
+    def __setstate__(self, state: tuple) -> None:
+        self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
+
+    def real(self) -> np.dtype:
+        if self.name not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8") or self.order not in ("<", ">", "|", "="):
+            raise pickle.UnpicklingError(f"it holds an array of {self.name}")
+        return np.dtype(self.order + self.name)
+
+
+class _Array:
+    """An array of numbers on its way out of a pickle."""
+
+    def __setstate__(self, state: tuple) -> None:
+        _, shape, dtype, by_column, raw = state
+        self.array = np.frombuffer(raw, dtype.real()).reshape(shape, order="F" if by_column else "C")
+
+
+def _frombuffer(raw, dtype: _Dtype, shape: tuple, order: str) -> _Array:
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
+def _empty() -> bytes:
+    return b""
+
+
 class PlainUnpickler(pickle.Unpickler):
     """Builds arrays and plain values; any other global in the pickle is refused before it is imported."""
 
+    def __init__(self, data: bytes):
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self.left = len(data)
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            # The number of a memo's place is also the size of the table that is made for it.
+            if opcode.name.endswith("PUT") and argument > count:
+                raise pickle.UnpicklingError("it asks for more memory than it can need")
+
     def find_class(self, module: str, name: str):
-        if (module, name) not in ALLOWED:
+        core = module.removeprefix("numpy.").removeprefix("_core.").removeprefix("core.")  # NumPy 1 and 2
+        known = {
+            ("numpy", "ndarray"): _Array,
+            ("numpy", "dtype"): _Dtype,
+            ("multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
+            ("numeric", "_frombuffer"): _frombuffer,  # protocol 5
+            ("_codecs", "encode"): self._latin1,  # protocols 0 to 2 have no bytes
+            ("__builtin__", "bytes"): _empty,
+        }
+        found = known.get((core if module.startswith("numpy.") else module, name))
+        if found is None:
             raise pickle.UnpicklingError(f"it contains code ({module}.{name})")
-        return ALLOWED[module, name]
+        return found
+
+    def _latin1(self, text: str, encoding: str) -> bytes:
+        self.left -= len(text)
+        if encoding != "latin1" or self.left < 0:  # more than the file holds: the same text over and over
+            raise pickle.UnpicklingError("it contains code (_codecs.encode)")
+        return text.encode("latin1")
 
 
 def cifar(data_dir: str, which: Cifar) -> DatasetIndex:
     """50,000 + 10,000 images of 32 px, held in memory (180 MB)."""
     folder = _find(data_dir, which)
-    names = tuple(str(name, "utf-8") for name in _load(folder / which.meta, which)[which.class_names])
+    meta, train, val = (_load(folder / which.meta, which), [_load(folder / name, which) for name in which.train],
+                        _load(folder / which.val, which))  # fmt: skip
+    try:
+        names = tuple(str(name, "utf-8") for name in meta[which.class_names])
+        train, val = _split(train, which, len(names)), _split([val], which, len(names))
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{folder} is not {which.name} as published: {error!r}", _again(which)) from error
     return DatasetIndex(
         name=which.name,
         classes=names,
-        train=_split([_load(folder / name, which) for name in which.train], which, len(names)),
-        val=_split([_load(folder / which.val, which)], which, len(names)),
+        train=train,
+        val=val,
         mean=which.mean,
         std=which.std,
         native_size=32,
@@ -95,10 +151,13 @@ def _find(data_dir: str, which: Cifar) -> Path:
 
 def _load(path: Path, which: Cifar) -> dict:
     try:
-        content = PlainUnpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
-        return {key if isinstance(key, bytes) else str(key).encode(): value for key, value in content.items()}
+        content = PlainUnpickler(path.read_bytes()).load()
+        return {
+            key if isinstance(key, bytes) else str(key).encode(): value.array if isinstance(value, _Array) else value
+            for key, value in content.items()
+        }
     except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError,
-            MemoryError, OverflowError) as error:  # fmt: skip
+            MemoryError, OverflowError, RecursionError) as error:  # fmt: skip
         raise DataError(f"cannot read {path}: {error}", _again(which)) from error
 
 

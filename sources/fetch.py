@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import os
 import re
@@ -26,6 +27,8 @@ from errors import DataError, ResourceError, UsageError
 CHUNK = 1 << 20
 MAX_REDIRECTS = 5
 HEAD = 512  # bytes that show what a file is
+TIMEOUT = 60  # seconds without a single byte
+SLOWEST, WINDOW = 1000, 120  # bytes a second, over so many seconds: slower is as good as stalled
 MAGIC = {".tar": (257, b"ustar"), ".gz": (0, b"\x1f\x8b"), ".zip": (0, b"PK\x03\x04")}
 Report = Callable[[str, int, int], None]  # "fetching" or "checking", bytes done, bytes in all
 
@@ -68,9 +71,9 @@ def download(
 ) -> Path:
     """Fetch `wanted.path`, or go on fetching it, and verify it.
 
-    A transfer that breaks off is tried again, with growing pauses, `tries` times without progress.
-    Raises UsageError for a URL that is not allowed, DataError for what the server sends, ResourceError
-    for a full disk.
+    A transfer that breaks off is tried again, with growing pauses: `tries` times without lasting progress,
+    and from the start at most as often. Raises UsageError for a URL that is not allowed, DataError for what
+    the server sends, ResourceError for a full disk.
     """
     check_url(wanted.url, wanted)
     try:
@@ -79,18 +82,29 @@ def download(
         raise ResourceError(
             f"cannot make {wanted.path.parent}: {error.strerror}", "choose another --data-dir"
         ) from error
-    failures = 0
+    reached, whole, failures, restarts = _have(wanted), 0, 0, 0
+
+    def watched(stage: str, done: int, total: int) -> None:
+        nonlocal reached, whole, restarts
+        restarts += done < reached  # what had been kept was given up
+        reached, whole = done, total
+        report(stage, done, total)
+
     while True:
-        before = _have(wanted)
+        before = reached
         try:
-            _transfer(wanted, report)
+            _transfer(wanted, watched)
             break
         except Interrupted as error:
-            failures = failures + 1 if _have(wanted) <= before else 1
-            if failures >= tries:
+            lasting = reached - before > min(CHUNK, max(0, whole - before) // 100)  # a byte at a time never ends
+            failures = 1 if lasting else failures + 1
+            if failures >= tries or restarts >= tries:
+                again = f", and began anew {restarts} times" if restarts else ""
                 raise DataError(
-                    f"{wanted.shown}: {error} ({_have(wanted):,} bytes are kept in {wanted.part})",
-                    "run the same command again: it goes on from there",
+                    f"{wanted.shown}: {error}{again} ({_have(wanted):,} bytes are kept in {wanted.part})",
+                    "this server does not resume transfers as it should: try later, or another address"
+                    if restarts >= tries
+                    else "run the same command again: it goes on from there",
                 ) from error
             pause(2.0**failures)
     verify(wanted.part, size=wanted.size, md5=wanted.md5, report=report)
@@ -101,8 +115,11 @@ def download(
 
 def check_url(url: str, wanted: Wanted, redirected_from: str | None = None) -> None:
     """https; or http for a file whose published checksum is known; nothing else, and no step down from https."""
-    parts = urlsplit(url)
     fix = "give the https:// address of the archive"
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"not an address to download from: {error}", fix) from error
     if parts.username or parts.password:
         raise UsageError("the URL holds a user name or password", "remove it: it would end up in logs")
     if not parts.hostname or parts.scheme not in ("https", "http"):
@@ -127,7 +144,56 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         check_url(newurl, self.wanted, redirected_from=req.full_url)
+        fp.close()  # urllib would read the body, however long
         return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class _Watched(io.RawIOBase):
+    """What a connection sends, headers and all; TimeoutError where it merely drips."""
+
+    def __init__(self, raw: io.RawIOBase):
+        self.raw, self.since, self.came = raw, time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int | None:
+        count = self.raw.readinto(buffer)
+        self.came += count or 0
+        seconds = time.monotonic() - self.since
+        if seconds >= WINDOW:
+            if self.came < SLOWEST * seconds:
+                raise TimeoutError(f"fewer than {SLOWEST:,} bytes a second for {seconds:.0f} s")
+            self.since, self.came = time.monotonic(), 0
+        return count
+
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.fp = io.BufferedReader(_Watched(self.fp.detach()))
+
+
+class _Http(http.client.HTTPConnection):
+    response_class = _Response
+
+
+class _Https(http.client.HTTPSConnection):
+    response_class = _Response
+
+
+class _HttpHandler(urllib.request.HTTPHandler):
+    def http_open(self, req):
+        return self.do_open(_Http, req)
+
+
+class _HttpsHandler(urllib.request.HTTPSHandler):
+    def https_open(self, req):
+        return self.do_open(_Https, req)
 
 
 def _opener(wanted: Wanted) -> urllib.request.OpenerDirector:
@@ -135,8 +201,8 @@ def _opener(wanted: Wanted) -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        urllib.request.HTTPHandler(),
-        urllib.request.HTTPSHandler(),
+        _HttpHandler(),
+        _HttpsHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         _Redirects(wanted),
@@ -162,7 +228,7 @@ def _transfer(wanted: Wanted, report: Report) -> None:
         request.add_header("Range", f"bytes={start}-")
         request.add_header("If-Range", validator)
     try:
-        with _opener(wanted).open(request, timeout=60) as response:
+        with _opener(wanted).open(request, timeout=TIMEOUT) as response:
             _receive(wanted, response, start, report)
     except urllib.error.HTTPError as error:
         answer = f"the server answered {error.code} {error.reason.partition(chr(10))[0]}"
@@ -177,6 +243,8 @@ def _transfer(wanted: Wanted, report: Report) -> None:
             f"{wanted.shown}: {answer}",
             "check the address; links from image-net.org need you to be logged in, and expire",
         ) from error
+    except (ValueError, http.client.InvalidURL) as error:  # a header or an address that is not one
+        raise DataError(f"{wanted.shown}: {error}", "check the address, or use another") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, ssl.SSLCertVerificationError):
@@ -188,11 +256,17 @@ def _transfer(wanted: Wanted, report: Report) -> None:
 
 def _resumable(wanted: Wanted) -> str | None:
     """The validator of the version that .part is a piece of; None when nothing says it is the same file."""
+    note = _note(wanted)
+    validator = note.get("validator") if note.get("url") == wanted.url else None
+    return validator if isinstance(validator, str) and validator.isprintable() else None
+
+
+def _note(wanted: Wanted) -> dict:
     try:
         note = json.loads(wanted.note.read_text())
-        return note["validator"] if note["url"] == wanted.url else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
 def _forget(wanted: Wanted) -> None:
@@ -204,14 +278,14 @@ def _forget(wanted: Wanted) -> None:
 def _receive(wanted: Wanted, response, start: int, report: Report) -> None:
     headers = response.headers
     if response.status == 206:
-        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+)", headers.get("Content-Range", ""))
-        if not found or int(found[1]) != start:
+        found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", headers.get("Content-Range", ""))
+        if not found or int(found[1]) != start or int(found[3]) != _note(wanted).get("size"):
             _forget(wanted)
             raise Interrupted("the server sent another part than the one asked for")
         total = int(found[3])
     else:  # 200: it ignores ranges, or has a new version; either way this is the whole file
-        start, length = 0, headers.get("Content-Length")
-        total = int(length) if length and length.isdigit() else None
+        start, length = 0, headers.get("Content-Length", "")
+        total = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
     head = _check_answer(wanted, response, total) if start == 0 else b""
     total = total or wanted.size
     _check_space(wanted, total - start)
@@ -263,9 +337,9 @@ def _write_note(wanted: Wanted, note: dict) -> None:
 
 
 def _append(wanted: Wanted, response, head: bytes, start: int, total: int, report: Report) -> None:
-    done, chunk = start, head or response.read(CHUNK)
+    done, chunk = start, head or response.read1(CHUNK)
     with open(wanted.part, "ab") as file:
-        while chunk:
+        while chunk and done + len(chunk) <= total:
             try:
                 file.write(chunk)
                 file.flush()
@@ -275,12 +349,12 @@ def _append(wanted: Wanted, response, head: bytes, start: int, total: int, repor
                 ) from error
             done += len(chunk)
             report("fetching", done, total)
-            chunk = response.read(CHUNK)
-    if done < total:
-        raise Interrupted(f"the transfer ended at {done:,} of {total:,} bytes")
-    if done > total:
+            chunk = response.read1(CHUNK)
+    if chunk:
         _forget(wanted)
         raise DataError(f"{wanted.shown} sends more than the {total:,} bytes it announced", "use another address")
+    if done < total:
+        raise Interrupted(f"the transfer ended at {done:,} of {total:,} bytes")
 
 
 def verify(path: Path, *, size: int | None, md5: str | None, report: Report = silent) -> None:

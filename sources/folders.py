@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from errors import DataError
+from errors import DataError, printable
 from sources.index import DatasetIndex, FileSplit
 
 IMAGE_ENDINGS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
@@ -30,8 +30,7 @@ def is_image(name: bytes) -> bool:
 
 def some(names: list[bytes] | list[str]) -> str:
     """The first few names, for a message."""
-    text = ", ".join(os.fsdecode(name) for name in names[:SHOWN])
-    return text + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+    return every(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
 
 
 @dataclass
@@ -230,6 +229,6 @@ def from_listings(
     )
 
 
-def every(names: list[bytes] | tuple[bytes, ...]) -> str:
+def every(names: list[bytes] | list[str] | tuple[bytes, ...]) -> str:
     """All the names, for a message where each of them matters."""
-    return ", ".join(os.fsdecode(name) for name in names)
+    return printable(", ".join(os.fsdecode(name) for name in names))

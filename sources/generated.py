@@ -42,6 +42,10 @@ def digits() -> DatasetIndex:
     )
 
 
+# What one process can hold: labels are kept, pixels are computed.
+MOST_SYNTHETIC = {"classes": 100_000, "train": 100_000_000, "val": 100_000_000, "size": 4096}
+
+
 @dataclass(frozen=True)
 class SyntheticSize:
     """How much of the synthetic dataset there is; `parse` reads it from the dataset's name."""
@@ -54,18 +58,17 @@ class SyntheticSize:
     @classmethod
     def parse(cls, dataset: str) -> SyntheticSize:
         """`synthetic`, or with any of `synthetic:classes=1000,train=1281167,val=50000,size=224`."""
-        _, _, text = dataset.partition(":")
-        try:
-            given = dict(item.split("=") for item in text.split(",") if item)
-            size = cls(**{key: int(value) for key, value in given.items()})
-        except (TypeError, ValueError):
-            size = None
-        if size is None or min(size.classes, size.train, size.val, size.size) < 1:
-            raise UsageError(
-                f"--dataset {dataset}: not a size of the synthetic dataset",
-                "write synthetic, or any of synthetic:classes=10,train=2000,val=500,size=64 (whole numbers from 1)",
-            )
-        return size
+        given: dict[str, int] = {}
+        for item in filter(None, dataset.partition(":")[2].split(",")):
+            name, _, number = item.partition("=")
+            most = MOST_SYNTHETIC.get(name, 0)
+            # Ten digits at most: int() of thousands of them is refused by Python in words of its own.
+            if name in given or not (number.isdecimal() and len(number) < 10 and 1 <= int(number) <= most):
+                limits = ", ".join(f"{name} up to {most:,}" for name, most in MOST_SYNTHETIC.items())
+                raise UsageError(f"--dataset {dataset[:80]}: {item[:40]!r} is no size of the synthetic dataset",
+                                 f"write synthetic, or any of synthetic:classes=10,train=2000,val=500,size=64; {limits}")  # fmt: skip
+            given[name] = int(number)
+        return cls(**given)
 
 
 class SyntheticSplit(Split):

@@ -7,7 +7,6 @@ ILSVRC/Data/CLS-LOC/{train,val} + LOC_val_solution.csv or ILSVRC/Annotations; Ka
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +19,7 @@ from sources.index import DatasetIndex
 
 WORDNET_ID = re.compile(r"n\d{8}\b")
 HERE = Path(__file__).parent
+XML_BYTES = 1 << 20  # of an annotation; real ones have a few hundred
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1_281_167, 50_000, 1000
 LABEL_PLACES = "LOC_val_solution.csv, Annotations/CLS-LOC/val/*.xml or ILSVRC2012_devkit_t12/data/"
 
@@ -106,22 +106,29 @@ def _above(root: str, data_dir: str) -> list[Path]:
 def flat_val_labels(root: str, data_dir: str) -> dict[bytes, bytes]:
     """{image name without ending: class} of a val/ without class folders, from wherever its labels lie."""
     for place in _above(root, data_dir):
-        for found in _label_files(place):
-            return dict(found)
+        for path, found in _label_files(place):
+            try:
+                return dict(found)
+            except Exception as error:  # hostile bytes make csv and scipy raise anything
+                raise DataError(
+                    f"cannot read the labels in {path}: {error or type(error).__name__}", "fetch them again"
+                ) from error
     raise DataError(
         f"{os.path.abspath(root)}/val has no class folders (a flat val), and its labels are nowhere near",
         f"put {LABEL_PLACES} beside it, or let `python download_imagenet.py` file the images into class folders",
     )
 
 
-def _label_files(place: Path) -> Iterator[Iterator[tuple[bytes, bytes]]]:
-    if (place / "LOC_val_solution.csv").is_file():
-        yield _from_csv(place / "LOC_val_solution.csv")
-    if (place / "Annotations/CLS-LOC/val").is_dir():
-        yield _from_xml(place / "Annotations/CLS-LOC/val")
+def _label_files(place: Path) -> Iterator[tuple[Path, Iterator[tuple[bytes, bytes]]]]:
+    path = place / "LOC_val_solution.csv"
+    if path.is_file():
+        yield path, _from_csv(path)
+    path = place / "Annotations/CLS-LOC/val"
+    if path.is_dir():
+        yield path, _from_xml(path)
     for devkit in (place / "ILSVRC2012_devkit_t12/data", place / "devkit/data", place / "data"):
         if (devkit / "ILSVRC2012_validation_ground_truth.txt").is_file():
-            yield devkit_labels(devkit)
+            yield devkit, devkit_labels(devkit)
 
 
 def _from_csv(path: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -134,9 +141,10 @@ def _from_csv(path: Path) -> Iterator[tuple[bytes, bytes]]:
 def _from_xml(folder: Path) -> Iterator[tuple[bytes, bytes]]:
     """One file per image; its objects are all of the image's class. No XML parser: 50,000 files, one tag each."""
     for path in folder.glob("*.xml"):
-        found = re.search(rb"<name>\s*(n\d{8})\s*</name>", path.read_bytes())
+        with open(path, "rb") as file:
+            found = re.search(rb"<name>\s*(n\d{8})\s*</name>", file.read(XML_BYTES))
         if found:
-            yield path.stem.encode(), found[1]
+            yield os.fsencode(path.stem), found[1]
 
 
 def devkit_labels(data: Path) -> Iterator[tuple[bytes, bytes]]:
@@ -174,17 +182,27 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
     )
     if not known.keys() >= set(classes):
         for place in places:
-            known = {**_names_in(place), **known}
+            try:
+                known = {**_names_in(place), **known}
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
+                raise DataError(
+                    f"cannot read the class names in {place}: {error}", "mend or remove the file"
+                ) from error
     return tuple(known.get(name, name) for name in classes)
 
 
 def _names_in(place: Path) -> dict[str, str]:
     """{id: first word} of words.txt (Tiny ImageNet), LOC_synset_mapping.txt or Labels.json (Kaggle)."""
+    import schemas
+
     pairs: list[list[str]] = []
     if (place / "words.txt").is_file():
         pairs += [line.split("\t", 1) for line in (place / "words.txt").read_text("utf-8", "replace").splitlines()]
     if (place / "LOC_synset_mapping.txt").is_file():
         pairs += [line.split(" ", 1) for line in (place / "LOC_synset_mapping.txt").read_text("utf-8").splitlines()]
     if (place / "Labels.json").is_file():
-        pairs += [[key, str(words)] for key, words in json.loads((place / "Labels.json").read_text("utf-8")).items()]
+        names = schemas.read_json(
+            place / "Labels.json", schemas.LabelNames, "delete it: only names for people are in it"
+        )
+        pairs += [[key, str(words)] for key, words in names.items()]
     return {pair[0]: pair[1].split(",")[0].strip() for pair in pairs if len(pair) == 2}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from errors import UsageError
+from errors import DataError, UsageError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -136,6 +136,15 @@ class DatasetIndex:
     native_size: int | None = None  # side in px of every image, where they are all alike
     class_names: tuple[str, ...] | None = None  # for people, where `classes` are ids
     notes: tuple[str, ...] = field(default=())  # what the user should hear once (files passed over, ...)
+
+    def __post_init__(self):
+        # Class names go into checkpoints, manifests, tables and pages, which are all UTF-8. File names may be any bytes.
+        for name in (*self.classes, *(self.class_names or ())):
+            try:
+                name.encode()
+            except UnicodeEncodeError:
+                raise DataError(f"the class {os.fsencode(name)!r} has no name that can be written as text",
+                                "rename its folder, in train/ and val/ alike") from None  # fmt: skip
 
     def fingerprint(self) -> dict[str, str | int]:
         """Plain values that say whether two runs saw the same data (promise R22)."""

@@ -46,6 +46,9 @@ def index(
     if class_list and dataset not in ("imagenet", "imagenet100"):
         raise UsageError(f"--class-list with --dataset {dataset}", "class lists are for imagenet and imagenet100")
     found = _whole(dataset, data_dir, split, class_list, allow_class_mismatch)
+    if subset_size and subset_size > (images := len(found.train)):
+        all_of_them = f"note: --subset-size {subset_size:,} of {images:,} training images: all are used"
+        found = replace(found, notes=(*found.notes, all_of_them))
     return take_subset(found, subset_size) if subset_size else found
 
 

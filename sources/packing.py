@@ -24,8 +24,10 @@ from sources.images import BadImage, decode
 from sources.index import DatasetIndex, Split
 from sources.packed import (
     BATCH_ROWS,
+    COLUMNS,
     FORMAT,
     MANIFEST,
+    REPAIR,
     UNFINISHED,
     check_file,
     file_crc32,
@@ -183,7 +185,7 @@ def _batches(split: Split, plan: dict, group: Group, tables: dict[str, int | Non
         for i, data in zip(ids, split.read(ids), strict=True):
             name = split.name(i)
             try:
-                pixels = decode(data, name)
+                pixels = decode(data, name, thorough=True)
             except BadImage as error:
                 skipped.append({"id": i, "name": error.name, "reason": error.reason})
                 continue
@@ -206,11 +208,7 @@ def _paths(names: list[str]) -> pa.Array:
 def _schema(classes: Sequence[str]) -> pa.Schema:
     names = [name.encode("utf-8", "backslashreplace").decode() for name in classes]
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-    image = pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])
-    return pa.schema(
-        [pa.field("image", image), pa.field("label", pa.int64())],
-        metadata={"huggingface": json.dumps({"info": {"features": features}})},
-    )
+    return COLUMNS.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 # --- the state on disk ---------------------------------------------------------------------------
@@ -224,9 +222,9 @@ def start(out: str, plan: dict) -> dict[tuple[str, int], dict]:
     finished = os.path.isfile(os.path.join(out, MANIFEST))
     before = os.path.join(out, MANIFEST if finished else UNFINISHED)
     if os.path.isfile(before):
-        known = read_json(before)
+        known = read_json(before, finished)
         _refuse_other(out, known, plan)
-        records = _records_of(known) if finished else _read_records(os.path.join(out, RECORDS))
+        records = _records_of(known) if finished else _read_records(os.path.join(out, RECORDS), known)
     elif os.listdir(out):
         raise UsageError(f"{os.path.abspath(out)} is not empty and not a packing", "give an empty or new --out")
     else:
@@ -266,14 +264,21 @@ def _records_of(manifest: dict) -> list[dict]:
     return list(records.values())
 
 
-def _read_records(path: str) -> list[dict]:
+def _read_records(path: str, plan: dict) -> list[dict]:
+    import schemas
+
     if not os.path.isfile(path):
         return []
-    records = []
-    with open(path, encoding="utf-8") as file:
+    records, known = [], {(group.part, group.k) for group in groups_of(plan)}
+    with open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(ValueError):  # a line that a kill cut short
-                records.append(json.loads(line))
+            with contextlib.suppress(
+                DataError
+            ):  # a line that a kill cut short, or no record: its shards are made again
+                record = schemas.parse_json(line, schemas.Record, path, REPAIR)
+                tables = tables_of(plan, record["part"])
+                if (record["part"], record["k"]) in known and record["shards"].keys() == tables.keys():
+                    records.append(record)
     return records
 
 

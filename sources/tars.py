@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from errors import DataError
-from sources.imagenet import devkit_labels, flat_val_labels, human_names
+from sources import ilsvrc, unpack
+from sources.imagenet import flat_val_labels, human_names
 from sources.index import DatasetIndex, Names, Split
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -113,7 +114,8 @@ def _members(file, where: str, wanted: re.Pattern) -> list[tuple[str, int, int]]
                 if member.isreg() and not member.issparse() and wanted.fullmatch(name):
                     found.append((name, member.offset_data, member.size))
                 archive.members.clear()  # 1.28 million TarInfo objects are a gigabyte
-    except (tarfile.TarError, OSError, ValueError) as error:
+    except (tarfile.TarError, OSError, ValueError, KeyError, IndexError, EOFError, OverflowError, RecursionError,
+            MemoryError) as error:  # fmt: skip
         raise DataError(f"cannot read {where}: {error}", "download it again, and check its MD5") from error
     if not found:
         raise DataError(f"{where} holds no {wanted.pattern}", "is this the published archive?")
@@ -155,11 +157,10 @@ def _val_labels(data_dir: str) -> dict[bytes, bytes]:
     devkit = os.path.join(data_dir, DEVKIT)
     if not os.path.isfile(devkit):
         return flat_val_labels(data_dir, data_dir)
-    with tempfile.TemporaryDirectory() as scratch, tarfile.open(devkit) as archive:
-        for member in archive:
-            name = os.path.basename(member.name)
-            if member.isreg() and name in DEVKIT_FILES and member.size < 64 << 20:
-                Path(scratch, name).write_bytes(archive.extractfile(member).read())
-        if not all(os.path.isfile(os.path.join(scratch, name)) for name in DEVKIT_FILES):
+    with tempfile.TemporaryDirectory() as scratch:
+        kit = Path(scratch, "kit")
+        with unpack.opened(Path(devkit)) as members:
+            unpack.unpack(members, kit, ilsvrc.devkit_place, max_size=64 << 20)
+        if not all((kit / "data" / name).is_file() for name in DEVKIT_FILES):
             raise DataError(f"{devkit} lacks {' or '.join(DEVKIT_FILES)}", "download it again")
-        return dict(devkit_labels(Path(scratch)))
+        return flat_val_labels(os.fspath(kit), os.fspath(kit))

@@ -6,10 +6,12 @@ the archives we read have none of them. A name that is not expected is refused, 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -52,9 +54,9 @@ def tar_members(stream: BinaryIO | Member) -> Iterator[Member]:
     """The members of a POSIX or GNU tar stream, in order (pubs.opengroup.org, pax, 'ustar Interchange Format')."""
     while True:
         header = stream.read(BLOCK)
+        if len(header) < BLOCK:
+            raise EOFError("the archive ends without its end mark")
         if not header.strip(b"\0"):
-            if len(header) < BLOCK:
-                raise EOFError("the archive ends without its end mark")
             return
         member = _tar_header(header, stream)
         padding = -member.size % BLOCK
@@ -84,8 +86,12 @@ def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
     """The members of a zip file; their checksums are compared as they are read."""
     for info in archive.infolist():
         mode = info.external_attr >> 16
-        special = stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR) or info.flag_bits & 1
-        kind = "link, device or encrypted file" if special else FOLDER if info.is_dir() else PLAIN
+        special = (
+            stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
+            or info.flag_bits & 1
+            or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        )
+        kind = "link, device, encrypted or oddly packed file" if special else FOLDER if info.is_dir() else PLAIN
         if kind != PLAIN:
             yield Member(info.filename, kind, 0, archive.fp, 0)
             continue
@@ -105,7 +111,10 @@ def opened(path: Path) -> Iterator[Iterator[Member]]:
                 yield tar_members(stream)
     except DataError as error:
         raise DataError(f"{path}: {error.what}", error.fix) from error
-    except (EOFError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, NotImplementedError) as error:
+    except (EOFError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, NotImplementedError, ValueError, struct.error,
+            OverflowError, OSError) as error:  # fmt: skip
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that: sought before the start
+            raise
         raise DataError(f"{path} is damaged: {error}", "fetch the archive again") from error
 
 
@@ -138,18 +147,18 @@ def unpack(
                 f"{member.name} is too large ({member.size:,} bytes), or one file too many", "fetch it again"
             )
         path = into / target
-        if path.parent not in made:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            made.add(path.parent)
-        _write(path, member)
+        _write(path, member, new_folder=path.parent not in made)
+        made.add(path.parent)
         count += 1
         report(count)
     return count
 
 
-def _write(path: Path, member: Member) -> None:
+def _write(path: Path, member: Member, new_folder: bool) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
+        if new_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(path, flags, 0o644), "wb") as file:
             while chunk := member.read(CHUNK):
                 file.write(chunk)

@@ -13,6 +13,15 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_runtest_setup(item) -> None:
+    """`pytest -m gpu` skips what it cannot run, wherever it is marked."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """Class folders of small generated JPEGs: 3 classes, 24 training and 7 validation images each."""

@@ -1,11 +1,18 @@
 """Tiny runs built in this process, for tests that look inside one."""
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 import build
 import flags
 import train
+from errors import UserError
 from sources import layouts
+from train_utils import train_step
 from trainer import Run
 
 TINY = [
@@ -31,3 +38,46 @@ def built(config, save_dir: Path) -> Run:
 
 def tiny_run(save_dir: Path, *arguments: object) -> Run:
     return built(config_of(*arguments, "--save-dir", save_dir), save_dir)
+
+
+def look(make_config: Callable) -> tuple:
+    """What can be told from outside about a run: data, plan, run values, and four steps of it."""
+    try:
+        config = make_config()
+        run = built(config, Path())
+        index = layouts.index(**flags.data_args(config))
+    except UserError as error:
+        return ("refused", error.what)
+    finally:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(False)
+    values = (run.eval_every, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
+    steps = trace(run, run.phases[0])
+    for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
+        run.state.schedule.observe(1.0)
+    steps += trace(run, run.phases[-1])
+    phases = [replace(phase, mix=True) for phase in run.phases]  # whether they mix is seen in the steps
+    return (index.fingerprint(), phases, values, steps)
+
+
+def trace(run: Run, phase, count: int = 2) -> list:
+    """(loss, lr, weights, averaged weights) after each of the first steps of `phase`."""
+    loader, how, state = run.make_loader(phase), run.make_step(phase), run.state
+    workers, compiled = loader.batches.num_workers, how.forward is not state.model
+    seen = [workers, compiled]
+    loader.order.seek(phase.first_epoch)
+    state.step = phase.first_step
+    state.schedule.seek(phase.first_step)
+    state.model.train()
+    for _, (images, labels) in zip(range(count), loader, strict=False):
+        loss, _ = train_step(state, how, images, labels)
+        averaged = state.ema.module and hashed(state.ema.module)
+        seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
+    return seen
+
+
+def hashed(model: torch.nn.Module) -> str:
+    sha = hashlib.sha256()
+    for value in model.state_dict().values():
+        sha.update(value.contiguous().numpy().tobytes())
+    return sha.hexdigest()

@@ -110,16 +110,29 @@ def overridden_get() -> bytes:
     return archive(b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\x00\x00\x00getK\x05sb.")
 
 
-def full(**changes) -> bytes:
-    """A whole checkpoint of ours, but for `changes`."""
-    import checkpoint
-
-    values = {dict: {}, list: [], str: "", int: 0}
-    plain = {name: values[kind] for name, kind in checkpoint.REQUIRED.items()}
-    return saved({"schema": 1} | plain | {"model_args": ARGS, "eval": {"classes": ["a", "b", "c"]}} | changes)
-
-
 ARGS = {"arch": "resnet_tiny", "num_classes": 3}
+
+
+def whole(**changes) -> dict:
+    """What a checkpoint of ours holds, as little of it as there can be, but for `changes`."""
+    classes = ["a", "b", "c"]
+    return {
+        "model_args": ARGS, "config": {}, "precision": "fp32", "total_steps": 9, "step": 3, "bad_in_a_row": 0, "rows": [],
+        "eval": {"dataset": "x", "classes": classes, "class_names": classes[:], "mean": [0.5] * 3, "std": [0.5] * 3,
+                 "image_size": 8, "crop": 0.875},
+        "model": {"w": torch.arange(300.0), "b": torch.ones(7)}, "ema": {}, "scaler": {},
+        "optimizer": {"state": {}, "param_groups": []},
+        "schedule": {"position": 3, "last_lr": 0.1, "drops": 0, "best": float("inf"), "bad_evaluations": 0},
+        "epoch_sums": {"loss": 0.0, "images": 0, "seconds": 0.0, "waited": 0.0, "bad_steps": 0, "bad_images": 0},
+        "best": {"score": -1.0, "epoch": 0, "waited": 0},
+        "fingerprint": {"classes": "x", "num_classes": 3, "train": "y", "num_train": 9, "val": "z", "num_val": 9},
+    } | changes  # fmt: skip
+
+
+def full(**changes) -> bytes:
+    return saved({"schema": 1} | whole(**changes))
+
+
 PAYLOADS: dict[str, Callable[[], bytes]] = {
     # code, by every door
     "os.system": lambda: pickled(Calls(os.system, TOUCH)),

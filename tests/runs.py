@@ -68,7 +68,7 @@ def exact(value) -> str:
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}{tuple(value.shape)}" + hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{exact(v)}" for k, v in value.items()) + "}"
+        return "{" + ",".join(f"{k}:{exact(v)}" for k, v in sorted(value.items(), key=lambda item: str(item[0]))) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(exact, value)) + "]"
     return repr(value)

@@ -1,7 +1,9 @@
 """benchmarks.step: the loops train what they say, take turns, and the rows say what was measured."""
 
 import json
+import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,6 +79,31 @@ def test_the_command_writes_rows_and_a_picture(tmp_path, capsys, monkeypatch):
     assert rows[1]["times_bare"] == pytest.approx(ratio) and "times_bare" not in rows[0]
     assert file.with_suffix(".png").stat().st_size > 1000
     assert "timm: not here" in capsys.readouterr().out
+
+
+def test_a_variant_that_is_not_here_is_skipped_and_rows_are_written_as_they_come(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step, "device_rates", lambda runtime: {"bandwidth": 1e10, "matrix": 1e11})
+    monkeypatch.setattr(
+        step_loops, "LOOPS", {"bare": step_loops.bare} | dict.fromkeys(list(step_loops.LOOPS)[1:], absent)
+    )
+    monkeypatch.setitem(sys.modules, "antialiased_cnns", None)
+    changed = {
+        "nchw": (replace(TINY, channels_last=False), CPU),
+        "blurpool": (replace(TINY, arch="resnet18", use_blurpool=True), CPU),
+        "batch 4": (replace(TINY, batch_size=4), CPU),
+    }
+    monkeypatch.setattr(step_loops, "variants", lambda setting, runtime: changed)
+    file = tmp_path / "step.json"
+    written = []
+    write = step.write
+    monkeypatch.setattr(
+        step, "write", lambda path, rows: write(path, rows) or written.append(len(json.loads(file.read_text())))
+    )
+    arguments = "--arch resnet_tiny --sizes 16 --batch-sizes 8 --rounds 1 --device cpu --amp off --variants --json"
+    assert step.main([*arguments.split(), str(file)]) == 0
+    assert [row["variant"] for row in json.loads(file.read_text())] == ["", "nchw", "batch 4"] and written == [1, 2, 3]
+    assert "blurpool: not here (--use-blurpool needs the antialiased-cnns package)" in capsys.readouterr().out
+    assert file.with_suffix(".png").stat().st_size > 1000
 
 
 def absent(setting, runtime):

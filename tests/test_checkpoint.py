@@ -7,12 +7,13 @@ import resource
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from inprocess import TINY, tiny_run
-from malice import PAYLOADS, SENTINEL, write
+from malice import PAYLOADS, SENTINEL, whole, write
 from runs import ROOT, digest, exact, finish, spawn
 
 import checkpoint
@@ -49,14 +50,8 @@ def run_dir(stopped, tmp_path) -> Path:
 def small(tmp_path_factory) -> bytes:
     """A checkpoint of the shape of ours, small enough to damage a hundred times."""
     path = tmp_path_factory.mktemp("small") / "last_x.pt"
-    checkpoint.save(path, small_payload())
+    checkpoint.save(path, whole())
     return path.read_bytes()
-
-
-def small_payload(**changes) -> dict:
-    values = {kind: kind() for kind in (dict, list, str, int)}
-    payload = {name: values[kind] for name, kind in checkpoint.REQUIRED.items()}
-    return payload | {"model": {"w": torch.arange(300.0), "b": torch.ones(7)}, "step": 3} | changes
 
 
 def last(directory: Path) -> Path:
@@ -73,7 +68,7 @@ def content_of(path: Path) -> str:
 
 def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tmp_path, monkeypatch):
     done, path = [], tmp_path / "last_x.pt"
-    checkpoint.save(path, small_payload())
+    checkpoint.save(path, whole())
 
     def record(name: str, words):
         real = getattr(os, name)
@@ -82,8 +77,8 @@ def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tm
     record("fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
     record("replace", lambda a, b: (str(a), str(b)))
     real_find = checkpoint.find_damage
-    monkeypatch.setattr(checkpoint, "find_damage", lambda p: (done.append(("read", str(p))), real_find(p))[1])
-    checkpoint.save(path, small_payload(step=4))
+    monkeypatch.setattr(checkpoint, "find_damage", lambda p, *only: (done.append(("read", str(p))), real_find(p))[1])
+    checkpoint.save(path, whole(step=4))
     partial, older = f"{path}.partial", f"{path.with_name('prev_last_x.pt')}"
     assert done == [("fsync", partial), ("read", partial), ("read", str(path)),
                     ("replace", (f"{older}.partial", older)), ("replace", (partial, str(path))),
@@ -95,7 +90,7 @@ def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tm
 def test_everything_is_in_the_file_before_it_is_synced(tmp_path, monkeypatch):
     sizes, real = [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (sizes.append(os.fstat(fd).st_size), real(fd))[1])
-    checkpoint.save(tmp_path / "x.pt", small_payload())
+    checkpoint.save(tmp_path / "x.pt", whole())
     assert sizes[0] == (tmp_path / "x.pt").stat().st_size
 
 
@@ -103,7 +98,7 @@ def test_everything_is_in_the_file_before_it_is_synced(tmp_path, monkeypatch):
 def test_a_checkpoint_is_as_readable_as_umask_says(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
-        checkpoint.save(tmp_path / "x.pt", small_payload())
+        checkpoint.save(tmp_path / "x.pt", whole())
     finally:
         os.umask(before)
     assert (tmp_path / "x.pt").stat().st_mode & 0o777 == mode
@@ -112,7 +107,7 @@ def test_a_checkpoint_is_as_readable_as_umask_says(tmp_path, mask, mode):
 def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
     for step in (1, 2):
-        checkpoint.save(tmp_path / "last_x.pt", small_payload(step=step))
+        checkpoint.save(tmp_path / "last_x.pt", whole(step=step))
         checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
     steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last_x.pt": 2, "best_x.pt": 2, "prev_last_x.pt": 1, "prev_best_x.pt": 1}
@@ -120,15 +115,15 @@ def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypat
 
 def test_a_damaged_file_never_replaces_the_sound_one_before_it(tmp_path):
     for step in (1, 2):
-        checkpoint.save(tmp_path / "last_x.pt", small_payload(step=step))
+        checkpoint.save(tmp_path / "last_x.pt", whole(step=step))
     (tmp_path / "last_x.pt").write_bytes(b"rubbish")
-    checkpoint.save(tmp_path / "last_x.pt", small_payload(step=3))
+    checkpoint.save(tmp_path / "last_x.pt", whole(step=3))
     assert checkpoint.load(tmp_path / "prev_last_x.pt")["step"] == 1
     assert checkpoint.load(tmp_path / "last_x.pt")["step"] == 3
 
 
 def test_giving_a_name_twice_leaves_nothing_behind(tmp_path):
-    checkpoint.save(tmp_path / "last_x.pt", small_payload())
+    checkpoint.save(tmp_path / "last_x.pt", whole())
     for _ in range(3):
         checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best_x.pt", "last_x.pt", "prev_best_x.pt"]
@@ -142,7 +137,7 @@ def full_disk(tmp_path, monkeypatch):
     """A directory with two checkpoints, and no patience for retries: (path, bytes of both)."""
     path, slept = tmp_path / "last_x.pt", []
     for step in (1, 2):
-        checkpoint.save(path, small_payload(step=step))
+        checkpoint.save(path, whole(step=step))
     monkeypatch.setattr(time, "sleep", slept.append)
     yield path, {p: p.read_bytes() for p in tmp_path.iterdir()}
     assert len(slept) == 2 and slept[0] < slept[1]
@@ -150,7 +145,7 @@ def full_disk(tmp_path, monkeypatch):
 
 def refused_and_untouched(path: Path, before: dict[Path, bytes]) -> ResourceError:
     with pytest.raises(ResourceError) as caught:
-        checkpoint.save(path, small_payload(step=3, model={"w": torch.zeros(50_000)}))
+        checkpoint.save(path, whole(step=3, model={"w": torch.zeros(50_000)}))
     assert {p: p.read_bytes() for p in path.parent.iterdir()} == before
     assert caught.value.exit_code == 6 and str(path) in caught.value.what and "MiB free" in caught.value.what
     return caught.value
@@ -186,7 +181,7 @@ def test_a_disk_that_recovers_costs_a_retry_and_nothing_else(full_disk, monkeypa
         real(fd)
 
     monkeypatch.setattr(os, "fsync", flaky)
-    checkpoint.save(path, small_payload(step=3))
+    checkpoint.save(path, whole(step=3))
     assert checkpoint.load(path)["step"] == 3
 
 
@@ -282,6 +277,8 @@ def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_model(path)
     assert caught.value.exit_code == 4 and caught.value.fix
+    with suppress(CheckpointError):  # two are whole but hold no model: restoring them is what fails
+        checkpoint.newest(tmp_path)
     assert not list(tmp_path.glob(f"*{SENTINEL}*"))
     assert time.monotonic() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: under 1 GiB more
@@ -304,18 +301,18 @@ def test_train_says_that_a_file_holds_code(tmp_path):
 # Other files
 
 
-@pytest.mark.parametrize("key", sorted(checkpoint.REQUIRED))
+@pytest.mark.parametrize("key", sorted(whole()))
 def test_a_missing_or_malformed_part_is_named(key, tmp_path):
-    for changed, words in (({}, f"lacks {key}"), ({key: 1.5}, f"malformed {key}")):
-        content = {k: v for k, v in small_payload().items() if k != key} | changed
+    for changed, words in (({}, f"lacks {key}"), ({key: 1.5}, f": {key} should be .*, not 1.5")):
+        content = {k: v for k, v in whole().items() if k != key} | changed
         torch.save({"schema": 1, **content}, tmp_path / "x.pt")
         with pytest.raises(CheckpointError, match=words):
             checkpoint.load(tmp_path / "x.pt")
 
 
-def test_a_newer_schema_asks_for_newer_code(tmp_path):
-    torch.save({"schema": checkpoint.SCHEMA + 1}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"schema 2.*up to 1") as caught:
+def test_a_newer_schema_asks_for_newer_code_and_names_what_is_new(tmp_path):
+    torch.save({"schema": checkpoint.SCHEMA + 1, "step": 1, "new\x1b": 1}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"schema 2.*up to 1 and nothing of new\\x1b") as caught:
         checkpoint.load(tmp_path / "x.pt")
     assert "update" in caught.value.fix
 
@@ -351,6 +348,22 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(flags, words, run
     assert {p.name: p.read_bytes() for p in run_dir.glob("*.*")} == before
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that says it is elsewhere until `cpu` is called."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_tensors_are_saved_from_the_cpu(tmp_path):
+    """Saved from a GPU, plain `torch.load` fails on a machine without one."""
+    weights = {"w": torch.arange(3.0).as_subclass(OnDevice)}
+    checkpoint.save(tmp_path / "x.pt", whole(model=weights))
+    checkpoint.save_weights(tmp_path / "w.pt", weights)
+    for found in (checkpoint.load(tmp_path / "x.pt")["model"], torch.load(tmp_path / "w.pt", weights_only=True)):
+        assert type(found["w"]) is torch.Tensor and found["w"].tolist() == [0, 1, 2]
+
+
 def test_malformed_flags_in_a_checkpoint_are_refused(run_dir):
     for name, value in (("epochs", "many"), ("lr", float("nan")), ("arch", "no_such"), ("ema", "yes"), ("subset", [1])):
         saved = checkpoint.load(last(run_dir))
@@ -373,6 +386,32 @@ def test_auto_passes_over_damaged_files_and_says_why(run_dir, capsys):
     assert f"passed over damaged or incomplete checkpoint {last(run_dir)}" in out and f"resuming from {older}" in out
     assert step < 12 and checkpoint.load(last(run_dir))["step"] == 12
     assert checkpoint.load(older)["step"] == step  # the damaged one did not take its place
+
+
+def test_of_many_checkpoints_only_the_one_that_is_taken_is_read_whole(tmp_path, monkeypatch):
+    for name, step in (("last_x", 5), ("prev_last_x", 4), ("best_x", 3), ("prev_best_x", 6)):
+        checkpoint.save(tmp_path / f"{name}.pt", whole(step=step))
+    damaged = tmp_path / "prev_best_x.pt"
+    content = damaged.read_bytes()
+    place = content.index(torch.arange(300.0).numpy().tobytes())
+    damaged.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    whole_reads, real = [], checkpoint.find_damage
+    monkeypatch.setattr(
+        checkpoint,
+        "find_damage",
+        lambda path, *only: (whole_reads.append(path.name) if only == ("",) else 0, real(path, *only))[1],
+    )
+    path, payload, passed_over = checkpoint.newest(tmp_path)
+    assert (path.name, payload["step"]) == ("last_x.pt", 5) and whole_reads == ["prev_best_x.pt", "last_x.pt"]
+    assert len(passed_over) == 1 and "checksum" in passed_over[0]
+
+
+def test_a_resumed_run_does_not_keep_what_it_read(run_dir, monkeypatch):
+    kept = []
+    monkeypatch.setattr(train, "restore", lambda built, saved, config: kept.append(saved))
+    monkeypatch.setattr(train, "fit", lambda config, index, built, who: kept.append(dict(kept[0])))
+    main("--resume", "auto", "--save-dir", run_dir)
+    assert kept == [{}, {}]
 
 
 def test_auto_never_starts_from_scratch_over_damaged_files(run_dir):

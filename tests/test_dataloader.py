@@ -1,14 +1,24 @@
 """Batches on the device: the same for any number of workers, started anywhere, errors unchanged."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import dataloader
+import flags
 from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, train_loader
 from errors import DataError, UserError
 from flags import parse_augment
+from runtime import STOP_SIGNALS, StopSignals, left_to_parent
 from sources.images import TrainTransform
 from sources.index import ArraySplit, Split, balanced_subset, take_subset
 from sources.layouts import index as find
@@ -93,7 +103,7 @@ def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, 
         data, image_size=24, batch_size=24, augment=(), seed=5, num_workers=workers, on_bad_image="skip"
     )
     labels = torch.cat([labels for _, labels in loader])
-    assert loader.replaced == [f"dog/{bad.name}"] or loader.replaced[0].endswith(bad.name)
+    assert loader.bad == [f"dog/{bad.name}"] or loader.bad[0].endswith(bad.name)
     assert torch.bincount(labels).tolist() == [24, 24, 24]  # by an image of the same class
 
 
@@ -104,6 +114,37 @@ def test_validation_never_substitutes(photos, tmp_path):
     data = find("imagenet", tmp_path / "d")
     with pytest.raises(DataError, match=bad.name):
         list(eval_loader(data.val, data, image_size=32, batch_size=8))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_scoring_with_skip_leaves_bad_images_out_and_names_them(photos, tmp_path, workers):
+    shutil.copytree(photos, tmp_path / "d")
+    bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[:3]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:200])
+    data = find("imagenet", tmp_path / "d")
+    with pytest.raises(DataError, match=bad[0].name):
+        list(eval_loader(data.train, data, image_size=16, batch_size=2))
+    loader = eval_loader(data.train, data, image_size=16, batch_size=2, num_workers=workers, on_bad_image="skip")
+    found = list(loader)
+    assert [name.rpartition("/")[2] for name in loader.bad] == [path.name for path in bad]
+    assert all(len(images) == len(labels) for images, labels in found) and min(len(labels) for _, labels in found) == 0
+    assert torch.bincount(torch.cat([labels for _, labels in found])).tolist() == [24, 21, 24]
+
+
+@pytest.mark.parametrize("device, waits", [("cuda", False), ("mps", True), ("cpu", True)])
+def test_only_cuda_copies_without_waiting(data, device, waits):
+    """Metal's copy from memory that is not pinned reads what the next batch has written there."""
+    loader, seen = eval_loader(data.val, data, image_size=16, batch_size=2), []
+
+    class Pixels:
+        def to(self, where, non_blocking=False):
+            seen.append((where.type, non_blocking))
+            return torch.zeros(2, 16, 16, 3)
+
+    loader.device = torch.device(device)
+    loader._to_device((Pixels(), Pixels()))
+    assert seen == [(device, not waits)] * 2
 
 
 class Unreadable(Split):
@@ -145,3 +186,92 @@ def test_arrays_go_through_the_same_path_as_files():
     assert out.shape == (4, 16, 16, 3)
     assert len(labels) == 4
     assert replaced == []
+
+
+SCRIPT = """
+import sys, time
+from dataloader import get_dataloaders
+train, val = get_dataloaders(data_path=sys.argv[1], batch_size=8, image_size=16, num_workers=2)
+first, second = iter(train), iter(val)
+images, labels = next(first)
+next(second)
+print("ready", flush=True)
+exec(sys.argv[2])
+"""
+
+
+def carrying(marker: str) -> list[str]:
+    """The living processes whose environment holds `marker`."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            alive = folder.joinpath("stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            if alive and marker.encode() in folder.joinpath("environ").read_bytes():
+                found.append(folder.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize("ending, number, code", [
+    ("", None, 0), ("del first, second", None, 0), ("raise SystemExit(7)", None, 7), ("1 / 0", None, 1),
+    ("time.sleep(60)", signal.SIGINT, -signal.SIGINT), ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM),
+])  # fmt: skip
+def test_a_users_script_ends_at_once_and_leaves_no_process(photos, tmp_path, ending, number, code):
+    """The documents' snippet, with both iterators alive at the end; a signal goes to the whole group, as from a terminal."""
+    marker = f"LOADER_TEST={tmp_path}"
+    script = subprocess.Popen([sys.executable, "-c", SCRIPT, str(photos), ending], text=True, start_new_session=True,
+                              env=os.environ | {"LOADER_TEST": str(tmp_path), "PYTHONPATH": str(Path(dataloader.__file__).parent)},
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    try:
+        assert script.stdout.readline() == "ready\n"
+        assert len(carrying(marker)) > 1  # workers
+        if number:
+            os.killpg(script.pid, number)
+        _, said = script.communicate(timeout=30)
+        assert script.returncode == code, said
+        assert said.count("Traceback") == (code == 1 or number == signal.SIGINT), said  # the script's own
+        deadline = time.monotonic() + 5
+        while carrying(marker) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not carrying(marker)
+    finally:
+        for process in carrying(marker):
+            os.kill(int(process), signal.SIGKILL)
+
+
+def test_workers_ignore_stop_signals_only_while_a_run_is_in_charge_of_them():
+    assert left_to_parent() == [signal.SIGINT]
+    with StopSignals().installed():
+        assert left_to_parent() == STOP_SIGNALS
+    assert left_to_parent() == [signal.SIGINT]
+
+
+def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
+    """Reading from workers that were killed it would fail, with a traceback from a thread."""
+    from torch.utils.data._utils import pin_memory
+
+    alive_at_end = []
+
+    def loop(in_queue, out_queue, device_id, done_event, *rest):  # without a GPU there is nothing to pin with
+        while not done_event.is_set():
+            in_queue.get()
+        alive_at_end.append(all(process.is_alive() for process in loader.batches._iterator._workers))
+
+    monkeypatch.setattr(pin_memory, "_pin_memory_loop", loop)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    loader = train_loader(data, image_size=16, batch_size=8, augment=(), num_workers=2)
+    loader.batches.pin_memory = True
+    iterator = iter(loader)
+    dataloader.end_workers()
+    assert alive_at_end == [True] and not any(process.is_alive() for process in loader.batches._iterator._workers)
+    del iterator
+    assert threading.active_count() < 10
+
+
+def test_more_workers_than_cores_are_capped_and_said(photos, monkeypatch):
+    monkeypatch.setattr(flags, "cores", lambda: 3)
+    with pytest.warns(UserWarning, match="8 loader workers asked for, 3 cores: using 3"):
+        loaders = get_dataloaders(data_path=str(photos), batch_size=8, image_size=16, num_workers=8)
+    assert [loader.batches.num_workers for loader in loaders] == [3, 3]

@@ -1,5 +1,6 @@
 """Fetching, verifying, unpacking and arranging: every way a server, an archive or a killed run can go wrong."""
 
+import contextlib
 import hashlib
 import http.server
 import io
@@ -11,6 +12,7 @@ import signal
 import stat
 import tarfile
 import threading
+import time
 import urllib.request
 import zipfile
 from dataclasses import replace
@@ -43,6 +45,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         body, etag = self.server.files[name], self.server.etag
         if how.isdigit():
             return self.send_error(int(how))
+        if how in HOSTILE:
+            return HOSTILE[how](self, body)
         if how == "to":  # /to/<address>
             return self.answer(302, {"Location": self.server.location}, b"")
         if how == "html":
@@ -75,10 +79,78 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def cut_and_wrong(handler, body):
+    """Cuts what it sends, each time elsewhere, and answers Range with another part."""
+    asked = len(handler.server.requests)
+    if handler.headers.get("Range"):
+        return handler.answer(206, {"Content-Range": f"bytes 7-{len(body) - 1}/{len(body)}"}, body[7:])
+    handler.answer(200, {"ETag": '"v1"', "Content-Length": str(len(body))}, body[: len(body) // 2 + 5000 * asked])
+
+
+def other_total(handler, body):
+    """Goes on where it was asked to, but in a file of another length."""
+    start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+    headers = {"ETag": '"v1"', "Content-Length": str(len(body))}
+    if start:
+        headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{10**15}"
+    handler.answer(206 if start else 200, headers, body[start:][:1000])
+
+
+def a_byte_each_time(handler, body):
+    start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
+    headers = {"ETag": '"v1"', "Content-Length": str(len(body) - start)}
+    headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+    handler.answer(206 if start else 200, headers, body[start : start + 1 if start else 512])
+
+
+def drip(handler, data, every=0.02):
+    with contextlib.suppress(OSError):  # the client hangs up
+        for byte in data:
+            handler.wfile.write(bytes([byte]))
+            time.sleep(every)
+
+
+def dripping_body(handler, body):
+    handler.answer(200, {"ETag": '"v1"', "Content-Length": str(len(body))}, body[:600])
+    drip(handler, body[600:3000])
+
+
+def endless(handler, body):
+    """More than the published length, without saying so."""
+    with contextlib.suppress(OSError):
+        handler.answer(200, {"Content-Length": None}, body)
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+            handler.server.sent += 1 << 16
+
+
+def endless_redirect(handler, body):
+    with contextlib.suppress(OSError):
+        handler.answer(302, {"Location": handler.server.location, "Content-Length": None}, b"")
+        while True:
+            handler.wfile.write(bytes(1 << 16))
+            handler.server.sent += 1 << 16
+
+
+HOSTILE = {
+    "cutwrong": cut_and_wrong,
+    "othertotal": other_total,
+    "bytewise": a_byte_each_time,
+    "drip": dripping_body,
+    "driphead": lambda handler, body: drip(handler, b"HTTP/1.1 200 OK\r\nX: " + b"y" * 3000),
+    "endless": endless,
+    "endlessredirect": endless_redirect,
+    "oddlength": lambda handler, body: handler.answer(200, {"Content-Length": "\xb2"}, body),
+    "hugerange": lambda handler, body: handler.answer(206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}, body),
+    "later": lambda handler, body: handler.answer(503, {"Retry-After": "99999999999"}, b""),
+}
+
+
 @pytest.fixture
 def server():
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.etag, server.location, server.requests = {"x.tar.gz": BODY}, '"v1"', "", []
+    server.sent = 0
     server.at = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
@@ -194,6 +266,56 @@ def test_a_busy_server_is_asked_again_and_then_given_up(how, want, server):
     assert len(server.requests) == 3 and pauses == [2.0, 4.0]
 
 
+@pytest.mark.parametrize("how", ["cutwrong", "othertotal", "bytewise"])
+def test_a_server_without_lasting_progress_is_given_up(how, want, server, tmp_path):
+    error = refused(DataError, want(how))
+    assert len(server.requests) <= 11  # five starts from zero after the first, each with one wrong answer
+    assert "are kept in" in error.what and ("goes on" in error.fix or "another address" in error.fix)
+
+
+def test_what_was_kept_outlives_giving_up(want, tmp_path):
+    refused(DataError, want("bytewise"))
+    assert (tmp_path / "x.tar.gz.part").read_bytes() == BODY[: 512 + 4]
+
+
+@pytest.mark.parametrize("how", ["drip", "driphead"])
+def test_a_server_that_drips_is_given_up(how, want, server, monkeypatch):
+    monkeypatch.setattr(fetch, "WINDOW", 0.2)
+    assert "fewer than 1,000 bytes a second" in refused(DataError, want(how), tries=2).what
+    assert len(server.requests) == 2
+
+
+def test_a_body_without_end_is_cut_off(want, server, tmp_path):
+    assert "more than the 300,002 bytes" in refused(DataError, want("endless", size=len(BODY))).what
+    assert os.listdir(tmp_path) == [] and server.sent < 50 << 20
+
+
+def test_the_body_of_a_redirect_is_not_read(want, server):
+    server.location = f"{server.at}/plain/x.tar.gz"
+    assert download(want("endlessredirect")).read_bytes() == BODY
+    assert server.sent < 50 << 20
+
+
+@pytest.mark.parametrize("how", ["oddlength", "hugerange"])
+def test_numbers_that_are_none_are_no_traceback(how, want, server):
+    refused(DataError, want(how))
+    assert len(server.requests) <= 5
+
+
+def test_how_long_to_wait_is_not_the_servers_to_say(want):
+    pauses = []
+    assert "503" in refused(DataError, want("later"), pause=pauses.append).what
+    assert pauses == [2.0, 4.0, 8.0, 16.0]
+
+
+@pytest.mark.parametrize("address", ["http://[", "https://[::1", "https://a..b/x", "http://127.0.0.1:99999999/x"])
+def test_an_address_that_is_none_is_no_traceback(address, tmp_path, server, want):
+    wanted = Wanted(address, tmp_path / "x.zip", md5=MD5, allow_loopback=True)
+    refused((DataError, UsageError), wanted)
+    server.location = address
+    refused((DataError, UsageError), want("to"))
+
+
 def test_no_server_at_all(tmp_path):
     assert "refused" in refused(DataError, Wanted("http://127.0.0.1:9/x.zip", tmp_path / "x.zip", md5=MD5)).what
 
@@ -214,7 +336,8 @@ def test_a_redirect_from_https_to_http_is_refused_even_where_the_checksum_is_kno
     request = urllib.request.Request(wanted.url)
     follow = fetch._Redirects(wanted).redirect_request
     assert (
-        follow(request, None, 302, "Found", {}, "https://elsewhere.org/x.tar").full_url == "https://elsewhere.org/x.tar"
+        follow(request, io.BytesIO(), 302, "Found", {}, "https://elsewhere.org/x.tar").full_url
+        == "https://elsewhere.org/x.tar"
     )
     with pytest.raises(DataError, match="redirects to plain http"):
         follow(request, None, 302, "Found", {}, "http://elsewhere.org/x.tar")
@@ -272,6 +395,7 @@ def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, mon
     monkeypatch.setattr(fetch, "CHUNK", 4096)
     offsets = sorted(random.Random(1).sample(range(1, len(BODY)), 20))
     for offset in offsets:
+        before = fetch._have(want())
         child = os.fork()
         if child == 0:
             try:
@@ -280,7 +404,7 @@ def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, mon
                 os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         assert not (tmp_path / "x.tar.gz").exists()
-        assert offset <= (tmp_path / "x.tar.gz.part").stat().st_size < offset + 4096
+        assert offset <= (tmp_path / "x.tar.gz.part").stat().st_size <= max(before, offset) + 4096
     assert download(want(md5=MD5)).read_bytes() == BODY
     resumed = [asked for _, asked, _ in server.requests if asked]
     assert len(resumed) == 20  # every request but the first asked for the rest only
@@ -386,6 +510,8 @@ def test_a_damaged_tar_is_refused_whole(tmp_path):
     for cut in (0, 100, 512, 600, 4000, 4700, 7168):
         with pytest.raises(DataError, match=r"x\.tar"):
             open_and_unpack(data[:cut], tmp_path / "out")
+    with pytest.raises(DataError, match="damaged"):  # not a multiple of 512
+        open_and_unpack(data[: 512 + 3072 + 300], tmp_path / "out")
     for header in (0, 512 + 3072):
         for byte in (0, 124, 148, 156, 257):  # name, size, checksum, kind, magic
             flipped = bytearray(data)
@@ -427,6 +553,28 @@ def test_a_zip_is_read_and_its_checksums_compared(tmp_path):
         with pytest.raises(DataError, match="damaged"):
             open_and_unpack(data, tmp_path / "out2", name="x.zip")
     assert not (tmp_path / "out2").exists()
+
+
+def test_a_mutated_archive_is_read_or_refused(tmp_path):
+    rng = random.Random(0)
+    for name, data in (("x.zip", zip_of({f"{k}": rng.randbytes(200) for k in range(5)})),
+                       ("x.tar", tar_of([(f"{k}", rng.randbytes(700)) for k in range(5)]))):  # fmt: skip
+        for _ in range(150):
+            damaged = bytearray(data)
+            for _ in range(rng.choice((1, 2, 8))):
+                damaged[rng.randrange(len(data))] = rng.randrange(256)
+            with contextlib.suppress(DataError):
+                open_and_unpack(
+                    bytes(damaged[: rng.choice((None, rng.randrange(len(data))))]),
+                    tmp_path / "out",
+                    anything_plain,
+                    name,
+                )
+            shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def anything_plain(name):
+    return name if re.fullmatch(r"\w{1,9}", name) else None
 
 
 def test_a_link_in_a_zip_is_refused(tmp_path):

@@ -25,9 +25,9 @@ def modules() -> dict[str, Path]:
 
 
 def layer(name: str) -> int:
-    """Up to 0: errors and flags, 1: leaves, 2 to 6: parts, 9: scripts."""
-    if name in BASE:
-        return BASE[name]
+    """Up to 0: errors, flags and schemas, 1: leaves, 2 to 6: parts, 9: scripts."""
+    if name in BASE or name == "schemas":
+        return BASE.get(name, 0)
     if name in LEAVES:
         return 1
     if name in PARTS:
@@ -70,6 +70,15 @@ def test_at_the_top_of_a_script_only_flags_and_errors_are_imported(name):
     }
     assert not heavy
     assert not (names & modules().keys()) - BASE.keys()
+
+
+def test_schemas_is_imported_only_where_a_file_is_read():
+    for path in modules().values():
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
+        assert not {"schemas", "pydantic"} & (names | {n.module for n in top if isinstance(n, ast.ImportFrom)}) or (
+            path.name == "schemas.py"
+        ), path
 
 
 def readme() -> str:

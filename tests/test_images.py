@@ -112,6 +112,45 @@ def test_a_truncated_jpeg_is_an_error(keep):
         decode(cut, "cut.JPEG")
 
 
+CUTS = (0.2, 1 / 3, 0.5, 0.7, 0.9)
+KINDS = ({}, {"subsampling": 0}, {"optimize": True}, {"restart_marker_blocks": 7})
+
+
+def cut(data: bytes, keep: float) -> bytes:
+    """The first part of a JPEG with an end mark after it."""
+    return data[: int(len(data) * keep)].rstrip(b"\xff") + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("keep", CUTS)
+@pytest.mark.parametrize("options", KINDS)
+def test_a_jpeg_cut_before_its_end_mark_is_an_error(options, keep):
+    for seed in range(5):
+        data = encoded(photo(100 + seed, 150, seed), **options)
+        with pytest.raises(BadImage, match=r"not whole|Truncated"):
+            decode(cut(data, keep), "cut.JPEG")
+        decode(data, thorough=True)
+
+
+@pytest.mark.parametrize("mode, options", [("L", {}), ("CMYK", {}), ("RGB", {"progressive": True})])
+def test_other_kinds_of_cut_jpegs_are_found_thoroughly(mode, options, capfd):
+    data = encoded(photo(100, 150), mode=mode, **options)
+    decode(data, thorough=True)
+    assert capfd.readouterr().err == ""  # a line for each of a million images would be too much
+    for keep in (*CUTS, 0.98):
+        with pytest.raises(BadImage):
+            decode(cut(data, keep), thorough=True)
+        with pytest.raises(BadImage):
+            decode(cut(data, keep) + b"trailing", thorough=True)
+
+
+def test_a_grey_corner_is_no_damage():
+    grey = photo(100, 150)
+    grey[40:] = 128
+    data = encoded(grey)
+    assert decode(data)[-1, -1].tolist() == [128, 128, 128]
+    assert decode(data + data, thorough=True).shape == (100, 150, 3)  # two pictures in one file
+
+
 @pytest.mark.parametrize(
     "data, words",
     [

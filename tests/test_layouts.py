@@ -1,9 +1,11 @@
 """Every layout of a dataset on disk, and everything that can be wrong with one."""
 
+import dataclasses
 import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -352,6 +354,59 @@ def test_70_30_of_the_real_sizes_is_77000_and_33000():
     assert set(np.bincount(labels[val])) == {165} and not set(train) & set(val)
 
 
+def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(photos, tmp_path):
+    """Class names go into checkpoints, tables and pages; file names only into messages."""
+    root = os.fsencode(shutil.copytree(photos, tmp_path / "d"))
+    for part in (b"train", b"val"):
+        image = sorted(os.listdir(os.path.join(root, part, b"cat")))[0]
+        os.rename(os.path.join(root, part, b"cat", image), os.path.join(root, part, b"cat", b"\xff\xfe\x1b.JPEG"))
+        put(Path(os.fsdecode(os.path.join(root, part, b"cat", b"\xff\x1b.txt"))), b"")
+    found = index("imagenet", os.fsdecode(root))
+    assert len(found.train) == 72 and all(note.isprintable() and note.isascii() for note in found.notes)
+    for part in (b"train", b"val"):
+        os.rename(os.path.join(root, part, b"dog"), os.path.join(root, part, b"\xff\xfe"))
+    error = refused(DataError, "imagenet", os.fsdecode(root))
+    assert r"b'\xff\xfe'" in error.what and "rename" in error.fix
+    with pytest.raises(DataError, match="no name"):
+        dataclasses.replace(found, class_names=("a", "b", os.fsdecode(b"\xff")))
+
+
+@pytest.mark.parametrize("damage", [
+    b"", b"a,b\n1,2\n", b"ImageId,PredictionString\n\xff\xff,n01440764\n", b"ImageId,PredictionString\nx\n",
+    b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000, b"ImageId\0,PredictionString\nx,n\0",
+], ids=range(7))  # fmt: skip
+def test_damaged_labels_are_no_traceback(damage, tmp_path):
+    make_flat(tmp_path)
+    put(tmp_path / "LOC_val_solution.csv", damage)
+    refused(DataError, "imagenet", tmp_path)
+    (tmp_path / "LOC_val_solution.csv").unlink()
+    devkit = tmp_path / "ILSVRC2012_devkit_t12/data"
+    put(devkit / "ILSVRC2012_validation_ground_truth.txt", b"x\n1\n")
+    refused(DataError, "imagenet", tmp_path)  # without meta.mat
+    put(devkit / "meta.mat", damage)
+    assert str(devkit) in refused(DataError, "imagenet", tmp_path).what
+
+
+def test_annotations_are_looked_into_only_so_far(tmp_path):
+    """No XML is parsed, so entities that expand to gigabytes are nothing to it; nor is a huge file read."""
+    make_flat(tmp_path)
+    laughs = b"<!DOCTYPE x [<!ENTITY a '" + b"ha" * 1000 + b"'>]><x>" + b"&a;" * 1000 + b"<name>n01440764</name></x>"
+    for name in VAL:
+        put(tmp_path / "Annotations/CLS-LOC/val" / f"{name[:-5]}.xml", laughs)
+    put(tmp_path / "Annotations/CLS-LOC/val" / os.fsdecode(b"\xff.xml"), b"<name>n01440764</name>")
+    assert len(index("imagenet", tmp_path, allow_class_mismatch=True).val) == 6
+    path = tmp_path / "Annotations/CLS-LOC/val" / "ILSVRC2012_val_00000001.xml"
+    path.write_bytes(b" " * imagenet.XML_BYTES + laughs)
+    assert "have no label" in refused(DataError, "imagenet", tmp_path).what
+
+
+@pytest.mark.parametrize("names", [b"[1]", b"{", b"[" * 100_000, b"\xff"])
+def test_damaged_class_names_are_no_traceback(names, tmp_path):
+    make_folders(tmp_path, {"n99999999_1.JPEG": "n99999999"}, {"x.JPEG": "n99999999"})
+    put(tmp_path / "Labels.json", names)
+    assert "class names" in refused(DataError, "imagenet", tmp_path).what
+
+
 class Py2:
     """Writes a pickle as Python 2 did, which made CIFAR's: byte strings with opcodes Python 3 never writes."""
 
@@ -378,8 +433,11 @@ class Py2:
 
 
 class Py3:
+    def __init__(self, protocol):
+        self.protocol = protocol
+
     def dumps(self, value):
-        return pickle.dumps(value)
+        return pickle.dumps(value, protocol=self.protocol)
 
 
 def make_cifar(root, which, dumps):
@@ -392,14 +450,14 @@ def make_cifar(root, which, dumps):
     for file in (*which.train, which.val):
         batch, numbers = rng.integers(0, 256, (4, 32, 32, 3), np.uint8), rng.permutation(4).tolist()
         rows = np.ascontiguousarray(batch.transpose(0, 3, 1, 2)).reshape(4, 3072)
-        put(folder / file, dumps({b"data": rows, which.labels: numbers, b"filenames": [b"a.png"] * 4}))
+        put(folder / file, dumps({b"data": rows, which.labels: numbers, b"filenames": [b"a.png", b"", b"\xe9", b"\0"]}))
         if file != which.val:
             images.append(batch)
             labels += numbers
     return np.concatenate(images), labels
 
 
-@pytest.mark.parametrize("writer", [Py2(), Py3()], ids=["py2", "py3"])
+@pytest.mark.parametrize("writer", [Py2(), *map(Py3, range(6))], ids=["py2", *(f"protocol{k}" for k in range(6))])
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_cifar_from_its_python_archive(dataset, writer, tmp_path):
     from sources.cifar import CIFAR10, CIFAR100
@@ -435,6 +493,57 @@ def test_code_in_a_cifar_archive_is_refused(payload, tmp_path, monkeypatch):
     (tmp_path / CIFAR100.folder / "train").write_bytes(pickle.dumps({b"data": Runs(payload, argument)}))
     assert "contains code" in refused(DataError, "cifar100", tmp_path).what
     assert not (tmp_path / "sentinel").exists()
+
+
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85C\x01btR"
+TYPE = b"cnumpy\ndtype\n(X\x02\0\0\0%bK\x00K\x01tR"
+HOSTILE = {
+    "another codec": b"c_codecs\nencode\n(X\x01\0\0\0aX\x03\0\0\0hextR",
+    "another function of the codecs": b"c_codecs\ndecode\n(C\x01aX\x06\0\0\0latin1tR",
+    "no text at all": b"c_codecs\nencode\n(K\x05X\x06\0\0\0latin1tR",
+    "the same text a thousand times": b"X\x00\x40\0\0" + b"a" * 0x4000 + b"q\x010"
+    + b"c_codecs\nencode\n(h\x01X\x06\0\0\0latin1tR0" * 1000 + b"N",
+    "many empty bytes at once": b"c__builtin__\nbytes\n(J\xff\xff\xff\x7ftR",
+    "a memo of four gigabytes": b"Nr\xff\xff\xff\x0f",
+    "a shape of a petabyte": ARRAY + b"(K\x01(\x8a\x07\0\0\0\0\0\0\x04t" + TYPE % b"u1" + b"\x89C\x00tb",
+    "objects from raw bytes": ARRAY + b"(K\x01(K\x01t" + TYPE % b"O8"
+    + b"(K\x03X\x01\0\0\0|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    + b"\x89C\x08AAAAAAAAtb",
+    "an array that is never filled": ARRAY,
+    "a class of ours": b"csources.cifar\nPlainUnpickler\n(C\x00tR",
+    "a name that leads on": b"\x8c\x05numpy\x8c\x0endarray.tofile\x93",
+    "an array class": b"cnumpy\nndarray\n(J\xff\xff\xff\x7ftR",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_cifar_archive_is_refused_in_little_memory(value, tmp_path):
+    import resource
+
+    from sources.cifar import CIFAR100
+
+    make_cifar(tmp_path, CIFAR100, pickle.dumps)
+    (tmp_path / CIFAR100.folder / "train").write_bytes(b"\x80\x04}(C\x04data" + value + b"C\x0bfine_labels]K\x00au.")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(DataError, "cifar100", tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {b"fine_label_names": 5}, {b"fine_label_names": [1, 2]}, {b"fine_label_names": [b"\xff"]}]
+)
+def test_a_cifar_archive_with_other_contents_is_refused(meta, tmp_path):
+    from sources.cifar import CIFAR100
+
+    make_cifar(tmp_path, CIFAR100, pickle.dumps)
+    path = tmp_path / CIFAR100.folder
+    (path / "meta").write_bytes(pickle.dumps(meta))
+    refused(DataError, "cifar100", tmp_path)
+    make_cifar(tmp_path, CIFAR100, pickle.dumps)
+    for content in ({}, {b"data": 1, b"fine_labels": 1}, {b"data": [], b"fine_labels": []}, {b"data": b"x", b"fine_labels": {}},
+                    {b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []}):  # fmt: skip
+        (path / "train").write_bytes(pickle.dumps(content))
+        refused(DataError, "cifar100", tmp_path)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-1],
@@ -583,3 +692,10 @@ assert not {{"torch", "torchvision", "datasets", "pyarrow"}} & sys.modules.keys(
 def test_the_size_of_the_synthetic_dataset_is_in_its_name():
     assert generated.SyntheticSize.parse("synthetic") == generated.SyntheticSize()
     assert generated.SyntheticSize.parse("synthetic:size=32,classes=3") == generated.SyntheticSize(classes=3, size=32)
+
+
+def test_a_subset_larger_than_the_data_says_how_much_there_is():
+    def notes(size: int) -> tuple[str, ...]:
+        return layouts.index("synthetic:classes=4,train=40,val=8,size=8", "", subset_size=size).notes
+
+    assert notes(40) == () and notes(41) == ("note: --subset-size 41 of 40 training images: all are used",)

@@ -210,7 +210,7 @@ def test_noise_around_almost_nothing_is_no_divergence():
 
 def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     arguments = [*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr-scale", "sqrt",
-                 "--lr", "0.5", "--save-dir", str(tmp_path / "a run")]  # fmt: skip
+                 "--save-dir", str(tmp_path / "a run")]  # fmt: skip
     assert lr_finder.main([*arguments, "--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "lr_finder.json").read_text())
     assert (found["phase"], found["image_size"], found["batch_size"]) == (3, 24, 16)
@@ -223,7 +223,7 @@ def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     for name, line in found["commands"].items():
         words = shlex.split(line)
         assert line in printed
-        assert words[:2] == ["python", "train.py"] and words[2:-2] == [w for w in arguments if w not in ("--lr", "0.5")]
+        assert words[:2] == ["python", "train.py"] and words[2:-2] == arguments
         # --lr belongs to the first phase, with half the batch
         assert float(words[-1]) == pytest.approx(found["suggestions"][name] / math.sqrt(2), rel=0.05)
 
@@ -297,11 +297,13 @@ class Done:
 
         self.returncode, run_dir = returncode, Path(command[-1])
         run_dir.mkdir()
-        (run_dir / "metrics.jsonl").write_text('{"val_top1": 40.0, "val_loss": 1.0}\n')
+        (run_dir / "metrics.jsonl").write_text('{"epoch": 1, "val_top1": 40.0, "val_loss": 1.0}\n')
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"), (["--num-iter", "2"], "num-iter"),
+    (["--lr", "1"], "--lr would do nothing"), (["--trials", "3"], "--trials would do nothing"),
+    (["--mode", "accuracy", "--num-iter", "20"], "--num-iter would do nothing"), (["--cycles", "3"], "--cycles would do nothing"),
     (["--resume", "auto"], "--resume"), (["--phas", "1"], "--phas"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, tmp_path):

@@ -44,10 +44,10 @@ def test_with_few_classes_top5_holds_them_all():
 def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     log = MetricLogger(tmp_path)
     for epoch in (1, 2, 3):
-        log.log({"epoch": epoch, "val_top1": float(epoch), "loss": float("nan")})
+        log.log({"epoch": epoch, "val_top1": float(epoch), "val_loss": float("nan")})
     rows = read_metrics(tmp_path)
     assert [r["epoch"] for r in rows] == [1, 2, 3]
-    assert rows[0]["loss"] is None  # JSON has no NaN
+    assert rows[0]["val_loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # JSON has none
     resumed = MetricLogger(tmp_path, rows[:2])
     resumed.log({"epoch": 3, "val_top1": 9.0})
     assert [r["val_top1"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 9.0]
@@ -55,9 +55,34 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
 
 def test_a_line_cut_short_is_passed_over_and_a_missing_file_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + '\n{"epo')
-    assert read_metrics(tmp_path) == [{"epoch": 1}]
+    (row,) = read_metrics(tmp_path)
+    assert row["epoch"] == 1 and row["val_top1"] is None and row["seconds"] is None  # every column is there
     with pytest.raises(DataError, match=r"nowhere.metrics\.jsonl"):
         read_metrics(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("line, words", [
+    (b"5", "should be a valid dictionary, not 5"), (b'"x"', "dictionary"), (b"[]", "dictionary"), (b"null", "dictionary"),
+    (b"", "unreadable"), (b'{"epo', "unreadable"), (b'{"epoch": "\xff"}', "unreadable: 'utf-8'"), (b"[" * 50_000, "unreadable"),
+    (b'{"epoch": "x"}', r"epoch should be a valid integer, not 'x'"), (b"{}", "lacks epoch"), (b'{"epoch": 0}', "epoch"),
+    (b'{"epoch": true}', "epoch should be a valid integer, not True"), (b'{"epoch": 2, "best": 1}', "best"),
+    (b'{"epoch": 2, "image_size": -5}', "image_size"), (b'{"epoch": 2, "val_top1": "5"}', "val_top1"),
+    (b'{"epoch": 2, "val_top1": 101}', "val_top1"), (b'{"epoch": 2, "seconds": 1e999}', "seconds"),
+    (b'{"epoch": 2, "new": {"deep": []}}', "plain"), (b'{"epoch": 2, "better": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
+    (b'{"epoch": ' + b"9" * 5000 + b"}", "unreadable"),
+])  # fmt: skip
+def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n' + line + b'\n{"epoch": 3}\n')
+    with pytest.raises(DataError, match=words) as caught:
+        read_metrics(tmp_path)
+    assert f"{tmp_path / 'metrics.jsonl'} line 2" in caught.value.what and caught.value.exit_code == 3
+    assert caught.value.what.isprintable()
+
+
+def test_a_row_may_hold_more_than_this_code_knows_and_no_nan(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "val_loss": NaN, "train_loss": 1e999, "new": [1, "x"]}\n')
+    (row,) = read_metrics(tmp_path)
+    assert row["val_loss"] is row["train_loss"] is None and row["new"] == [1, "x"]
 
 
 ROW = {"epoch": 1, "lr": 0.1, "val_top1": 50.0, "ema_val_top1": None, "better": "raw", "best": True}

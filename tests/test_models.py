@@ -27,8 +27,8 @@ def test_every_architecture_gives_logits_and_learns(arch):
     assert all(p.grad is not None for p in model.parameters())
     assert describe(model.state_dict()) == f"{arch}, 3 classes"
     droppable = any(type(m).__name__ in ("DropPath", "StochasticDepth") for m in model.modules())
-    assert droppable != bool(models.notes(arch, drop_path_rate=0.2))
-    assert not models.notes(arch, drop_path_rate=0.0)
+    assert droppable != (arch in flags.NO_DROP_PATH)
+    assert any("BatchNorm" in type(m).__name__ for m in model.modules()) != (arch in flags.NO_BATCH_NORM)
 
 
 @pytest.mark.parametrize(("arch", "branches"), [("efficientnet_b0", 16), ("swin_t", 12)])
@@ -41,8 +41,8 @@ def test_the_zoo_follows_the_linear_rule(arch, branches):
 
 
 def test_blurpool_brings_its_licence_to_the_users_eyes():
-    assert "CC BY-NC-SA" in models.notes("resnet50", use_blurpool=True)[0]
-    assert models.notes("resnet50", drop_path_rate=0.2) == []
+    assert "CC BY-NC-SA" in models.notes(True)[0]
+    assert models.notes(False) == []
 
 
 def test_vit_works_at_one_size_only():

@@ -4,7 +4,6 @@ The traces take two steps in the first phase and two in the last, of a tiny netw
 The grid of whole runs is slow: `pytest -m slow tests/test_options.py`.
 """
 
-import hashlib
 import subprocess
 import sys
 from functools import lru_cache
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inprocess import TINY, built, config_of
+from inprocess import TINY, built, config_of, hashed, look
 from runs import digest
 
 import build
@@ -25,7 +24,6 @@ import trainer
 from errors import CheckpointError, UserError
 from metrics import MetricLogger
 from sources import layouts
-from train_utils import train_step
 
 # name: (what both runs share, what the second one changes); more than one change as a list of them
 OPTIONS: dict[str, tuple[str, list[str]]] = {
@@ -75,7 +73,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "save_every": ("", ["--save-every 2"]),
     "stop_after": ("", ["--stop-after 2"]),
     "eval_every": ("", ["--eval-every 2"]),
-    "early_stop_patience": ("", ["--early-stop-patience 2"]),
+    "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # What these do is no matter of a step: they are the business of other tests.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from", "reset_head", "device",
@@ -89,45 +87,7 @@ SLOW_VALUES = {
 
 @lru_cache
 def observed(arguments: str) -> tuple:
-    """What can be told from outside about a run: data, plan, run values, and four steps of it."""
-    try:
-        config = config_of(*arguments.split())
-        run = built(config, Path())
-        index = layouts.index(**flags.data_args(config))
-    except UserError as error:
-        return ("refused", error.what)
-    finally:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
-    values = (run.eval_every, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
-    steps = trace(run, run.phases[0])
-    for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
-        run.state.schedule.observe(1.0)
-    steps += trace(run, run.phases[-1])
-    return (index.fingerprint(), run.phases, values, steps)
-
-
-def trace(run: trainer.Run, phase, count: int = 2) -> list:
-    """(loss, lr, weights, averaged weights) after each of the first steps of `phase`."""
-    loader, how, state = run.make_loader(phase), run.make_step(phase), run.state
-    workers, compiled = loader.batches.num_workers, how.forward is not state.model
-    seen = [workers, compiled]
-    loader.order.seek(phase.first_epoch)
-    state.step = phase.first_step
-    state.schedule.seek(phase.first_step)
-    state.model.train()
-    for _, (images, labels) in zip(range(count), loader, strict=False):
-        loss, _ = train_step(state, how, images, labels)
-        averaged = state.ema.module and hashed(state.ema.module)
-        seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
-    return seen
-
-
-def hashed(model: torch.nn.Module) -> str:
-    sha = hashlib.sha256()
-    for value in model.state_dict().values():
-        sha.update(value.contiguous().numpy().tobytes())
-    return sha.hexdigest()
+    return look(lambda: config_of(*arguments.split()))
 
 
 @pytest.fixture
@@ -196,6 +156,35 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
         == 0.1
     )
     assert rundir.resumed_config(config_of("--lr", "0.1"), frozenset(), saved).lr == 3e-4
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("epochs", "5"), ("epochs", True), ("epochs", None), ("epochs", [3]), ("epochs", 3.0), ("epochs", -1), ("lr", float("nan")),
+    ("lr", "3e-4"), ("resize_schedule", 16), ("resize_schedule", "8,16,24"), ("resize_schedule", [[8, 16]]), ("subset", 1),
+    ("subset", "yes"), ("phase_mix", ["on", "off", "on"]), ("save_every", 1), ("save_every", [0, "ep"]), ("optimizer", "adamax"),
+    ("dataset", None), ("dataset", {}), ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
+])  # fmt: skip
+def test_a_checkpoints_flag_of_another_kind_is_refused_by_name(name, value):
+    with pytest.raises(CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")):
+        rundir.check_saved(flags.plain(config_of()) | {name: value})
+
+
+def test_a_list_that_holds_itself_is_refused_and_not_walked_through():
+    knot: list = []
+    for _ in range(100):
+        knot = [knot, knot]  # 2 ** 100 of them, if one were to look
+    with pytest.raises(CheckpointError, match="resize_schedule is of a wrong type"):
+        rundir.check_saved({"resize_schedule": knot})
+
+
+def test_a_checkpoint_of_another_version_lacks_flags_or_has_some_that_are_named():
+    saved = flags.plain(config_of("--phase-mix", "on,off,on", "--save-every", "15min", "--lr", "1e-5"))
+    assert rundir.check_saved(saved) == saved
+    older = {name: value for name, value in saved.items() if name not in ("l1", "cycles")}
+    assert rundir.check_saved(older) == saved  # at their defaults
+    with pytest.raises(CheckpointError, match="does not know: 5, warp") as caught:
+        rundir.resumed_config(config_of(), frozenset(), saved | {"warp": 9, 5: 5})
+    assert caught.value.exit_code == 4
 
 
 def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, monkeypatch):

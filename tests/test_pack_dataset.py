@@ -16,6 +16,7 @@ from test_packed import make_folders
 import pack_dataset
 from errors import DataError, ResourceError, UsageError
 from sources import packing
+from sources.layouts import index
 from sources.packed import open_packed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -96,15 +97,18 @@ def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
     assert files(out) == before
 
 
-def test_a_line_cut_by_a_kill_is_no_obstacle(folders, tmp_path):
-    packing.add_record(str(tmp_path), {"part": "val", "k": 0})
+def test_a_line_cut_by_a_kill_or_one_that_is_no_record_is_no_obstacle(folders, tmp_path):
+    plan = packing.make_plan(index("imagenet", str(folders)), (16, 32), 90)
+    shard = {"rows": 1, "bytes": 2, "crc32": 3}
+    val = {"part": "val", "k": 0, "shards": {"val": shard}, "skipped": []}
+    train = {"part": "train", "k": 1, "shards": {"train-16": shard, "train-32": shard}, "skipped": []}
+    odd = [{**val, "k": 99}, {**train, "shards": {"train-16": shard}}, {**val, "shards": {"../x": shard}}, 5]
+    packing.add_record(str(tmp_path), val)
     with open(tmp_path / packing.RECORDS, "a") as file:
         file.write('\n{"part": "train", "k"')
-    packing.add_record(str(tmp_path), {"part": "train", "k": 7})
-    assert packing._read_records(str(tmp_path / packing.RECORDS)) == [
-        {"part": "val", "k": 0},
-        {"part": "train", "k": 7},
-    ]
+    for record in (*odd, train):
+        packing.add_record(str(tmp_path), record)
+    assert packing._read_records(str(tmp_path / packing.RECORDS), plan) == [val, train]
 
 
 # --- refusals --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pickle
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from test_images import encoded, photo
 
@@ -196,6 +197,57 @@ def test_offsets_that_point_outside_are_refused(out):
         open_packed(out).train.for_size(8).read([0])
 
 
+STRUCT = [{"bytes": b"x", "path": "a"}] * 90
+OTHER_SHARDS = {
+    "no image": pa.table({"picture": STRUCT}),
+    "images that are text": pa.table({"image": ["x"] * 90}),
+    "images with 64-bit offsets": pa.table({"image": pa.array(STRUCT, pa.struct({"bytes": pa.large_binary(), "path": pa.string()}))}),
+    "images that are missing": pa.table({"image": [{"bytes": None, "path": "a"}] * 90}),
+    "a name that is missing": pa.table({"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.COLUMNS.field("image").type)}),
+    "other images": pa.table({"image": STRUCT[:7]}),
+    "nothing": pa.table({}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("table", OTHER_SHARDS.values(), ids=OTHER_SHARDS.keys())
+def test_a_shard_with_other_columns_is_refused(table, packed_once, tmp_path):
+    path = str(tmp_path / "00000.arrow")
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    try:
+        shard = packed.Shard(path, 90)
+    except DataError as error:
+        assert "00000.arrow is damaged" in error.what
+    else:
+        assert shard.image(3) == b"x" and shard.name(3).endswith("00000.arrow#3")
+
+
+@pytest.mark.parametrize("labels", [np.full(90, 3), np.full(90, -1), np.zeros(89, np.int64), np.zeros(90), np.zeros((90, 1), np.int64),
+                                    np.array(0), b"\x93NUMPY", b""])  # fmt: skip
+def test_labels_that_do_not_fit_are_refused(labels, out):
+    path = out / "train-labels.npy"
+    path.write_bytes(labels) if isinstance(labels, bytes) else np.save(path, labels)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["parts"]["train"] |= {"labels_bytes": path.stat().st_size, "labels_crc32": packed.file_crc32(str(path))}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match=r"train-labels\.npy"):
+        open_packed(out)
+
+
+def test_a_shard_cut_short_while_it_is_read_is_an_error_not_a_signal(out):
+    split = open_packed(out).train.for_size(8)
+    split.read([0])
+    os.truncate(out / "train-16" / "00000.arrow", 0)
+    child = os.fork()
+    if child == 0:
+        try:
+            split.read([40])
+        except DataError as error:
+            os._exit(3 if "00000.arrow changed" in error.what else 4)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+
+
 @pytest.mark.parametrize("damage", ["labels", "manifest", "format", "unfinished"])
 def test_other_damage_has_clear_words(out, damage):
     manifest = out / "manifest.json"
@@ -211,7 +263,7 @@ def test_other_damage_has_clear_words(out, damage):
         os.replace(manifest, out / "packing.json")
     words = {
         "labels": "train-labels.npy",
-        "manifest": "cannot read",
+        "manifest": "manifest.json is unreadable",
         "format": "another version",
         "unfinished": "not fin",
     }

@@ -1,14 +1,20 @@
 """One number of steps: what the plan counts is what the loader yields and what the schedule takes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from inprocess import config_of
+from torch import nn
 
+import build
 import optim
 from dataloader import Order
 from errors import UsageError
-from train_utils import phase_of, plan, share_epochs
+from models import build_model
+from train_utils import phase_of, plan, share_epochs, smallest_piece
 
 IMAGENET = 1_281_167
 
@@ -96,3 +102,79 @@ def test_ranks_together_see_what_one_rank_sees():
     one, two = Order(50, 12, seed=1), [Order(50, 12, seed=1, rank=r, world_size=2) for r in (0, 1)]
     together = [[*a.ids, *b.ids] for a, b in zip(*two, strict=True)]
     assert together == [list(b.ids) for b in one]
+
+
+# BatchNorm needs more than one value per channel
+
+
+@given(images=st.integers(1, 300), pieces=st.integers(1, 300))
+def test_the_smallest_piece_is_the_one_that_torch_cuts(images, pieces):
+    assert smallest_piece(images, pieces) == min(map(len, torch.zeros(images).chunk(pieces)))
+
+
+INDEX = SimpleNamespace(train=range(64), classes=range(5))
+
+
+def plan_of(*arguments, ranks: int = 1):
+    return build.make_plan(config_of("--phase-epochs", "1,1,1", *arguments), INDEX, ranks)
+
+
+@pytest.mark.parametrize("arch, stem, sizes", [
+    ("resnet_tiny", "imagenet", (8, 16, 32, 40, 64)), ("resnet_tiny", "small", (8, 16, 32)), ("resnet18", "d", (32, 40)),
+    ("preact_resnet50", "small", (8, 16)), ("mobilenet_v3_large", "imagenet", (32, 40)), ("swin_t", "imagenet", (16,)),
+])  # fmt: skip
+def test_a_batch_is_refused_exactly_where_a_real_forward_raises(arch, stem, sizes):
+    model = build_model(arch, num_classes=5, stem=stem).train()
+    flags = () if arch in ("mobilenet_v3_large", "swin_t") else ("--stem", stem)
+    raised = {(size, n): raises(model, torch.zeros(n, 3, size, size)) for size in sizes for n in (1, 2)}
+    for size in sizes:
+        for batch, pieces in ((1, 1), (2, 1), (3, 2), (4, 3), (5, 4), (4, 2)):
+            cut = torch.zeros(batch).chunk(pieces)
+            wanted = any(raised[size, min(len(piece), 2)] for piece in cut)
+            try:
+                plan_of("--arch", arch, *flags, "--resize-schedule", f"{size},{size},{size}", "--accumulate", pieces,
+                        "--phase-batch-sizes", f"8,8,{batch}")  # fmt: skip
+                refused = False
+            except UsageError as error:
+                # The other phases have 8 images, of which these pieces leave more than one.
+                assert f"phase 3: batch {batch} at {size} px" in error.what
+                refused = True
+            assert refused == wanted, (size, batch, pieces)
+
+
+def raises(model: nn.Module, images: torch.Tensor) -> bool:
+    try:
+        model(images)
+    except ValueError as error:
+        assert "Expected more than 1 value per channel" in str(error)
+        return True
+    return False
+
+
+@pytest.mark.parametrize("arguments, ranks, fixes", [
+    (("--phase-batch-sizes", "4,2,1"), 1, ["--phase-batch-sizes 4,2,2"]),
+    (("--phase-batch-sizes", "8,8,5", "--accumulate", "4"), 1, ["--accumulate 2", "--phase-batch-sizes 8,8,6"]),
+    (("--phase-batch-sizes", "4,4,2"), 2, ["--phase-batch-sizes 4,4,4"]),
+    (("--phase-batch-sizes", "8,8,8", "--accumulate", "64"), 1, ["--accumulate 7"]),  # four pieces of two
+])  # fmt: skip
+def test_a_refused_plan_names_what_works_and_it_does(arguments, ranks, fixes):
+    with pytest.raises(UsageError, match="one value per channel") as caught:
+        plan_of(*arguments, ranks=ranks)
+    for fix in fixes:
+        assert f"give {fix}" in caught.value.fix
+        assert plan_of(*arguments, *fix.split(), ranks=ranks)
+
+
+def test_a_batch_that_halves_to_one_image_is_refused_with_the_first_batch_that_works():
+    values = vars(config_of()) | {"phase_batch_sizes": None, "batch_size": 4}
+    with pytest.raises(UsageError, match="phase 3: batch 1 at 24 px") as caught:
+        build.make_plan(SimpleNamespace(**values), INDEX, 1)
+    assert "give --batch-size 8 " in caught.value.fix
+    assert build.make_plan(SimpleNamespace(**values | {"batch_size": 8}), INDEX, 1)
+
+
+def test_synchronised_norms_count_the_images_of_all_ranks():
+    values = vars(config_of("--phase-batch-sizes", "4,4,2")) | {"sync_bn": True}
+    assert build.make_plan(SimpleNamespace(**values), INDEX, 2)
+    with pytest.raises(UsageError, match="on each of 2 ranks"):
+        build.make_plan(SimpleNamespace(**values | {"sync_bn": False}), INDEX, 2)

@@ -100,6 +100,7 @@ def test_workers_answer_alike(photos, photo_run, tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"), (["a.jpg", "--export", "pdf"], "--export"),
+    (["a.jpg", "--out", "x"], "--out would do nothing"), (["--export", "onnx", "--top", "3"], "--top would do nothing"),
     (["a.jpg", "--top", "0"], "--top"), (["a.jpg", "--weight", "raw"], "--weight"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, photo_run):

@@ -2,12 +2,14 @@
 
 import copy
 import shutil
+import signal
 from collections import namedtuple
 
 import pytest
 import torch
 from inprocess import tiny_run
 
+import errors
 import preflight
 from errors import ResourceError
 
@@ -47,15 +49,16 @@ def test_a_disk_without_room_for_all_checkpoints_is_refused_before_the_first_ste
 
 
 def test_a_resumed_run_needs_room_for_the_checkpoints_it_does_not_have_yet(run, tmp_path, monkeypatch):
-    (tmp_path / "last_x.pt").write_bytes(b"x")
-    (tmp_path / "best_x.pt").hardlink_to(tmp_path / "last_x.pt")  # one file with two names
-    (tmp_path / "prev_last_x.pt").write_bytes(b"y")
     size = preflight.checkpoint_bytes(run)
+    former = [tmp_path / f"{kind}_x.pt" for kind in ("last", "best", "prev_last")]
+    former[0].write_bytes(bytes(size))
+    former[1].hardlink_to(former[0])  # one file with two names
+    former[2].write_bytes(bytes(size))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size))
-    preflight.check_disk(run)
+    preflight.check_disk(run, former)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 3 * size - 1))
     with pytest.raises(ResourceError):
-        preflight.check_disk(run)
+        preflight.check_disk(run, former)
 
 
 def test_full_shared_memory_is_warned_of_with_the_flag_to_lower(run, tmp_path, monkeypatch):
@@ -92,6 +95,49 @@ def test_another_error_of_the_trial_is_not_taken_for_a_lack_of_memory():
 
     with pytest.raises(RuntimeError, match="shape"):
         preflight.largest_fitting(4, broken)
+
+
+SAID = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
+    ),
+    RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+    MemoryError(),
+]
+
+
+def fail(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize("error", SAID, ids=lambda error: str(error)[:40])
+def test_whatever_says_that_memory_ran_out_is_exit_6(run, error, monkeypatch, capsys):
+    assert preflight.largest_fitting(4, lambda images: images > 1 and fail(error)) == 1
+    for named in (preflight.out_of_memory_named(run), preflight.memory_for("x", "y", torch.device("cpu"))):
+        with pytest.raises(ResourceError, match="out of memory"), named:
+            fail(error)
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    assert errors.run(lambda argv: fail(error)) == 6  # anywhere else
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory") and "fix: " in said
+
+
+def test_another_error_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    with pytest.raises(RuntimeError, match="shape"):
+        errors.run(lambda argv: fail(RuntimeError("shape mismatch")))
+
+
+def test_what_stands_for_later_memory_may_be_what_does_not_fit(run, monkeypatch):
+    monkeypatch.setattr(preflight, "room_beside", lambda run, phase: 1 << 62)
+    with pytest.raises(ResourceError, match="out of memory in phase 3") as caught:
+        preflight.check_step_memory(run)
+    assert "not one image fits" in caught.value.fix
 
 
 def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):

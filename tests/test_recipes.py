@@ -1,5 +1,7 @@
 """Every recipe: all keys known, its values accepted, a plan and a model that can be built from it."""
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,67 @@ def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
     config, given = parsed("--config", recipe, "--schedule", "plateau", "--cycles", 2)
     with pytest.raises(UsageError, match="--cycles would do nothing"):
         flags.check_train(config, given)
+
+
+@pytest.mark.parametrize(("text", "name", "value"), [
+    ("amp: off", "amp", "off"), ("phase_mix: [on, off, on]", "phase_mix", (True, False, True)), ("ema: off", "ema", False),
+    ("subset: yes", "subset", True), ("wandb: no", "wandb", "no"), ("save_every: 15min", "save_every", (15.0, "min")),
+    ("lr: 3e-4", "lr", 3e-4), ("epochs: 1_000", "epochs", 1000), ("epochs: 010", "epochs", 10), ("epochs: '5'", "epochs", 5),
+    ("wandb: 2024-01-01", "wandb", "2024-01-01"), ("save_dir: 2012", "save_dir", "2012"), ("batch-size: &n 8", "batch_size", 8),
+    ("augment: [padcrop:4, flip]", "augment", "padcrop:4,flip"), ("resize_schedule: 160", "resize_schedule", (160,)),
+    ("\ufeffepochs: 3", "epochs", 3),
+])  # fmt: skip
+def test_a_file_means_what_is_written_in_it(text, name, value, tmp_path):
+    (tmp_path / "flags.yaml").write_text(text, encoding="utf-8")
+    config, given = parsed("--config", tmp_path / "flags.yaml")
+    assert getattr(config, name) == value and type(getattr(config, name)) is type(value) and name in given
+
+
+HOSTILE = {
+    "null": b"lr: null", "nothing": b"lr:", "twice": b"lr: 1\nlr: 2", "twice spelled": b"batch-size: 1\nbatch_size: 2",
+    "octal": b"epochs: 0o10", "list": b"lr: [1, 2]", "nested": b"resize-schedule: [[64]]", "map": b"lr: {a: 1}", "key": b"? [a]\n: 1",
+    "latin-1": b"wandb: \xe9", "utf-16": "lr: 1".encode("utf-16"), "tab": b"lr: 1\n\tepochs: 2", "NUL": b'wandb: "a\\0b"',
+    "surrogate": b'wandb: "\\ud800"', "raw NUL": b"wandb: a\0b", "deep": b"lr: " + b"[" * 5000, "deep maps": b"{lr: " * 5000,
+    "code": b"lr: !!python/name:os.system", "itself": b"lr: &x [*x]", "no such anchor": b"lr: *x", "merge": b"<<: {lr: 1}",
+    "two": b"lr: 1\n---\nlr: 2", "one value": b"5", "empty": b"", "huge": b"#" * 70_000, "inf": b"lr: .inf", "nan": b"lr: .nan",
+    "digits": b"epochs: " + b"9" * 6000, "number for a switch": b"subset: 1", "number for a key": b"5: 1", "key yes": b"yes: 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_file_that_means_nothing_is_one_error_with_its_name(name, tmp_path):
+    path = tmp_path / "flags.yaml"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(UsageError) as caught:
+        parsed("--config", path)
+    assert str(path) in caught.value.what and len(caught.value.what) < 400 and "\n" not in caught.value.what
+
+
+@pytest.mark.parametrize("kind", ["directory", "FIFO", "device"])
+def test_what_is_no_file_is_not_read(kind, tmp_path):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "flags.yaml"
+    if kind != "device":
+        (os.mkdir if kind == "directory" else os.mkfifo)(path)
+    with pytest.raises(UsageError, match="is not a file"):
+        parsed("--config", path)
+
+
+def commands() -> list[str]:
+    """The flags of every train.py command of README, docs, the Makefile and the epilog."""
+    root, found = RECIPES[0].parent.parent, []
+    for path in (
+        *root.glob("*.md"),
+        *root.glob("*/*.md"),
+        *root.glob("docs/*.sh"),
+        root / "train.py",
+        root / "Makefile",
+    ):
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ").replace("$(RUN)", "checkpoints/digits")
+        found += re.findall(r"train\.py((?: --[a-z0-9-]+(?: (?!--)[\w./:=,-]+)?)+)", text)
+    return [command for command in found if "--help" not in command]
+
+
+def test_every_command_that_is_shown_is_accepted():
+    assert len(commands()) > 20
+    for command in commands():
+        flags.check_train(*parsed(*command.split()))

@@ -11,6 +11,7 @@ from runs import TINY, digest, finish, payload, spawn
 
 import checkpoint
 import train
+from errors import CheckpointError
 
 BF16 = [*TINY, "--amp", "bf16", "--resize-schedule", "32,40,48"]  # see build._without_broken_bf16 for why not 16 px
 STEPS = 11  # of the TINY run on 72 images: 3 + 4 + 4
@@ -67,6 +68,10 @@ def test_the_comparison_notices_a_state_that_is_not_restored(part, straight, pho
         saved["epoch_sums"]["loss"] = 0.0
     saved.pop("schema")
     checkpoint.save(path, saved)
+    if part == "schedule":
+        with pytest.raises(CheckpointError, match="of its schedule"):
+            run("--save-dir", tmp_path, "--resume", path, "--num-workers", 0)
+        return
     run("--save-dir", tmp_path, "--resume", path, "--num-workers", 0)
     assert digest(tmp_path) != straight["off"]
 

@@ -32,7 +32,8 @@ STATES = {
     "train_utils.hits:1": 5,  # between raw and averaged weights
     "trainer.evaluate:4": 10,  # of the training sample
     "checkpoint._write_and_prove:1": 5,
-    "checkpoint._move_into_place:2": 10,
+    "checkpoint._move_into_place:2": 5,  # with its row
+    "checkpoint._move_into_place:4": 10,
     "build.build_loader:2": 5,  # at the change of size
     "metrics.MetricLogger.log:2": 10,
 }

@@ -174,6 +174,79 @@ def test_some_bad_steps_in_a_row_end_the_run():
     assert all(torch.isfinite(v).all() for v in state.model.state_dict().values() if v.is_floating_point())
 
 
+# fp16's scaler, on a CPU
+
+
+def scaled(name: str, fused: bool, scale: float = 1024.0):
+    """State and step with fp16's scaler: 'sgd' or 'adamw', in one kernel or not."""
+    state, how = make(torch.float32, alphas=(0.0, 0.0), drop_path=0.3)
+    options = {"lr": 1e-2, "weight_decay": 0.01, "fused": fused} | ({"momentum": 0.9} if name == "sgd" else {})
+    state.optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name](state.model.parameters(), **options)
+    state.schedule = optim.Schedule(state.optimizer, "onecycle", peak_lr=1e-2, total_steps=400)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
+    return state, how
+
+
+def bits(state) -> dict:
+    """All that a step may move, but the scale and what the plan counts."""
+    optimizer = {k: v for k, v in state.optimizer.state_dict()["state"].items()}
+    return flat({"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer})
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+@pytest.mark.parametrize("poison", ["overflow", "pixel"])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, fused, poison, bad):
+    """Fused SGD, called for a step that it skips, makes its momentum of memory that nobody wrote."""
+    ends = []
+    for spoiled in (False, True):
+        state, how = scaled(name, fused)
+        for step, (images, labels) in enumerate(batches(6, dtype=torch.float32)):
+            if step != bad:
+                assert train_step(state, how, images, labels)[1]
+            elif not spoiled:
+                state.schedule.step()
+                state.step += 1
+            else:
+                before = bits(state)
+                hook = state.model.fc.weight.register_hook(lambda g: g * float("inf" if poison == "overflow" else 1))
+                loss, finite = train_step(state, how, images * float("nan" if poison == "pixel" else 1), labels)
+                hook.remove()
+                assert not finite and math.isfinite(loss) == (poison == "overflow")
+                assert bits(state) == before
+                assert state.bad_in_a_row == (poison == "pixel")
+                assert state.scaler.get_scale() == (512.0 if poison == "overflow" else 1024.0)  # no fault of the scale
+        ends.append(bits(state))
+    assert ends[0] == ends[1]
+
+
+def overflowing_above(state, limit: float) -> None:
+    """Let the gradients overflow as long as fp16's scale is above `limit`."""
+    state.model.fc.weight.register_hook(lambda g: g * (math.inf if state.scaler.get_scale() > limit else 1.0))
+
+
+def test_a_scale_that_is_too_large_is_found_by_halves_and_costs_nothing_but_steps():
+    state, how = scaled("sgd", fused=True, scale=65536.0)
+    overflowing_above(state, 4.0)
+    said = []
+    train_one_epoch(state, how, batches(20, dtype=torch.float32), lambda count, finite: said.append(finite))
+    assert said == [False] * 14 + [True] * 6
+    assert state.scaler.get_scale() == 4.0 and state.bad_in_a_row == 0
+    assert state.epoch_sums["bad_steps"] == 14 and state.epoch_sums["images"] == 6 * 8
+
+
+@pytest.mark.parametrize("scale, steps", [(65536.0, 16 + 10), (2.0**40, 40 + 10), (1.0, 10), (0.0, 10)])
+def test_gradients_that_overflow_at_every_scale_end_the_run(scale, steps):
+    state, how = scaled("sgd", fused=True, scale=scale)
+    overflowing_above(state, -1.0)
+    before = bits(state)
+    with pytest.raises(DivergedError, match=r"10 steps in a row were not finite.*fp16 scale 1"):
+        train_one_epoch(state, how, batches(190, dtype=torch.float32), lambda count, finite: None)
+    assert state.step == steps == state.epoch_sums["bad_steps"]
+    assert bits(state) == before
+
+
 def test_32_images_are_learned_by_heart_in_60_steps():
     state, how = make(torch.float32, alphas=(0.0, 0.0), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
@@ -210,6 +283,15 @@ def test_evaluate_counts_each_sample_once_whatever_the_batching():
     assert ragged.loss == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-6)
     assert isinstance(whole, EvalResult)
     assert model.training  # as it was before
+
+
+def test_images_that_were_left_out_are_not_in_the_score():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
+    images, labels = torch.randn(4, 3, 2, 2), torch.arange(4)
+    wanted = evaluate({"m": model}, [(images, labels)], CPU)["m"]
+    assert evaluate({"m": model}, [(images, labels), (images[:0], labels[:0])], CPU)["m"] == wanted
+    nothing = evaluate({"m": nn.BatchNorm1d(7)}, [(images[:0], labels[:0])], CPU)["m"]  # it is never called
+    assert nothing.num_samples == 0 and math.isnan(nothing.top1)
 
 
 def test_evaluation_leaves_training_mode_alone_even_after_an_error():

@@ -58,7 +58,7 @@ WRONG_NUMBERS += [
 ]
 WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
                   ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
-                  ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
+                  ("--save-every", "0s"), ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
 
 
 @pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
@@ -73,6 +73,19 @@ ARGUMENTS = [
     (("--augment", "flip,wrong"), 2, ["unknown augmentation 'wrong'"]),
     (("--augment", "padcrop"), 2, ["needs a size"]),
     (("--phase-mix", "on,maybe"), 2, ["neither on nor off"]),
+    (("--augment", "rrc,padcrop:4"), 2, ["rrc and padcrop", "cropped once"]),
+    (("--augment", "padcrop:100"), 2, ["padcrop:100 leaves nothing of an image of 16 px", "padcrop:15"]),
+    (("--augment", "cutout:32"), 2, ["cutout:32 leaves nothing", "cutout:31"]),
+    (("--augment", "jitter:101"), 2, ["101 is not a"]),
+    (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "1000000]"]),  # a decay of 1
+    (("--epochs", "9" * 5000), 2, ["--epochs", "1000000000]"]),
+    (("--dataset", "synthetic:size=100000"), 2, ["'size=100000'", "size up to 4,096"]),
+    (("--dataset", "synthetic:train=" + "9" * 5000), 2, ["train=999", "train up to 100,000,000"]),
+    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is no size"]),
+    (("--dataset", "synthetic:classes=-1"), 2, ["'classes=-1'"]),
+    (("--dataset", "synthetic:colour=3"), 2, ["'colour=3'"]),
+    (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' has a NUL"]),
+    (("--init-from", "a\udcff"), 2, ["--init-from 'a\\udcff' has a NUL or bytes"]),
     (("--resize-schedule", ","), 2, ["empty"]),
     (("--phase-batch-sizes", "8,8"), 2, ["2 entries", "1 phases"]),
     (("--subset-size", "20"), 2, ["--subset-size would do nothing", "--subset"]),
@@ -87,10 +100,12 @@ ARGUMENTS = [
     (("--dataset", "no-such"), 2, ["no-such"]),
     (("--device", "gpu9"), 2, ["gpu9", "use auto, cpu"]),
     (("--amp", "fp16"), 2, ["fp16 needs a GPU"]),
-    (("--sync-bn",), 2, ["--sync-bn needs GPUs"]),
+    (("--sync-bn",), 2, ["--sync-bn would do nothing", "one process"]),
     (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
     (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
     (("--batch-size", "100"), 2, ["batch 100 > 72 training images", "--batch-size 72"]),
+    (("--batch-size", "1"), 2, ["phase 1: batch 1 at 16 px", "one value per channel", "--batch-size 2"]),
+    (("--batch-size", "1", "--dry-run"), 2, ["phase 1: batch 1 at 16 px"]),
     (("--resume", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
     (("--init-from", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
 ]
@@ -206,19 +221,19 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError) as caught:
-        rundir.claim(tmp_path / "run", overwrite=False)
+        rundir.claim(rundir.look(str(tmp_path / "run")), overwrite=False)
     check(caught.value, 6, "No space left", str(tmp_path / "run"))
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
 def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
     save_dir = tmp_path / "run"
-    lock = rundir.claim(save_dir, overwrite=False)
+    lock = rundir.claim(rundir.look(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
         with pytest.raises(UserError) as caught:
             train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
         check(caught.value, 2, "in use by pid", str(os.getpid()), str(save_dir))
-    lock.file.close()  # as the kernel does for a process that was killed
+    lock.release()  # as the kernel does for a process that was killed
     assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), "--stop-after", "1"]) == 0
 
 

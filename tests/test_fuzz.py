@@ -1,0 +1,150 @@
+"""Random command lines and damaged files end in a result or in an error that says what to do: `make fuzz`.
+
+The fixed cases of `make test` are one of each kind that once went wrong.
+"""
+
+import os
+from pathlib import Path
+
+import fuzzing
+import pytest
+from fuzzing import FOLDERS, HALF, TINY, Case, checkpoint_case, file_case
+
+SEED, ONLY = int(os.environ.get("FUZZ_SEED", 0)), os.environ.get("FUZZ_CASE", "")
+COUNTS = {"lines": 500, "checkpoints": 500, "files": 200}
+REFUSED = (2, 3, 4, 6)
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fuzz") / "files"
+    folder.mkdir()
+    return fuzzing.make_files(folder)
+
+
+def check(cases: list[Case], files: Path, root: Path) -> None:
+    found = fuzzing.run_all(cases, files, root)
+    lines = [
+        f"{len(where)} x {what}: {where[0]}" for what, where in sorted(found.items(), key=lambda item: -len(item[1]))
+    ]
+    assert not found, f"{len(found)} kinds of failure in {len(cases)} cases, folders in {root}\n" + "\n".join(lines)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("kind", COUNTS)
+def test_at_random(kind, files, tmp_path):
+    check(fuzzing.cases(kind, SEED, COUNTS[kind], files, ONLY), files, tmp_path)
+
+
+def spoiled(target: str, act):
+    return lambda folder: act(folder / target)
+
+
+def linked(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../neighbour")
+
+
+def bad_images(path: Path) -> None:
+    for image in sorted(path.iterdir())[:4]:
+        image.write_bytes(b"no image")
+
+
+NEW, STOP = ["--save-dir", "new"], ["--stop-after", "2"]
+FRESH, OF_FOLDERS = [*TINY, *NEW, *STOP], [*FOLDERS, "data", *NEW, *STOP]
+ANY, IDLE = Case.codes, (2,)
+LINES = [  # what is added to a start on digits, and how it may end
+    ("--augment rrc,padcrop:100", ANY),
+    ("--dataset synthetic:size=100000 --no-subset", REFUSED),
+    ("--save-dir=", IDLE),
+    ("--save-dir=" + "x" * 300, REFUSED),
+    ("--save-dir=a\0b", REFUSED),
+    ("--save-dir=\x1b[31mred", ANY),
+    ("--resume=a\x1b[31m", REFUSED),
+    ("--epochs " + "9" * 400, ANY),
+    ("--cycles=" + "9" * 400 + " --schedule restarts", ANY),
+    ("--dataset=--", REFUSED),
+    ("--device xla", REFUSED),
+    ("--phase-batch-sizes 1,10", IDLE),  # BatchNorm on one value
+    ("--phase-batch-sizes 10,1", IDLE),
+    ("--accumulate 10", IDLE),
+    ("--save-dir run --overwrite", (0,)),
+    ("--save-dir run --overwrite --phase-batch-sizes 99,99", IDLE),
+    ("--batch-size 10", IDLE),
+    ("--clip-mode value --clip-norm 0", IDLE),
+    ("--lr-scale sqrt --resize-schedule 8 --phase-batch-sizes 10", IDLE),
+    ("--phase-mix on,off --mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0", IDLE),
+    ("--mixup-alpha 0.5 --phase-mix off,off", IDLE),
+    ("--on-bad-image skip", IDLE),
+    ("--allow-class-mismatch", IDLE),
+    ("--summary --dry-run", IDLE),
+    ("--momentum 0.5", (0,)),
+]
+CASES = [Case(words[:40], "train", [*FRESH, *words.split(" ")], codes=codes) for words, codes in LINES] + [
+    Case("resumed into another run", "train", ["--resume", HALF, "--save-dir", "run"], codes=(2, 4)),
+    Case("another optimizer", "train", ["--resume", HALF, *NEW, "--optimizer", "sgd", "--allow-change", "optimizer"]),
+    Case("skipped images", "train", [*OF_FOLDERS[:-2], "--on-bad-image", "skip"], spoiled("data/train/cat", bad_images), (0,)),
+    Case("a lock that links", "train", ["--resume", "auto", "--save-dir", "half"], spoiled("half/.lock", linked)),
+    Case("a lock in a new place that links", "train", [*FRESH, "--save-dir", "empty"], spoiled("empty/.lock", linked)),
+    Case("a lock that is a directory", "train", [*FRESH, "--save-dir", "empty"], spoiled("empty/.lock", Path.mkdir)),
+    Case("a lock that is a FIFO", "train", [*FRESH, "--save-dir", "empty"], spoiled("empty/.lock", os.mkfifo)),
+    Case("two lines in a name", "predict", ["a\nfix: b", "data/val"], codes=REFUSED),
+    Case("a picture that is none", "predict", [HALF, "flags.yaml", "--device", "cpu"]),
+    Case("no run", "analysis.plots", ["empty"], codes=REFUSED),
+    Case("packed into its source", "pack_dataset", ["--data-dir", "data", "--out", "data", "--workers", "1"]),
+]  # fmt: skip
+CHECKPOINTS = [  # (use, place, what is done there, how it may end)
+    *[("resume", f"optimizer/state/0/{name}", how, (4,)) for name in ("exp_avg", "exp_avg_sq") for how in ("resized", "int8", "grown")],
+    *[("resume", "config/epochs", how, (4,)) for how in ("five", "listed")],
+    ("resume", "config/epochs", "huge", ANY),
+    *[("validate", f"eval/{place}", how, ANY) for place, how in (
+        ("image_size", "minus"), ("image_size", "large"), ("crop", "zero"), ("crop", "nan"), ("mean", "gone"), ("std", "cut"),
+        ("classes/0", "escape"), ("class_names", "shared"), ("dataset", "five"))],
+    *[("predict", f"eval/{place}", how, ANY) for place, how in (("mean", "shared"), ("image_size", "text"), ("class_names", "cut"))],
+    *[("resume auto", place, how, ANY) for place, how in (
+        ("best/score", "text"), ("best/waited", "none"), ("best", "emptied"), ("rows/0", "five"), ("rows/0/epoch", "gone"),
+        ("rows", "shared"), ("schedule/position", "minus"), ("ema/num_updates", "none"), ("ema/shadow/conv1.weight", "resized"),
+        ("step", "huge"), ("step", "minus"), ("epoch_sums/waited", "none"), ("epoch_sums", "emptied"),
+        ("fingerprint/num_train", "escape"),
+        ("precision", "escape"), ("optimizer/param_groups/0/lr", "text"), ("optimizer/param_groups", "emptied"),
+        ("model/conv1.weight", "meta"))],
+    ("init", "model/conv1.weight", "billions", ANY),
+    ("export", "model/conv1.weight", "sparse", ANY),
+    ("analysis.gradcam", "eval/std", "none", ANY),
+    ("analysis.misclassified", "eval/class_names", "renamed", ANY),
+    *[(use, "eval/class_names/0", "surrogate", (0,)) for use in ("validate", "analysis.misclassified")],
+    *[("export", "eval/dataset", how, ANY) for how in ("climbs", "escape")],
+    ("torchvision", "best/epoch", "zero", IDLE),
+]  # fmt: skip
+FILES = [  # (file, what is done to it, how it may end)
+    *[("flags.yaml", how, IDLE) for how in ("bad UTF-8", "deep list", "laughs", "huge number", "NUL")],
+    ("flags.yaml", "off", (0,)),
+    ("packed/manifest.json", [(("classes",), "gone")], (3,)),
+    ("packed/manifest.json", [(("tables", "train-16", 0, "rows"), "minus")], (3,)),
+    ("packed/manifest.json", [(("tables",), "none")], (3,)),
+    ("packed/manifest.json", [(("classes", 0), "escape")], ANY),
+    *[("packed/manifest.json", [(("name",), how)], ANY) for how in ("escape", "climbs")],
+    ("packed/manifest.json", "deep map", (3,)),
+    ("packed/train-16/00000.arrow", "cut", (3,)),
+    ("packed/train-labels.npy", "zeros", (3,)),
+    *[(f"{run}/metrics.jsonl", how, ANY) for run, how in (("run", "a five"), ("half", "bad UTF-8"), ("half", "deep list"))],
+    ("run/metrics.jsonl", [((0, "epoch"), "text")], ANY),
+    ("run/config.json", "bad UTF-8", ANY),
+    ("run/env.json", "deep map", ANY),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.name))
+def test_command_lines(case, files, tmp_path):
+    check([case], files, tmp_path)
+
+
+@pytest.mark.parametrize("use, place, how, codes", CHECKPOINTS)
+def test_damaged_checkpoints(use, place, how, codes, files, tmp_path):
+    path = tuple(int(step) if step.isdigit() else step for step in place.split("/"))
+    check([checkpoint_case("fixed", use, [(path, how)], files, codes)], files, tmp_path)
+
+
+@pytest.mark.parametrize("file, how, codes", FILES)
+def test_damaged_files(file, how, codes, files, tmp_path):
+    check([file_case("fixed", file, how, codes)], files, tmp_path)

@@ -1,0 +1,279 @@
+"""No idle flag: each one changes what its row of flags.TABLE names, or is refused; and what is refused changes nothing.
+
+The pairs of a flag and a mode in which it is idle are quick; every flag in every mode is slow.
+"""
+
+from functools import lru_cache
+
+import pytest
+import torch
+from inprocess import look
+from test_options import OPTIONS
+
+import flags
+import train
+from errors import UsageError
+
+RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, resize-schedule: [8, 16, 24],
+             batch-size: 16, num-workers: 0, device: cpu, amp: off, seed: 6}"""  # what a mode idles of it is let go
+# Flags with a mode each in which they can change nothing, by hand over RECIPE.
+IDLE = [
+    ("batch_size", "--phase-batch-sizes 8,8,8"),
+    ("clip_mode", "--clip-norm 0"),
+    ("lr_scale", "--resize-schedule 16"),
+    ("lr_scale", "--phase-batch-sizes 8,8,8"),
+    ("lr_scale", "--epochs 1"),  # it goes to the last phase
+    ("lr_scale", "--batch-size 1 --arch vit_b_16 --resize-schedule 16"),
+    ("phase_mix", "--mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0"),
+    ("phase_mix", "--mixup-alpha 0 --cutmix-alpha 0 --arch mobilenet_v3_large"),
+    ("mixup_alpha", "--phase-mix off,off,off"),
+    ("cutmix_alpha", "--phase-mix off,off,off"),
+    ("drop_path_rate", "--phase-mix off,off,off"),
+    ("drop_path_rate", "--epochs 1 --phase-mix on,on,off"),
+    ("phase_epochs", "--resize-schedule 16"),
+    ("phase_epochs", "--epochs 1"),
+    ("nesterov", "--optimizer rmsprop"),
+    ("warmup_epochs", "--schedule step"),
+    ("cycles", "--schedule cosine --warmup-epochs 1"),
+    ("ema_decay", "--no-ema"),
+    ("ema_decay", "--ema-half-life 1"),
+    ("ema_ramp", "--no-ema"),
+    ("ema_ramp", "--ema-half-life 1"),
+    ("ema_half_life", "--no-ema"),
+    ("accumulate", "--batch-size 1 --arch vit_b_16 --resize-schedule 16"),
+    ("subset_size", "--no-subset"),
+    ("split", ""),
+    ("class_list", ""),
+    ("allow_class_mismatch", ""),
+    ("on_bad_image", ""),
+    ("on_bad_image", "--dataset synthetic"),
+    ("reset_head", ""),
+    ("allow_change", ""),
+    ("sync_bn", ""),
+    ("save_every", "--epochs 1"),
+    ("eval_every", "--epochs 1"),
+    ("early_stop_patience", "--resize-schedule 16,24 --phase-epochs 3,1"),
+]
+VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
+    "batch_size": ["--batch-size 24"],
+    "subset": ["--no-subset"],
+    "data_dir": ["--data-dir nowhere"],
+    "split": ["--split official"],
+    "class_list": ["--class-list missing.txt"],
+    "allow_class_mismatch": ["--allow-class-mismatch"],
+    "on_bad_image": ["--on-bad-image skip"],
+    "phase_mix": ["--phase-mix on,off,off", "--phase-mix off"],
+    "phase_epochs": ["--phase-epochs 2,1,1", "--phase-epochs 1,2,1", "--phase-epochs 4"],
+    "phase_batch_sizes": ["--phase-batch-sizes 8,4,4", "--phase-batch-sizes 4"],
+    "reset_head": ["--reset-head"],
+    "allow_change": ["--allow-change lr"],
+    "ema_ramp": ["--no-ema-ramp"],
+    "ema_decay": ["--ema-decay 0"],  # below what the ramp begins with
+}
+SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # seen as they are set, not by what comes of it
+# Over these every flag is tried.
+MODES = [
+    *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),
+    "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau", "--schedule constant",
+    "--schedule restarts", "--schedule triangular2 --cycles 2", "--loss bce --label-smoothing 0", "--accumulate 2",
+    "--augment none", "--stem small --head linear", "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value",
+    "--phase-mix on,off,off", "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
+]  # fmt: skip
+# What these change is no matter of a step: files, output, which run; tried as whole runs below and in other tests.
+WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary", "dry_run",
+         "config", "debug"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "base.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: lambda images: forward(images))
+
+
+@lru_cache
+def seen(recipe: str, arguments: str, checked: bool = True) -> tuple:
+    def config():
+        config, given = flags.parse(train.build_parser(), ["--config", recipe, *arguments.split()])
+        if checked:
+            flags.check_train(config, given)
+        return config
+
+    try:
+        return look(config)
+    except ValueError as error:  # not as many entries as phases, which `check_train` refuses
+        assert not checked
+        return ("refused", str(error))
+
+
+def is_idle(found: tuple, name: str) -> bool:
+    return found[0] == "refused" and f"{flags.dashed(name)} would do nothing" in found[1]
+
+
+def judge(recipe: str, name: str, mode: str) -> bool:
+    """Whether `name` is refused in `mode`; then no value of it may change anything, else one must."""
+    plain, values = seen(recipe, mode), VALUES[name]
+    found = [seen(recipe, f"{mode} {value}") for value in values]
+    refused = [is_idle(one, name) for one in found]
+    if any(refused):
+        free = [seen(recipe, f"{mode} {value}", checked=False) for value in values]
+        # What the plan, the data or the device refuses could not have run.
+        assert all(no or one[0] == "refused" for no, one in zip(refused, found, strict=True))
+        assert name in SETTINGS or all(one == plain or one[0] == "refused" for one in free), (
+            f"{name} works under {mode!r}"
+        )
+    else:
+        noted = any(
+            row.note and flags.why_idle(row, config_of(recipe, mode)) for row in flags.TABLE if row.name == name
+        )
+        assert noted or any(one != plain for one in found), f"{name} does nothing under {mode!r} and is not refused"
+    return any(refused)
+
+
+def config_of(recipe: str, mode: str):
+    return flags.parse(train.build_parser(), ["--config", recipe, *mode.split()])[0]
+
+
+def test_every_flag_has_a_row_and_a_test():
+    actions = {action.dest for action in train.build_parser()._actions} - {"help"}
+    assert {row.name for row in flags.TABLE} == actions == VALUES.keys() | WHOLE
+    assert {row.changes for row in flags.TABLE} == {"plan", "model", "trace", "processes", "output", "files", "resume"}
+
+
+@pytest.mark.parametrize(("name", "mode"), IDLE)
+def test_a_flag_that_can_change_nothing_is_refused(name, mode, recipe):
+    assert judge(recipe, name, mode)
+
+
+def test_every_predicate_is_met_by_a_mode():
+    tried = {name for name, _ in IDLE} | {
+        "momentum",
+        "data_dir",
+        "use_blurpool",
+        "head",
+        "stem",
+        "init_from",
+        "save_dir",
+        "dry_run",
+    }
+    never = flags.Row("", "").idle.__code__.co_code
+    assert {row.name for row in flags.TABLE if row.idle.__code__.co_code != never} <= tried
+
+
+def refusal(*arguments) -> str:
+    config, given = flags.parse(train.build_parser(), [str(a) for a in arguments])
+    try:
+        flags.check_train(config, given)
+    except UsageError as error:
+        return f"{error.what} | {error.fix}"
+    return ""
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ("--arch vit_b_16 --resize-schedule 32 --use-blurpool --head linear --stem small", "--use-blurpool --head --stem"),
+    ("--arch swin_t --sync-bn", "--sync-bn has no BatchNorm"),
+    ("--resume a.pt --init-from b.pt --reset-head", "--init-from --reset-head brings the weights"),
+    ("--resume auto --init-from b.pt --reset-head", ""),  # the first start of a job that is requeued
+    ("--summary --dry-run", "--dry-run only prints"),
+    ("--dataset cifar10 --on-bad-image skip --allow-class-mismatch", "--on-bad-image --allow-class-mismatch"),
+    ("--dataset hf:a/b --on-bad-image skip", ""),
+    ("--class-list a --dataset tiny-imagenet", "--class-list"),
+    ("--split official", "--split needs --dataset tiny-imagenet"),
+    ("--split official --dataset tiny-imagenet", ""),
+    ("--save-every 2 --epochs 1", "--save-every"), ("--save-every 2min --epochs 1", ""),
+])  # fmt: skip
+def test_idle_by_the_words(arguments, words):
+    said = refusal(*arguments.split())
+    assert all(word in said for word in words.split()) and bool(said) == bool(words), said
+
+
+def test_a_packed_copy_has_what_it_was_packed_with(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    for typed in (
+        ["--class-list", "x"],
+        ["--allow-class-mismatch"],
+        ["--split", "70-30", "--dataset", "tiny-imagenet"],
+    ):
+        assert "packed copy" in refusal("--data-dir", tmp_path, *typed)
+    assert not refusal("--data-dir", tmp_path, "--dataset", "cifar10", "--on-bad-image", "skip")
+
+
+@pytest.mark.parametrize("row", flags.TABLE, ids=lambda row: row.name)
+def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
+    name = row.name
+    typed = {"init_from": "--init-from a.pt", "device": "--device cpu", "save_dir": "--save-dir a", "resume": "--resume auto",
+             "overwrite": "--overwrite", "plot": "--plot", "tensorboard": "--tensorboard", "wandb": "--wandb a",
+             "debug": "--debug"}.get(name) or (VALUES.get(name) or [""])[0]  # fmt: skip
+    unseen = {"--summary": ("trace", "processes", "files"), "--dry-run": ("files",)}
+    for look_at, idle in unseen.items():
+        said = refusal(*typed.split(), look_at) if name not in ("summary", "dry_run", "config") else ""
+        expected = (
+            row.changes in idle and name not in ("momentum", "drop_path_rate")
+        ) or "would do nothing" in refusal(*typed.split())
+        if name not in ("momentum", "drop_path_rate", "save_dir"):
+            assert (flags.dashed(name) in said) == bool(expected), (look_at, said)
+
+
+def test_a_value_given_twice_over_counts_as_given_and_one_error_names_them_all():
+    said = refusal("--clip-norm", "0", "--clip-mode", "norm", "--dataset", "digits", "--cycles", "3")
+    assert "--clip-mode would do nothing" in said and "leave --cycles, --clip-mode out" in said
+
+
+def test_what_a_file_idles_itself_is_refused_and_what_a_hand_idles_is_let_go(tmp_path):
+    file = tmp_path / "flags.yaml"
+    file.write_text("dataset: digits\ncycles: 2\n")
+    assert f"--config {file}: cycles would do nothing" in refusal("--config", file)
+    assert not refusal("--config", file, "--schedule", "restarts")  # the other half of it is typed
+    file.write_text("dataset: digits\ncycles: 2\nschedule: restarts\n")
+    assert not refusal("--config", file, "--schedule", "step")
+    assert "--cycles would do nothing" in refusal("--config", file, "--schedule", "step", "--cycles", "4")
+    file.write_text("dataset: digits\nplot: false\nnesterov: false\n")
+    assert not refusal("--config", file, "--dry-run")  # a switch that is not set was not given
+
+
+def test_momentum_data_dir_and_drop_path_are_notes():
+    config, given = flags.parse(train.build_parser(), ["--momentum", "0.5", "--dataset", "digits", "--data-dir", "x", "--arch",
+                                                       "mobilenet_v3_large", "--drop-path-rate", "0.1"])  # fmt: skip
+    notes = " ".join(flags.check_train(config, given))
+    assert all(f"note: {flag} is not used" in notes for flag in ("--momentum", "--data-dir", "--drop-path-rate"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_every_flag_in_every_mode_changes_something_or_is_refused(mode, recipe):
+    for name in VALUES:
+        if f"{flags.dashed(name)} " not in f"{mode} " and f"--no-{flags.dashed(name)[2:]} " not in f"{mode} ":
+            judge(recipe, name, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "typed"), [
+    ("plot", "--plot"), ("tensorboard", "--tensorboard"), ("wandb", "--wandb p"), ("summary", "--summary"),
+    ("stop_after", "--stop-after 2"), ("dry_run", "--dry-run"), ("overwrite", "--overwrite"), ("resume", "--resume auto"),
+    ("save_dir", "--save-dir other"),
+    ("init_from", "--init-from missing.pt"), ("device", "--device cuda"), ("config", "--config missing.yaml"),
+])  # fmt: skip
+def test_a_whole_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):
+    def shown(*more) -> tuple:
+        try:
+            code = train.main(["--config", recipe, *more])
+        except UsageError as error:
+            code = error.what
+        except Exception as error:
+            code = repr(error)
+        out = capsys.readouterr().out
+        return (
+            code,
+            {p.name for p in tmp_path.rglob("*")},
+            [line[:40] for line in out.splitlines() if "note" not in line],
+        )
+
+    monkeypatch.chdir(tmp_path)
+    if name in ("overwrite", "resume"):
+        shown()
+    assert shown() != shown(*typed.split())

@@ -1,0 +1,134 @@
+"""The run over its epochs: what is saved when, what is scored, which epoch is the best and when to stop."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from inprocess import tiny_run
+from runs import digest, payload
+
+import train
+import trainer
+from errors import DataError, DivergedError
+from metrics import MetricLogger, read_metrics
+
+SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24", "--num-workers", "0",
+         "--device", "cpu", "--amp", "off")  # fmt: skip
+
+
+def main(*arguments) -> int:
+    return train.main([*map(str, arguments)])
+
+
+def spoil(folder, count: int = 99) -> list[str]:
+    bad = sorted(folder.iterdir())[:count]
+    for path in bad:
+        path.write_bytes(path.read_bytes()[:200])
+    return [path.name for path in bad]
+
+
+def test_skip_holds_where_training_images_are_scored_too(photos, tmp_path, capsys):
+    shutil.copytree(photos, tmp_path / "d")
+    bad = spoil(tmp_path / "d" / "train" / "dog", 20)  # of 24: the sample has some of them
+    assert main(*SMALL, "--data-dir", tmp_path / "d", "--save-dir", tmp_path / "run", "--on-bad-image", "skip") == 0
+    rows, said = read_metrics(tmp_path / "run"), capsys.readouterr().out
+    assert [row["epoch"] for row in rows] == [1, 2] and all(row["train_top1"] is not None for row in rows)
+    assert all(row["bad_images"] > 20 for row in rows)  # those replaced in training, and those left out of the score
+    assert said.count("note: train_top1 leaves out") == 1 and any(name in said for name in bad)
+
+
+def test_a_bad_validation_image_fails_and_costs_no_epoch(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "d")
+    where = ("--data-dir", tmp_path / "d", "--save-dir", tmp_path / "run")
+    assert main(*SMALL, "--data-dir", photos, "--save-dir", tmp_path / "straight") == 0
+    (name,) = spoil(tmp_path / "d" / "val" / "owl", 1)
+    with pytest.raises(DataError, match=name):
+        main(*SMALL, *where, "--on-bad-image", "skip")
+    saved = payload(tmp_path / "run")
+    assert saved["step"] == 3 and saved["rows"] == []  # the steps of the first epoch, not yet scored
+    shutil.copy(photos / "val" / "owl" / name, tmp_path / "d" / "val" / "owl" / name)
+    assert main("--resume", "auto", "--save-dir", tmp_path / "run", "--on-bad-image", "fail", "--allow-change",
+                "on_bad_image") == 0  # fmt: skip
+    assert digest(tmp_path / "run") == digest(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("every, eval_every, saves", [
+    ("1", 1, [(5, 0), (5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]), ("2", 1, [(10, 1), (10, 2), (15, 2), (15, 3)]),
+    ("1", 2, [(5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
+])  # fmt: skip
+def test_an_epoch_that_is_due_is_saved_before_it_is_scored_and_again_with_its_row(
+    every, eval_every, saves, tmp_path, monkeypatch
+):
+    run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], trainer.save
+    monkeypatch.setattr(trainer, "save", lambda run, kind: (
+        kind == "last" and seen.append((run.state.step, len(run.state.rows))), real(run, kind)))  # fmt: skip
+    trainer.fit(run, MetricLogger(tmp_path))
+    assert seen == saves
+
+
+def judged(run, scores: dict[int, float]) -> list[int]:
+    """The epochs that were the best when they came, until the run is finished."""
+    found = []
+    for epoch, score in scores.items():
+        if run.finished:
+            break
+        row = {"epoch": epoch, "ema_val_top1": score}
+        found += [epoch] if trainer.judge(run, row) else []
+        run.state.rows.append(row)
+    return found
+
+
+@pytest.mark.parametrize("scores, bests, end", [
+    ([50, 60, 55, 54, 53, 99], [1, 2], 5),  # waits for three
+    ([60, 10, 20, 30, 99], [1], 4),
+    ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is lowered or begun anew
+    ([10, 20, 30, 40, 50, 60, 70, 80, 90], list(range(1, 10)), 9),
+    ([math.nan] * 3 + [50], [], 3),
+])  # fmt: skip
+def test_an_early_end_keeps_the_best_epoch_and_waits_as_long_as_it_says(scores, bests, end, tmp_path):
+    run = tiny_run(
+        tmp_path, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8, "--early-stop-patience", 3
+    )
+    assert judged(run, dict(enumerate(scores, 1))) == bests
+    assert len(run.state.rows) == end and run.finished
+    assert run.state.best["epoch"] == (bests or [0])[-1]
+
+
+def test_sizes_before_the_last_are_no_validations_to_wait_for(tmp_path):
+    run = tiny_run(tmp_path, "--epochs", 9, "--phase-epochs", "2,2,5", "--early-stop-patience", 2)
+    assert judged(run, {1: 90, 2: 80, 3: 70, 4: 60, 5: 20, 6: 10, 7: 15, 8: 99}) == [5]
+    assert len(run.state.rows) == 7
+
+
+def test_without_patience_the_best_is_past_two_thirds_and_nothing_stops(tmp_path):
+    run = tiny_run(tmp_path, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
+    assert judged(run, dict(enumerate([90, 80, 70, 60, 50, 40, 30, 35, 20], 1))) == [7, 8]
+    assert run.state.best == {"score": 35, "epoch": 8, "waited": 1}
+
+
+def overflowing(tmp_path, until: float, *arguments: object):
+    run, said = tiny_run(tmp_path, *arguments), []
+    run.state.scaler, run.say = torch.amp.GradScaler("cpu", enabled=True), said.append
+    run.state.model.fc.weight.register_hook(lambda g: g * (math.inf if run.state.step < until else 1))
+    return run, said
+
+
+def test_back_offs_are_counted_in_their_epoch_and_said_once(tmp_path):
+    run, said = overflowing(tmp_path, 3)
+    trainer.fit(run, MetricLogger(tmp_path))
+    assert [row["bad_steps"] for row in run.state.rows] == [3, 0, 0]
+    assert [line for line in said if "fp16" in line] == [
+        "note: 3 steps of epoch 1 overflowed under fp16 and were passed over; the scale is 8192 now"]  # fmt: skip
+    assert not any("WARNING" in line for line in said)  # no fault of the images
+
+
+def test_back_offs_without_end_end_the_run_with_a_clean_checkpoint(tmp_path):
+    run, said = overflowing(tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
+    before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
+    with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\n"):
+        trainer.fit(run, MetricLogger(tmp_path))
+    saved = payload(tmp_path)
+    assert saved["step"] == 25 and saved["optimizer"]["state"] == {}
+    assert all(torch.equal(before[name], value) for name, value in saved["model"].items())
+    assert sum("WARNING: step" in line for line in said) == 10
