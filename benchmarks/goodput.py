@@ -187,7 +187,8 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
     achieved = (disturbed[-1]["ended"] - disturbed[0]["began"]) / max(1, kills)
     return {
         "steps": steps, "undisturbed_steps_per_second": undisturbed_rates, "killed_steps_per_second": useful(disturbed),
-        "goodput": goodput, "goodput_by_own_speed": useful(disturbed) / own, "best_possible": possible, "points_below": 100 * (possible - goodput),
+        "goodput": goodput, "goodput_by_own_speed": useful(disturbed) / own,
+        "best_possible": possible, "points_below": 100 * (possible - goodput),
         "best_possible_at_achieved_mean": best_possible(s, r, achieved), "achieved_mean_between_kills": achieved,
         "kills": kills, "steps_redone": sum(len(life["steps"]) for life in disturbed) - steps,
         "mean_between_kills": mean, "save_interval": s, "save_seconds": a_save, "restart_seconds": r,
