@@ -113,6 +113,27 @@ class TrainState:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         return parts | {name: getattr(self, name) for name in self.VALUES}
 
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raise DivergedError where a weight, an average, a statistic or the optimizer's memory is NaN or infinite.
+
+        A step can be finite in loss and gradient and still ruin weights: through the optimizer's memory, or
+        memory that fails. Asked before every save, so that no ruined state takes the place of a sound one.
+        """
+        optimizer = {f"parameter {k}, {name}": value for k, state in enumerate(self.optimizer.state.values())
+                     for name, value in state.items() if isinstance(value, Tensor)}  # fmt: skip
+        parts = {"weights": self.model.state_dict(), "optimizer": optimizer,
+                 "average": {} if self.ema.module is None else self.ema.module.state_dict()}  # fmt: skip
+        for part, tensors in parts.items():
+            values = {name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()}
+            if not values or torch.stack(torch._foreach_norm(list(values.values()), math.inf)).isfinite().all():
+                continue
+            name = next(name for name, value in values.items() if not value.isfinite().all())
+            raise DivergedError(
+                f"the {part} ({name}) held values that are not finite after step {self.step}; nothing was saved",
+                "the checkpoint before is clean: go on from it with --resume auto; if it comes again, lower --lr",
+            )
+
     def load_state_dict(self, state: dict) -> None:
         """Take over a checkpoint. Raises CheckpointError where its tensors are not what this run's would be."""
         from schemas import check_tensors

@@ -297,7 +297,9 @@ def judge(run: Run, row: dict) -> bool:
 
 
 def save(run: Run, kind: str) -> None:
-    """Write last_*, or give the last_* just written the name best_* as well."""
+    """Write last_*, or give the last_* just written the name best_* as well. Raises DivergedError for a ruined state."""
+    if kind == "last":
+        run.state.check_finite()  # on every rank: they hold the same state, and end together
     if run.runtime.is_main:
         if kind == "last":
             checkpoint.save(run.path("last"), run.facts | run.state.state_dict())

@@ -132,3 +132,20 @@ def test_back_offs_without_end_end_the_run_with_a_clean_checkpoint(tmp_path):
     assert saved["step"] == 25 and saved["optimizer"]["state"] == {}
     assert all(torch.equal(before[name], value) for name, value in saved["model"].items())
     assert sum("WARNING: step" in line for line in said) == 10
+
+
+@pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
+def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
+    built = tiny_run(tmp_path)
+    trainer.save(built, "last")
+    before = built.path("last").read_bytes()
+    state, model = built.state, built.state.model
+    first = next(model.parameters())
+    ruined = {"weight": lambda: first.data[0].fill_(math.nan),
+              "statistic": lambda: next(model.buffers())[0].fill_(math.inf),
+              "average": lambda: next(state.ema.module.parameters()).data[0].fill_(-math.inf),
+              "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan))}  # fmt: skip
+    ruined[what]()
+    with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
+        trainer.save(built, "last")
+    assert built.path("last").read_bytes() == before
