@@ -36,6 +36,8 @@ def export(kind: str, model: nn.Module, payload: dict, weights: str, out: Path) 
     model = model.to("cpu", memory_format=torch.contiguous_format).eval()
     facts = payload["eval"]
     ending, write = EXPORTS[kind]
+    if kind == "torchvision":
+        check_torchvision_has(payload["model_args"]["arch"])
     path = out / f"{payload['model_args']['arch']}_{facts['dataset']}{ending}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -97,13 +99,18 @@ def to_torchvision_file(model: nn.Module, payload: dict, weights: str, path: Pat
     import torchvision.models
 
     args = payload["model_args"]
-    if not hasattr(torchvision.models, args["arch"]):
-        raise UsageError(f"torchvision has no {args['arch']}", "use --export onnx or --export safetensors")
     checkpoint.save_weights(path, to_torchvision(model))
     size = {"image_size": images.shape[-1]} if args["arch"].startswith("vit") else {}
     again = getattr(torchvision.models, args["arch"])(num_classes=args["num_classes"], **size)
     again.load_state_dict(checkpoint.read(path))
     return again.eval()(images)
+
+
+def check_torchvision_has(arch: str) -> None:
+    import torchvision.models
+
+    if not hasattr(torchvision.models, arch):
+        raise UsageError(f"torchvision has no {arch}", "use --export onnx or --export safetensors")
 
 
 EXPORTS: dict[str, tuple[str, Callable[..., Tensor]]] = {

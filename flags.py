@@ -12,6 +12,7 @@ import dataclasses
 import math
 import os
 import stat
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,12 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"{word}: -- is no value")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         raise UsageError(message, f"python {self.prog} --help lists every flag with its range")
@@ -410,6 +417,8 @@ def _from_file(parser: Parser, action: argparse.Action, value: Any, exact: bool)
         raise UsageError(f"{name} is a list and takes one value", "give one value")
     if action.nargs == 0:
         parsed = SWITCH_WORDS.get(texts[0].lower())
+    elif action.default == "" and SWITCH_WORDS.get(texts[0].lower()) is False:  # `wandb: no` names no project
+        parsed = ""
     else:
         parsed = _typed(parser, [f"{dashed(name)}={(joint or '').join(texts)}"])[name]
     written = list(value) if isinstance(value, tuple) else value

@@ -120,6 +120,8 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
         name = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):  # torch knows more names than it can use
+            raise RuntimeError
     except RuntimeError:
         raise UsageError(f"--device {name} is no device", "use auto, cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda":

@@ -29,7 +29,7 @@ NotNegative = Annotated[float, Field(ge=0, le=1e15)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Means = Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=3, max_length=3)]
 Deviations = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=3, max_length=3)]
-Names = Annotated[list[Text], Field(min_length=1)]
+FileName = Annotated[str, Field(pattern=r"^\w[\w .+@=-]{0,120}$")]  # files are named after it: no path, nothing hidden
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}$")]
 
 
@@ -44,7 +44,7 @@ def _plain(value: Any) -> Any:
 def _tensor(value: Any) -> Any:
     import torch
 
-    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized:
+    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized or value.is_meta:
         raise ValueError("should be a plain tensor")
     return value
 
@@ -52,6 +52,11 @@ def _tensor(value: Any) -> Any:
 def _not_nan(value: float) -> float:
     if math.isnan(value):
         raise ValueError("should be a number")
+    return value
+
+
+def _utf8(value: str) -> str:
+    value.encode()  # a UnicodeEncodeError is a ValueError; tables and pictures take nothing else
     return value
 
 
@@ -68,6 +73,7 @@ def _whole_or_empty(schema: Any) -> AfterValidator:
     return AfterValidator(judge)
 
 
+Names = Annotated[list[Annotated[Text, AfterValidator(_utf8)]], Field(min_length=1)]
 Plain = Annotated[Any, PlainValidator(_plain)]
 Tensors = dict[Text, Annotated[Any, PlainValidator(_tensor)]]
 Config = dict[Text, Plain]  # flags: judged one by one where they are used
@@ -122,7 +128,7 @@ class ModelArgs(TypedDict):
 
 class Eval(TypedDict):
     __pydantic_config__ = CLOSED
-    dataset: Text
+    dataset: FileName
     classes: Names
     class_names: Names
     mean: Means
@@ -303,7 +309,7 @@ class Plan(TypedDict):
 
     __pydantic_config__ = CLOSED
     format: Positive
-    name: Text
+    name: FileName
     classes: Names
     class_names: Names | None
     mean: Means

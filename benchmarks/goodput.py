@@ -197,12 +197,12 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
 
 def differences(one: Path, other: Path) -> list[str]:
     """The parts of two runs' last checkpoints that are not the same bits; rows without their timing columns."""
-    import torch
+    import checkpoint
 
     parts = []
     for directory in (one, other):
         (path,) = (directory / "run").glob("last_*.pt")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = checkpoint.read(path)
         content["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
         names = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best", "rows")
         parts.append({name: bits(content[name]) for name in names})

@@ -80,8 +80,7 @@ def test_every_validation_sample_counts_once_however_ragged(world):
             runtime = OneOfMany(torch.device("cpu"), None, rank, world)
             object.__setattr__(runtime, "sent", [])
             order = Order(n, 4, shuffle=False, rank=rank, world_size=world)
-            with pytest.raises(ZeroDivisionError) if not any(len(b.ids) for b in order) else _nothing():
-                evaluate({"val": model}, ((images[b.ids], labels[b.ids]) for b in order), runtime)
+            evaluate({"val": model}, ((images[b.ids], labels[b.ids]) for b in order), runtime)
             sums += runtime.sent
         loss, top1, top5, count = torch.stack(sums).sum(0).tolist()
         logits = model.double()(images[:n].double())
@@ -89,12 +88,6 @@ def test_every_validation_sample_counts_once_however_ragged(world):
         top = logits.topk(5, 1).indices
         assert (top1, top5, count) == (int((top[:, 0] == labels[:n]).sum()), int((top == labels[:n, None]).sum()), n)
         assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels[:n], reduction="sum").item(), rel=1e-6)
-
-
-class _nothing:
-    def __enter__(self): ...
-
-    def __exit__(self, *exc): ...
 
 
 @pytest.mark.parametrize("rank, marked", [(0, None), (1, 1)])

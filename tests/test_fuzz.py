@@ -112,7 +112,7 @@ CHECKPOINTS = [  # (use, place, what is done there, how it may end)
     ("export", "model/conv1.weight", "sparse", ANY),
     ("analysis.gradcam", "eval/std", "none", ANY),
     ("analysis.misclassified", "eval/class_names", "renamed", ANY),
-    *[(use, "eval/class_names/0", "surrogate", (0,)) for use in ("validate", "analysis.misclassified")],
+    *[(use, "eval/class_names/0", "surrogate", (4,)) for use in ("validate", "analysis.misclassified")],
     *[("export", "eval/dataset", how, ANY) for how in ("climbs", "escape")],
     ("torchvision", "best/epoch", "zero", IDLE),
 ]  # fmt: skip
