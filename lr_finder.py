@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
             f"--phase {config.phase}, but the plan has {len(phases)}", "python train.py --dry-run shows it"
         )
     phase = phases[config.phase - 1]
+    runtime = build.open_runtime(config)
     out = writable(Path(config.out or config.save_dir))
     facts = {"mode": config.mode, "phase": config.phase, "image_size": phase.image_size,
              "batch_size": phase.batch_size, "flags": flags.plain(config)}  # fmt: skip
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.mode == "accuracy":
         found = try_rates(config, phase, geometric(low, high, config.trials))
     else:
-        found = measure(config, index, phases, phase, low, high)
+        found = measure(config, index, runtime, phases, phase, low, high)
     report(facts | found, out, lambda lr: training_command(argv, lr / factor))
     return 0
 
@@ -143,14 +144,13 @@ def training_command(argv: list[str] | None, lr: float) -> str:
     return shlex.join(["python", "train.py", *rest, "--lr", f"{lr:.2g}"])
 
 
-def measure(config, index, phases, phase, low: float, high: float) -> dict:
+def measure(config, index, runtime, phases, phase, low: float, high: float) -> dict:
     """--mode loss: the curve of one rising test and what it suggests."""
     import build
     import preflight
     from lr_curve import suggest
     from progress import Progress
 
-    runtime = build.open_runtime(config)
     state = build.build_state(config, index, runtime, phases)
     if config.init_from:
         build.take_weights(config.init_from, state.model, config.reset_head)

@@ -48,11 +48,13 @@ def _without_nan(value: object) -> object:
 def write(path: str | os.PathLike, text: str) -> Path:
     """Write `text` to `path`, whole or not at all. Raises ResourceError where that cannot be."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    # A pipe or a device (/dev/null, /dev/stdout) is written to: a rename would put a file in its place.
+    partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
+        if partial != path:
+            os.replace(partial, path)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable place") from None
     return path

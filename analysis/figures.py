@@ -43,12 +43,14 @@ def axes(made: Figure, rows: int, columns: int, **how) -> np.ndarray:
 def save(made: Figure, path: str | os.PathLike, dpi: int = 110) -> Path:
     """Write a PNG, whole or not at all. Raises ResourceError where it cannot be written."""
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    # A pipe or a device is written to: a rename would put a file in its place.
+    partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE):
             made.savefig(partial, format="png", dpi=dpi)
-        os.replace(partial, path)
+        if partial != path:
+            os.replace(partial, path)
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable directory with --out") from None
     return path

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import flags
-from errors import DataError, ResourceError, UsageError, run, tell
+from errors import DataError, UsageError, run, tell
 
 ROOT = Path(__file__).resolve().parent.parent
 EPILOG = """examples:
@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("name the runs to report, or --list DIR", "python -m analysis.report checkpoints/")
     if len(args.run_dirs) > 1 and not args.out:
         raise UsageError("several runs need a file to be written to", "name it with --out FILE.html")
+    import tables
     from analysis import runs as reading
 
     if args.list:
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = reading.read_runs([path for path in paths if path not in studies])
     notes = {found.name: complete(found, args.data_dir, args.device) for found in runs} if args.pictures else {}
     out = Path(args.out) if args.out else paths[0] / "report.html"
-    write(out, document(runs, studies, notes))
+    tables.write(out, document(runs, studies, notes))
     print(out)
     return 0
 
@@ -116,17 +117,6 @@ def document(runs, studies: list[Path], notes: dict[str, list[str]]) -> str:
     names = [found.name for found in runs] + [folder.name for folder in studies]
     lead = f"{len(runs)} run{'s' * (len(runs) != 1)}" if runs else "From the files of the study's runs"
     return page.page(f"Training report: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}", lead, sections)
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all. Raises ResourceError."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        os.replace(partial, path)
-    except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable file with --out") from None
 
 
 if __name__ == "__main__":

@@ -149,7 +149,10 @@ def _watch(allowed: tuple[str, ...]):
         paths = [] if event in ("os.remove", "os.rmdir") and arguments[-1] != -1 else paths  # below an open directory
         for path in paths:
             real = path if isinstance(path, int) else os.path.realpath(os.fsdecode(path)).partition("\0")[0]
-            if isinstance(real, str) and not real.startswith(allowed):
+            asked = (
+                event == "os.mkdir" and isinstance(real, str) and os.path.isdir(real)
+            )  # it is there: nothing is made
+            if isinstance(real, str) and not real.startswith(allowed) and not asked:
                 os.write(2, f"OUTSIDE: {event} {real!a}\n".encode())
         if event == "socket.connect" and not isinstance(arguments[1], str | bytes):
             os.write(2, f"OUTSIDE: {event} {arguments[1]!a}\n".encode())
@@ -304,7 +307,7 @@ TENSORS: dict[str, Callable] = {
     "no elements": lambda t: t.new_zeros(0), "int8": lambda t: t.to(torch.int8), "double": lambda t: t.double(),
     "half": lambda t: t.half(), "bool": lambda t: t.bool(),
     "complex": lambda t: t.to(torch.complex64), "negative": lambda t: t - t.abs() - 1,
-    "not finite": lambda t: t * math.nan, "a view": lambda t: torch.zeros(1).expand(t.shape), "meta": lambda t: t.to("meta"),
+    "not finite": lambda t: t * math.nan, "a view": lambda t: torch.zeros(()).expand(t.shape), "meta": lambda t: t.to("meta"),
     "billions": lambda t: torch.zeros(1).expand(10**10), "sparse": lambda t: torch.zeros(4, 4).to_sparse(), "a number": lambda t: 1.5,
     "flat": lambda t: t.reshape(-1), "requires grad": lambda t: torch.nn.Parameter(t.float()),
 }  # fmt: skip

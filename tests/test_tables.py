@@ -1,6 +1,8 @@
 import csv
 import io
 import json
+import os
+import stat
 
 import pytest
 
@@ -34,3 +36,13 @@ def test_what_cannot_be_written_is_a_resource_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write"):
         tables.write(tmp_path / "file" / "t.csv", "")
+
+
+def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        tables.write(tmp_path / "pipe", "text")
+        assert os.read(reader, 99) == b"text" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    finally:
+        os.close(reader)
