@@ -1,7 +1,9 @@
 """A run that was stopped anywhere and resumed is the run that was never stopped, bit for bit."""
 
+import itertools
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -10,6 +12,7 @@ import torch
 from runs import TINY, digest, finish, payload, spawn
 
 import checkpoint
+import pack_dataset
 import train
 from errors import CheckpointError
 
@@ -48,6 +51,79 @@ def test_in_bf16_as_well(stop, straight, photos, tmp_path):
     run("--data-dir", photos, *BF16, "--save-dir", tmp_path, "--num-workers", 0, "--stop-after", stop)
     run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", 0)
     assert digest(tmp_path) == straight["bf16"]
+
+
+VARIANTS = {
+    "packed": (),
+    "randaugment": ("--augment", "rrc,flip,randaugment"),
+    "trivialaugment": ("--augment", "rrc,trivialaugment"),
+    "stem d": ("--stem", "d"),
+    "lr-scale": ("--lr-scale", "sqrt"),
+    "skip": ("--on-bad-image", "skip"),
+    "sgd, plateau": ("--optimizer", "sgd", "--schedule", "plateau"),
+    "compile": ("--compile",),
+}
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_whatever_else_is_switched_on_a_resumed_run_is_the_undisturbed_one(variant, photos, tmp_path):
+    data, flags = photos, [*TINY, *VARIANTS[variant]]
+    if variant == "compile":
+        flags = [*TINY[:4], "--resize-schedule", "24", "--batch-size", "16", *TINY[10:], "--compile"]
+    if variant == "packed":
+        data = tmp_path / "packed"
+        assert pack_dataset.main(["--data-dir", str(photos), "--out", str(data), "--stored-sides", "24,32"]) == 0
+    if variant == "skip":
+        data = shutil.copytree(photos, tmp_path / "damaged")
+        for path in sorted((data / "train").glob("*/*"))[::7]:
+            path.write_bytes(path.read_bytes()[:200])
+    run("--data-dir", data, *flags, "--save-dir", tmp_path / "straight", "--num-workers", 0)
+    run("--data-dir", data, *flags, "--save-dir", tmp_path / "a", "--num-workers", 2, "--stop-after", 5)
+    (last,) = (tmp_path / "a").glob("last_*.pt")
+    run("--save-dir", tmp_path / "b", "--resume", last, "--num-workers", 1, "--stop-after", 8)  # in another directory
+    run("--save-dir", tmp_path / "b", "--resume", "auto", "--num-workers", 0)
+    assert digest(tmp_path / "b") == digest(tmp_path / "straight")
+
+
+@pytest.mark.torture
+def test_a_clock_that_jumps_changes_no_bit(straight, photos, tmp_path, monkeypatch):
+    jumps, later = itertools.cycle([0.0, 1e9, -1e9, 3.0]), itertools.count(0, 50_000)
+    now, monotonic, precise = time.time, time.monotonic, time.perf_counter
+    monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
+    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + next(later))  # it never goes back, but a laptop sleeps
+    monkeypatch.setattr(time, "perf_counter", lambda: precise() + next(later))
+    run(
+        "--data-dir",
+        photos,
+        *TINY,
+        "--save-dir",
+        tmp_path,
+        "--num-workers",
+        0,
+        "--save-every",
+        "1min",
+        "--stop-after",
+        6,
+    )
+    run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", 0)
+    monkeypatch.undo()
+    assert digest(tmp_path) == straight["off"]
+
+
+@pytest.mark.torture
+def test_data_that_changes_during_a_run_is_told_and_not_trained_on(photos, tmp_path):
+    data = shutil.copytree(photos, tmp_path / "data")
+    run("--data-dir", data, *TINY, "--save-dir", tmp_path / "run", "--num-workers", 0, "--stop-after", 4)
+    gone = sorted((data / "train").glob("*/*"))[3]
+    before = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(CheckpointError, match="the data is not what this run was trained on"):
+        run("--save-dir", tmp_path / "run", "--resume", "auto", "--num-workers", 0)
+    gone.write_bytes(before)
+    run("--save-dir", tmp_path / "run", "--resume", "auto", "--num-workers", 0)
+    run("--data-dir", data, *TINY, "--save-dir", tmp_path / "straight", "--num-workers", 0)
+    assert digest(tmp_path / "run") == digest(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("part", ["ema", "optimizer", "step", "schedule", "epoch_sums"])
