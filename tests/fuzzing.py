@@ -160,7 +160,7 @@ def _watch(allowed: tuple[str, ...]):
     return hook
 
 
-def execute(command: str, argv: list[str], folder: Path, log: Path) -> tuple[int, str]:
+def execute(command: str, argv: list[str], folder: Path, log: Path, again: bool = True) -> tuple[int, str]:
     """Exit code (negative: a signal), and all that was said."""
     process = SERVER.Process(target=_child, args=(command, argv, str(folder), str(log)))
     process.start()
@@ -168,6 +168,8 @@ def execute(command: str, argv: list[str], folder: Path, log: Path) -> tuple[int
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.join()
+    if process.exitcode == 255 and again:  # multiprocessing's word for a child whose end it did not learn
+        return execute(command, argv, folder, log, again=False)
     said = [Path(f"{log}{end}").read_text(errors="surrogateescape") for end in (".out", ".err")]
     return process.exitcode, "\n".join(said)
 
