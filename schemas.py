@@ -49,6 +49,11 @@ def _tensor(value: Any) -> Any:
     return value
 
 
+def _slot(value: Any) -> Any:
+    """What an optimizer keeps under one name: a tensor, a number, or nothing."""
+    return value if value is None or type(value) in (int, float) else _tensor(value)
+
+
 def _not_nan(value: float) -> float:
     if math.isnan(value):
         raise ValueError("should be a number")
@@ -144,7 +149,7 @@ class ParamGroup(TypedDict):
 
 class Optimizer(TypedDict):
     __pydantic_config__ = CLOSED
-    state: dict[Count, dict[Text, Any]]  # optim.load_state knows what belongs in it
+    state: dict[Count, dict[Text, Annotated[Any, PlainValidator(_slot)]]]  # optim.load_state knows what belongs in it
     param_groups: list[ParamGroup]
 
 

@@ -107,7 +107,7 @@ CHECKPOINTS = [  # (use, place, what is done there, how it may end)
         ("step", "huge"), ("step", "minus"), ("epoch_sums/waited", "none"), ("epoch_sums", "emptied"),
         ("fingerprint/num_train", "escape"),
         ("precision", "escape"), ("optimizer/param_groups/0/lr", "text"), ("optimizer/param_groups", "emptied"),
-        ("model/conv1.weight", "meta"))],
+        ("model/conv1.weight", "meta"), ("optimizer/state/14/step", "meta"))],
     ("init", "model/conv1.weight", "billions", ANY),
     ("export", "model/conv1.weight", "sparse", ANY),
     ("analysis.gradcam", "eval/std", "none", ANY),
