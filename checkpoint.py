@@ -173,6 +173,8 @@ def find_damage(path: Path, only: str = "") -> str:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 return "it holds compressed entries, which torch never writes"
+            if any(entry.external_attr & 0x10 for entry in entries):  # torch would hand out memory it never filled
+                return "it holds a directory, which torch never writes"
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 return "its entries are larger than the file"
             if only:

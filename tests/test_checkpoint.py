@@ -232,6 +232,27 @@ def test_a_flipped_bit_is_refused_or_harmless(small, tmp_path, count):
     assert refused > count / 2
 
 
+@pytest.mark.torture
+def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path):
+    """Also those of the archive's own records, which torch's reader believes without a checksum."""
+    path = tmp_path / "last_x.pt"
+    path.write_bytes(small)
+    wanted, refused = content_of(path), 0
+    for place in range(len(small) * 8):
+        damaged = bytearray(small)
+        damaged[place // 8] ^= 1 << place % 8
+        refused += refused_or_identical(path, bytes(damaged), wanted)
+    print(f"{len(small) * 8} bits flipped, one at a time: {refused} refused, the others harmless")
+
+
+def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_path):
+    """torch would hand out memory that it never filled in place of a weight."""
+    place = small.rindex(b"archive/data/1") - 8  # the external attributes of its record in the central directory
+    (tmp_path / "last_x.pt").write_bytes(small[:place] + bytes([small[place] ^ 0x10]) + small[place + 1 :])
+    with pytest.raises(CheckpointError, match="it holds a directory"):
+        checkpoint.load(tmp_path / "last_x.pt")
+
+
 def test_a_flipped_bit_of_a_weight_is_refused(small, tmp_path):
     """torch alone loads it without a word."""
     place = small.index(torch.arange(300.0).numpy().tobytes())
