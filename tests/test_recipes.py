@@ -100,7 +100,7 @@ def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
 
 @pytest.mark.parametrize(("text", "name", "value"), [
     ("amp: off", "amp", "off"), ("phase_mix: [on, off, on]", "phase_mix", (True, False, True)), ("ema: off", "ema", False),
-    ("subset: yes", "subset", True), ("wandb: no", "wandb", "no"), ("save_every: 15min", "save_every", (15.0, "min")),
+    ("subset: yes", "subset", True), ("wandb: no", "wandb", ""), ("save_every: 15min", "save_every", (15.0, "min")),
     ("lr: 3e-4", "lr", 3e-4), ("epochs: 1_000", "epochs", 1000), ("epochs: 010", "epochs", 10), ("epochs: '5'", "epochs", 5),
     ("wandb: 2024-01-01", "wandb", "2024-01-01"), ("save_dir: 2012", "save_dir", "2012"), ("batch-size: &n 8", "batch_size", 8),
     ("augment: [padcrop:4, flip]", "augment", "padcrop:4,flip"), ("resize_schedule: 160", "resize_schedule", (160,)),
