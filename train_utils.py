@@ -125,7 +125,8 @@ class TrainState:
         parts = {"weights": self.model.state_dict(), "optimizer": optimizer,
                  "average": {} if self.ema.module is None else self.ema.module.state_dict()}  # fmt: skip
         for part, tensors in parts.items():
-            values = {name: value for name, value in tensors.items() if value.is_floating_point() and value.numel()}
+            # Scalars are counters, which some optimizers keep on the CPU beside weights on a GPU.
+            values = {name: value for name, value in tensors.items() if value.is_floating_point() and value.ndim}
             if not values or torch.stack(torch._foreach_norm(list(values.values()), math.inf)).isfinite().all():
                 continue
             name = next(name for name, value in values.items() if not value.isfinite().all())

@@ -149,3 +149,11 @@ def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
     with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
         trainer.save(built, "last")
     assert built.path("last").read_bytes() == before
+
+
+def test_a_counter_on_another_device_is_not_looked_at(tmp_path):
+    """RMSprop keeps its step count on the CPU beside weights on a GPU; here on meta beside the CPU."""
+    state = tiny_run(tmp_path, "--optimizer", "rmsprop").state
+    first = next(state.model.parameters())
+    state.optimizer.state[first] = {"step": torch.zeros((), device="meta"), "square_avg": torch.zeros_like(first)}
+    state.check_finite()
