@@ -156,3 +156,19 @@ def l1_penalty(params: Iterable[Tensor]) -> Tensor:
     times --l1; call it outside autocast-sensitive code, it keeps the parameters' precision.
     """
     return torch.stack([p.abs().sum() for p in params if p.ndim > 1]).sum()
+
+
+TOP = (1, 5)
+
+
+def hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """Which samples are right at top-1 and top-5: logits (N, K), labels (N,) -> (N, 2) bool.
+
+    A sample's rank is the number of classes that beat its label; equal logits are settled by the
+    lower class index, as argmax does. A label whose logit is NaN is never right, and a NaN beats
+    nobody.
+    """
+    own = logits.gather(1, labels[:, None])  # (N, 1)
+    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
+    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
+    return torch.stack([(rank < k) & ~own[:, 0].isnan() for k in TOP], 1)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from errors import DataError, ResourceError, UserError
-from runtime import die_with_parent, left_to_parent
+from base.errors import DataError, ResourceError, UserError
+from harness.interrupts import die_with_parent, left_to_parent
 from sources.images import BadImage, EvalTransform, TrainTransform
 from sources.index import DatasetIndex, Split
 
@@ -275,7 +275,7 @@ def get_dataloaders(data_path: str, batch_size: int, image_size: int, num_worker
 
     No more workers than cores. Raises DataError where `data_path` does not hold the dataset.
     """
-    from flags import cores, parse_augment
+    from base.flags import cores, parse_augment
     from sources.layouts import index as find
 
     index = find(dataset, data_path)

@@ -9,9 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import errors
-import flags
-from errors import DataError, UsageError
+from base import errors, flags
+from base.errors import DataError, UsageError
 
 MEMBER_BYTES = 256 << 20  # no file we unpack is larger: CIFAR-100's training images are one of 155 MB
 COUNTS = (1_281_167, 50_000, 1000)  # ImageNet's training images, validation images, classes
@@ -158,7 +157,7 @@ def manual(data_dir: Path) -> None:
 
 def auto(data_dir: Path, train_url: str | None, val_url: str | None, devkit_url: str) -> None:
     """Fetch what is not there yet of the three archives, and arrange it."""
-    from sources.fetch import Wanted, check_url
+    from sources.archives.fetch import Wanted, check_url
 
     missing = []
     for folder, archive, url in (("train", TRAIN, train_url), ("val", VAL, val_url)):
@@ -178,7 +177,7 @@ def auto(data_dir: Path, train_url: str | None, val_url: str | None, devkit_url:
 
 def fetch(archive: Archive, url: str | None, data_dir: Path) -> Path:
     """The archive, whole and verified, in `data_dir`."""
-    from sources.fetch import Wanted, download, verify
+    from sources.archives.fetch import Wanted, download, verify
 
     path = data_dir / archive.name
     with shown(archive.name) as report:
@@ -195,7 +194,7 @@ def fetch(archive: Archive, url: str | None, data_dir: Path) -> Path:
 @contextmanager
 def shown(desc: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar (or a line now and then) in megabytes for each stage that is reported."""
-    from progress import Progress
+    from base.progress import Progress
 
     bars: dict[str, Progress] = {}
 
@@ -245,8 +244,8 @@ def unpack_to(
     inside: Callable[[Iterator], Iterator] = iter,
 ) -> None:
     """Make `folder` from the archive: all of it or none. `files` is how many are expected, for the ETA."""
-    from progress import Progress
-    from sources.unpack import complete_or_absent, opened, unpack
+    from base.progress import Progress
+    from sources.archives.unpack import complete_or_absent, opened, unpack
 
     bar = Progress(files, f"unpacking {archive.name}", unit="files", enabled=files > 0)
     with bar, complete_or_absent(folder) as partial, opened(archive) as members:
@@ -271,7 +270,7 @@ def simple(dataset: str, data_dir: Path) -> None:
 
 
 def unpack_simple(what: Simple, archive: Path, data_dir: Path) -> None:
-    from sources.unpack import unexpected
+    from sources.archives.unpack import unexpected
 
     def place(name: str) -> str | None:
         inside = name.removeprefix(what.folder + "/")

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from errors import CheckpointError
+from base.errors import CheckpointError
 
 
 def decay_for_half_life(steps: float) -> float:

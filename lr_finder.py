@@ -25,8 +25,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import flags
-from errors import DivergedError, ResourceError, UsageError, UserError, run
+from base import flags
+from base.errors import DivergedError, ResourceError, UsageError, UserError, run
 
 EPILOG = """examples:
   python lr_finder.py --data-dir ./data/imagenet              phase 1: 64 px, batch 256
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     index = layouts.index(**flags.data_args(config))
     for note in filter(None, (*notes, *index.notes, flags.workers_note(config.num_workers))):
         print(note, flush=True)
-    import build
+    from harness import build
 
     phases = build.make_plan(config, index, world_size=1)
     if config.phase > len(phases):
@@ -146,10 +146,10 @@ def training_command(argv: list[str] | None, lr: float) -> str:
 
 def measure(config, index, runtime, phases, phase, low: float, high: float) -> dict:
     """--mode loss: the curve of one rising test and what it suggests."""
-    import build
-    import preflight
-    from lr_curve import suggest
-    from progress import Progress
+    from analysis.lr_curve import suggest
+    from base.device import memory_for
+    from base.progress import Progress
+    from harness import build
 
     state = build.build_state(config, index, runtime, phases)
     if config.init_from:
@@ -157,7 +157,7 @@ def measure(config, index, runtime, phases, phase, low: float, high: float) -> d
     how = build.build_step(config, index, runtime, phase, state.model, state.model)
     batches = build.build_loader(config, index, runtime, phase)
     title = f"lr {low:.0e} to {high:.0e} at {phase.image_size} px, batch {phase.batch_size}"
-    memory = preflight.memory_for(
+    memory = memory_for(
         f"{phase.image_size} px, batch {phase.batch_size}", "split it: --accumulate 2", runtime.device
     )
     with memory, Progress(config.num_iter, title, unit="steps") as bar:
@@ -187,8 +187,8 @@ def range_test(state, how, batches, low: float, high: float, num_iter: int, afte
     matplotlib.use("Agg")  # the library imports pyplot
     from torch_lr_finder import lr_finder as library
 
+    from analysis.lr_curve import Divergence
     from ema import NoEMA
-    from lr_curve import Divergence
     from train_utils import train_step
 
     rates, losses, diverged = [], [], Divergence()
@@ -235,7 +235,7 @@ class Ended(Exception):
 
 def try_rates(config, phase, lrs: list[float]) -> dict:
     """--mode accuracy: a short training by train.py at each peak rate, and the validation accuracy of its end."""
-    from progress import Progress
+    from base.progress import Progress
 
     accuracies, losses = [], []
     title = f"--trial-epochs {config.trial_epochs} at {phase.image_size} px, batch {phase.batch_size}"
@@ -275,7 +275,7 @@ def trial_recipe(config, phase) -> str:
 
 def trial(recipe: Path, lr: float, run_dir: Path) -> dict | None:
     """The last row of one training; None where it diverged."""
-    from metrics import read_metrics
+    from harness.log import read_metrics
 
     script = Path(__file__).with_name("train.py")
     command = [sys.executable, str(script), "--config", str(recipe), "--lr", repr(lr), "--save-dir", str(run_dir)]
@@ -293,8 +293,8 @@ def trial(recipe: Path, lr: float, run_dir: Path) -> dict | None:
 
 def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
     """Print the suggestions with their command lines; write lr_finder.json and lr_finder.png."""
-    import tables
     from analysis import figures
+    from base import files
 
     known = {name: lr for name, lr in found["suggestions"].items() if lr is not None}
     found = found | {"commands": {name: command(lr) for name, lr in known.items()}}
@@ -304,7 +304,7 @@ def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
         print("WARNING: no suggestion, the loss did not fall; start lower with --start-lr, or give more --num-iter")
     for name in sorted(known, key=lambda name: known[name] != found["suggestion"]):
         print(f"  {name:<14}{known[name]:.1e}   {found['commands'][name]}")
-    tables.write(out / "lr_finder.json", tables.json_text(found))
+    files.write(out / "lr_finder.json", files.json_text(found))
     figures.save(draw(found, known), out / "lr_finder.png")
     print(f"curve: {out / 'lr_finder.png'}, numbers: {out / 'lr_finder.json'}")
 
@@ -326,7 +326,7 @@ def draw(found: dict, suggestions: dict[str, float]):
 
 
 def draw_loss(axis, found: dict, figures) -> None:
-    from lr_curve import smooth
+    from analysis.lr_curve import smooth
 
     curve = smooth(found["losses"])
     axis.plot(found["lrs"], found["losses"], ".", color="0.6", markersize=4, label="loss of each step")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
-from errors import CheckpointError, UsageError, one_line
+from base.errors import CheckpointError, UsageError, one_line
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:

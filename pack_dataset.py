@@ -15,9 +15,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import errors
-import flags
-from errors import DataError, ResourceError, UsageError
+from base import errors, flags
+from base.errors import DataError, ResourceError, UsageError
 
 NO_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
@@ -123,7 +122,7 @@ def _bytes(size: int) -> str:
 
 def _write_groups(source, plan: dict, groups: list, records: dict, out: str, workers: int, on_bad: str) -> list[dict]:
     """Write what is missing, noting each group as it is done; returns the bad images (none with 'skip')."""
-    from progress import Progress
+    from base.progress import Progress
     from sources import packing
 
     total = sum(g.stop - g.start for g in packing.groups_of(plan))
@@ -219,7 +218,7 @@ def _copies(source) -> Iterator[tuple]:
 
 
 def _verify_split(split, label: str, workers: int) -> list[dict]:
-    from progress import Progress
+    from base.progress import Progress
 
     bad, step = [], 256
     jobs = ((i, (split, i, min(i + step, len(split)))) for i in range(0, len(split), step))

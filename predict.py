@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-import flags
-from errors import DataError, UsageError, printable, run
+from base import flags
+from base.errors import DataError, UsageError, printable, run
 
 EPILOG = """examples:
   python predict.py checkpoints/best_resnet50_imagenet_1k.pt cat.jpg photos/
@@ -46,7 +46,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
-    import rundir
+    from harness import rundir
 
     if not (config.images or config.export):
         raise UsageError("no image to look at", "name image files or folders, or --export FORMAT")
@@ -55,9 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--json - and --csv - both want standard output", "give one of them a file name")
     rundir.check_checkpoint(config.checkpoint)
     paths, bad = gather(config.images or ())
-    from inference import open_models
-    from preflight import memory_for
-    from runtime import init_runtime
+    from analysis.predictions import open_models
+    from base.device import init_runtime, memory_for
 
     runtime = init_runtime(config.device, config.amp)
     models, payload = open_models(config.checkpoint, config.weights, runtime)
@@ -69,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         bad += unreadable
         deliver(config, weights, payload["eval"], found, bad)
     if config.export:
-        from export import export
+        from analysis.export import export
 
         written = export(config.export, model, payload, weights, Path(config.out or Path(config.checkpoint).parent))
         say(config, f"written and checked: {written[0]}, described in {written[1]}")
@@ -135,9 +134,9 @@ class Pictures:
 
 def predict(config, model, facts: dict, paths: list[str], runtime):
     """([(path, probabilities (k,), classes (k,))], [(bad path, reason)]), in the order given."""
+    from analysis.predictions import logits_of
+    from base.progress import Progress
     from dataloader import Loader, Order
-    from inference import logits_of
-    from progress import Progress
     from sources.images import EvalTransform
 
     workers = min(config.num_workers, flags.cores()) if len(paths) > config.batch_size else 0
@@ -158,25 +157,25 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
 
 def deliver(config, weights: str, facts: dict, found, bad) -> None:
     """The answers as a table, unless a file was asked for."""
-    import tables
+    from base import files
 
     classes, names = facts["classes"], [str(name) for name in facts["class_names"]]
     texts = {}
     if config.json:
         images = [{"file": path, "predictions": [{"class": classes[c], "name": names[c], "probability": p}
                                                  for p, c in zip(ps, cs, strict=True)]} for path, ps, cs in found]  # fmt: skip
-        texts[config.json] = tables.json_text(
+        texts[config.json] = files.json_text(
             {"checkpoint": Path(config.checkpoint).name, "weights": weights, "image_size": facts["image_size"],
              "images": images, "bad": [{"file": path, "reason": reason} for path, reason in bad]})  # fmt: skip
     if config.csv:
-        texts[config.csv] = tables.csv_text(("file", "rank", "class", "name", "probability"), (
+        texts[config.csv] = files.csv_text(("file", "rank", "class", "name", "probability"), (
             (path, rank, classes[c], names[c], f"{p:.6f}") for path, ps, cs in found
             for rank, (p, c) in enumerate(zip(ps, cs, strict=True), 1)))  # fmt: skip
     for target, text in texts.items():
         if target == "-":
             sys.stdout.write(printable(text))
         else:
-            say(config, f"written: {tables.write(target, text)}")
+            say(config, f"written: {files.write(target, text)}")
     if not texts:
         width = max((len(printable(path)) for path, *_ in found), default=0)
         for path, probabilities, guesses in found:

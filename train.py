@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-import flags
-from errors import CheckpointError, run
+from base import flags
+from base.errors import CheckpointError, run
 
 EPILOG = """examples:
   python train.py --epochs 90 --drop-path-rate 0.2          ImageNet in ./data/imagenet, the documents' recipe
@@ -28,8 +28,8 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Usage, paths and the data layout are judged first, before torch is imported or a file written."""
     config, typed = flags.parse(build_parser(), argv)
-    import rundir
-    from metrics import check_trackers
+    from harness import rundir
+    from harness.log import check_trackers
     from sources import layouts
 
     held = rundir.look(config.save_dir)
@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def look_only(config, index) -> int:
     """--summary and --dry-run: look at the run without starting it."""
-    import build
-    import dryrun
+    from harness import build, dryrun
 
     phases = build.make_plan(config, index, world_size=1)
     if config.summary:
@@ -63,12 +62,10 @@ def look_only(config, index) -> int:
 
 def train(config, index, held, saved: dict | None) -> int:
     """Build the run, take over a checkpoint if there is one, and only then write to the save directory."""
-    import build
-    import preflight
-    import rundir
-    import trainer
+    import loop
+    from base.device import lost_ranks_named
     from dataloader import end_workers
-    from runtime import lost_ranks_named
+    from harness import build, preflight, rundir
 
     save_dir, name = held.path, rundir.checkpoint_name(config.arch, index.name)
     who = rundir.identity(held, config.resume, saved)
@@ -82,7 +79,7 @@ def train(config, index, held, saved: dict | None) -> int:
             restore(built, saved, config)
         elif config.init_from:
             start_from(built, config)
-        if built.finished and not trainer.best_is_lost(built):
+        if built.finished and not loop.best_is_lost(built):
             where = Path(config.resume).parent if who.begins else save_dir
             say(f"this run is complete: {len(built.state.rows)} epochs in {where}")
             return 0
@@ -104,22 +101,22 @@ def train(config, index, held, saved: dict | None) -> int:
 
 def move_in(built, saved: dict, resume: str, who) -> None:
     """A run that goes on in another directory has its checkpoints there before it trains."""
-    import rundir
-    import trainer
+    import loop
+    from harness import rundir
 
     if who.begins:
-        trainer.save(built, "last")
-    if built.runtime.is_main and not trainer.best_is_lost(built):
+        loop.save(built, "last")
+    if built.runtime.is_main and not loop.best_is_lost(built):
         say(rundir.carry_best(saved, resume, built.path("best"), who.run))
 
 
 def fit(config, index, built, who) -> None:
     """Write down what the run is, and train."""
-    import preflight
-    import rundir
-    import trainer
-    from metrics import MetricLogger
-    from runtime import environment
+    import loop
+    from base import files
+    from base.device import environment
+    from harness import preflight, rundir
+    from harness.log import MetricLogger
 
     runtime, save_dir = built.runtime, built.save_dir
     if config.plot and runtime.is_main:
@@ -128,8 +125,8 @@ def fit(config, index, built, who) -> None:
         facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit(), "num_train": len(index.train),
                                         "num_val": len(index.val), "num_classes": len(index.classes), "run": who.run,
                                         "checkpoint": built.file_name} | ({"parent": who.parent} if who.parent else {})  # fmt: skip
-        rundir.write_json(save_dir / "config.json", flags.plain(config))
-        rundir.write_json(save_dir / "env.json", facts)
+        files.write_json(save_dir / "config.json", flags.plain(config))
+        files.write_json(save_dir / "env.json", facts)
     log = MetricLogger(save_dir, built.state.rows, enabled=runtime.is_main, tensorboard=config.tensorboard,
                        wandb_project=config.wandb, config=flags.plain(config))  # fmt: skip
     say("\n".join(introduction(built, config, index)))
@@ -138,8 +135,8 @@ def fit(config, index, built, who) -> None:
         gc.enable()
     with built.stop.installed(), preflight.out_of_memory_named(built):
         try:
-            trainer.fit(built, log)
-        except trainer.Finished as reached:
+            loop.fit(built, log)
+        except loop.Finished as reached:
             say(str(reached))
             return
         finally:
@@ -148,8 +145,8 @@ def fit(config, index, built, who) -> None:
 
 
 def introduction(built, config, index) -> list[str]:
+    from loop import ROW_HEADER
     from models import notes
-    from trainer import ROW_HEADER
 
     runtime = built.runtime
     lines = [f"{config.arch}, {sum(p.numel() for p in built.state.model.parameters()):,} parameters, on {runtime.device} "
@@ -186,8 +183,8 @@ def is_main() -> bool:
 def restore(built, saved: dict, config) -> None:
     """Take over a checkpoint's state; refuse one that this run cannot go on from."""
     import optim
-    import rundir
-    from trainer import replan
+    from harness import rundir
+    from loop import replan
 
     rundir.check_precision(saved["precision"], built.runtime.precision, config.allow_change)
     say(rundir.check_fingerprint(saved["fingerprint"], built.facts["fingerprint"], config.allow_change))
@@ -226,7 +223,7 @@ def check_position(built) -> None:
 
 def start_from(built, config) -> None:
     """--init-from: other weights instead of random ones."""
-    import build
+    from harness import build
 
     build.take_weights(config.init_from, built.state.model, config.reset_head)
     built.state.ema = build.build_ema(config, built.state.model, built.phases)

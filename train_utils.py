@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from errors import DivergedError, UsageError
-from flags import phase_batches, share_epochs
-from metrics import hits
+from base.device import Runtime, seed_everything
+from base.errors import DivergedError, UsageError
+from base.flags import phase_batches, share_epochs
+from data_utils import hits
 from optim import clip_gradients, load_optimizer
-from runtime import Runtime, seed_everything
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over a checkpoint. Raises CheckpointError where its tensors are not what this run's would be."""
-        from schemas import check_tensors
+        from base.schemas import check_tensors
 
         check_tensors(state["model"], self.model.state_dict(), "the checkpoint's model")
         if self.ema.module is not None and "shadow" in state["ema"]:

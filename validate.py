@@ -11,8 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-import flags
-from errors import DataError, UsageError, printable, run
+from base import flags
+from base.errors import DataError, UsageError, printable, run
 
 EPILOG = """examples:
   python validate.py checkpoints/best_resnet50_imagenet_1k.pt --data-dir ./data/imagenet
@@ -43,7 +43,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
-    import rundir
+    from harness import rundir
     from sources import layouts
 
     rundir.check_checkpoint(config.checkpoint)
@@ -51,12 +51,11 @@ def main(argv: list[str] | None = None) -> int:
         layouts.check_dir(config.data_dir)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
-    import inference
-    from preflight import memory_for
-    from runtime import init_runtime
+    from analysis import predictions
+    from base.device import init_runtime, memory_for
 
     runtime = init_runtime(config.device, config.amp)
-    models, payload = inference.open_models(config.checkpoint, "both", runtime)
+    models, payload = predictions.open_models(config.checkpoint, "both", runtime)
     facts = payload["eval"]
     sizes = check_sizes(config.image_sizes or (facts["image_size"],), payload)
     if config.recalibrate_bn and payload["model_args"]["arch"] in flags.NO_BATCH_NORM:
@@ -93,7 +92,7 @@ def check_sizes(sizes: tuple[int, ...], payload: dict) -> tuple[int, ...]:
 
 def positions_of(facts: dict, index, say) -> list[int]:
     """The model's class for each class of the data. Raises DataError where the model does not know one."""
-    from scores import match_classes
+    from analysis.scores import match_classes
 
     positions, unknown = match_classes(facts["classes"], index.classes)
     if unknown:
@@ -111,9 +110,9 @@ def scores_at(size: int, config, runtime, models: dict, facts: dict, index, posi
     """One line of the table for each set of weights, with and without what was asked for besides."""
     import torch
 
-    import inference
+    from analysis import predictions
+    from base.progress import Progress
     from dataloader import eval_loader
-    from progress import Progress
     from sources.index import SubsetSplit, balanced_subset
 
     shared = {"image_size": size, "batch_size": config.batch_size, "device": runtime.device, "crop": facts["crop"],
@@ -126,18 +125,18 @@ def scores_at(size: int, config, runtime, models: dict, facts: dict, index, posi
         for name, model in models.items():
             loader = eval_loader(SubsetSplit(index.train, ids), index, **shared)
             with Progress(len(loader), f"BatchNorm of {name} at {size} px", unit="batches") as bar:
-                asked[f"{name} bn"] = inference.recalibrate(model, bar.over(loader), runtime)
+                asked[f"{name} bn"] = predictions.recalibrate(model, bar.over(loader), runtime)
     loader = eval_loader(index.val, index, **shared)
     lookup = torch.as_tensor(positions, device=runtime.device)
     with Progress(len(loader), f"validation at {size} px", unit="batches") as bar:
-        answers = inference.ask(asked, ((images, lookup[labels]) for images, labels in bar.over(loader)), runtime,
+        answers = predictions.ask(asked, ((images, lookup[labels]) for images, labels in bar.over(loader)), runtime,
                                 flip=config.tta == "flip")  # fmt: skip
     return [line_of(size, name, given, positions) for name, given in answers.items()]
 
 
 def line_of(size: int, name: str, answers, positions) -> dict:
     """The scores of one set of answers; `answers` itself rides along for the details."""
-    from scores import calibration, per_class
+    from analysis.scores import calibration, per_class
 
     top1, top5 = 100 * answers.right.mean(0)
     weights, *extra = name.split()
@@ -159,9 +158,9 @@ def table(lines: list[dict]) -> str:
 
 def deliver(config, out: Path, lines: list[dict], chosen: dict, payload: dict, index, positions, runtime) -> None:
     """The table and the worst on the screen; everything, of `chosen` in detail, into files."""
-    import tables
     from analysis import figures, score_figures
-    from scores import calibration, confused_pairs, confusion, per_class
+    from analysis.scores import calibration, confused_pairs, confusion, per_class
+    from base import files
 
     say, facts, answers = screen(config), payload["eval"], chosen["answers"]
     classes, names = facts["classes"], [str(name).split(",")[0] for name in facts["class_names"]]
@@ -174,8 +173,8 @@ def deliver(config, out: Path, lines: list[dict], chosen: dict, payload: dict, i
     say(worst(pairs, report, names, of))
     numbers = numbers_of(config, lines, chosen, payload, index, reliable, report, pairs)
     for name, text in tables_of(matrix, report, pairs, classes, names).items():
-        tables.write(out / name, text)
-    tables.write(out / "scores.json", tables.json_text(numbers))
+        files.write(out / name, text)
+    files.write(out / "scores.json", files.json_text(numbers))
     present = [k for k in range(len(classes)) if matrix[k].any() or matrix[:, k].any()]
     back = {k: i for i, k in enumerate(present)}
     shown = [pair._replace(truth=back[pair.truth], guess=back[pair.guess]) for pair in pairs[: score_figures.PAIRS]]
@@ -185,9 +184,9 @@ def deliver(config, out: Path, lines: list[dict], chosen: dict, payload: dict, i
     figures.save(score_figures.reliability(reliable, f"Calibration of {of}"), out / "reliability.png")
     say(f"tables and pictures: {out}")
     if config.json == "-":
-        print(tables.json_text(numbers), end="")
+        print(files.json_text(numbers), end="")
     elif config.json:
-        tables.write(config.json, tables.json_text(numbers))
+        files.write(config.json, files.json_text(numbers))
 
 
 def worst(pairs, report, names: list[str], of: str) -> str:
@@ -224,15 +223,15 @@ def numbers_of(config, lines: list[dict], chosen: dict, payload: dict, index, re
 
 def tables_of(matrix, report, pairs, classes: list[str], names: list[str]) -> dict[str, str]:
     """The CSV files, by name."""
-    import tables
+    from base import files
 
     per_class = zip(report.classes.tolist(), report.precision, report.recall, report.f1, report.support, strict=True)
     return {
-        "per_class.csv": tables.csv_text(("class", "name", "precision", "recall", "f1", "support"), (
+        "per_class.csv": files.csv_text(("class", "name", "precision", "recall", "f1", "support"), (
             (classes[k], names[k], f"{p:.6f}", f"{r:.6f}", f"{f:.6f}", n) for k, p, r, f, n in per_class)),
-        "confusion.csv": tables.csv_text(("truth \\ guess", *classes), (
+        "confusion.csv": files.csv_text(("truth \\ guess", *classes), (
             (classes[k], *row) for k, row in enumerate(matrix.tolist()))),
-        "confused_pairs.csv": tables.csv_text(("truth", "guess", "truth name", "guess name", "times", "share"), (
+        "confused_pairs.csv": files.csv_text(("truth", "guess", "truth name", "guess name", "times", "share"), (
             (classes[p.truth], classes[p.guess], names[p.truth], names[p.guess], p.times, f"{p.share:.6f}") for p in pairs)),
     }  # fmt: skip
 

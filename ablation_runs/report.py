@@ -11,12 +11,11 @@ import shutil
 import sys
 from pathlib import Path
 
-import errors
-import flags
 from ablation_runs.run import RUNS
 from ablation_runs.studies import STUDIES
 from ablation_runs.study import PRESETS, Study
-from errors import DataError, UsageError
+from base import errors, flags
+from base.errors import DataError, UsageError
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "results"
@@ -247,8 +246,8 @@ def write_csv(path: Path, runs: list) -> None:
 
 def publish(directory: Path, out: Path, study: Study) -> None:
     """Copy each run's small files, without what only this machine knows."""
-    import schemas
     from ablation_runs import results
+    from base import schemas
 
     for run in results.load(directory, study):
         target = out / run.directory.name

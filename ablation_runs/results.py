@@ -14,7 +14,7 @@ import numpy as np
 from scipy.special import fdtrc, stdtr, stdtrit
 
 from ablation_runs.study import Study
-from metrics import read_metrics
+from harness.log import read_metrics
 
 LEVEL = 0.95
 BETTER, WORSE, NOISE, UNKNOWN = "better", "worse", "inside the noise", "unknown"
@@ -69,7 +69,7 @@ def load(directory: Path, study: Study) -> list[Result]:
 
 
 def read_run(path: Path, variant: str) -> Result:
-    import schemas
+    from base import schemas
 
     record, env = (schemas.read_json(path / name, schema, "delete it, or run the study again", missing={})
                    for name, schema in (("run.json", schemas.StudyRun), ("env.json", schemas.Env)))  # fmt: skip

@@ -17,11 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import errors
-import flags
 from ablation_runs.studies import STUDIES
 from ablation_runs.study import PRESETS, Run, merged
-from errors import UsageError
+from base import errors, flags
+from base.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train.py"
@@ -117,7 +116,7 @@ class Job:
         self.arguments = [*own, *on_disk, "--save-dir", from_root(directory), "--resume", "auto"]
 
     def recorded(self) -> dict:
-        import schemas
+        from base import schemas
 
         return schemas.read_json(
             self.directory / "run.json", schemas.StudyRun, "delete it: the run starts again", missing={}

@@ -10,8 +10,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-import flags
-from errors import UsageError
+from base import flags
+from base.errors import UsageError
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # Training sizes of the documents -> px at which the smoke preset stands in for them. ViT needs multiples of 16.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import flags
-from errors import UsageError, run
+from base import flags
+from base.errors import UsageError, run
 
 EPILOG = """examples:
   python -m analysis.batch --data-dir data/imagenet --show-epoch 31          the first batches of phase 2
@@ -49,9 +49,9 @@ def picture(config, index):
     """One row a step: the mixed images with their classes' shares below."""
     import torch
 
-    import build
     from analysis import figures
-    from runtime import Runtime
+    from base.device import Runtime
+    from harness import build
     from train_utils import phase_of
 
     phase = phase_of(build.make_plan(config, index, world_size=1), config.show_epoch)
@@ -72,7 +72,7 @@ def picture(config, index):
 
 def steps(loader, mixer, epoch: int, first_step: int, count: int, seed: int):
     """(step of the run from 0, mixed images (N, 3, H, W), targets (N, K)) of the first `count` steps of `epoch`."""
-    from runtime import seed_everything
+    from base.device import seed_everything
 
     loader.order.seek(epoch)
     for k, (images, labels) in enumerate(loader):

@@ -9,13 +9,13 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-import flags
 from analysis import runs as reading
 from analysis.markdown import to_html
 from analysis.page import Markup, details, facts, image, join, section, table, tag
 from analysis.runs import RunFiles, series, shown
 from analysis.svg import Line, chart
-from progress import duration
+from base import flags
+from base.progress import duration
 
 ORANGE, BLUE, VERMILLION = 4, 0, 1  # colours of the page, as in plots
 # What the pictures in plots/ show; curves.png and lr.png are drawn anew, with hover.
@@ -121,7 +121,7 @@ def epochs_table(run: RunFiles) -> Markup:
 
 def validation(run: RunFiles) -> Markup:
     """What validate.py wrote beside the checkpoint, or how to have it written."""
-    import schemas
+    from base import schemas
 
     folder = run.path / "validation"
     scores = schemas.read_json(folder / "scores.json", schemas.Scores, "run validate.py again", missing={})

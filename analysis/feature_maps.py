@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from errors import UsageError
+from base.errors import UsageError
 
 
 def as_map(output: object) -> Tensor | None:

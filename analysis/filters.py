@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-import flags
-from analysis import add_checkpoint_args, parse
-from errors import UsageError, run
+from analysis.arguments import add_checkpoint_args, parse
+from base import flags
+from base.errors import UsageError, run
 
 EPILOG = """examples:
   python -m analysis.filters checkpoints/best_resnet50_imagenet_1k.pt --data-dir data/imagenet

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import flags
-from analysis import add_checkpoint_args, parse
-from errors import DataError, UsageError, run
+from analysis.arguments import add_checkpoint_args, parse
+from base import flags
+from base.errors import DataError, UsageError, run
 
 EPILOG = """examples:
   python -m analysis.gradcam checkpoints/best_resnet50_imagenet_1k.pt --data-dir data/imagenet

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-import flags
-from analysis import add_checkpoint_args, parse
-from errors import run
+from analysis.arguments import add_checkpoint_args, parse
+from base import flags
+from base.errors import run
 
 EPILOG = """examples:
   python -m analysis.loss_landscape checkpoints/best_resnet50_imagenet_1k.pt --data-dir data/imagenet
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from analysis import figures
     from analysis.subject import open_subject, out_dir, spread_ids
-    from rundir import write_json
+    from harness.rundir import write_json
 
     subject = open_subject(config, typed)
     ids = spread_ids(len(subject.index.val), config.samples)
@@ -61,8 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def initial_model(payload: dict):
     """The network with random weights from the run's seed, as a run without --init-from begins, in eval mode."""
+    from base.device import seed_everything
     from models import build_model
-    from runtime import seed_everything
 
     seed_everything(payload["config"]["seed"])  # as build.build_state does
     return build_model(**payload["model_args"]).eval()
@@ -95,7 +95,7 @@ def landscape(model, images, labels, steps, batch_norm: str, seed: int, name: st
     import numpy as np
     import torch
 
-    from progress import Progress
+    from base.progress import Progress
 
     moved = prepared(copy.deepcopy(model), batch_norm)
     # One generator for both: two seeds can be the same to it, and then the plane is a line.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import flags
-from analysis import add_checkpoint_args, parse
-from errors import UsageError, run
+from analysis.arguments import add_checkpoint_args, parse
+from base import flags
+from base.errors import UsageError, run
 
 EPILOG = """examples:
   python -m analysis.misclassified checkpoints/best_resnet50_imagenet_1k.pt --data-dir data/imagenet
@@ -65,7 +65,7 @@ def picture(subject, found, ids, title: str):
 
 def write(subject, found, wrong, folder):
     """Every mistake as JSON, for tables and for `analysis.report`."""
-    from rundir import write_json
+    from harness.rundir import write_json
 
     classes = subject.facts["classes"]
     mistakes = [{"id": int(i), "file": subject.index.val.name(int(i)), "truth": classes[found.labels[i]],

@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import flags
-from errors import run
+from base import flags
+from base.errors import run
 
 EPILOG = """examples:
   python -m analysis.plots checkpoints/                       checkpoints/plots/curves.png and lr.png

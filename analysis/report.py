@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flags
-from errors import DataError, UsageError, run, tell
+from base import flags
+from base.errors import DataError, UsageError, run, tell
 
 ROOT = Path(__file__).resolve().parent.parent
 EPILOG = """examples:
@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("name the runs to report, or --list DIR", "python -m analysis.report checkpoints/")
     if len(args.run_dirs) > 1 and not args.out:
         raise UsageError("several runs need a file to be written to", "name it with --out FILE.html")
-    import tables
     from analysis import runs as reading
+    from base import files
 
     if args.list:
         print(listing(reading.read_runs(nonempty(reading.find_runs(args.list), args.list))))
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = reading.read_runs([path for path in paths if path not in studies])
     notes = {found.name: complete(found, args.data_dir, args.device) for found in runs} if args.pictures else {}
     out = Path(args.out) if args.out else paths[0] / "report.html"
-    tables.write(out, document(runs, studies, notes))
+    files.write(out, document(runs, studies, notes))
     print(out)
     return 0
 

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import flags
-from errors import DataError
-from metrics import read_metrics
+from base import flags
+from base.errors import DataError
+from harness.log import read_metrics
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def read_runs(run_dirs: Sequence[str | Path]) -> list[RunFiles]:
 
 
 def read_run(path: Path, name: str) -> RunFiles:
-    import schemas
+    from base import schemas
 
     rows = read_metrics(path)
     if not rows:

@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import flags
-import rundir
+from base import flags
+from base.device import init_runtime
+from base.errors import DataError, UsageError
+from base.progress import Progress
 from dataloader import eval_loader
-from errors import DataError, UsageError
-from progress import Progress
-from runtime import init_runtime
+from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import EvalTransform
 from sources.index import DatasetIndex, SubsetSplit

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
-import flags
+from base import flags
 from benchmarks.goodput import bits
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
@@ -56,9 +56,9 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     """Train once, with a fork for each point on the way, and compare how they end."""
     import torch
 
-    import build
-    import trainer
-    from metrics import MetricLogger
+    import loop
+    from harness import build
+    from harness.log import MetricLogger
     from sources import layouts
 
     torch.set_num_threads(1)  # a fork has only the thread that forked
@@ -70,16 +70,16 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     rng, steps = random.Random(seed), sum(phase.steps for phase in run.phases)
     plan = [{"kind": KINDS[i % len(KINDS)], "step": rng.randrange(1, steps), "where": rng.random(), "bit": rng.randrange(32)}
             for i in range(points)]  # fmt: skip
-    forks, between = Forks(plan, jobs, out), trainer.Between.__call__
+    forks, between = Forks(plan, jobs, out), loop.Between.__call__
 
     def between_and_fork(self, *args):
         between(self, *args)
         forks.start_those_of(self.run)
 
     error = ""
-    with patch.object(trainer, "save", lambda *_: None), patch.object(trainer.Between, "__call__", between_and_fork):
+    with patch.object(loop, "save", lambda *_: None), patch.object(loop.Between, "__call__", between_and_fork):
         try:
-            trainer.fit(run, MetricLogger(out, enabled=False))
+            loop.fit(run, MetricLogger(out, enabled=False))
         except BaseException as reason:
             if forks.own is None:
                 raise

@@ -25,7 +25,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-import flags
+from base import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, CALIBRATION = 5, 32, 20.0  # seconds
@@ -84,10 +84,10 @@ def child(log: Path, argv: list[str]) -> None:
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    import trainer
+    import loop
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    between, save = trainer.Between.__call__, trainer.save
+    between, save = loop.Between.__call__, loop.save
 
     def logged_between(self, *args):
         os.write(file, f"step {self.run.state.step} {time.monotonic()}\n".encode())
@@ -98,7 +98,7 @@ def child(log: Path, argv: list[str]) -> None:
         save(*args)
         os.write(file, f"save {began} {time.monotonic()}\n".encode())
 
-    trainer.Between.__call__, trainer.save = logged_between, logged_save
+    loop.Between.__call__, loop.save = logged_between, logged_save
     sys.argv = ["train.py", *argv]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
@@ -197,7 +197,7 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
 
 def differences(one: Path, other: Path) -> list[str]:
     """The parts of two runs' last checkpoints that are not the same bits; rows without their timing columns."""
-    import checkpoint
+    from harness import checkpoint
 
     parts = []
     for directory in (one, other):

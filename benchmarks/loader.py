@@ -17,9 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import errors
-import flags
-from errors import DataError, UsageError
+from base import errors, flags
+from base.errors import DataError, UsageError
 
 REPEATS = 3
 BATCH = 128

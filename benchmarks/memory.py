@@ -16,8 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import errors
-import flags
+from base import errors, flags
 
 KINDS = ("index", "tuples")
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-import errors
-import flags
+from base import errors, flags
 
 PASSES = 7
 COUNT = 256

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-import flags
-from errors import UsageError, UserError, run
+from base import flags
+from base.errors import UsageError, UserError, run
 
 EPILOG = """examples:
   python -m benchmarks.step --sizes 64 128 224 --json step.json      the documents' three phases
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     batches = args.batch_sizes or [BATCHES.get(size, max(1, 2**20 // size**2)) for size in args.sizes]
     if len(batches) != len(args.sizes):
         raise UsageError(f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes", "give one for each size")
+    from base.device import environment, init_runtime
     from benchmarks.step_loops import Setting
-    from runtime import environment, init_runtime
 
     runtime = init_runtime(args.device, args.amp)
     rates = device_rates(runtime)
@@ -74,7 +74,7 @@ def command(argv: list[str] | None) -> str:
 
 
 def provenance(facts: dict) -> dict:
-    import rundir
+    from harness import rundir
 
     return {"commit": rundir.commit()} | {
         k: facts[k] for k in ("device", "cores", "threads", "torch", "cuda", "python")

@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-import build
 import ema
-import flags
+from base import flags
+from base.device import Runtime, seed_everything
+from harness import build
 from models import build_model
 from optim import build_optimizer, clip_gradients
-from runtime import Runtime, seed_everything
 from sources.generated import synthetic
 from train_utils import TrainState, backward, train_step
 

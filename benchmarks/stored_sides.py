@@ -14,8 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-import errors
-import flags
+from base import errors, flags
 
 CROPS = 4  # per image
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from errors import UsageError
+from base.errors import UsageError
 
 from . import torchvision_zoo
 from .layers import BLURPOOL_NOTICE, set_drop_path_rate

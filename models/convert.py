@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from errors import CheckpointError, UsageError
+from base.errors import CheckpointError, UsageError
 
 from .layers import has_blur
 

@@ -10,7 +10,7 @@ import importlib
 import torch
 from torch import Tensor, nn
 
-from errors import UsageError
+from base.errors import UsageError
 
 BLURPOOL_NOTICE = (
     "note: --use-blurpool runs code of antialiased-cnns (Adobe), licensed CC BY-NC-SA 4.0: "

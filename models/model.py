@@ -12,7 +12,7 @@ from collections import OrderedDict
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from errors import UsageError
+from base.errors import UsageError
 
 from .layers import Blur, DropPath, set_drop_path_rate
 

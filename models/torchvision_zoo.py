@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from errors import UsageError
+from base.errors import UsageError
 
 ZOO = ("efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError
+from base.errors import DataError
 from sources.index import ArraySplit, DatasetIndex
 
 

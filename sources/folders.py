@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from errors import DataError, printable
+from base.errors import DataError, printable
 from sources.index import DatasetIndex, FileSplit
 
 IMAGE_ENDINGS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import UsageError
+from base.errors import UsageError
 from sources.index import ArraySplit, DatasetIndex, Split, stratified_split
 
 # Of the 1,797 images, pixels in [0, 1]; tests/test_layouts.py measures them.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from errors import DataError, UsageError
+from base.errors import DataError, UsageError
 from sources.index import DatasetIndex, Split
 
 VALIDATION = ("validation", "valid", "val", "test")  # the first that has labels

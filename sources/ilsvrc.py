@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from errors import DataError
+from base.errors import DataError
 from sources import folders
+from sources.archives.unpack import FOLDER, PLAIN, REMARK, Member, tar_members, unexpected
 from sources.imagenet import flat_val_labels
-from sources.unpack import FOLDER, PLAIN, REMARK, Member, tar_members, unexpected
 
 VAL_IMAGE = re.compile(r"(?:val/)?(ILSVRC2012_val_\d{8})\.JPEG")
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from errors import DataError
+from base.errors import DataError
 from sources import folders
 from sources.index import DatasetIndex
 
@@ -193,7 +193,7 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
 
 def _names_in(place: Path) -> dict[str, str]:
     """{id: first word} of words.txt (Tiny ImageNet), LOC_synset_mapping.txt or Labels.json (Kaggle)."""
-    import schemas
+    from base import schemas
 
     pairs: list[list[str]] = []
     if (place / "words.txt").is_file():

@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from errors import DataError
+from base.errors import DataError
 from sources import augment
 
 # A crafted EPS or PSD file called .JPEG must never reach the parser of such a format.

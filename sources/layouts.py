@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError, UsageError
+from base.errors import DataError, UsageError
 from sources import folders
 from sources.index import DatasetIndex, FileSplit, stratified_split, take_subset
 

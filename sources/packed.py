@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from errors import DataError
+from base.errors import DataError
 from sources.index import DatasetIndex, Split
 
 COLUMNS = pa.schema([pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
@@ -166,7 +166,7 @@ def file_crc32(path: str) -> int:
 
 def read_json(path: str, finished: bool = True) -> dict:
     """manifest.json, or packing.json while it is not `finished`."""
-    import schemas
+    from base import schemas
 
     if finished:
         return schemas.read_packing(path, schemas.Manifest, FORMAT, REPAIR)

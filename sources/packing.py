@@ -19,7 +19,7 @@ import cv2
 import numpy as np
 import pyarrow as pa
 
-from errors import DataError, UsageError
+from base.errors import DataError, UsageError
 from sources.images import BadImage, decode
 from sources.index import DatasetIndex, Split
 from sources.packed import (
@@ -265,7 +265,7 @@ def _records_of(manifest: dict) -> list[dict]:
 
 
 def _read_records(path: str, plan: dict) -> list[dict]:
-    import schemas
+    from base import schemas
 
     if not os.path.isfile(path):
         return []

@@ -33,8 +33,8 @@ from runs import SERVER
 
 HANG = 20  # seconds; a case takes half of one
 SERVER.set_forkserver_preload(
-    ["torch", "numpy", "cv2", "albumentations", "pyarrow", "yaml", "train", "build", "trainer", "sources.layouts",
-     "sources.packed", "inference", "torch._dynamo", "torchvision", "matplotlib.figure", "runs", "fuzzing"])  # fmt: skip
+    ["torch", "numpy", "cv2", "albumentations", "pyarrow", "yaml", "train", "harness.build", "loop", "sources.layouts",
+     "sources.packed", "analysis.predictions", "torch._dynamo", "torchvision", "matplotlib.figure", "runs", "fuzzing"])  # fmt: skip
 TINY = ["--dataset", "digits", "--subset", "--subset-size", "40", "--arch", "resnet_tiny", "--epochs", "2", "--resize-schedule",
         "8,16", "--phase-batch-sizes", "10,10", "--num-workers", "0", "--device", "cpu", "--amp", "off"]  # fmt: skip
 FOLDERS = [*TINY[5:], "--dataset", "imagenet", "--data-dir"]
@@ -127,7 +127,7 @@ def _child(command: str, argv: list[str], folder: str, log: str) -> None:
     os.environ.update(HF_HUB_OFFLINE="1")
     sys.dont_write_bytecode = True
     torch.set_num_threads(1)
-    import errors
+    from base import errors
 
     main = importlib.import_module(command).main
     sys.argv = [f"{command}.py", *argv]

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-import build
-import flags
 import train
-from errors import UserError
+from base import flags
+from base.errors import UserError
+from harness import build
+from loop import Run
 from sources import layouts
 from train_utils import train_step
-from trainer import Run
 
 TINY = [
     *("--dataset", "digits", "--subset", "--subset-size", "40", "--arch", "resnet_tiny", "--drop-path-rate", "0.3"),

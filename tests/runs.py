@@ -77,7 +77,7 @@ def exact(value) -> str:
 # A process that starts in a twentieth of a second: forked from a server that has everything imported.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["torch", "numpy", "cv2", "albumentations", "train", "build", "trainer", "sources.layouts", "runs"]
+    ["torch", "numpy", "cv2", "albumentations", "train", "harness.build", "loop", "sources.layouts", "runs"]
 )
 
 
@@ -116,8 +116,8 @@ def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    import errors
     import train
+    from base import errors
 
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]

@@ -17,11 +17,11 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-import flags
 import train
 from ablation_runs import report, results, run, studies, study
 from ablation_runs.study import Study, Variant, merged
-from errors import DataError, UsageError, UserError
+from base import flags
+from base.errors import DataError, UsageError, UserError
 
 IMAGES = {"tiny-imagenet": 100_000, "imagenet100": 126_689, "cifar100": 50_000, "synthetic": 64, "imagenet": 2000}
 EVERY = [(s, preset) for s in studies.STUDIES.values() for preset in study.PRESETS if preset != "cpu" or s.cpu]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from analysis import figures, plots, runs
-from errors import DataError, ResourceError, UsageError
+from base.errors import DataError, ResourceError, UsageError
 
 
 def row(epoch: int, size: int = 32, batch: int = 64, **values) -> dict:

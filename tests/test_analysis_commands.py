@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import train
 from analysis import batch, feature_maps, filters, gradcam, loss_landscape, misclassified
-from errors import CheckpointError, DataError, UsageError
+from base.errors import CheckpointError, DataError, UsageError
 from models import build_model
 
 DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "100", "--device", "cpu"]
@@ -258,7 +258,7 @@ def test_loss_landscape_command(trained, tmp_path):
 
 
 def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
-    import checkpoint
+    from harness import checkpoint
 
     save = ["--save-dir", str(tmp_path), "--stop-after", "1", "--lr", "1e-30", "--weight-decay", "0", "--no-ema"]
     train.main([*TRAIN, *save, "--seed", "5"])

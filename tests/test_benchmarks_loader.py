@@ -7,8 +7,8 @@ import pytest
 from test_images import encoded, photo
 from test_packed import make_folders
 
+from base.errors import DataError, UsageError
 from benchmarks import loader, memory, stages, stored_sides
-from errors import DataError, UsageError
 from sources.packed import open_packed
 
 KEYS = {"size", "loader", "augmentation", "workers", "images_per_second", "ratio_to_torchvision"}

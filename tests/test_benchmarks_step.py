@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from base.device import Runtime
 from benchmarks import device_rates, step, step_loops
 from models import build_model
-from runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 TINY = step_loops.Setting("resnet_tiny", 16, 8)

@@ -16,12 +16,12 @@ from inprocess import TINY, tiny_run
 from malice import PAYLOADS, SENTINEL, whole, write
 from runs import ROOT, digest, exact, finish, spawn
 
-import checkpoint
-import errors
+import loop
 import train
-import trainer
-from errors import CheckpointError, ResourceError
-from metrics import read_metrics
+from base import errors
+from base.errors import CheckpointError, ResourceError
+from harness import checkpoint
+from harness.log import read_metrics
 
 CRASH_POINTS = ("before_open", "after_open", "before_flush", "after_fsync", "before_rename", "between_renames",
                 "after_rename", "between_link_and_rename")  # fmt: skip
@@ -469,7 +469,7 @@ def test_the_best_is_the_first_with_the_highest_finite_score(scores, best, tmp_p
     run = tiny_run(tmp_path, "--epochs", 9, "--phase-epochs", "1,1,7")
     for epoch, score in enumerate(scores, 7):
         row_ = row(epoch, score)
-        row_["best"] = trainer.judge(run, row_)
+        row_["best"] = loop.judge(run, row_)
         run.state.rows.append(row_)
     assert run.state.best["epoch"] == (best + 6 if best else 0)
     assert [r["epoch"] for r in run.state.rows if r["best"]][-1:] == [best + 6][: bool(best)]
@@ -478,8 +478,8 @@ def test_the_best_is_the_first_with_the_highest_finite_score(scores, best, tmp_p
 def test_the_best_survives_a_resume_with_worse_epochs(tmp_path, monkeypatch):
     flags = ("--epochs", "6", "--phase-epochs", "1,1,4")
     scores = {5: 90.0, 6: 10.0}
-    real = trainer.scores
-    monkeypatch.setattr(trainer, "scores", lambda run, phase: {
+    real = loop.scores
+    monkeypatch.setattr(loop, "scores", lambda run, phase: {
         **real(run, phase), "ema_val_top1": scores.get(len(run.state.rows) + 1, 0.0)})  # fmt: skip
     per_epoch = 5
     main(*TINY, *flags, "--save-dir", tmp_path, "--stop-after", 5 * per_epoch + 1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from inprocess import tiny_run
 
-from runtime import seed_everything
+from base.device import seed_everything
 from train_utils import train_step
 
 SIZES = ["--resize-schedule", "16,24,32"]

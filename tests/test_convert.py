@@ -5,7 +5,7 @@ import torch
 import torchvision
 from torch import nn
 
-from errors import CheckpointError, UsageError
+from base.errors import CheckpointError, UsageError
 from models import build_model
 from models.convert import adapt_state_dict, describe, find_weights, head_of, to_torchvision
 from models.model import preact_resnet50, resnet18, resnet50

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 import dataloader
-import flags
+from base import flags
+from base.errors import DataError, UserError
+from base.flags import parse_augment
 from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, train_loader
-from errors import DataError, UserError
-from flags import parse_augment
-from runtime import STOP_SIGNALS, StopSignals, left_to_parent
+from harness.interrupts import STOP_SIGNALS, StopSignals, left_to_parent
 from sources.images import TrainTransform
 from sources.index import ArraySplit, Split, balanced_subset, take_subset
 from sources.layouts import index as find

@@ -16,13 +16,13 @@ from inprocess import TINY, built, config_of
 from runs import ROOT, SERVER, digest, environment, finish, payload, spawn
 from torch import nn
 
+import loop
 import train
 import train_utils
-import trainer
+from base.device import Runtime, lost_ranks_named
+from base.errors import ResourceError, UserError
 from dataloader import Order
-from errors import ResourceError, UserError
-from metrics import MetricLogger
-from runtime import Runtime, lost_ranks_named
+from harness.log import MetricLogger
 from train_utils import evaluate
 
 TERM = 15
@@ -139,7 +139,7 @@ def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize("where", ["train_utils.train_step:7", "train_utils.hits:1", "trainer.checkpoint.save:1"])
+@pytest.mark.parametrize("where", ["train_utils.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"])
 def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
     if dies == 1 and "save" in where:
         where = "runtime.Runtime.barrier:1"
@@ -228,7 +228,7 @@ def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
             module.eval().train = lambda mode=True, module=module: module
     losses, real = [], train_utils.train_step
     train_utils.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
-    trainer.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main))
+    loop.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main))
     if run.runtime.is_main:
         (Path(save_dir) / "losses.json").write_text(json.dumps(losses))
 

@@ -22,11 +22,11 @@ import numpy as np
 import pytest
 
 import download_imagenet
-import errors
+from base import errors
+from base.errors import DataError, ResourceError, UsageError
 from download_imagenet import Archive, main
-from errors import DataError, ResourceError, UsageError
 from sources import fetch, folders, ilsvrc, unpack
-from sources.fetch import Wanted, check_url, download
+from sources.archives.fetch import Wanted, check_url, download
 from sources.layouts import index
 
 BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # begins like a .gz file

@@ -7,10 +7,10 @@ import pytest
 import torch
 from inprocess import TINY, tiny_run
 
-import dryrun
-import flags
 import train
-from dryrun import Rate, timed
+from base import flags
+from harness import dryrun
+from harness.dryrun import Rate, timed
 from optim import Schedule
 from train_utils import Phase, plan
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from base.errors import CheckpointError
 from ema import EMA, NoEMA, decay_for_half_life
-from errors import CheckpointError
 
 
 def a_model(seed=0, dtype=torch.float64):

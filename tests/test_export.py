@@ -5,20 +5,19 @@ import json
 import pytest
 import torch
 
-import checkpoint
-import export
-import inference
 import predict
-from errors import ResourceError, UsageError, UserError
+from analysis import export, predictions
+from base.device import Runtime
+from base.errors import ResourceError, UsageError, UserError
+from harness import checkpoint
 from models import build_model
-from runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture
 def opened(photo_run):
-    models, payload = inference.open_models(str(photo_run), "ema", CPU)
+    models, payload = predictions.open_models(str(photo_run), "ema", CPU)
     return models["ema"], payload
 
 

@@ -9,12 +9,12 @@ from inprocess import tiny_run
 from runs import digest
 from test_options import fitted
 
-import preflight
+from base.device import seed_everything
+from base.errors import ResourceError
+from base.flags import parse_augment
 from dataloader import train_loader
-from errors import ResourceError
-from flags import parse_augment
+from harness import preflight
 from models import build_model
-from runtime import seed_everything
 from sources.layouts import index as find
 from train_utils import train_step
 

@@ -10,9 +10,9 @@ import torch
 from inprocess import look
 from test_options import OPTIONS
 
-import flags
 import train
-from errors import UsageError
+from base import flags
+from base.errors import UsageError
 
 RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, resize-schedule: [8, 16, 24],
              batch-size: 16, num-workers: 0, device: cpu, amp: off, seed: 6}"""  # what a mode idles of it is let go

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from errors import DataError
+from base.errors import DataError
 from sources import images
 from sources.images import BadImage, EvalTransform, TrainTransform, decode
 

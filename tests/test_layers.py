@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from errors import UsageError
+from base.errors import UsageError
 from models.layers import Blur, DropPath, has_blur, set_drop_path_rate
 
 

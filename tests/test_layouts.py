@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from errors import DataError, UsageError
+from base.errors import DataError, UsageError
 from sources import folders, generated, imagenet, layouts
 from sources.index import stratified_split
 from sources.layouts import index

@@ -16,9 +16,9 @@ import ema
 import lr_finder
 import optim
 import train
-from errors import DivergedError, UsageError
-from lr_curve import Divergence, longest_descent, smooth, suggest
-from runtime import Runtime
+from analysis.lr_curve import Divergence, longest_descent, smooth, suggest
+from base.device import Runtime
+from base.errors import DivergedError, UsageError
 from sources.generated import digits
 from train_utils import BatchNormBuffers, Step, TrainState, train_step
 

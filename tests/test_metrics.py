@@ -9,8 +9,9 @@ import pytest
 import torch
 from sklearn.metrics import top_k_accuracy_score
 
-from errors import DataError, UsageError
-from metrics import MetricLogger, hits, read_metrics
+from base.errors import DataError, UsageError
+from data_utils import hits
+from harness.log import MetricLogger, read_metrics
 
 
 def test_hits_equal_scikit_learns_on_random_cases():

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from errors import UsageError
+from base.errors import UsageError
 from models.convert import adapt_state_dict
 from models.layers import DropPath
 from models.model import preact_resnet50, resnet18, resnet34, resnet50

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import flags
 import models
-from errors import UsageError
+from base import flags
+from base.errors import UsageError
 from models import torchvision_zoo
 from models.convert import describe
 

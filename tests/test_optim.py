@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
 
-from errors import CheckpointError, UsageError
+from base.errors import CheckpointError, UsageError
 from optim import OPTIMIZERS, SCHEDULES, Lamb, Schedule, build_optimizer, clip_gradients, param_groups
 
 F64 = torch.float64

@@ -14,15 +14,12 @@ import torch
 from inprocess import TINY, built, config_of, hashed, look
 from runs import digest
 
-import build
-import checkpoint
-import errors
-import flags
-import rundir
+import loop
 import train
-import trainer
-from errors import CheckpointError, UserError
-from metrics import MetricLogger
+from base import errors, flags
+from base.errors import CheckpointError, UserError
+from harness import build, checkpoint, rundir
+from harness.log import MetricLogger
 from sources import layouts
 
 # name: (what both runs share, what the second one changes); more than one change as a list of them
@@ -240,15 +237,15 @@ GRID = [
 ]  # fmt: skip
 
 
-def fitted(arguments: list[str], save_dir: Path, resume: bool = False) -> trainer.Run:
+def fitted(arguments: list[str], save_dir: Path, resume: bool = False) -> loop.Run:
     save_dir.mkdir(exist_ok=True)
     config = config_of(*arguments)
     run = built(config, save_dir)
     if resume:
         train.restore(run, checkpoint.load(next(save_dir.glob("last_*.pt"))), config)
     try:
-        trainer.fit(run, MetricLogger(save_dir, run.state.rows))
-    except trainer.Finished:
+        loop.fit(run, MetricLogger(save_dir, run.state.rows))
+    except loop.Finished:
         pass
     finally:
         torch.use_deterministic_algorithms(False)

@@ -14,7 +14,7 @@ import pytest
 from test_packed import make_folders
 
 import pack_dataset
-from errors import DataError, ResourceError, UsageError
+from base.errors import DataError, ResourceError, UsageError
 from sources import packing
 from sources.layouts import index
 from sources.packed import open_packed

@@ -12,7 +12,7 @@ import pytest
 from test_images import encoded, photo
 
 import pack_dataset
-from errors import DataError
+from base.errors import DataError
 from sources import packed, packing
 from sources.images import decode
 from sources.index import ArraySplit, DatasetIndex

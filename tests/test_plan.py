@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from inprocess import config_of
 from torch import nn
 
-import build
 import optim
+from base.errors import UsageError
 from dataloader import Order
-from errors import UsageError
+from harness import build
 from models import build_model
 from train_utils import phase_of, plan, share_epochs, smallest_piece
 

@@ -8,11 +8,11 @@ import shutil
 import pytest
 import torch
 
-import inference
 import predict
+from analysis import predictions
+from base.device import Runtime
+from base.errors import CheckpointError, DataError, UsageError
 from dataloader import eval_loader
-from errors import CheckpointError, DataError, UsageError
-from runtime import Runtime
 from sources import layouts
 
 CPU = Runtime(torch.device("cpu"))
@@ -26,9 +26,9 @@ def asked(capsys, *arguments):
 
 def test_the_answers_are_those_of_validation_bit_for_bit(photos, photo_run):
     index = layouts.index("imagenet", photos)
-    models, payload = inference.open_models(str(photo_run), "ema", CPU)
+    models, payload = predictions.open_models(str(photo_run), "ema", CPU)
     facts, files = payload["eval"], [index.val.path(i) for i in range(len(index.val))]
-    theirs = torch.cat([inference.logits_of(models["ema"], images, CPU)
+    theirs = torch.cat([predictions.logits_of(models["ema"], images, CPU)
                         for images, _ in eval_loader(index.val, index, image_size=24, batch_size=64)])  # fmt: skip
 
     class Config:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from inprocess import tiny_run
 
-import errors
-import preflight
-from errors import ResourceError
+from base import errors
+from base.device import memory_for
+from base.errors import ResourceError
+from harness import preflight
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -118,7 +119,7 @@ def fail(error: Exception):
 @pytest.mark.parametrize("error", SAID, ids=lambda error: str(error)[:40])
 def test_whatever_says_that_memory_ran_out_is_exit_6(run, error, monkeypatch, capsys):
     assert preflight.largest_fitting(4, lambda images: images > 1 and fail(error)) == 1
-    for named in (preflight.out_of_memory_named(run), preflight.memory_for("x", "y", torch.device("cpu"))):
+    for named in (preflight.out_of_memory_named(run), memory_for("x", "y", torch.device("cpu"))):
         with pytest.raises(ResourceError, match="out of memory"), named:
             fail(error)
     monkeypatch.setattr(signal, "signal", lambda *args: None)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import flags
 import train
-from errors import UsageError
+from base import flags
+from base.errors import UsageError
 from models import build_model
 from optim import Schedule, build_optimizer
 from train_utils import plan

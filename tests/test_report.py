@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from analysis import figures, markdown, page, report, svg
-from errors import DataError, ResourceError, UsageError
+from base.errors import DataError, ResourceError, UsageError
 
 EVIL = """<script>alert('x')</script>"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
 VOID = {"meta", "img", "br", "line", "circle", "polyline"}

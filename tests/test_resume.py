@@ -11,10 +11,10 @@ import pytest
 import torch
 from runs import TINY, digest, finish, payload, spawn
 
-import checkpoint
 import pack_dataset
 import train
-from errors import CheckpointError
+from base.errors import CheckpointError
+from harness import checkpoint
 
 BF16 = [*TINY, "--amp", "bf16", "--resize-schedule", "32,40,48"]  # see build._without_broken_bf16 for why not 16 px
 STEPS = 11  # of the TINY run on 72 images: 3 + 4 + 4

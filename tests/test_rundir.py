@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -13,15 +14,10 @@ import pytest
 from inprocess import TINY, tiny_run
 from runs import ROOT, digest, environment, finish, payload, spawn
 
-import build
-import checkpoint
-import errors
-import flags
-import metrics
-import preflight
-import rundir
 import train
-from errors import ResourceError, UsageError, UserError
+from base import errors, flags
+from base.errors import ResourceError, UsageError, UserError
+from harness import build, checkpoint, log, preflight, rundir
 
 NAME = "resnet_tiny_digits.pt"
 
@@ -303,12 +299,11 @@ def test_a_filesystem_without_locks_has_runs(number, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "place", ["checkpoint.save", "metrics.MetricLogger.log", "rundir.write_json", "trainer.evaluate"]
+    "place", ["harness.checkpoint.save", "harness.log.MetricLogger.log", "base.files.write_json", "loop.evaluate"]
 )
 def test_a_directory_that_is_removed_ends_the_run_by_name(place, tmp_path, monkeypatch):
-    owner = __import__(place.split(".")[0])
-    owner = getattr(owner, "MetricLogger", owner) if "Metric" in place else owner
-    name = place.rpartition(".")[2]
+    owner, _, name = place.rpartition(".")
+    owner = pkgutil.resolve_name(owner)
     real = getattr(owner, name)
 
     def removed(*args, **how):
@@ -373,7 +368,7 @@ def test_a_tracker_that_does_not_import_says_why_before_anything_is_written(
     assert cause in error.what and package in error.what and "--force-reinstall" in error.fix
     assert not (tmp_path / "run").exists()
     with pytest.raises(UsageError, match="pip install no_such_package"):
-        metrics.optional("no_such_package", "--nothing")
+        log.optional("no_such_package", "--nothing")
 
 
 @pytest.mark.parametrize("text, seconds", [("30s", 30), ("0.5s", 0.5), ("15min", 900)])

@@ -11,16 +11,15 @@ import torch
 from inprocess import TINY, config_of, tiny_run
 from test_packed import make_folders
 
-import checkpoint
-import errors
 import optim
 import pack_dataset
-import schemas
 import train
 import validate
 from ablation_runs import results
 from analysis import report, runs
-from errors import CheckpointError, DataError
+from base import errors, schemas
+from base.errors import CheckpointError, DataError
+from harness import checkpoint
 from sources import packed
 
 FOREIGN = [None, "5", True, 1.5, -50, 10**30, float("nan"), [], {}, [[[]]], "\x1b[31m\nred"]

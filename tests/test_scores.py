@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sk
 
-import inference
-from scores import Pair, calibration, confused_pairs, confusion, match_classes, per_class
+from analysis import predictions
+from analysis.scores import Pair, calibration, confused_pairs, confusion, match_classes, per_class
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(2, 12), st.integers(1, 60))
@@ -19,7 +19,7 @@ def test_everything_equals_scikit_learn(seed, num_classes, n):
     rng = np.random.default_rng(seed)
     logits = torch.from_numpy(rng.integers(0, 4, (n, num_classes)).astype(np.float32))  # many ties
     labels = torch.from_numpy(rng.integers(0, num_classes, n))
-    answers = inference.Answers(*(part.numpy() for part in inference._answers(logits, labels)))
+    answers = predictions.Answers(*(part.numpy() for part in predictions._answers(logits, labels)))
     y, guesses = labels.numpy(), answers.guesses
 
     assert guesses.tolist() == logits.numpy().argmax(1).tolist()  # NumPy promises the lowest
@@ -46,7 +46,7 @@ def test_everything_equals_scikit_learn(seed, num_classes, n):
 
 def test_nan_is_never_right_and_no_guess():
     logits = torch.tensor([[float("nan"), 1.0, 0.0], [float("nan")] * 3, [0.0, float("nan"), float("-inf")]])
-    _, guesses, _, _, right = inference._answers(logits, torch.tensor([0, 0, 1]))
+    _, guesses, _, _, right = predictions._answers(logits, torch.tensor([0, 0, 1]))
     assert guesses.tolist() == [1, 0, 0] and not right[:, 0].any()
 
 

@@ -14,9 +14,9 @@ FORBIDDEN = {"eval", "exec", "__import__", "os.system", "os.popen", "yaml.load",
 METHODS = {"extractall", "extract"}  # of archives: download_imagenet writes its members itself, one by one
 # (file, what): the exceptions, each with its reason in the file.
 ALLOWED = {
-    ("checkpoint.py", "torch.load"),  # only with weights_only=True: the next test
-    ("checkpoint.py", "torch.save"),
-    ("schemas.py", "eval"),  # the name of a checkpoint's field
+    ("harness/checkpoint.py", "torch.load"),  # only with weights_only=True: the next test
+    ("harness/checkpoint.py", "torch.save"),
+    ("base/schemas.py", "eval"),  # the name of a checkpoint's field
     ("sources/cifar.py", "pickle.Unpickler"),  # a subclass that builds NumPy arrays only
 }
 
@@ -63,7 +63,7 @@ def test_nothing_runs_what_it_reads(path):
 
 
 def test_every_torch_load_reads_weights_only():
-    tree = ast.parse((ROOT / "checkpoint.py").read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / "harness/checkpoint.py").read_text(encoding="utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"]
     assert len(calls) == 1
     assert {k.arg: getattr(k.value, "value", None) for k in calls[0].keywords}["weights_only"] is True

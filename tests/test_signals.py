@@ -14,10 +14,9 @@ import torch
 from inprocess import TINY
 from runs import command, digest, environment, finish, payload, spawn
 
-import checkpoint
-import errors
-import runtime
 import train
+from base import errors
+from harness import checkpoint, interrupts
 
 INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
 # What is about to be done when the signal comes -> the step that is saved then.
@@ -28,13 +27,13 @@ STATES = {
     "train_utils.train_step:8": 8,
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1": 0,  # workers start
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of validation
-    "trainer.evaluate:1": 5,
+    "loop.evaluate:1": 5,
     "train_utils.hits:1": 5,  # between raw and averaged weights
-    "trainer.evaluate:4": 10,  # of the training sample
-    "checkpoint._write_and_prove:1": 5,
-    "checkpoint._move_into_place:2": 5,  # with its row
-    "checkpoint._move_into_place:4": 10,
-    "build.build_loader:2": 5,  # at the change of size
+    "loop.evaluate:4": 10,  # of the training sample
+    "harness.checkpoint._write_and_prove:1": 5,
+    "harness.checkpoint._move_into_place:2": 5,  # with its row
+    "harness.checkpoint._move_into_place:4": 10,
+    "harness.build.build_loader:2": 5,  # at the change of size
     "metrics.MetricLogger.log:2": 10,
 }
 
@@ -80,7 +79,7 @@ def resumed(save_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("state", ["metrics.MetricLogger.log:3", "checkpoint.link:1"])
+@pytest.mark.parametrize("state", ["metrics.MetricLogger.log:3", "harness.checkpoint.link:1"])
 def test_a_signal_when_nothing_is_left_to_do_does_not_unmake_a_finished_run(state, straight, tmp_path):
     assert stop_at(state, str(TERM), tmp_path / "run", tmp_path / "log", 0) == 0
     assert "done: best" in (tmp_path / "log").read_text()
@@ -95,10 +94,10 @@ def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
     assert resumed(tmp_path / "run") == straight
 
 
-FAST = [("train_utils.train_step:8", INT), ("train_utils.hits:1", TERM), ("checkpoint._write_and_prove:1", TERM),
+FAST = [("train_utils.train_step:8", INT), ("train_utils.hits:1", TERM), ("harness.checkpoint._write_and_prove:1", TERM),
         ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
 REST = (
-    [(state, TERM) for state in STATES] + [(state, INT) for state in list(STATES)[::3]] + [("trainer.evaluate:1", USR1)]
+    [(state, TERM) for state in STATES] + [(state, INT) for state in list(STATES)[::3]] + [("loop.evaluate:1", USR1)]
 )
 
 
@@ -116,7 +115,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     assert resumed(save_dir) == straight
 
 
-@pytest.mark.parametrize("state", ["checkpoint._write_and_prove:2",
+@pytest.mark.parametrize("state", ["harness.checkpoint._write_and_prove:2",
                                    pytest.param("train_utils.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
 def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
@@ -209,7 +208,7 @@ def test_help_into_a_closed_pipe_is_quiet():
 def test_sighup_stays_ignored_under_nohup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        stop = runtime.StopSignals()
+        stop = interrupts.StopSignals()
         with stop.installed():
             os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.received
@@ -223,7 +222,7 @@ def test_sighup_stays_ignored_under_nohup():
 
 
 def test_the_handlers_found_are_put_back(tmp_path):
-    before = [signal.getsignal(number) for number in runtime.STOP_SIGNALS]
+    before = [signal.getsignal(number) for number in interrupts.STOP_SIGNALS]
     train.main([*TINY, "--save-dir", str(tmp_path), "--stop-after", "1"])
-    assert [signal.getsignal(number) for number in runtime.STOP_SIGNALS] == before
+    assert [signal.getsignal(number) for number in interrupts.STOP_SIGNALS] == before
     assert checkpoint.newest(tmp_path)[0]

@@ -6,43 +6,43 @@ import stat
 
 import pytest
 
-import tables
-from errors import ResourceError
+from base import files
+from base.errors import ResourceError
 
 
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-2", "@SUM(A1)", "\tx", "\rx"])
 def test_no_cell_is_a_formula(name):
-    rows = list(csv.reader(io.StringIO(tables.csv_text(("class", name), [(name, -1.5)]), newline="")))
+    rows = list(csv.reader(io.StringIO(files.csv_text(("class", name), [(name, -1.5)]), newline="")))
     assert rows[0][1] == rows[1][0] == "'" + name.replace("\r", "\\r")
     assert rows[1][1] == "-1.5"  # numbers stay numbers
 
 
 def test_other_text_comes_back_as_it_was():
     row = ["a, b", 'say "x"', "line\nbreak", "plain", "ünï"]
-    assert list(csv.reader(io.StringIO(tables.csv_text(("h",), [row]))))[1] == row
+    assert list(csv.reader(io.StringIO(files.csv_text(("h",), [row]))))[1] == row
 
 
 def test_json_has_no_nan():
-    text = tables.json_text({"a": [1.0, float("nan")], "b": (float("inf"), {"c": None})})
+    text = files.json_text({"a": [1.0, float("nan")], "b": (float("inf"), {"c": None})})
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.0, None], "b": [None, {"c": None}]}
 
 
 def test_a_name_that_is_no_unicode_is_written_escaped(tmp_path):
-    assert tables.write(tmp_path / "x" / "t.csv", "caf\udce9").read_text() == "caf\\udce9"
+    assert files.write(tmp_path / "x" / "t.csv", "caf\udce9").read_text() == "caf\\udce9"
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["t.csv"]
 
 
 def test_what_cannot_be_written_is_a_resource_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write"):
-        tables.write(tmp_path / "file" / "t.csv", "")
+        files.write(tmp_path / "file" / "t.csv", "")
 
 
 def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:
-        tables.write(tmp_path / "pipe", "text")
+        files.write(tmp_path / "pipe", "text")
         assert os.read(reader, 99) == b"text" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     finally:
         os.close(reader)

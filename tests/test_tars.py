@@ -9,7 +9,7 @@ from scipy.io import savemat
 from test_images import encoded, photo
 
 import pack_dataset
-from errors import DataError
+from base.errors import DataError
 from sources import tars
 from sources.packed import open_packed
 

@@ -11,9 +11,9 @@ import torch
 from inprocess import TINY
 from runs import digest, finish, spawn
 
-import checkpoint
 import train
-from metrics import read_metrics
+from harness import checkpoint
+from harness.log import read_metrics
 
 KILLS = 100
 OFTEN = ("--save-every", "0.001min")  # a save every 60 ms: about half of the kills come in the middle of one

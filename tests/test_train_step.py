@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import data_utils
 import ema
 import optim
-from errors import DivergedError
+from base.device import Runtime, seed_everything
+from base.errors import DivergedError
 from models import build_model
-from runtime import Runtime, seed_everything
 from train_utils import BatchNormBuffers, EvalResult, Step, TrainState, evaluate, train_one_epoch, train_step
 
 CPU = Runtime(torch.device("cpu"))

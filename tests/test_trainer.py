@@ -8,10 +8,10 @@ import torch
 from inprocess import tiny_run
 from runs import digest, payload
 
+import loop
 import train
-import trainer
-from errors import DataError, DivergedError
-from metrics import MetricLogger, read_metrics
+from base.errors import DataError, DivergedError
+from harness.log import MetricLogger, read_metrics
 
 SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24", "--num-workers", "0",
          "--device", "cpu", "--amp", "off")  # fmt: skip
@@ -60,10 +60,10 @@ def test_a_bad_validation_image_fails_and_costs_no_epoch(photos, tmp_path):
 def test_an_epoch_that_is_due_is_saved_before_it_is_scored_and_again_with_its_row(
     every, eval_every, saves, tmp_path, monkeypatch
 ):
-    run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], trainer.save
-    monkeypatch.setattr(trainer, "save", lambda run, kind: (
+    run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], loop.save
+    monkeypatch.setattr(loop, "save", lambda run, kind: (
         kind == "last" and seen.append((run.state.step, len(run.state.rows))), real(run, kind)))  # fmt: skip
-    trainer.fit(run, MetricLogger(tmp_path))
+    loop.fit(run, MetricLogger(tmp_path))
     assert seen == saves
 
 
@@ -74,7 +74,7 @@ def judged(run, scores: dict[int, float]) -> list[int]:
         if run.finished:
             break
         row = {"epoch": epoch, "ema_val_top1": score}
-        found += [epoch] if trainer.judge(run, row) else []
+        found += [epoch] if loop.judge(run, row) else []
         run.state.rows.append(row)
     return found
 
@@ -116,7 +116,7 @@ def overflowing(tmp_path, until: float, *arguments: object):
 
 def test_back_offs_are_counted_in_their_epoch_and_said_once(tmp_path):
     run, said = overflowing(tmp_path, 3)
-    trainer.fit(run, MetricLogger(tmp_path))
+    loop.fit(run, MetricLogger(tmp_path))
     assert [row["bad_steps"] for row in run.state.rows] == [3, 0, 0]
     assert [line for line in said if "fp16" in line] == [
         "note: 3 steps of epoch 1 overflowed under fp16 and were passed over; the scale is 8192 now"]  # fmt: skip
@@ -127,7 +127,7 @@ def test_back_offs_without_end_end_the_run_with_a_clean_checkpoint(tmp_path):
     run, said = overflowing(tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
     with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\n"):
-        trainer.fit(run, MetricLogger(tmp_path))
+        loop.fit(run, MetricLogger(tmp_path))
     saved = payload(tmp_path)
     assert saved["step"] == 25 and saved["optimizer"]["state"] == {}
     assert all(torch.equal(before[name], value) for name, value in saved["model"].items())
@@ -137,7 +137,7 @@ def test_back_offs_without_end_end_the_run_with_a_clean_checkpoint(tmp_path):
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
 def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
     built = tiny_run(tmp_path)
-    trainer.save(built, "last")
+    loop.save(built, "last")
     before = built.path("last").read_bytes()
     state, model = built.state, built.state.model
     first = next(model.parameters())
@@ -147,7 +147,7 @@ def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
               "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan))}  # fmt: skip
     ruined[what]()
     with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
-        trainer.save(built, "last")
+        loop.save(built, "last")
     assert built.path("last").read_bytes() == before
 
 

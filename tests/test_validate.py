@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
-import inference
-import rundir
 import validate
-from analysis import figures, score_figures
-from errors import CheckpointError, DataError, ResourceError, UsageError
-from runtime import Runtime
-from scores import calibration, confused_pairs, confusion
+from analysis import figures, predictions, score_figures
+from analysis.scores import calibration, confused_pairs, confusion
+from base.device import Runtime
+from base.errors import CheckpointError, DataError, ResourceError, UsageError
+from harness import checkpoint, rundir
 
 CPU = Runtime(torch.device("cpu"))
 PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
@@ -90,8 +88,8 @@ def test_fewer_classes_keep_their_places(photos, photo_run, tmp_path, capsys):
     assert "2 of the model's 3 classes" in said.err
     numbers = json.loads(said.out)
     assert [line["class"] for line in numbers["per_class"]] == ["dog", "owl"]
-    models, _ = inference.open_models(str(photo_run), "ema", CPU)
-    whole = inference.ask(models, batches_of(photos, [1, 2]), CPU)["ema"]
+    models, _ = predictions.open_models(str(photo_run), "ema", CPU)
+    whole = predictions.ask(models, batches_of(photos, [1, 2]), CPU)["ema"]
     assert numbers["details_of"]["top1"] == pytest.approx(100 * whole.right[:, 0].mean())
 
 
@@ -135,7 +133,7 @@ def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monke
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(inference, "ask", full)
+    monkeypatch.setattr(predictions, "ask", full)
     with pytest.raises(ResourceError, match="at 24 px, batch 64") as error:
         validate.main([str(photo_run), *PLAIN, "--out", str(tmp_path)])
     assert "--batch-size" in error.value.fix
@@ -161,8 +159,8 @@ class Colour(nn.Module):
 
 def test_flip_averages_the_probabilities_of_both_pictures():
     images = torch.randn(4, 3, 6, 6)
-    found = inference.ask({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
-    both = inference.flipped_logits(Colour(), images, Colour()(images), CPU)
+    found = predictions.ask({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
+    both = predictions.flipped_logits(Colour(), images, Colour()(images), CPU)
     assert both.exp().sum(1) == pytest.approx(torch.ones(4).numpy(), rel=1e-5)  # of probabilities, the log
     probabilities = (Colour()(images).softmax(1) + Colour()(images.flip(3)).softmax(1)) / 2
     assert found["m flip"].confidence == pytest.approx(probabilities.max(1).values.numpy(), rel=1e-5)
@@ -173,7 +171,7 @@ def test_flip_averages_the_probabilities_of_both_pictures():
 def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2)).eval()
     batches = [(torch.randn(8, 3, 4, 4) * k + k, None) for k in (1.0, 2.0, 3.0)]
-    found = inference.recalibrate(model, batches, CPU)
+    found = predictions.recalibrate(model, batches, CPU)
     assert torch.allclose(
         found[0].running_mean, torch.stack([x.mean((0, 2, 3)) for x, _ in batches]).mean(0), atol=1e-5
     )
@@ -183,15 +181,15 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
     assert not any(module.training for module in found.modules()) and found[0].momentum == 0.1
     assert torch.equal(model[0].running_mean, torch.zeros(3)) and torch.equal(found[2].weight, model[2].weight)
     with pytest.raises(UsageError, match="no BatchNorm"):
-        inference.recalibrate(nn.Linear(2, 2), [], CPU)
+        predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
 
 def test_raw_is_what_is_there_without_an_average(photo_run, tmp_path):
-    models, payload = inference.open_models(str(photo_run), "both", CPU)
+    models, payload = predictions.open_models(str(photo_run), "both", CPU)
     assert list(models) == ["raw", "ema"]
     checkpoint.save(tmp_path / "x.pt", {k: v for k, v in payload.items() if k != "schema"} | {"ema": {}})
     for asked in ("both", "ema", "raw"):
-        assert list(inference.open_models(tmp_path / "x.pt", asked, CPU)[0]) == ["raw"]
+        assert list(predictions.open_models(tmp_path / "x.pt", asked, CPU)[0]) == ["raw"]
 
 
 # --- pictures ---

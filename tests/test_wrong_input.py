@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from runs import ROOT, cli, command, environment, finish, spawn
 
-import errors
-import rundir
 import train
-from errors import UserError
+from base import errors
+from base.errors import UserError
+from harness import rundir
 
 SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
          "--device", "cpu", "--amp", "off")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Where a run happens: device, precision, ranks, seeds and stop signals, each decided once.
+"""Where a run happens: device, precision, ranks and seeds, each decided once.
 
 Nothing else in the project asks which device it is on or how many ranks there are.
 """
@@ -6,9 +6,6 @@ Nothing else in the project asks which device it is on or how many ranks there a
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from errors import DataError, ResourceError, UsageError, exit_at_once
+from base.errors import DataError, ResourceError, UsageError, is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -178,71 +175,6 @@ def seed_everything(*parts: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
-
-
-class Interrupted(BaseException):
-    """A stop signal came while nothing was under way. Not an Exception: no code between may take it for an error."""
-
-
-class StopSignals:
-    """Remembers the first stop signal; the loop asks `received` after every step.
-
-    A second signal ends the process at once: checkpoints are renamed into place, so the previous
-    one is whole. Repeated within a second it counts once: torchrun hands on what a scheduler may
-    have sent to the ranks already. SIGHUP stays ignored where it was (nohup).
-    """
-
-    SAME = 1.0  # seconds
-
-    def __init__(self):
-        self.received, self.since = 0, 0.0
-        self.process = os.getpid()
-        self.waiting = False  # for data, between two steps: an `Interrupted` breaks nothing
-
-    def _remember(self, number: int, frame) -> None:
-        if os.getpid() != self.process:
-            return  # a worker that was just forked
-        if self.received:
-            if time.monotonic() - self.since > self.SAME:
-                exit_at_once(number, frame)
-            return
-        self.received, self.since = int(number), time.monotonic()
-        with suppress(OSError):  # the terminal may be what went away
-            os.write(2, b"\nstopping after this step (again: at once)\n")
-        if self.waiting:
-            raise Interrupted
-
-    @contextmanager
-    def installed(self):
-        wanted = [n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
-        previous = {number: signal.signal(number, self._remember) for number in wanted}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
-def left_to_parent() -> list[int]:
-    """The signals that a worker started now ignores: its parent gets them too, and ends it when it has done with it.
-
-    Ctrl-C always, it reaches the whole process group; the others while `StopSignals` are installed, whose
-    step needs its workers. Without them SIGTERM must end a worker: that is how multiprocessing does it at exit.
-    """
-    in_charge = isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopSignals)
-    return STOP_SIGNALS if in_charge else [signal.SIGINT]
-
-
-def die_with_parent() -> None:
-    """On Linux, ask the kernel to kill this process when its parent dies: no orphans after SIGKILL."""
-    if sys.platform == "linux":
-        import ctypes
-
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def environment(runtime: Runtime) -> dict[str, object]:
     """What a reader needs to reproduce the run; no host, user or path names."""
     import platform
@@ -270,3 +202,25 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+MIB = 2**20
+
+
+def memory_words(device: torch.device) -> str:
+    with suppress(RuntimeError):  # a GPU whose memory ran out may answer nothing
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            return f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
+    return f"on {device.type}"
+
+
+@contextmanager
+def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
+    """Memory that runs out in here becomes a ResourceError that says for what."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ResourceError(f"out of memory at {what} ({memory_words(device)})", fix) from error

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from errors import UsageError
+from base.errors import UsageError
 
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic, hf:<name>"
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
@@ -429,7 +429,7 @@ def _from_file(parser: Parser, action: argparse.Action, value: Any, exact: bool)
 
 
 def _recipes() -> str:
-    return ", ".join(sorted(p.name for p in (Path(__file__).parent / "recipes").glob("*.yaml"))) or "no recipe"
+    return ", ".join(sorted(p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml"))) or "no recipe"
 
 
 def check_ranks(variables: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from errors import CheckpointError, ResourceError, UserError, one_line
+from base.errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
 
 SCHEMA = 1
@@ -218,7 +218,7 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
 
 def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     """A checkpoint of ours, whole, of a schema this code knows, as `schemas` checked it. Raises CheckpointError."""
-    import schemas
+    from base import schemas
 
     payload = read(path, values_only=values_only)
     schema = dict.get(payload, "schema") if isinstance(payload, dict) else None
@@ -273,7 +273,7 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
     weights: 'ema' (the raw weights where the run kept no average) or 'raw'.
     payload["eval"] says how to feed it: classes, class_names, mean, std, image_size, crop.
     """
-    import schemas
+    from base import schemas
 
     payload = load(path)
     try:

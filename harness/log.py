@@ -13,32 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from errors import DataError, UsageError
+from base.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor  # plots and tables of runs read metrics.jsonl without torch: seconds for every picture
-
-TOP = (1, 5)
-
-
-def hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Which samples are right at top-1 and top-5: logits (N, K), labels (N,) -> (N, 2) bool.
-
-    A sample's rank is the number of classes that beat its label; equal logits are settled by the
-    lower class index, as argmax does. A label whose logit is NaN is never right, and a NaN beats
-    nobody.
-    """
-    import torch
-
-    own = logits.gather(1, labels[:, None])  # (N, 1)
-    earlier = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]
-    rank = ((logits > own) | ((logits == own) & earlier)).sum(1)
-    return torch.stack([(rank < k) & ~own[:, 0].isnan() for k in TOP], 1)
-
+    pass  # plots and tables of runs read metrics.jsonl without torch: seconds for every picture
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """The rows of a run, oldest first. Raises DataError where there are none, or where a line is no row."""
-    import schemas
+    from base import schemas
 
     path = Path(run_dir) / "metrics.jsonl"
     try:

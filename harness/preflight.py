@@ -9,18 +9,18 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from base.device import MIB, memory_words
+from base.errors import ResourceError, is_out_of_memory
 from dataloader import PREFETCH
-from errors import ResourceError, is_out_of_memory
+from loop import Run
 from train_utils import Phase, Step
-from trainer import Run
 
-MIB = 2**20
 KEPT_CHECKPOINTS = 5  # last_*, best_*, their prev_* and the one being written
 
 
@@ -158,25 +158,6 @@ def does_not_fit(run: Run, phase: Phase, at_once: int, fitting: int, accumulate:
     return ResourceError(
         what, f"{fitting} at once fit: give --accumulate {pieces}, or --phase-batch-sizes {','.join(sizes)}"
     )
-
-
-def memory_words(device: torch.device) -> str:
-    with suppress(RuntimeError):  # a GPU whose memory ran out may answer nothing
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            return f"{free / MIB:,.0f} of {total / MIB:,.0f} MiB free"
-    return f"on {device.type}"
-
-
-@contextmanager
-def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
-    """Memory that runs out in here becomes a ResourceError that says for what."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ResourceError(f"out of memory at {what} ({memory_words(device)})", fix) from error
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from errors import DataError, ResourceError, UsageError
+from base.errors import DataError, ResourceError, UsageError
 
 CHUNK = 1 << 20
 MAX_REDIRECTS = 5

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from errors import ResourceError
+from base.errors import ResourceError
 
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -58,3 +58,9 @@ def write(path: str | os.PathLike, text: str) -> Path:
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable place") from None
     return path
+
+
+def write_json(path: Path, content: dict) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
-from errors import printable
+from base.errors import printable
 
 LINE_EVERY = 60.0  # seconds between lines where there is no terminal
 

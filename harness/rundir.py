@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from errors import CheckpointError, ResourceError, UsageError
-from flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
+from base.errors import CheckpointError, ResourceError, UsageError
+from base.flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
 
 KINDS = ("last", "best", "prev_last", "prev_best")
 FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")  # the last two say whose the others are: they go last
@@ -256,12 +256,6 @@ class Lock:
         self.lock.release()
 
 
-def write_json(path: Path, content: dict) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
 def check_checkpoint(path: str) -> None:
     """Raises CheckpointError where there is no such file: told before torch is imported."""
     if not Path(path).is_file():
@@ -284,7 +278,7 @@ def find_resume(resume: str, held: Held, say=print) -> dict | None:
     """
     if not resume:
         return None
-    import checkpoint
+    from harness import checkpoint
 
     if resume != "auto":
         return checkpoint.load(resume)
@@ -305,7 +299,7 @@ def find_resume(resume: str, held: Held, say=print) -> dict | None:
 
 def carry_best(saved: dict, resume: str, target: Path, run: str) -> str:
     """Let a run that goes on in another directory keep its best checkpoint; a note where it is not to be had."""
-    import checkpoint
+    from harness import checkpoint
 
     best, source = saved["best"], Path(resume).parent / target.name
     if not best["epoch"] or target.exists():

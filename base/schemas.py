@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, PlainValidator, TypeAdapter, ValidationError
 from typing_extensions import NotRequired, TypedDict
 
-from errors import CheckpointError, DataError, UserError, one_line
+from base.errors import CheckpointError, DataError, UserError, one_line
 
 CLOSED, OPEN = ConfigDict(extra="forbid"), ConfigDict(extra="allow")
 TRAIN_PY = "use a checkpoint that train.py wrote"

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from errors import DataError, ResourceError
+from base.errors import DataError, ResourceError
 
 BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
 CHUNK = 1 << 20

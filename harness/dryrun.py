@@ -16,17 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import build
-import checkpoint
-from errors import ResourceError
+from base.device import MIB, Runtime
+from base.errors import ResourceError
+from base.progress import duration
+from harness import build, checkpoint
+from harness.preflight import checkpoint_bytes, out_of_memory_named, tensor_bytes
+from loop import Run
 from models import build_model
 from models.summary import count_macs, count_params, format_table
-from preflight import MIB, checkpoint_bytes, out_of_memory_named, tensor_bytes
-from progress import duration
-from runtime import Runtime
 from sources.index import DatasetIndex
 from train_utils import Phase, Step, evaluate, train_one_epoch
-from trainer import Run
 
 SECONDS = 2.0  # of timed steps at each size, where one takes less
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import DataError
+from base.errors import DataError
 from sources import ilsvrc, unpack
 from sources.imagenet import flat_val_labels, human_names
 from sources.index import DatasetIndex, Names, Split

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-import checkpoint
-import tables
-from errors import ResourceError, UsageError, UserError, printable
-from metrics import optional
+from base import files
+from base.errors import ResourceError, UsageError, UserError, printable
+from harness import checkpoint
+from harness.log import optional
 from models import build_model, describe_args
 from models.convert import to_torchvision
 
@@ -59,7 +59,7 @@ def export(kind: str, model: nn.Module, payload: dict, weights: str, out: Path) 
         path.unlink(missing_ok=True)
         raise UserError(f"the {kind} file answers otherwise than the model: logits differ by {off:.1e}; it is deleted",
                         "report this, with the versions in env.json")  # fmt: skip
-    return path, tables.write(path.with_name(path.name + ".md"), card(kind, path.name, payload, weights, off))
+    return path, files.write(path.with_name(path.name + ".md"), card(kind, path.name, payload, weights, off))
 
 
 def to_onnx(model: nn.Module, payload: dict, weights: str, path: Path, images: Tensor) -> Tensor:

@@ -17,12 +17,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-import checkpoint
+from base.device import Runtime
+from base.errors import Stopped
+from base.progress import Eta, Progress, duration
 from dataloader import Loader
-from errors import Stopped
-from metrics import MetricLogger
-from progress import Eta, Progress, duration
-from runtime import Interrupted, Runtime, StopSignals
+from harness import checkpoint
+from harness.interrupts import Interrupted, StopSignals
+from harness.log import MetricLogger
 from sources.index import Split
 from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import checkpoint
-from errors import UsageError
-from metrics import hits
-from runtime import Runtime
+from base.device import Runtime
+from base.errors import UsageError
+from data_utils import hits
+from harness import checkpoint
 
 
 def open_models(path: str, weights: str, runtime: Runtime) -> tuple[dict[str, nn.Module], dict]:

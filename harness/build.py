@@ -18,17 +18,17 @@ import torch
 
 import data_utils
 import ema
-import flags
 import optim
-import rundir
+from base import flags
+from base.device import Runtime, init_runtime, seed_everything, unused_gpu
+from base.errors import UsageError
 from dataloader import Loader, eval_loader, train_loader
-from errors import UsageError
+from harness import rundir
+from loop import Run
 from models import build_model, set_drop_path_rate
 from models.summary import smallest_norm_map
-from runtime import Runtime, init_runtime, seed_everything, unused_gpu
 from sources.index import DatasetIndex, FileSplit, Split, SubsetSplit, balanced_subset
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, Step, TrainState, plan, smallest_piece
-from trainer import Run
 
 
 def say(text: str) -> None:
@@ -211,7 +211,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
 
 def take_weights(path: str, model: torch.nn.Module, reset_head: bool) -> None:
     """--init-from: other weights instead of random ones."""
-    import checkpoint
+    from harness import checkpoint
     from models.convert import adapt_state_dict
 
     model.load_state_dict(adapt_state_dict(checkpoint.read(path), model, reset_head))
