@@ -38,7 +38,9 @@ def mixup(images: Tensor, targets: Tensor, partner: Tensor, lam: float) -> tuple
     return torch.lerp(images[partner], images, lam), torch.lerp(targets[partner], targets, lam)
 
 
-def cutmix(images: Tensor, targets: Tensor, partner: Tensor, box: tuple[int, int, int, int]) -> tuple[Tensor, Tensor]:
+def cutmix(
+    images: Tensor, targets: Tensor, partner: Tensor, box: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
     """Paste `box` of each sample's partner into it (https://arxiv.org/abs/1905.04899).
 
     box: (top, left, bottom, right) in pixels, half-open and inside the image, as from

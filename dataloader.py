@@ -45,8 +45,16 @@ class Order(Sampler):
     slice of every batch. Evaluation (`shuffle=False`): every sample once over all ranks.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, seed: int = 0, shuffle: bool = True,
-                 rank: int = 0, world_size: int = 1):  # fmt: skip
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
         self.num_samples, self.batch_size, self.seed, self.shuffle = num_samples, batch_size, seed, shuffle
         self.rank, self.world_size = rank, world_size
         self.epoch, self.start = 1, 0
@@ -83,8 +91,13 @@ class BatchDataset(Dataset):
     is returned, not raised: it crosses the process boundary unchanged.
     """
 
-    def __init__(self, split: Split, transform: TrainTransform | EvalTransform, seed: int = 0,
-                 on_bad_image: str = "fail"):  # fmt: skip
+    def __init__(
+        self,
+        split: Split,
+        transform: TrainTransform | EvalTransform,
+        seed: int = 0,
+        on_bad_image: str = "fail",
+    ):
         self.split, self.transform, self.seed, self.on_bad_image = split, transform, seed, on_bad_image
         self.augments = isinstance(transform, TrainTransform)
 
@@ -106,8 +119,10 @@ class BatchDataset(Dataset):
         try:
             return self.split.read(ids)
         except OSError as error:
-            raise DataError(f"cannot read {error.filename or 'the data'}: {error.strerror}",
-                            "check the disk and the permissions; then --resume auto goes on") from error  # fmt: skip
+            raise DataError(
+                f"cannot read {error.filename or 'the data'}: {error.strerror}",
+                "check the disk and the permissions; then --resume auto goes on",
+            ) from error
 
     def _image(self, i: int, data: bytes | np.ndarray, epoch: int, bad: list[str]) -> np.ndarray | None:
         """The transformed image; with 'skip' that of another sample of its class, or None in scoring."""
@@ -126,8 +141,10 @@ class BatchDataset(Dataset):
                 return self._transformed(int(other), self._read([other])[0], epoch)
             except BadImage:
                 continue
-        raise DataError(f"{self.split.name(i)} is bad and so is every other image tried of its class",
-                        "list them all with pack_dataset.py --verify")  # fmt: skip
+        raise DataError(
+            f"{self.split.name(i)} is bad and so is every other image tried of its class",
+            "list them all with pack_dataset.py --verify",
+        )
 
     def _transformed(self, i: int, data: bytes | np.ndarray, epoch: int) -> np.ndarray:
         try:
@@ -177,18 +194,30 @@ class Loader:
     the loop spent waiting for data and `bad` the names of bad images that were replaced or left out.
     """
 
-    def __init__(self, dataset: BatchDataset, order: Order, *, mean: Sequence[float], std: Sequence[float],
-                 num_workers: int = 0, device: torch.device | str = "cpu"):  # fmt: skip
+    def __init__(
+        self,
+        dataset: BatchDataset,
+        order: Order,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        num_workers: int = 0,
+        device: torch.device | str = "cpu",
+    ):
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
         self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1) * 255
         self.scale = 1 / (torch.tensor(std, device=self.device).view(1, 3, 1, 1) * 255)
         self.waited, self.bad = 0.0, []
         self.batches = DataLoader(
-            dataset, sampler=order, batch_size=None, num_workers=num_workers,
-            persistent_workers=num_workers > 0 and order.shuffle, prefetch_factor=PREFETCH if num_workers else None,
+            dataset,
+            sampler=order,
+            batch_size=None,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0 and order.shuffle,
+            prefetch_factor=PREFETCH if num_workers else None,
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
-        )  # fmt: skip
+        )
 
     def __len__(self) -> int:
         return len(self.order)
@@ -211,8 +240,10 @@ class Loader:
             except RuntimeError as error:
                 if "DataLoader worker" not in str(error):
                     raise
-                raise ResourceError(f"a loader worker died: {str(error).splitlines()[0]}",
-                                    "give it memory (and /dev/shm), or lower --num-workers; then --resume auto") from error  # fmt: skip
+                raise ResourceError(
+                    f"a loader worker died: {str(error).splitlines()[0]}",
+                    "give it memory (and /dev/shm), or lower --num-workers; then --resume auto",
+                ) from error
             self.waited += time.perf_counter() - started
             if item is None:
                 return
@@ -249,9 +280,19 @@ class Loader:
         return batch
 
 
-def train_loader(index: DatasetIndex, *, image_size: int, batch_size: int, augment: tuple, seed: int = 0,
-                 num_workers: int = 0, device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1,
-                 on_bad_image: str = "fail") -> Loader:  # fmt: skip
+def train_loader(
+    index: DatasetIndex,
+    *,
+    image_size: int,
+    batch_size: int,
+    augment: tuple,
+    seed: int = 0,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    on_bad_image: str = "fail",
+) -> Loader:
     """The training batches of one phase; `batch_size` is global, i.e. summed over ranks."""
     split = index.train.for_size(image_size)
     dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean), seed, on_bad_image)
@@ -259,18 +300,36 @@ def train_loader(index: DatasetIndex, *, image_size: int, batch_size: int, augme
     return Loader(dataset, order, mean=index.mean, std=index.std, num_workers=num_workers, device=device)
 
 
-def eval_loader(split: Split, index: DatasetIndex, *, image_size: int, batch_size: int, num_workers: int = 0,
-                device: torch.device | str = "cpu", rank: int = 0, world_size: int = 1, crop: float = 0.875,
-                on_bad_image: str = "fail") -> Loader:  # fmt: skip
+def eval_loader(
+    split: Split,
+    index: DatasetIndex,
+    *,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    device: torch.device | str = "cpu",
+    rank: int = 0,
+    world_size: int = 1,
+    crop: float = 0.875,
+    on_bad_image: str = "fail",
+) -> Loader:
     """Every sample of `split` once over all ranks, through the evaluation transform."""
     dataset = BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
     order = Order(len(split), batch_size, shuffle=False, rank=rank, world_size=world_size)
     return Loader(dataset, order, mean=index.mean, std=index.std, num_workers=num_workers, device=device)
 
 
-def get_dataloaders(data_path: str, batch_size: int, image_size: int, num_workers: int = 8, *,
-                    dataset: str = "imagenet", augment: str = "full", seed: int = 0,
-                    device: torch.device | str = "cpu") -> tuple[Loader, Loader]:  # fmt: skip
+def get_dataloaders(
+    data_path: str,
+    batch_size: int,
+    image_size: int,
+    num_workers: int = 8,
+    *,
+    dataset: str = "imagenet",
+    augment: str = "full",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> tuple[Loader, Loader]:
     """(train_loader, val_loader) of float32 normalised images (N, 3, H, W) and int64 labels (N,).
 
     No more workers than cores. Raises DataError where `data_path` does not hold the dataset.
@@ -280,8 +339,15 @@ def get_dataloaders(data_path: str, batch_size: int, image_size: int, num_worker
 
     index = find(dataset, data_path)
     if num_workers > cores():
-        warnings.warn(f"{num_workers} loader workers asked for, {cores()} cores: using {cores()}", stacklevel=2)
+        warnings.warn(
+            f"{num_workers} loader workers asked for, {cores()} cores: using {cores()}", stacklevel=2
+        )
         num_workers = cores()
-    shared = {"image_size": image_size, "batch_size": batch_size, "num_workers": num_workers, "device": device}
+    shared = {
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "num_workers": num_workers,
+        "device": device,
+    }
     train = train_loader(index, augment=parse_augment(augment), seed=seed, **shared)
     return train, eval_loader(index.val, index, **shared)

@@ -57,8 +57,12 @@ class Archive:
 # Sizes and checksums: image-net.org and torchvision.datasets (ARCHIVE_META); cs231n.stanford.edu; cs.toronto.edu.
 TRAIN = Archive("ILSVRC2012_img_train.tar", 147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e")
 VAL = Archive("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d5413ddabcf34fc5622")
-DEVKIT = Archive("ILSVRC2012_devkit_t12.tar.gz", 2_568_634, "fa75699e90414af021442c21a62c3abf",
-                 "https://image-net.org/data/ILSVRC/2012/ILSVRC2012_devkit_t12.tar.gz")  # fmt: skip
+DEVKIT = Archive(
+    "ILSVRC2012_devkit_t12.tar.gz",
+    2_568_634,
+    "fa75699e90414af021442c21a62c3abf",
+    "https://image-net.org/data/ILSVRC/2012/ILSVRC2012_devkit_t12.tar.gz",
+)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,9 @@ def fetch(archive: Archive, url: str | None, data_dir: Path) -> Path:
             verify(path, size=archive.size, md5=archive.md5, report=report)
         else:
             if not url:
-                raise DataError(f"no {archive.name} in {data_dir.resolve()}", "put it there; see --method manual")
+                raise DataError(
+                    f"no {archive.name} in {data_dir.resolve()}", "put it there; see --method manual"
+                )
             download(Wanted(url, path, archive.size, archive.md5), report)
     print(f"{path}: {archive.size:,} bytes, checksum as published")
     return path
@@ -222,7 +228,11 @@ def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
     state = ilsvrc.val_state(data_dir)
     if state != "arranged":
         if not ilsvrc.has_val_labels(data_dir):
-            unpack_to(data_dir / ilsvrc.DEVKIT_FOLDER, fetch(DEVKIT, urls.get(DEVKIT), data_dir), ilsvrc.devkit_place)
+            unpack_to(
+                data_dir / ilsvrc.DEVKIT_FOLDER,
+                fetch(DEVKIT, urls.get(DEVKIT), data_dir),
+                ilsvrc.devkit_place,
+            )
         labels = ilsvrc.val_labels(data_dir)
     if state == "flat":
         print(f"filing the images of {data_dir / 'val'} into class folders")
@@ -233,7 +243,9 @@ def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
         archive = fetch(TRAIN, urls.get(TRAIN), data_dir)
         unpack_to(data_dir / "train", archive, ilsvrc.train_place, COUNTS[0], inside=ilsvrc.train_members)
     ilsvrc.check_counts(data_dir, *COUNTS)
-    print(f"{COUNTS[0]:,} + {COUNTS[1]:,} images of {COUNTS[2]:,} classes. Next: python train.py --data-dir {data_dir}")
+    print(
+        f"{COUNTS[0]:,} + {COUNTS[1]:,} images of {COUNTS[2]:,} classes. Next: python train.py --data-dir {data_dir}"
+    )
 
 
 def unpack_to(
@@ -265,8 +277,10 @@ def simple(dataset: str, data_dir: Path) -> None:
             unpack_simple(what, fetch(what.archive, what.archive.url, data_dir), data_dir)
         found, where = index(dataset, data_dir), f" --data-dir {data_dir}"
         check_simple(what, (len(found.train), len(found.val)), data_dir)
-    print(f"{len(found.train):,} + {len(found.val):,} images of {len(found.classes):,} classes. "
-          f"Next: python train.py --dataset {dataset}{where}")  # fmt: skip
+    print(
+        f"{len(found.train):,} + {len(found.val):,} images of {len(found.classes):,} classes. "
+        f"Next: python train.py --dataset {dataset}{where}"
+    )
 
 
 def unpack_simple(what: Simple, archive: Path, data_dir: Path) -> None:

@@ -67,7 +67,9 @@ class EMA:
     def apply_shadow(self) -> None:
         """Put the averaged values into the live model; `restore` brings its own back, bit for bit."""
         self._refuse_while_applied("apply_shadow")
-        shadow, live = (averaged + copied for averaged, copied in zip(self._averaged, self._copied, strict=True))
+        shadow, live = (
+            averaged + copied for averaged, copied in zip(self._averaged, self._copied, strict=True)
+        )
         self._backup = [value.detach().clone() for value in _read(live)]
         _copy(live, shadow)
 
@@ -105,7 +107,9 @@ class EMA:
 
     def _refuse_while_applied(self, call: str) -> None:
         if self._backup is not None:
-            raise RuntimeError(f"EMA.{call}() while the model holds the averaged weights: call restore() first")
+            raise RuntimeError(
+                f"EMA.{call}() while the model holds the averaged weights: call restore() first"
+            )
 
 
 class NoEMA:

@@ -25,7 +25,16 @@ from harness import checkpoint
 from harness.interrupts import Interrupted, StopSignals
 from harness.log import MetricLogger
 from sources.index import Split
-from train_utils import EarlyStopping, EvalResult, Phase, Step, TrainState, evaluate, phase_of, train_one_epoch
+from train_utils import (
+    EarlyStopping,
+    EvalResult,
+    Phase,
+    Step,
+    TrainState,
+    evaluate,
+    phase_of,
+    train_one_epoch,
+)
 
 SLOW_DATA = 10  # percent of an epoch's time, and seconds: below either, waiting is not worth a word
 
@@ -111,13 +120,21 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, how: Step) -
     if start >= phase.steps_per_epoch:
         return False
     loader.order.seek(epoch, start)
-    with Progress(phase.steps_per_epoch, f"{epoch:>3}/{run.epochs} {phase.image_size} px", unit="steps",
-                  initial=start, enabled=run.runtime.is_main) as bar:  # fmt: skip
+    with Progress(
+        phase.steps_per_epoch,
+        f"{epoch:>3}/{run.epochs} {phase.image_size} px",
+        unit="steps",
+        initial=start,
+        enabled=run.runtime.is_main,
+    ) as bar:
         between = Between(run, phase, epoch, loader, bar)
         train_one_epoch(run.state, how, interruptible(run, loader), between)
     if between.back_offs:
-        tell(run, f"note: {between.back_offs} steps of epoch {epoch} overflowed under fp16 and were passed over; "
-                  f"the scale is {run.state.scaler.get_scale():g} now")  # fmt: skip
+        tell(
+            run,
+            f"note: {between.back_offs} steps of epoch {epoch} overflowed under fp16 and were passed over; "
+            f"the scale is {run.state.scaler.get_scale():g} now",
+        )
     return True
 
 
@@ -170,9 +187,12 @@ class Between:
         elif not finite:
             self.back_offs += 1  # no fault of the images: said once an epoch
         left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
-        self.bar.update(1, f"loss {sums['loss'] / max(1, sums['images']):.3f}  lr {run.state.schedule.last_lr:.1e}  "
-                           f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
-                           f"{left} left")  # fmt: skip
+        self.bar.update(
+            1,
+            f"loss {sums['loss'] / max(1, sums['images']):.3f}  lr {run.state.schedule.last_lr:.1e}  "
+            f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
+            f"{left} left",
+        )
         save_or_stop(run, self.bar)
 
     def report_bad_step(self) -> None:
@@ -180,7 +200,10 @@ class Between:
         step = state.step - 1 - phase.step_before(self.epoch)
         ids = order.ids(self.epoch)[step * phase.batch_size : (step + 1) * phase.batch_size]
         names = listed([self.run.name_of(int(i)) for i in ids[:9]])
-        tell(self.run, f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}")
+        tell(
+            self.run,
+            f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}",
+        )
 
 
 def listed(names: list[str]) -> str:
@@ -207,8 +230,14 @@ def save_or_stop(run: Run, bar: Progress | None = None) -> None:
 def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
     """The epoch's row: training sums, and raw and EMA weights scored together in one pass over val."""
     started, sums, state = time.perf_counter(), run.state.epoch_sums, run.state
-    row = {"epoch": epoch, "image_size": phase.image_size, "batch_size": phase.batch_size, "lr": state.schedule.last_lr,
-           "train_loss": sums["loss"] / sums["images"] if sums["images"] else None, "train_top1": None}  # fmt: skip
+    row = {
+        "epoch": epoch,
+        "image_size": phase.image_size,
+        "batch_size": phase.batch_size,
+        "lr": state.schedule.last_lr,
+        "train_loss": sums["loss"] / sums["images"] if sums["images"] else None,
+        "train_top1": None,
+    }
     row |= {f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")} | {
         "better": None
     }
@@ -221,8 +250,10 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         "images_per_second": sums["images"] / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
-        "bad_steps": sums["bad_steps"], "bad_images": sums["bad_images"] + left_out, "best": False,
-    }  # fmt: skip
+        "bad_steps": sums["bad_steps"],
+        "bad_images": sums["bad_images"] + left_out,
+        "best": False,
+    }
 
 
 def scores(run: Run, phase: Phase) -> dict:
@@ -267,7 +298,9 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     row["best"] = judge(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
-    log.log(row)  # before it is saved: a resumed run cuts what it has too much, but cannot add a row that is lost
+    log.log(
+        row
+    )  # before it is saved: a resumed run cuts what it has too much, but cannot add a row that is lost
     if row["best"] or run.finished or is_saved(run, row["epoch"]):
         save(run, "last")
     if row["best"]:
@@ -288,7 +321,11 @@ def judge(run: Run, row: dict) -> bool:
     """
     score, best = row[run.judged_by], run.state.best
     early = run.early.patience is not None
-    if score is None or row["epoch"] < run.phases[-1].first_epoch or not (early or 3 * row["epoch"] > 2 * run.epochs):
+    if (
+        score is None
+        or row["epoch"] < run.phases[-1].first_epoch
+        or not (early or 3 * row["epoch"] > 2 * run.epochs)
+    ):
         return False
     if math.isfinite(score) and score > best["score"]:
         run.state.best = {"score": score, "epoch": row["epoch"], "waited": 0}
@@ -350,9 +387,26 @@ def format_row(row: dict) -> str:
         value = row[name]
         return f"{'-':>{width}}" if value is None else format(value, f">{width}{spec}")
 
-    cells = [show("epoch", "d", 6), show("image_size", "d", 4), show("batch_size", "d", 5), show("lr", ".2e", 8),
-             show("train_loss", ".4f", 11), show("train_top1", ".2f", 6), "|", show("val_loss", ".4f", 9),
-             show("val_top1", ".2f", 6), show("val_top5", ".2f", 6), "|", show("ema_val_loss", ".3f", 5),
-             show("ema_val_top1", ".2f", 6), show("ema_val_top5", ".2f", 6), "|", show("images_per_second", ",.0f", 7),
-             show("data_wait_percent", ".0f", 4) + "%", f"{duration(row['seconds']):>7}"]  # fmt: skip
-    return " ".join(cells) + (f"  {row['better']}" if row["better"] else "") + ("  best" if row["best"] else "")
+    cells = [
+        show("epoch", "d", 6),
+        show("image_size", "d", 4),
+        show("batch_size", "d", 5),
+        show("lr", ".2e", 8),
+        show("train_loss", ".4f", 11),
+        show("train_top1", ".2f", 6),
+        "|",
+        show("val_loss", ".4f", 9),
+        show("val_top1", ".2f", 6),
+        show("val_top5", ".2f", 6),
+        "|",
+        show("ema_val_loss", ".3f", 5),
+        show("ema_val_top1", ".2f", 6),
+        show("ema_val_top5", ".2f", 6),
+        "|",
+        show("images_per_second", ",.0f", 7),
+        show("data_wait_percent", ".0f", 4) + "%",
+        f"{duration(row['seconds']):>7}",
+    ]
+    return (
+        " ".join(cells) + (f"  {row['better']}" if row["better"] else "") + ("  best" if row["best"] else "")
+    )

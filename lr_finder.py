@@ -39,12 +39,28 @@ HEADLINE = "valley"  # of the three suggestions, the one that depends least on s
 def add_finder_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("range test").add_argument
     add("--mode", default="loss", choices=("loss", "accuracy"), help="what is measured at each rate")
-    add("--phase", type=flags.positive, default=1, metavar="K", help="image size, batch and mixing of this phase")
+    add(
+        "--phase",
+        type=flags.positive,
+        default=1,
+        metavar="K",
+        help="image size, batch and mixing of this phase",
+    )
     add("--num-iter", type=flags.number(int, FEWEST), default=200, metavar="N", help="steps of --mode loss")
     add(
-        "--start-lr", type=flags.above_zero, default=None, metavar="LR", help="lowest rate; default 1e-7, accuracy 1e-4"
+        "--start-lr",
+        type=flags.above_zero,
+        default=None,
+        metavar="LR",
+        help="lowest rate; default 1e-7, accuracy 1e-4",
     )
-    add("--end-lr", type=flags.above_zero, default=None, metavar="LR", help="highest rate; default 10, accuracy 0.1")
+    add(
+        "--end-lr",
+        type=flags.above_zero,
+        default=None,
+        metavar="LR",
+        help="highest rate; default 10, accuracy 0.1",
+    )
     add("--trials", type=flags.number(int, 2), default=7, metavar="N", help="trainings of --mode accuracy")
     add("--trial-epochs", type=flags.positive, default=2, metavar="N", help="epochs of each of them")
     add("--out", default="", metavar="DIR", help="for lr_finder.png and lr_finder.json; default: --save-dir")
@@ -59,7 +75,9 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
 OWN = (
     flags.Row(
-        "num_iter", "trace", lambda c: c.mode == "accuracy" and "--mode accuracy counts --trials and --trial-epochs"
+        "num_iter",
+        "trace",
+        lambda c: c.mode == "accuracy" and "--mode accuracy counts --trials and --trial-epochs",
     ),
     flags.Row("trials", "trace", lambda c: c.mode == "loss" and "it needs --mode accuracy"),
     flags.Row("trial_epochs", "trace", lambda c: c.mode == "loss" and "it needs --mode accuracy"),
@@ -75,8 +93,12 @@ TRAINING = (
 
 
 def build_parser() -> flags.Parser:
-    return flags.build_parser("lr_finder.py", "Find a learning rate for a run, with that run's own flags.", EPILOG,
-                              (add_finder_args, *TRAINING, add_shared_args))  # fmt: skip
+    return flags.build_parser(
+        "lr_finder.py",
+        "Find a learning rate for a run, with that run's own flags.",
+        EPILOG,
+        (add_finder_args, *TRAINING, add_shared_args),
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -104,8 +126,13 @@ def main(argv: list[str] | None = None) -> int:
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)
     out = writable(Path(config.out or config.save_dir))
-    facts = {"mode": config.mode, "phase": config.phase, "image_size": phase.image_size,
-             "batch_size": phase.batch_size, "flags": flags.plain(config)}  # fmt: skip
+    facts = {
+        "mode": config.mode,
+        "phase": config.phase,
+        "image_size": phase.image_size,
+        "batch_size": phase.batch_size,
+        "flags": flags.plain(config),
+    }
     # What is found is the rate of this phase; --lr is that of the first, which --lr-scale turns into this one.
     factor = build.lr_factor(config.lr_scale, phase, phases[0])
     if config.mode == "accuracy":
@@ -118,9 +145,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def rate_limits(config) -> tuple[float, float]:
     defaults = (1e-4, 0.1) if config.mode == "accuracy" else (1e-7, 10.0)
-    low, high = (given or default for given, default in zip((config.start_lr, config.end_lr), defaults, strict=True))
+    low, high = (
+        given or default for given, default in zip((config.start_lr, config.end_lr), defaults, strict=True)
+    )
     if not low < high:
-        raise UsageError(f"--start-lr {low:g} is not below --end-lr {high:g}", "give the lower rate as --start-lr")
+        raise UsageError(
+            f"--start-lr {low:g} is not below --end-lr {high:g}", "give the lower rate as --start-lr"
+        )
     return low, high
 
 
@@ -132,7 +163,9 @@ def writable(out: Path) -> Path:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResourceError(f"cannot write to {out}: {error.strerror}", "name a writable directory: --out") from None
+        raise ResourceError(
+            f"cannot write to {out}: {error.strerror}", "name a writable directory: --out"
+        ) from None
     return out
 
 
@@ -163,8 +196,10 @@ def measure(config, index, runtime, phases, phase, low: float, high: float) -> d
     with memory, Progress(config.num_iter, title, unit="steps") as bar:
         lrs, losses, ended = range_test(state, how, batches, low, high, config.num_iter, bar.update)
     if len(losses) < FEWEST:
-        raise DivergedError(f"{ended} after {len(losses)} steps, at lr {low:.1e}: there is no curve to read",
-                            "start lower with --start-lr, or try --amp off")  # fmt: skip
+        raise DivergedError(
+            f"{ended} after {len(losses)} steps, at lr {low:.1e}: there is no curve to read",
+            "start lower with --start-lr, or try --amp off",
+        )
     suggestions = suggest(lrs, losses)
     return {
         "suggestion": suggestions[HEADLINE],
@@ -218,8 +253,14 @@ def range_test(state, how, batches, low: float, high: float, num_iter: int, afte
         # Its messages name a method to call. The scheduler's warning is about fp16, which may skip a step.
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            finder.range_test(library.TrainDataLoaderIter(batches), start_lr=low, end_lr=high, num_iter=num_iter,
-                              smooth_f=0, diverge_th=math.inf)  # fmt: skip
+            finder.range_test(
+                library.TrainDataLoaderIter(batches),
+                start_lr=low,
+                end_lr=high,
+                num_iter=num_iter,
+                smooth_f=0,
+                diverge_th=math.inf,
+            )
     except Ended as reason:
         ended = str(reason)
     finally:
@@ -246,11 +287,19 @@ def try_rates(config, phase, lrs: list[float]) -> dict:
             row = trial(recipe, lr, Path(scratch) / str(k))
             accuracies.append(row and row["val_top1"])
             losses.append(row and row["val_loss"])
-            bar.update(1, f"lr {lr:.1e}  top-1 " + ("diverged" if row is None else f"{row['val_top1']:.2f} %"))
+            bar.update(
+                1, f"lr {lr:.1e}  top-1 " + ("diverged" if row is None else f"{row['val_top1']:.2f} %")
+            )
     reached = [(accuracy, -k) for k, accuracy in enumerate(accuracies) if accuracy is not None]
     best = lrs[-max(reached)[1]] if reached else None
-    return {"suggestion": best, "suggestions": {"most accurate": best}, "lrs": lrs, "losses": losses,
-            "accuracies": accuracies, "ended": f"{len(lrs)} trainings, --trial-epochs {config.trial_epochs}"}  # fmt: skip
+    return {
+        "suggestion": best,
+        "suggestions": {"most accurate": best},
+        "lrs": lrs,
+        "losses": losses,
+        "accuracies": accuracies,
+        "ended": f"{len(lrs)} trainings, --trial-epochs {config.trial_epochs}",
+    }
 
 
 def trial_recipe(config, phase) -> str:
@@ -259,15 +308,26 @@ def trial_recipe(config, phase) -> str:
 
     defaults = flags.train_defaults()
     values = {name: value for name, value in flags.plain(config).items() if name in defaults}
-    values |= {"epochs": config.trial_epochs, "resize_schedule": [phase.image_size], "batch_size": phase.batch_size,
-               "phase_batch_sizes": None, "phase_epochs": None, "phase_mix": [phase.mix],
-               "warmup_epochs": None, "config": None, "save_dir": None, "lr_scale": "none"}  # fmt: skip
+    values |= {
+        "epochs": config.trial_epochs,
+        "resize_schedule": [phase.image_size],
+        "batch_size": phase.batch_size,
+        "phase_batch_sizes": None,
+        "phase_epochs": None,
+        "phase_mix": [phase.mix],
+        "warmup_epochs": None,
+        "config": None,
+        "save_dir": None,
+        "lr_scale": "none",
+    }
     if config.schedule == "cosine":
         values["warmup_epochs"] = min(config.warmup_epochs, config.trial_epochs / 5)
     standard = flags.plain(flags.make_config(defaults))
     values = {name: value for name, value in values.items() if value is not None and value != standard[name]}
     trial = flags.make_config(defaults | values)
-    idle = {row.name for row in flags.TABLE if flags.why_idle(row, trial)}  # in one phase, what served several
+    idle = {
+        row.name for row in flags.TABLE if flags.why_idle(row, trial)
+    }  # in one phase, what served several
     if "phase_mix" in values:
         values["phase_mix"] = "on" if phase.mix else "off"
     return yaml.safe_dump({name: value for name, value in values.items() if name not in idle})
@@ -278,14 +338,27 @@ def trial(recipe: Path, lr: float, run_dir: Path) -> dict | None:
     from harness.log import read_metrics
 
     script = Path(__file__).with_name("train.py")
-    command = [sys.executable, str(script), "--config", str(recipe), "--lr", repr(lr), "--save-dir", str(run_dir)]
+    command = [
+        sys.executable,
+        str(script),
+        "--config",
+        str(recipe),
+        "--lr",
+        repr(lr),
+        "--save-dir",
+        str(run_dir),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == DivergedError.exit_code:
         return None
     if done.returncode:
-        said = dict(line.split(": ", 1) for line in done.stderr.splitlines() if line.startswith(("error: ", "fix: ")))
-        error = UserError(f"the training at lr {lr:.1e} failed: {said.get('error', done.stderr[-500:])}",
-                          said.get("fix", "try the same flags with train.py"))  # fmt: skip
+        said = dict(
+            line.split(": ", 1) for line in done.stderr.splitlines() if line.startswith(("error: ", "fix: "))
+        )
+        error = UserError(
+            f"the training at lr {lr:.1e} failed: {said.get('error', done.stderr[-500:])}",
+            said.get("fix", "try the same flags with train.py"),
+        )
         error.exit_code = done.returncode
         raise error
     return read_metrics(run_dir)[-1]
@@ -298,10 +371,14 @@ def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
 
     known = {name: lr for name, lr in found["suggestions"].items() if lr is not None}
     found = found | {"commands": {name: command(lr) for name, lr in known.items()}}
-    print(f"phase {found['phase']}, {found['image_size']} px, batch {found['batch_size']}: {found['ended']}, "
-          f"at lr {found['lrs'][-1]:.1e}")  # fmt: skip
+    print(
+        f"phase {found['phase']}, {found['image_size']} px, batch {found['batch_size']}: {found['ended']}, "
+        f"at lr {found['lrs'][-1]:.1e}"
+    )
     if not known:
-        print("WARNING: no suggestion, the loss did not fall; start lower with --start-lr, or give more --num-iter")
+        print(
+            "WARNING: no suggestion, the loss did not fall; start lower with --start-lr, or give more --num-iter"
+        )
     for name in sorted(known, key=lambda name: known[name] != found["suggestion"]):
         print(f"  {name:<14}{known[name]:.1e}   {found['commands'][name]}")
     files.write(out / "lr_finder.json", files.json_text(found))
@@ -319,8 +396,12 @@ def draw(found: dict, suggestions: dict[str, float]):
     for k, (name, lr) in enumerate(suggestions.items()):
         axis.axvline(lr, **figures.line_style(k + 1), label=f"{name}: {lr:.1e}")
     what = {"loss": "one step at each rate", "accuracy": found["ended"]}[found["mode"]]
-    axis.set(xscale="log", xlabel="learning rate", title=f"LR range test of {found['flags']['arch']}, phase "
-             f"{found['phase']}: {found['image_size']} px, batch {found['batch_size']}\n{what}")  # fmt: skip
+    axis.set(
+        xscale="log",
+        xlabel="learning rate",
+        title=f"LR range test of {found['flags']['arch']}, phase "
+        f"{found['phase']}: {found['image_size']} px, batch {found['batch_size']}\n{what}",
+    )
     axis.legend()
     return made
 
@@ -333,16 +414,25 @@ def draw_loss(axis, found: dict, figures) -> None:
     axis.plot(found["lrs"], curve, color=figures.BLUE, linewidth=2, label="smoothed")
     # An explosion at the end would press all that matters into a line.
     span = curve[0] - curve.min()
-    axis.set_ylim(min(curve.min(), *found["losses"]) - 0.1 * span, curve[0] + max(0.6 * span, 0.1 * abs(curve[0])))
+    axis.set_ylim(
+        min(curve.min(), *found["losses"]) - 0.1 * span, curve[0] + max(0.6 * span, 0.1 * abs(curve[0]))
+    )
     axis.set_ylabel("training loss")
 
 
 def draw_accuracy(axis, found: dict, figures) -> None:
     trained = [
-        (lr, accuracy) for lr, accuracy in zip(found["lrs"], found["accuracies"], strict=True) if accuracy is not None
+        (lr, accuracy)
+        for lr, accuracy in zip(found["lrs"], found["accuracies"], strict=True)
+        if accuracy is not None
     ]
     lost = [lr for lr, accuracy in zip(found["lrs"], found["accuracies"], strict=True) if accuracy is None]
-    axis.plot(*zip(*trained, strict=True) if trained else ([], []), "o-", color=figures.BLUE, label="validation top-1")
+    axis.plot(
+        *zip(*trained, strict=True) if trained else ([], []),
+        "o-",
+        color=figures.BLUE,
+        label="validation top-1",
+    )
     axis.plot(lost, [0] * len(lost), "x", color=figures.BLACK, label="diverged" if lost else "_")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("validation top-1 (%)")

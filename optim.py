@@ -46,7 +46,9 @@ class Lamb(torch.optim.Optimizer):
     shift that starts at 0 would not move at all. Gradients are not clipped here.
     """
 
-    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0):
+    def __init__(
+        self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0
+    ):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -145,7 +147,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     trained on. So each must be what the optimizer would have made. Raises CheckpointError.
     """
     own = optimizer.state_dict()
-    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own["param_groups"]]:
+    if [group["params"] for group in saved["param_groups"]] != [
+        group["params"] for group in own["param_groups"]
+    ]:
         raise _misfit("its parameter groups are other ones")
     if not saved["state"]:  # no step was taken
         return
@@ -171,7 +175,9 @@ def _state_of_one(optimizer: torch.optim.Optimizer, group: dict) -> dict:
 
 def _fitting(state: dict, like: dict, param: Tensor, where: str) -> dict:
     if state.keys() != like.keys():
-        raise _misfit(f"{where} has {', '.join(map(str, state)) or 'nothing'}, not {', '.join(like) or 'nothing'}")
+        raise _misfit(
+            f"{where} has {', '.join(map(str, state)) or 'nothing'}, not {', '.join(like) or 'nothing'}"
+        )
     taken = {}
     for name, example in like.items():
         value, counts = state[name], not isinstance(example, Tensor) or example.ndim == 0
@@ -180,9 +186,13 @@ def _fitting(state: dict, like: dict, param: Tensor, where: str) -> dict:
             shape, dtype = ((), example.dtype) if counts else (param.shape, param.dtype)
             fits = value.shape == shape and value.dtype == dtype and value.layout is torch.strided
         if not fits or (counts and not 0 <= value < math.inf):
-            raise _misfit(f"{where} has another {name} than a {type(param).__name__} of {tuple(param.shape)} makes")
+            raise _misfit(
+                f"{where} has another {name} than a {type(param).__name__} of {tuple(param.shape)} makes"
+            )
         # A copy of its own: tensors in a file may share memory.
-        taken[name] = value if not isinstance(value, Tensor) else value.clone() if counts else _like(param, value)
+        taken[name] = (
+            value if not isinstance(value, Tensor) else value.clone() if counts else _like(param, value)
+        )
     return taken
 
 
@@ -191,8 +201,10 @@ def _like(param: Tensor, value: Tensor) -> Tensor:
 
 
 def _misfit(reason: str) -> CheckpointError:
-    return CheckpointError(f"the checkpoint's optimizer state does not fit: {one_line(reason)}",
-                           "use a checkpoint that train.py wrote with this --optimizer")  # fmt: skip
+    return CheckpointError(
+        f"the checkpoint's optimizer state does not fit: {one_line(reason)}",
+        "use a checkpoint that train.py wrote with this --optimizer",
+    )
 
 
 def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
@@ -407,4 +419,6 @@ def _check(name: str, total_steps: int, warmup_steps: int, cycles: int) -> None:
             "shorten the warm-up or train for more epochs",
         )
     if name in ("restarts", "triangular2") and not 1 <= cycles <= total_steps:
-        raise UsageError(f"{total_steps} steps cannot have {cycles} cycles", "ask for fewer cycles or more epochs")
+        raise UsageError(
+            f"{total_steps} steps cannot have {cycles} cycles", "ask for fewer cycles or more epochs"
+        )

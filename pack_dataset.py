@@ -24,19 +24,50 @@ NO_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="pack_dataset.py", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--data-dir", default="./data/imagenet", metavar="DIR", help="the dataset on disk, or the ILSVRC2012 tars")
+    add(
+        "--data-dir",
+        default="./data/imagenet",
+        metavar="DIR",
+        help="the dataset on disk, or the ILSVRC2012 tars",
+    )
     add("--dataset", default="imagenet", metavar="NAME", help="as for train.py; hf:<name> packs from the hub")
-    add("--split", default="official", choices=("official", "70-30"), help="70-30 pools tiny-imagenet's train and val")
+    add(
+        "--split",
+        default="official",
+        choices=("official", "70-30"),
+        help="70-30 pools tiny-imagenet's train and val",
+    )
     add("--class-list", default="", metavar="FILE", help="pack only these classes")
-    add("--allow-class-mismatch", action="store_true", help="accept a val/ that lacks some of train's classes")
+    add(
+        "--allow-class-mismatch", action="store_true", help="accept a val/ that lacks some of train's classes"
+    )
     add("--out", default="", metavar="DIR", help="where the packed copy goes (needed unless --verify)")
-    add("--stored-sides", type=flags.listing(flags.number(int, 8, 4096)), default=(96, 192, 320), metavar="LIST",
-        help="short sides in px, one training copy each; 96,192,320 are for training at 64, 128, 224")  # fmt: skip
-    add("--quality", type=flags.number(int, 1, 100), default=90, metavar="Q", help="JPEG quality of the resized copies")
-    add("--on-bad-image", default="fail", choices=("fail", "skip"),
-        help="fail: pack the rest, list the bad ones, exit 3; skip: leave them out of the copy")  # fmt: skip
+    add(
+        "--stored-sides",
+        type=flags.listing(flags.number(int, 8, 4096)),
+        default=(96, 192, 320),
+        metavar="LIST",
+        help="short sides in px, one training copy each; 96,192,320 are for training at 64, 128, 224",
+    )
+    add(
+        "--quality",
+        type=flags.number(int, 1, 100),
+        default=90,
+        metavar="Q",
+        help="JPEG quality of the resized copies",
+    )
+    add(
+        "--on-bad-image",
+        default="fail",
+        choices=("fail", "skip"),
+        help="fail: pack the rest, list the bad ones, exit 3; skip: leave them out of the copy",
+    )
     add("--workers", type=flags.number(int, 1, 1024), default=flags.cores(), metavar="N", help="processes")
-    add("--verify", action="store_true", help="decode every image of --data-dir (packed copies too, with checksums)")
+    add(
+        "--verify",
+        action="store_true",
+        help="decode every image of --data-dir (packed copies too, with checksums)",
+    )
     add("--debug", action="store_true", help="tracebacks for errors")
     return parser
 
@@ -60,11 +91,18 @@ def _source(args):
 
     if args.dataset == "imagenet" and tars.present(args.data_dir):
         return tars.imagenet_tars(args.data_dir)
-    return index(args.dataset, args.data_dir, split=args.split, class_list=args.class_list or None,
-                 allow_class_mismatch=args.allow_class_mismatch)  # fmt: skip
+    return index(
+        args.dataset,
+        args.data_dir,
+        split=args.split,
+        class_list=args.class_list or None,
+        allow_class_mismatch=args.allow_class_mismatch,
+    )
 
 
-def pack(source, out: str, sides: tuple[int, ...], quality: int, workers: int, on_bad_image: str = "fail") -> int:
+def pack(
+    source, out: str, sides: tuple[int, ...], quality: int, workers: int, on_bad_image: str = "fail"
+) -> int:
     """Pack `source` (a DatasetIndex) into `out`. Returns the exit code."""
     from sources import packing
 
@@ -96,7 +134,9 @@ def _locked(out: str) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if attempt == 19:
-                    raise UsageError(f"another packing is at work in {os.path.abspath(out)}", "wait for it") from None
+                    raise UsageError(
+                        f"another packing is at work in {os.path.abspath(out)}", "wait for it"
+                    ) from None
                 time.sleep(0.1)
         yield
     finally:
@@ -120,14 +160,18 @@ def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _write_groups(source, plan: dict, groups: list, records: dict, out: str, workers: int, on_bad: str) -> list[dict]:
+def _write_groups(
+    source, plan: dict, groups: list, records: dict, out: str, workers: int, on_bad: str
+) -> list[dict]:
     """Write what is missing, noting each group as it is done; returns the bad images (none with 'skip')."""
     from base.progress import Progress
     from sources import packing
 
     total = sum(g.stop - g.start for g in packing.groups_of(plan))
     bad = []
-    with Progress(total, "packing", unit="images", initial=total - sum(g.stop - g.start for g in groups)) as progress:
+    with Progress(
+        total, "packing", unit="images", initial=total - sum(g.stop - g.start for g in groups)
+    ) as progress:
         jobs = ((g, (getattr(source, g.part), plan, g, out, on_bad)) for g in groups)
         for group, record in _in_processes(packing.write_group, jobs, workers, out):
             if "bad" in record:
@@ -159,8 +203,10 @@ def _in_processes(work: Callable, jobs: Iterable[tuple], workers: int, out: str)
             for done in wait(pending, return_when=FIRST_COMPLETED).done:
                 yield pending.pop(done), done.result()
     except BrokenProcessPool as error:
-        raise ResourceError("a packing process was killed; the machine may be out of memory",
-                            "run the same command again with fewer --workers: it goes on where it was") from error  # fmt: skip
+        raise ResourceError(
+            "a packing process was killed; the machine may be out of memory",
+            "run the same command again with fewer --workers: it goes on where it was",
+        ) from error
     except OSError as error:
         raise _from_os(error, out) from error
     finally:
@@ -169,10 +215,14 @@ def _in_processes(work: Callable, jobs: Iterable[tuple], workers: int, out: str)
 
 def _from_os(error: OSError, out: str) -> errors.UserError:
     if error.errno in NO_SPACE:
-        return ResourceError(f"the disk that holds {os.path.abspath(out)} is full ({error.strerror})",
-                             "make room and run the same command again: it goes on where it was")  # fmt: skip
-    return DataError(f"{error.filename or 'the data'}: {error.strerror or error}",
-                     "the source must not change while it is packed; mend it and run the same command again")  # fmt: skip
+        return ResourceError(
+            f"the disk that holds {os.path.abspath(out)} is full ({error.strerror})",
+            "make room and run the same command again: it goes on where it was",
+        )
+    return DataError(
+        f"{error.filename or 'the data'}: {error.strerror or error}",
+        "the source must not change while it is packed; mend it and run the same command again",
+    )
 
 
 def _init_worker() -> None:
@@ -246,8 +296,10 @@ def _bad_images(split, start: int, stop: int) -> list[dict]:
 def _report_bad(bad: list[dict]) -> int:
     for image in bad:
         print(errors.printable(f"{image['part']}: {image['name']}: {image['reason']}"))
-    raise DataError(f"{len(bad):,} bad images (listed above)",
-                    "replace them (then pack into a new --out), or pack with --on-bad-image skip")  # fmt: skip
+    raise DataError(
+        f"{len(bad):,} bad images (listed above)",
+        "replace them (then pack into a new --out), or pack with --on-bad-image skip",
+    )
 
 
 if __name__ == "__main__":

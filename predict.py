@@ -27,18 +27,27 @@ IDLE = (
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("predict.py", "Name what is in images.", EPILOG)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a best_*.pt or last_*.pt that train.py wrote")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="a best_*.pt or last_*.pt that train.py wrote"
+    )
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
     group = parser.add_argument_group("answers")
     group.add_argument(
         "--weights", default="ema", choices=("ema", "raw"), help="which; ema: raw ones where there is no EMA"
     )
     group.add_argument("--top", type=flags.positive, default=5, metavar="K", help="classes an image")
-    group.add_argument("--json", default="", metavar="FILE", help="write them as JSON; '-' is standard output")
+    group.add_argument(
+        "--json", default="", metavar="FILE", help="write them as JSON; '-' is standard output"
+    )
     group.add_argument("--csv", default="", metavar="FILE", help="write them as CSV; '-' is standard output")
     group = parser.add_argument_group("export")
-    group.add_argument("--export", default="", choices=("", "onnx", "safetensors", "torchvision"), metavar="FORMAT",
-                       help="onnx, safetensors or torchvision: write the model, checked, with a card")  # fmt: skip
+    group.add_argument(
+        "--export",
+        default="",
+        choices=("", "onnx", "safetensors", "torchvision"),
+        metavar="FORMAT",
+        help="onnx, safetensors or torchvision: write the model, checked, with a card",
+    )
     group.add_argument("--out", default="", metavar="DIR", help="where to; empty: beside the checkpoint")
     flags.add_asking_args(parser)
     return parser
@@ -70,13 +79,17 @@ def main(argv: list[str] | None = None) -> int:
     if config.export:
         from analysis.export import export
 
-        written = export(config.export, model, payload, weights, Path(config.out or Path(config.checkpoint).parent))
+        written = export(
+            config.export, model, payload, weights, Path(config.out or Path(config.checkpoint).parent)
+        )
         say(config, f"written and checked: {written[0]}, described in {written[1]}")
     if bad:
         for path, reason in bad:
             print(printable(f"bad image {path}: {reason}"), file=sys.stderr)
-        raise DataError(f"{len(bad)} of {len(found) + len(bad)} images could not be used, see above",
-                        "replace or leave out what is named there; the others were answered")  # fmt: skip
+        raise DataError(
+            f"{len(bad)} of {len(found) + len(bad)} images could not be used, see above",
+            "replace or leave out what is named there; the others were answered",
+        )
     return 0
 
 
@@ -143,8 +156,14 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
     if workers and (note := flags.workers_note(config.num_workers)):
         say(config, note)
     dataset = Pictures(paths, EvalTransform(facts["image_size"], facts["crop"]))
-    loader = Loader(dataset, Order(len(paths), config.batch_size, shuffle=False), mean=facts["mean"], std=facts["std"],
-                    num_workers=workers, device=runtime.device)  # fmt: skip
+    loader = Loader(
+        dataset,
+        Order(len(paths), config.batch_size, shuffle=False),
+        mean=facts["mean"],
+        std=facts["std"],
+        num_workers=workers,
+        device=runtime.device,
+    )
     found = []
     with Progress(len(loader), f"{len(paths)} images", unit="batches") as bar:
         for images, ids in bar.over(loader):
@@ -152,7 +171,10 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
             rows = zip(ids.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
             found += [(paths[i], probabilities, classes) for i, probabilities, classes in rows]
     reasons = dict(loader.bad)
-    return ([row for i, row in enumerate(found) if i not in reasons], [(paths[i], why) for i, why in reasons.items()])
+    return (
+        [row for i, row in enumerate(found) if i not in reasons],
+        [(paths[i], why) for i, why in reasons.items()],
+    )
 
 
 def deliver(config, weights: str, facts: dict, found, bad) -> None:
@@ -162,15 +184,34 @@ def deliver(config, weights: str, facts: dict, found, bad) -> None:
     classes, names = facts["classes"], [str(name) for name in facts["class_names"]]
     texts = {}
     if config.json:
-        images = [{"file": path, "predictions": [{"class": classes[c], "name": names[c], "probability": p}
-                                                 for p, c in zip(ps, cs, strict=True)]} for path, ps, cs in found]  # fmt: skip
+        images = [
+            {
+                "file": path,
+                "predictions": [
+                    {"class": classes[c], "name": names[c], "probability": p}
+                    for p, c in zip(ps, cs, strict=True)
+                ],
+            }
+            for path, ps, cs in found
+        ]
         texts[config.json] = files.json_text(
-            {"checkpoint": Path(config.checkpoint).name, "weights": weights, "image_size": facts["image_size"],
-             "images": images, "bad": [{"file": path, "reason": reason} for path, reason in bad]})  # fmt: skip
+            {
+                "checkpoint": Path(config.checkpoint).name,
+                "weights": weights,
+                "image_size": facts["image_size"],
+                "images": images,
+                "bad": [{"file": path, "reason": reason} for path, reason in bad],
+            }
+        )
     if config.csv:
-        texts[config.csv] = files.csv_text(("file", "rank", "class", "name", "probability"), (
-            (path, rank, classes[c], names[c], f"{p:.6f}") for path, ps, cs in found
-            for rank, (p, c) in enumerate(zip(ps, cs, strict=True), 1)))  # fmt: skip
+        texts[config.csv] = files.csv_text(
+            ("file", "rank", "class", "name", "probability"),
+            (
+                (path, rank, classes[c], names[c], f"{p:.6f}")
+                for path, ps, cs in found
+                for rank, (p, c) in enumerate(zip(ps, cs, strict=True), 1)
+            ),
+        )
     for target, text in texts.items():
         if target == "-":
             sys.stdout.write(printable(text))
@@ -181,7 +222,10 @@ def deliver(config, weights: str, facts: dict, found, bad) -> None:
         for path, probabilities, guesses in found:
             for k, (p, c) in enumerate(zip(probabilities, guesses, strict=True)):
                 alias = "" if names[c] == classes[c] else f"  ({classes[c]})"
-                say(config, f"{printable(path) if k == 0 else '':<{width}}  {100 * p:>6.2f} %  {names[c]}{alias}")
+                say(
+                    config,
+                    f"{printable(path) if k == 0 else '':<{width}}  {100 * p:>6.2f} %  {names[c]}{alias}",
+                )
 
 
 if __name__ == "__main__":

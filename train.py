@@ -21,8 +21,9 @@ EPILOG = """examples:
 
 
 def build_parser() -> flags.Parser:
-    return flags.build_parser("train.py", "Train a ResNet-50 (or another architecture) from scratch.", EPILOG,
-                              flags.TRAIN_GROUPS)  # fmt: skip
+    return flags.build_parser(
+        "train.py", "Train a ResNet-50 (or another architecture) from scratch.", EPILOG, flags.TRAIN_GROUPS
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,13 +123,29 @@ def fit(config, index, built, who) -> None:
     if config.plot and runtime.is_main:
         built.after_epoch = Curves(built)
     if runtime.is_main:
-        facts = environment(runtime) | {"command": " ".join(sys.argv), "commit": rundir.commit(), "num_train": len(index.train),
-                                        "num_val": len(index.val), "num_classes": len(index.classes), "run": who.run,
-                                        "checkpoint": built.file_name} | ({"parent": who.parent} if who.parent else {})  # fmt: skip
+        facts = (
+            environment(runtime)
+            | {
+                "command": " ".join(sys.argv),
+                "commit": rundir.commit(),
+                "num_train": len(index.train),
+                "num_val": len(index.val),
+                "num_classes": len(index.classes),
+                "run": who.run,
+                "checkpoint": built.file_name,
+            }
+            | ({"parent": who.parent} if who.parent else {})
+        )
         files.write_json(save_dir / "config.json", flags.plain(config))
         files.write_json(save_dir / "env.json", facts)
-    log = MetricLogger(save_dir, built.state.rows, enabled=runtime.is_main, tensorboard=config.tensorboard,
-                       wandb_project=config.wandb, config=flags.plain(config))  # fmt: skip
+    log = MetricLogger(
+        save_dir,
+        built.state.rows,
+        enabled=runtime.is_main,
+        tensorboard=config.tensorboard,
+        wandb_project=config.wandb,
+        config=flags.plain(config),
+    )
     say("\n".join(introduction(built, config, index)))
     if not gc.isenabled():
         gc.freeze()
@@ -149,14 +166,18 @@ def introduction(built, config, index) -> list[str]:
     from models import notes
 
     runtime = built.runtime
-    lines = [f"{config.arch}, {sum(p.numel() for p in built.state.model.parameters()):,} parameters, on {runtime.device} "
-             f"({runtime.precision}), {len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"]  # fmt: skip
+    lines = [
+        f"{config.arch}, {sum(p.numel() for p in built.state.model.parameters()):,} parameters, on {runtime.device} "
+        f"({runtime.precision}), {len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"
+    ]
     if runtime.device.type == "cpu" and config.device == "auto":
         lines.append("no GPU found: training on the CPU")
     lines += filter(None, (flags.workers_note(config.num_workers), *notes(config.use_blurpool)))
     for p in built.phases:
-        lines.append(f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
-                     f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path"))  # fmt: skip
+        lines.append(
+            f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
+            f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path")
+        )
     return [*lines, ROW_HEADER]
 
 
@@ -204,7 +225,9 @@ def restore(built, saved: dict, config) -> None:
     else:
         replan(built)
     if built.runtime.any_rank(built.state.step) != built.state.step:
-        raise CheckpointError("the ranks found different checkpoints", "let all of them see the same --save-dir")
+        raise CheckpointError(
+            "the ranks found different checkpoints", "let all of them see the same --save-dir"
+        )
 
 
 def check_position(built) -> None:
@@ -216,9 +239,11 @@ def check_position(built) -> None:
     first = phase.step_before(epoch)
     last = first + phase.steps_per_epoch if epoch <= epochs else first
     if epoch > epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
-        raise CheckpointError(f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
-                              f"({state.schedule.position} of its schedule): no place in this run",
-                              "use a checkpoint that train.py wrote")  # fmt: skip
+        raise CheckpointError(
+            f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
+            f"({state.schedule.position} of its schedule): no place in this run",
+            "use a checkpoint that train.py wrote",
+        )
 
 
 def start_from(built, config) -> None:
@@ -227,7 +252,10 @@ def start_from(built, config) -> None:
 
     build.take_weights(config.init_from, built.state.model, config.reset_head)
     built.state.ema = build.build_ema(config, built.state.model, built.phases)
-    say(f"starting from the weights of {config.init_from}" + (", with a new head" if config.reset_head else ""))
+    say(
+        f"starting from the weights of {config.init_from}"
+        + (", with a new head" if config.reset_head else "")
+    )
 
 
 class Curves:

@@ -47,9 +47,17 @@ class Phase:
         return self.first_step + (epoch - self.first_epoch) * self.steps_per_epoch
 
 
-def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *,
-         phase_batch_sizes: Sequence[int] | None = None, phase_epochs: Sequence[int] | None = None,
-         phase_mix: Sequence[bool] | None = None, world_size: int = 1) -> tuple[Phase, ...]:  # fmt: skip
+def plan(
+    epochs: int,
+    sizes: Sequence[int],
+    num_samples: int,
+    batch_size: int,
+    *,
+    phase_batch_sizes: Sequence[int] | None = None,
+    phase_epochs: Sequence[int] | None = None,
+    phase_mix: Sequence[bool] | None = None,
+    world_size: int = 1,
+) -> tuple[Phase, ...]:
     """The one plan of a run: the loader, the schedule, the ETA and --dry-run all read it.
 
     `batch_size` is the first phase's, halved at every size step unless `phase_batch_sizes` says
@@ -66,11 +74,15 @@ def plan(epochs: int, sizes: Sequence[int], num_samples: int, batch_size: int, *
         # Floor, because the train loader drops the last partial batch.
         steps = num_samples // batch
         if steps == 0:
-            raise UsageError(f"batch {batch} > {num_samples} training images (at {size} px)",
-                             f"give --batch-size {max(1, num_samples)} or less")  # fmt: skip
+            raise UsageError(
+                f"batch {batch} > {num_samples} training images (at {size} px)",
+                f"give --batch-size {max(1, num_samples)} or less",
+            )
         if batch % world_size:
-            raise UsageError(f"the global batch {batch} (at {size} px) does not divide by {world_size} ranks",
-                             "give a --batch-size or --phase-batch-sizes that does")  # fmt: skip
+            raise UsageError(
+                f"the global batch {batch} (at {size} px) does not divide by {world_size} ranks",
+                "give a --batch-size or --phase-batch-sizes that does",
+            )
         phases.append(Phase(first_epoch, first_epoch + length - 1, size, batch, steps, first_step, mix))
         first_epoch, first_step = first_epoch + length, first_step + length * steps
     return tuple(phases)
@@ -104,7 +116,14 @@ class TrainState:
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        self.epoch_sums = {"loss": 0.0, "images": 0, "seconds": 0.0, "waited": 0.0, "bad_steps": 0, "bad_images": 0}
+        self.epoch_sums = {
+            "loss": 0.0,
+            "images": 0,
+            "seconds": 0.0,
+            "waited": 0.0,
+            "bad_steps": 0,
+            "bad_images": 0,
+        }
 
     PARTS = ("model", "optimizer", "schedule", "scaler", "ema")
     VALUES = ("step", "epoch_sums", "bad_in_a_row", "best", "rows")
@@ -120,14 +139,26 @@ class TrainState:
         A step can be finite in loss and gradient and still ruin weights: through the optimizer's memory, or
         memory that fails. Asked before every save, so that no ruined state takes the place of a sound one.
         """
-        optimizer = {f"parameter {k}, {name}": value for k, state in enumerate(self.optimizer.state.values())
-                     for name, value in state.items() if isinstance(value, Tensor)}  # fmt: skip
-        parts = {"weights": self.model.state_dict(), "optimizer": optimizer,
-                 "average": {} if self.ema.module is None else self.ema.module.state_dict()}  # fmt: skip
+        optimizer = {
+            f"parameter {k}, {name}": value
+            for k, state in enumerate(self.optimizer.state.values())
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        parts = {
+            "weights": self.model.state_dict(),
+            "optimizer": optimizer,
+            "average": {} if self.ema.module is None else self.ema.module.state_dict(),
+        }
         for part, tensors in parts.items():
             # Scalars are counters, which some optimizers keep on the CPU beside weights on a GPU.
-            values = {name: value for name, value in tensors.items() if value.is_floating_point() and value.ndim}
-            if not values or torch.stack(torch._foreach_norm(list(values.values()), math.inf)).isfinite().all():
+            values = {
+                name: value for name, value in tensors.items() if value.is_floating_point() and value.ndim
+            }
+            if (
+                not values
+                or torch.stack(torch._foreach_norm(list(values.values()), math.inf)).isfinite().all()
+            ):
                 continue
             name = next(name for name, value in values.items() if not value.isfinite().all())
             raise DivergedError(
@@ -184,8 +215,14 @@ class BatchNormBuffers:
         """Give all ranks the mean, at every step: so any rank's state is the run's state."""
         if runtime.world_size > 1 and self.averaged:
             flat = torch.cat([buffer.flatten() for buffer in self.averaged])
-            parts = runtime.sum_over_ranks(flat).div_(runtime.world_size).split([b.numel() for b in self.averaged])
-            torch._foreach_copy_(self.averaged, [p.view_as(b) for p, b in zip(parts, self.averaged, strict=True)])
+            parts = (
+                runtime.sum_over_ranks(flat)
+                .div_(runtime.world_size)
+                .split([b.numel() for b in self.averaged])
+            )
+            torch._foreach_copy_(
+                self.averaged, [p.view_as(b) for p, b in zip(parts, self.averaged, strict=True)]
+            )
 
 
 @dataclass
@@ -274,8 +311,12 @@ def smallest_piece(images: int, accumulate: int) -> int:
     return (images - 1) % math.ceil(images / accumulate) + 1
 
 
-def train_one_epoch(state: TrainState, how: Step, batches: Iterable[tuple[Tensor, Tensor]],
-                    after_step: Callable[[int, bool], None]) -> None:  # fmt: skip
+def train_one_epoch(
+    state: TrainState,
+    how: Step,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    after_step: Callable[[int, bool], None],
+) -> None:
     """Train on every batch; sums go into `state.epoch_sums`.
 
     `after_step(images in the batch, finite)` reports, saves and stops the run (by raising).
@@ -308,8 +349,12 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(models: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime,
-             after_batch: Callable[[int], None] = lambda count: None) -> dict[str, EvalResult]:  # fmt: skip
+def evaluate(
+    models: dict[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    after_batch: Callable[[int], None] = lambda count: None,
+) -> dict[str, EvalResult]:
     """Score every model on every sample of `batches`, each counted once, in one pass over the data.
 
     Sums are divided once, at the end: a mean of per-batch means gives the samples of a short last

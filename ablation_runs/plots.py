@@ -13,12 +13,18 @@ from ablation_runs.results import Result
 from ablation_runs.study import Study
 from analysis import figures
 
-LABELS = {"val_top1": "validation top-1, raw weights (%)", "ema_val_top1": "validation top-1, averaged weights (%)"}
+LABELS = {
+    "val_top1": "validation top-1, raw weights (%)",
+    "ema_val_top1": "validation top-1, averaged weights (%)",
+}
 
 
 def draw(results: list[Result], study: Study, preset: str, out: Path) -> list[Path]:
     """Write the pictures that the runs are enough for; returns their paths."""
-    made = {"curves.png": curves(results, study, preset), "differences.png": differences(results, study, preset)}
+    made = {
+        "curves.png": curves(results, study, preset),
+        "differences.png": differences(results, study, preset),
+    }
     made |= heat_maps(results, study)
     return [figures.save(picture, out / name) for name, picture in made.items() if picture]
 
@@ -29,15 +35,25 @@ def curves(results: list[Result], study: Study, preset: str):
     axis = figures.axes(made, 1, 1)[0, 0]
     drawn = 0
     for k, variant in enumerate(study.variants):
-        series = [[row.get(study.score) for row in r.rows] for r in results if r.variant == variant.name and r.rows]
+        series = [
+            [row.get(study.score) for row in r.rows] for r in results if r.variant == variant.name and r.rows
+        ]
         epochs = min(map(len, series), default=0)
-        table = np.array([values[:epochs] for values in series], float)  # None becomes NaN: an epoch not scored
+        table = np.array(
+            [values[:epochs] for values in series], float
+        )  # None becomes NaN: an epoch not scored
         shown = np.flatnonzero(np.isfinite(table).all(0)) if epochs else []
         if len(shown) == 0:
             continue
         style = figures.line_style(k)
-        axis.plot(shown + 1, table[:, shown].mean(0), label=f"{variant.name} ({len(series)})", marker="o", markersize=3,
-                  **style)  # fmt: skip
+        axis.plot(
+            shown + 1,
+            table[:, shown].mean(0),
+            label=f"{variant.name} ({len(series)})",
+            marker="o",
+            markersize=3,
+            **style,
+        )
         axis.fill_between(
             shown + 1, table[:, shown].min(0), table[:, shown].max(0), color=style["color"], alpha=0.15, lw=0
         )
@@ -62,7 +78,12 @@ def differences(results: list[Result], study: Study, preset: str):
         if d.low is not None:
             axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=2)
         axis.plot(
-            d.mean, k, "o", color=figures.BLUE, markerfacecolor=figures.BLUE if certain else "white", markersize=7
+            d.mean,
+            k,
+            "o",
+            color=figures.BLUE,
+            markerfacecolor=figures.BLUE if certain else "white",
+            markersize=7,
         )
     axis.axvline(0, color=figures.BLACK, lw=1)
     axis.set_yticks(range(len(verdicts)), [v.variant for v in verdicts])
@@ -76,8 +97,11 @@ def differences(results: list[Result], study: Study, preset: str):
 
 def heat_maps(results: list[Result], study: Study) -> dict:
     """{file name: picture}, for every two parameters of a grid: the mean score over seeds and all other parameters."""
-    cells = {v.factors: np.mean(list(found.values())) for v in study.variants
-             if v.factors and (found := reading.scores(results, v.name, study.score))}  # fmt: skip
+    cells = {
+        v.factors: np.mean(list(found.values()))
+        for v in study.variants
+        if v.factors and (found := reading.scores(results, v.name, study.score))
+    }
     if not cells:
         return {}
     values: dict[str, set[str]] = {}
@@ -89,9 +113,14 @@ def heat_maps(results: list[Result], study: Study) -> dict:
         rows, columns = (sorted(values[name], key=float) for name in (down, across))
         means = [[mean_where(cells, {down: row, across: column}) for column in columns] for row in rows]
         made[f"heat_map_{down}_{across}.png"] = figures.heat_map(
-            np.array(means), rows, columns, title=f"{study.name}: last epoch, mean over seeds and other parameters",
-            unit="top-1 (%)", row_title=down, column_title=across,
-        )  # fmt: skip
+            np.array(means),
+            rows,
+            columns,
+            title=f"{study.name}: last epoch, mean over seeds and other parameters",
+            unit="top-1 (%)",
+            row_title=down,
+            column_title=across,
+        )
     return made
 
 

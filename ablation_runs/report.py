@@ -20,8 +20,20 @@ from base.errors import DataError, UsageError
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "results"
 PRIVATE = ("data_dir", "save_dir", "resume", "config", "init_from", "class_list")  # paths of one machine
-CSV_COLUMNS = ("variant", "seed", "status", "epochs", "train_top1", "val_top1", "val_top5", "ema_val_top1", "gap",
-               "images_per_second", "minutes", "commit")  # fmt: skip
+CSV_COLUMNS = (
+    "variant",
+    "seed",
+    "status",
+    "epochs",
+    "train_top1",
+    "val_top1",
+    "val_top5",
+    "ema_val_top1",
+    "gap",
+    "images_per_second",
+    "minutes",
+    "commit",
+)
 
 
 def build_parser() -> flags.Parser:
@@ -32,7 +44,11 @@ def build_parser() -> flags.Parser:
     add("--smoke", action="store_true", help="the same as --preset smoke")
     add("--runs", default=RUNS, metavar="DIR", help="the runner's --out")
     add("--out", default="", metavar="DIR", help="where the report goes; default: beside the runs")
-    add("--publish", action="store_true", help="copy the report and the runs' small files to ablation_runs/results/")
+    add(
+        "--publish",
+        action="store_true",
+        help="copy the report and the runs' small files to ablation_runs/results/",
+    )
     add("--debug", action="store_true", help="tracebacks for errors")
     return parser
 
@@ -61,7 +77,9 @@ def write(study: Study, preset: str, directory: Path, out: Path) -> str:
     runs = results.load(directory, study)
     if not runs:
         again = "" if preset == "full" else f" --preset {preset}"
-        raise DataError(f"no runs of {study.name} in {directory}", f"python -m ablation_runs.run {study.name}{again}")
+        raise DataError(
+            f"no runs of {study.name} in {directory}", f"python -m ablation_runs.run {study.name}{again}"
+        )
     out.mkdir(parents=True, exist_ok=True)
     pictures = plots.draw(runs, study, preset, out)
     text = markdown(study, preset, runs, [path.name for path in pictures])
@@ -79,7 +97,11 @@ def markdown(study: Study, preset: str, runs: list, pictures: list[str]) -> str:
     ]
     if study.reported:
         parts.append(f"**Reported there** (`{study.source}`, one seed): {study.reported}")
-    parts += [*ema_table(study, runs), *effect_table(study, runs), *(f"![{name[:-4]}]({name})" for name in pictures)]
+    parts += [
+        *ema_table(study, runs),
+        *effect_table(study, runs),
+        *(f"![{name[:-4]}]({name})" for name in pictures),
+    ]
     parts += [f"- {note}" for note in (*study.notes, *how_to_read(study, runs))]
     return "\n\n".join(parts).replace("\n\n- ", "\n- ").replace("\n- ", "\n\n- ", 1)
 
@@ -90,8 +112,11 @@ def table(study: Study, preset: str, runs: list) -> list[str]:
 
     verdicts = {v.variant: v for v in results.verdicts(runs, study, study.score)}
     gaps = {v.variant: v for v in results.verdicts(runs, study, "gap")}
-    lines = ["| variant | flags | seeds | top-1 | EMA top-1 | train top-1 | gap | against the first | gap against the first "
-             "| img/s | minutes | reported there |", "|---|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| variant | flags | seeds | top-1 | EMA top-1 | train top-1 | gap | against the first | gap against the first "
+        "| img/s | minutes | reported there |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for variant in study.variants:
         mine = [r for r in runs if r.variant == variant.name]
         if not mine:
@@ -99,10 +124,14 @@ def table(study: Study, preset: str, runs: list) -> list[str]:
         own = variant.cpu if preset == "cpu" and variant.cpu is not None else variant.flags
         cells = [f"**{variant.name}**", f"`{own}`" if own else "base", seeds_cell(mine)]
         cells += [
-            spread(results.scores(runs, variant.name, c)) for c in ("val_top1", "ema_val_top1", "train_top1", "gap")
+            spread(results.scores(runs, variant.name, c))
+            for c in ("val_top1", "ema_val_top1", "train_top1", "gap")
         ]
         cells += [against(verdicts.get(variant.name)), against(gaps.get(variant.name), ("larger", "smaller"))]
-        cells += [average([r.images_per_second for r in mine], ",.0f"), average([r.minutes for r in mine], ".1f")]
+        cells += [
+            average([r.images_per_second for r in mine], ",.0f"),
+            average([r.minutes for r in mine], ".1f"),
+        ]
         lines.append("| " + " | ".join([*cells, variant.reported or "-"]) + " |")
     return ["\n".join(lines)]
 
@@ -149,11 +178,17 @@ def conclusion(study: Study, runs: list) -> str:
     """What the runs allow to be said, and no more."""
     from ablation_runs import results
 
-    base, what = study.variants[0].name, "averaged weights" if study.score == "ema_val_top1" else "raw weights"
+    base, what = (
+        study.variants[0].name,
+        "averaged weights" if study.score == "ema_val_top1" else "raw weights",
+    )
     verdicts = results.verdicts(runs, study, study.score)
-    sentences = [f"**{v.variant}** is {v.word} than {base} by {abs(v.difference.mean):.1f} points of top-1 ({what}; 95 % interval "
-                 f"{v.difference.low:+.1f} to {v.difference.high:+.1f}, {v.difference.n} seeds)."
-                 for v in verdicts if v.word in (results.BETTER, results.WORSE)]  # fmt: skip
+    sentences = [
+        f"**{v.variant}** is {v.word} than {base} by {abs(v.difference.mean):.1f} points of top-1 ({what}; 95 % interval "
+        f"{v.difference.low:+.1f} to {v.difference.high:+.1f}, {v.difference.n} seeds)."
+        for v in verdicts
+        if v.word in (results.BETTER, results.WORSE)
+    ]
     inside = [v.variant for v in verdicts if v.word == results.NOISE]
     if inside:
         names = listed(inside) if len(inside) <= 8 else f"the {len(inside)} other variants"
@@ -165,9 +200,14 @@ def conclusion(study: Study, runs: list) -> str:
             f"At chance ({results.chance(runs):.2g} %; the interval ends below twice that): {listed(stuck)}."
         )
     gaps = [v for v in results.verdicts(runs, study, "gap") if v.word in (results.BETTER, results.WORSE)]
-    sentences += [f"The gap between training and validation is {'larger' if v.difference.mean > 0 else 'smaller'} with {v.variant}, "
-                  f"by {abs(v.difference.mean):.1f} points." for v in gaps]  # fmt: skip
-    ranked = [e for e in results.effects(runs, study, study.score) if e.p is not None and e.p < 1 - results.LEVEL]
+    sentences += [
+        f"The gap between training and validation is {'larger' if v.difference.mean > 0 else 'smaller'} with {v.variant}, "
+        f"by {abs(v.difference.mean):.1f} points."
+        for v in gaps
+    ]
+    ranked = [
+        e for e in results.effects(runs, study, study.score) if e.p is not None and e.p < 1 - results.LEVEL
+    ]
     if ranked:
         sentences.append(
             f"Parameters that matter beyond the noise, most first: {listed([e.parameter for e in ranked])}."
@@ -189,11 +229,17 @@ def ema_table(study: Study, runs: list) -> list[str]:
     gains = {v.name: results.ema_gain(runs, v.name) for v in study.variants}
     if not any(gains.values()):
         return []
-    lines = ["Averaged against raw weights of the same run, last epoch:", "", "| variant | raw | averaged | averaged - raw |",
-             "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "Averaged against raw weights of the same run, last epoch:",
+        "",
+        "| variant | raw | averaged | averaged - raw |",
+        "|---|---|---|---|",
+    ]
     for name, gain in gains.items():
         if gain:
-            raw, averaged = (spread(results.scores(runs, name, column)) for column in ("val_top1", "ema_val_top1"))
+            raw, averaged = (
+                spread(results.scores(runs, name, column)) for column in ("val_top1", "ema_val_top1")
+            )
             lines.append(f"| {name} | {raw} | {averaged} | {interval(gain)} |")
     return ["\n".join(lines)]
 
@@ -205,27 +251,37 @@ def effect_table(study: Study, runs: list) -> list[str]:
     found = results.effects(runs, study, study.score)
     if not found:
         return []
-    lines = ["| parameter | mean top-1 at each value | best - worst | share of variance | p (F test against seeds, Holm) |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| parameter | mean top-1 at each value | best - worst | share of variance | p (F test against seeds, Holm) |",
+        "|---|---|---|---|---|",
+    ]
     for effect in found:
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
         p = "-" if effect.p is None else f"{effect.p:.3f}"
-        lines.append(f"| {effect.parameter} | {means} | {effect.span:.2f} | {100 * effect.share:.0f} % | {p} |")
+        lines.append(
+            f"| {effect.parameter} | {means} | {effect.span:.2f} | {100 * effect.share:.0f} % | {p} |"
+        )
     return ["\n".join(lines)]
 
 
 def how_to_read(study: Study, runs: list) -> list[str]:
     from ablation_runs import results
 
-    notes = ["Scores are those of the last epoch, in percent. Differences are paired by seed, with a 95 % t interval; 'better' and "
-             "'worse' are said after Holm's adjustment for the number of variants."]  # fmt: skip
+    notes = [
+        "Scores are those of the last epoch, in percent. Differences are paired by seed, with a 95 % t interval; 'better' and "
+        "'worse' are said after Holm's adjustment for the number of variants."
+    ]
     if image := results.one_image(runs):
-        notes.append(f"The intervals cover the seeds, not the choice of the {100 / image:,.0f} validation images, "
-                     f"of which one is {image:.2g} points.")  # fmt: skip
+        notes.append(
+            f"The intervals cover the seeds, not the choice of the {100 / image:,.0f} validation images, "
+            f"of which one is {image:.2g} points."
+        )
     env = next((r.env for r in runs if r.env), {})
     if env:
-        notes.append(f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} torch threads, "
-                     f"{env.get('precision')}, torch {env.get('torch')}, commit {env.get('commit') or 'unknown'}.")  # fmt: skip
+        notes.append(
+            f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} torch threads, "
+            f"{env.get('precision')}, torch {env.get('torch')}, commit {env.get('commit') or 'unknown'}."
+        )
     for template in study.afterwards:
         best = next((p for r in runs if r.directory for p in sorted(r.directory.glob("best_*.pt"))), None)
         notes.append(f"To look inside: `{template.format(best=best or 'CHECKPOINT', data='DATA')}`")
@@ -238,8 +294,15 @@ def write_csv(path: Path, runs: list) -> None:
         writer = csv.writer(file)
         writer.writerow(CSV_COLUMNS)
         for r in runs:
-            own = {"variant": r.variant, "seed": r.seed, "status": r.status, "epochs": len(r.rows), "minutes": r.minutes,
-                   "images_per_second": r.images_per_second, "commit": r.env.get("commit")}  # fmt: skip
+            own = {
+                "variant": r.variant,
+                "seed": r.seed,
+                "status": r.status,
+                "epochs": len(r.rows),
+                "minutes": r.minutes,
+                "images_per_second": r.images_per_second,
+                "commit": r.env.get("commit"),
+            }
             values = [own[name] if name in own else r.score(name) for name in CSV_COLUMNS]
             writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in values])
 

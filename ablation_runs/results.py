@@ -61,7 +61,9 @@ def load(directory: Path, study: Study) -> list[Result]:
     found = []
     for variant in study.variants:
         folders = (
-            path for path in directory.glob(f"{variant.name}-seed*") if path.name.rpartition("-seed")[2].isdecimal()
+            path
+            for path in directory.glob(f"{variant.name}-seed*")
+            if path.name.rpartition("-seed")[2].isdecimal()
         )
         for path in sorted(folders, key=lambda path: int(path.name.rpartition("-seed")[2])):
             found.append(read_run(path, variant.name))
@@ -71,8 +73,10 @@ def load(directory: Path, study: Study) -> list[Result]:
 def read_run(path: Path, variant: str) -> Result:
     from base import schemas
 
-    record, env = (schemas.read_json(path / name, schema, "delete it, or run the study again", missing={})
-                   for name, schema in (("run.json", schemas.StudyRun), ("env.json", schemas.Env)))  # fmt: skip
+    record, env = (
+        schemas.read_json(path / name, schema, "delete it, or run the study again", missing={})
+        for name, schema in (("run.json", schemas.StudyRun), ("env.json", schemas.Env))
+    )
     rows = read_metrics(path) if (path / "metrics.jsonl").is_file() else []
     seed = int(path.name.rpartition("-seed")[2])
     return Result(variant, seed, record.get("status", "unfinished"), rows, env, path)
@@ -143,7 +147,10 @@ def verdicts(results: list[Result], study: Study, column: str) -> list[Verdict]:
     found = {v.name: paired(scores(results, v.name, column), base, resolution) for v in study.variants[1:]}
     tested = [name for name, difference in found.items() if difference and difference.p is not None]
     adjusted = dict(zip(tested, holm([found[name].p for name in tested]), strict=True))
-    return [Verdict(name, difference, word_for(difference, adjusted.get(name))) for name, difference in found.items()]
+    return [
+        Verdict(name, difference, word_for(difference, adjusted.get(name)))
+        for name, difference in found.items()
+    ]
 
 
 def word_for(difference: Difference | None, p: float | None) -> str:
@@ -156,7 +163,9 @@ def word_for(difference: Difference | None, p: float | None) -> str:
 
 def ema_gain(results: list[Result], variant: str) -> Difference | None:
     """Averaged minus raw weights of the same runs; None where there was no average."""
-    return paired(scores(results, variant, "ema_val_top1"), scores(results, variant, "val_top1"), one_image(results))
+    return paired(
+        scores(results, variant, "ema_val_top1"), scores(results, variant, "val_top1"), one_image(results)
+    )
 
 
 def one_image(results: list[Result]) -> float:
@@ -175,7 +184,9 @@ def at_chance(results: list[Result], study: Study) -> list[str]:
     """Variants whose score stays below twice chance even at the upper end of its interval over seeds."""
     level, found = chance(results), []
     for variant in study.variants if level else ():
-        score = paired(own := scores(results, variant.name, study.score), dict.fromkeys(own, 0.0), one_image(results))
+        score = paired(
+            own := scores(results, variant.name, study.score), dict.fromkeys(own, 0.0), one_image(results)
+        )
         if score and score.high is not None and score.high < 2 * level:
             found.append(variant.name)
     return found

@@ -50,15 +50,42 @@ def build_parser() -> flags.Parser:
     add("study", nargs="?", default="", metavar="STUDY", help="its name; --list shows them")
     add("--list", action="store_true", help="the studies and their questions")
     add("--dry-run", action="store_true", help="print the commands and what is done of them, start nothing")
-    add("--preset", default="full", choices=PRESETS, help="cpu: what a study names for a small machine (default: full)")
+    add(
+        "--preset",
+        default="full",
+        choices=PRESETS,
+        help="cpu: what a study names for a small machine (default: full)",
+    )
     add("--smoke", action="store_true", help="the same as --preset smoke: seconds a run, on generated images")
-    add("--seeds", type=flags.listing(flags.natural), default=None, metavar="N,N,...", help="default: the study's")
+    add(
+        "--seeds",
+        type=flags.listing(flags.natural),
+        default=None,
+        metavar="N,N,...",
+        help="default: the study's",
+    )
     add("--variants", type=flags.listing(str), default=(), metavar="NAME,...", help="only these")
     add("--jobs", type=flags.positive, default=1, metavar="N", help="runs at a time (default: 1)")
-    add("--shard", type=shard, default=(1, 1), metavar="I/N", help="only the I-th of N parts of the runs, I from 1")
+    add(
+        "--shard",
+        type=shard,
+        default=(1, 1),
+        metavar="I/N",
+        help="only the I-th of N parts of the runs, I from 1",
+    )
     add("--data-dir", default="", metavar="DIR", help="the dataset (default: data/<dataset>)")
-    add("--out", default=RUNS, metavar="DIR", help=f"runs go to DIR/<study>/<variant>-seed<n> (default: {RUNS})")
-    add("--keep", default="best", choices=("best", "all", "none"), help="checkpoints of finished runs (default: best)")
+    add(
+        "--out",
+        default=RUNS,
+        metavar="DIR",
+        help=f"runs go to DIR/<study>/<variant>-seed<n> (default: {RUNS})",
+    )
+    add(
+        "--keep",
+        default="best",
+        choices=("best", "all", "none"),
+        help="checkpoints of finished runs (default: best)",
+    )
     add("--debug", action="store_true", help="tracebacks for errors")
     return parser
 
@@ -68,11 +95,12 @@ def main(argv: list[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     args = build_parser().parse_args(words[:cut])
     if args.list or not args.study:
-        print("\n".join(f"{s.name:<32} {len(s.variants):>3} variants  {s.question}" for s in STUDIES.values()))
+        print(
+            "\n".join(f"{s.name:<32} {len(s.variants):>3} variants  {s.question}" for s in STUDIES.values())
+        )
         return 0
     preset = "smoke" if args.smoke else args.preset
-    runs = chosen(args.study, preset, args.seeds, args.variants, args.shard,
-                  shlex.join(words[cut + 1 :]))  # fmt: skip
+    runs = chosen(args.study, preset, args.seeds, args.variants, args.shard, shlex.join(words[cut + 1 :]))
     jobs = [Job(run, Path(args.out) / run.study / run.name, args.data_dir) for run in runs]
     if args.dry_run:
         for job in jobs:
@@ -95,8 +123,10 @@ def chosen(name: str, preset: str, seeds, variants, part: tuple[int, int], extra
         raise UsageError(f"no study {name!r}", f"there are {', '.join(STUDIES)}")
     unknown = set(variants) - {v.name for v in study.variants}
     if unknown:
-        raise UsageError(f"{name} has no variant {', '.join(sorted(unknown))}",
-                         f"it has {', '.join(v.name for v in study.variants)}")  # fmt: skip
+        raise UsageError(
+            f"{name} has no variant {', '.join(sorted(unknown))}",
+            f"it has {', '.join(v.name for v in study.variants)}",
+        )
     runs = [run for run in study.runs(preset, seeds, extra) if not variants or run.variant in variants]
     i, n = part
     return runs[i - 1 :: n]
@@ -107,11 +137,15 @@ class Job:
 
     def __init__(self, run: Run, directory: Path, data_dir: str = ""):
         self.run, self.directory, self.problem = run, directory, ""
-        dataset = next((v for f, v in zip(run.flags, run.flags[1:], strict=False) if f == "--dataset"), "imagenet")
+        dataset = next(
+            (v for f, v in zip(run.flags, run.flags[1:], strict=False) if f == "--dataset"), "imagenet"
+        )
         data = from_root(Path(data_dir)) if data_dir else f"data/{dataset}"
         own = [word.replace("{data}", data) for word in run.flags]
         on_disk = (
-            [] if "--data-dir" in own or dataset.partition(":")[0] in ("digits", "synthetic") else ["--data-dir", data]
+            []
+            if "--data-dir" in own or dataset.partition(":")[0] in ("digits", "synthetic")
+            else ["--data-dir", data]
         )
         self.arguments = [*own, *on_disk, "--save-dir", from_root(directory), "--resume", "auto"]
 
@@ -130,8 +164,14 @@ class Job:
         return known.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 
     def record(self, status: str, code: int) -> None:
-        content = {"study": self.run.study, "variant": self.run.variant, "seed": self.run.seed,
-                   "flags": self.run.flags, "status": status, "exit_code": code}  # fmt: skip
+        content = {
+            "study": self.run.study,
+            "variant": self.run.variant,
+            "seed": self.run.seed,
+            "flags": self.run.flags,
+            "status": status,
+            "exit_code": code,
+        }
         partial = self.directory / "run.json.partial"
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.directory / "run.json")
@@ -139,8 +179,11 @@ class Job:
 
 def what_trains(words: list[str]) -> dict[str, str | None]:
     """The flags that change what is learned: a run made with other workers is the same run."""
-    return {name: value for name, value in merged(shlex.join(words)).items()
-            if name.removeprefix("no-").replace("-", "_") not in flags.FREE_ON_RESUME}  # fmt: skip
+    return {
+        name: value
+        for name, value in merged(shlex.join(words)).items()
+        if name.removeprefix("no-").replace("-", "_") not in flags.FREE_ON_RESUME
+    }
 
 
 def from_root(path: Path) -> str:
@@ -165,7 +208,9 @@ class Stopping:
         """Start `command` and wait for it."""
         with self.lock:
             # A session of its own: Ctrl-C reaches it through us alone, and so once.
-            child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+            child = subprocess.Popen(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
             self.children.add(child)
         try:
             return child.wait()
@@ -237,7 +282,9 @@ def clear_checkpoints(directory: Path, keep: str) -> None:
 def last_words(directory: Path) -> str:
     """What a failed run said: its error, or else the last line."""
     lines = (directory / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output")
+    return next(
+        (line for line in reversed(lines) if line.startswith("error:")), lines[-1] if lines else "no output"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ EMA = Study(
     "--augment basic --drop-path-rate 0",
     variants=(
         Variant("ramp-0.9999"),
-        Variant("plain-0.9999", "--no-ema-ramp", reported="0.5 %: the first attempt of `000`, stuck at chance"),
+        Variant(
+            "plain-0.9999", "--no-ema-ramp", reported="0.5 %: the first attempt of `000`, stuck at chance"
+        ),
         Variant("half-life", "--ema-half-life 1", "--ema-half-life 0.25"),
     ),
     score="ema_val_top1",
@@ -116,7 +118,9 @@ IMAGENET100_ARCHITECTURES = Study(
         Variant("mobilenet_v3_large", "--arch mobilenet_v3_large", reported="comparable to larger ones"),
     ),
     reported="ResNet led, closely followed by Swin, then EfficientNet; ViT would need more epochs; MobileNet is efficient.",
-    notes=("Budgets differ on purpose, as in the document: this ranks what a few GPU hours buy, not architectures.",),
+    notes=(
+        "Budgets differ on purpose, as in the document: this ranks what a few GPU hours buy, not architectures.",
+    ),
 )
 
 EFFICIENTNET_SIZE_AUGMENTATION = Study(
@@ -127,7 +131,9 @@ EFFICIENTNET_SIZE_AUGMENTATION = Study(
     variants=(
         Variant("128px", "--resize-schedule 128 --augment none", reported="58 % (train 61 %)"),
         Variant("64px", "--resize-schedule 64 --augment none", reported="31.6 % (train 34.8 %)"),
-        Variant("128px+augmentation", "--resize-schedule 128 --augment full", reported="55.7 % (train 55.2 %)"),
+        Variant(
+            "128px+augmentation", "--resize-schedule 128 --augment full", reported="55.7 % (train 55.2 %)"
+        ),
     ),
     reported="64 px: 34.8 / 31.6; 128 px: 61 / 58; 128 px with augmentation: 55.2 / 55.7 (train / validation, %).",
 )
@@ -140,7 +146,11 @@ TINY_IMAGENET_RESNET18 = Study(
     "--resize-schedule 64 --augment padcrop:8,flip,cutout:16 --optimizer sgd --momentum 0.9 --nesterov --lr 0.1 "
     f"--weight-decay 5e-4 {PLAIN}",
     variants=(
-        Variant("triangular2", "--schedule triangular2 --cycles 3", reported="61.52 % (train 91.19 %), both schedules"),
+        Variant(
+            "triangular2",
+            "--schedule triangular2 --cycles 3",
+            reported="61.52 % (train 91.19 %), both schedules",
+        ),
         Variant("plateau", "--schedule plateau"),
         Variant("triangular2+l1", "--schedule triangular2 --cycles 3 --l1 1e-6"),
         Variant("onecycle", "--schedule onecycle"),
@@ -224,7 +234,9 @@ OPTIMIZERS = Study(
         Variant("adamw", "--optimizer adamw --lr 0.003 --weight-decay 0.05"),
         Variant("lamb", "--optimizer lamb --lr 0.008 --weight-decay 0.02"),
     ),
-    notes=("One learning rate and decay each, not tuned: a loss here is one of this setting, not of the optimizer.",),
+    notes=(
+        "One learning rate and decay each, not tuned: a loss here is one of this setting, not of the optimizer.",
+    ),
 )
 
 SCHEDULES = Study(
@@ -252,7 +264,11 @@ BLURPOOL = Study(
     base=f"{IMAGENET100} --epochs 30 --batch-size 256 --resize-schedule 128",
     variants=(
         Variant("maxpool"),
-        Variant("blurpool", "--use-blurpool", reported="+0.5 to +1 points on ImageNet (Composer; timm, 300 epochs)"),
+        Variant(
+            "blurpool",
+            "--use-blurpool",
+            reported="+0.5 to +1 points on ImageNet (Composer; timm, 300 epochs)",
+        ),
     ),
 )
 
@@ -282,7 +298,9 @@ DROP_PATH_RATE = Study(
         Variant("0", "--drop-path-rate 0"),
         Variant("0.05", "--drop-path-rate 0.05"),
         Variant("0.1", "--drop-path-rate 0.1", reported="+0.4 points on ImageNet in 90 epochs (Composer)"),
-        Variant("0.2", "--drop-path-rate 0.2", reported="the default of 002; 1.1 points lost in 000's notebooks"),
+        Variant(
+            "0.2", "--drop-path-rate 0.2", reported="the default of 002; 1.1 points lost in 000's notebooks"
+        ),
     ),
 )
 

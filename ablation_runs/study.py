@@ -20,7 +20,9 @@ SMOKE_ARCHS = {"resnet50": "resnet_tiny", "resnet34": "resnet_tiny", "resnet18":
 SMOKE = """--dataset synthetic:classes=4,train=64,val=16,size=32 --epochs 3 --num-workers 0 --save-every 100
            --device cpu --amp off"""
 SMOKE_DROPS = ("split", "class-list", "subset", "subset-size", "phase-epochs", "data-dir")
-CPU = """--dataset imagenet --subset --arch resnet18 --num-workers 0 --save-every 100 --device cpu --amp bf16"""
+CPU = (
+    """--dataset imagenet --subset --arch resnet18 --num-workers 0 --save-every 100 --device cpu --amp bf16"""
+)
 PRESETS = ("full", "cpu", "smoke")
 
 
@@ -55,8 +57,11 @@ class Study:
 
     def title(self, preset: str) -> str:
         """The study's heading, which says where it is not the study at its full size."""
-        scaled = {"full": "", "cpu": f", scaled down for a CPU: {self.cpu_title}",
-                  "smoke": ", smoke test: tiny sizes, the figures mean nothing"}  # fmt: skip
+        scaled = {
+            "full": "",
+            "cpu": f", scaled down for a CPU: {self.cpu_title}",
+            "smoke": ", smoke test: tiny sizes, the figures mean nothing",
+        }
         return f"`{self.name}`{scaled[preset]}"
 
     def directory(self, preset: str = "full") -> str:
@@ -66,8 +71,16 @@ class Study:
         """Every variant with every seed, one seed after the other: a study cut short still compares."""
         if preset == "cpu" and not self.cpu:
             raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
-        return [Run(self.directory(preset), variant.name, seed, [*self.flags(variant, preset, extra), "--seed", str(seed)])
-                for seed in (seeds or self.seeds) for variant in self.variants]  # fmt: skip
+        return [
+            Run(
+                self.directory(preset),
+                variant.name,
+                seed,
+                [*self.flags(variant, preset, extra), "--seed", str(seed)],
+            )
+            for seed in (seeds or self.seeds)
+            for variant in self.variants
+        ]
 
     def flags(self, variant: Variant, preset: str = "full", extra: str = "") -> list[str]:
         """train.py's flags for `variant`; `extra` is laid over the base, under what the variant names."""
@@ -106,7 +119,9 @@ def as_typed(flag: str, value) -> str:
     if isinstance(value, bool):
         return name if value else f"--no-{name[2:]}"
     items = value if isinstance(value, tuple) else (value,)
-    return f"{name}=" + ",".join("on" if item is True else "off" if item is False else str(item) for item in items)
+    return f"{name}=" + ",".join(
+        "on" if item is True else "off" if item is False else str(item) for item in items
+    )
 
 
 def idle_in(chosen: dict[str, str | None]) -> set[str]:
@@ -119,11 +134,18 @@ def grid(defaults: dict[str, str], **values: tuple[str, ...]) -> tuple[Variant, 
     """Every combination of `values` ({flag: its values}); the one with all `defaults` comes first."""
     combinations: list[dict[str, str]] = [{}]
     for flag, options in values.items():
-        combinations = [{**some, flag.replace("_", "-"): option} for some in combinations for option in options]
+        combinations = [
+            {**some, flag.replace("_", "-"): option} for some in combinations for option in options
+        ]
     combinations.sort(key=lambda chosen: chosen != defaults)
-    return tuple(Variant(name="_".join(f"{flag}={value}" for flag, value in chosen.items()),
-                         flags=" ".join(f"--{flag} {value}" for flag, value in chosen.items()),
-                         factors=tuple(chosen.items())) for chosen in combinations)  # fmt: skip
+    return tuple(
+        Variant(
+            name="_".join(f"{flag}={value}" for flag, value in chosen.items()),
+            flags=" ".join(f"--{flag} {value}" for flag, value in chosen.items()),
+            factors=tuple(chosen.items()),
+        )
+        for chosen in combinations
+    )
 
 
 def merged(*texts: str) -> dict[str, str | None]:

@@ -16,7 +16,12 @@ def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="a best_*.pt or last_*.pt that train.py wrote")
     add("--out", default="", metavar="DIR", help="where pictures go; empty: plots/ beside the checkpoint")
-    add("--weights", default="ema", choices=("ema", "raw"), help="which weights; ema: raw ones where there is no EMA")
+    add(
+        "--weights",
+        default="ema",
+        choices=("ema", "raw"),
+        help="which weights; ema: raw ones where there is no EMA",
+    )
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
     add("--debug", action="store_true", help="tracebacks for errors")
 

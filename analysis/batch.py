@@ -34,7 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
     flags.check_train(config, typed)
     if config.show_epoch > config.epochs:
-        raise UsageError(f"--show-epoch {config.show_epoch} > --epochs {config.epochs}", "name an epoch of the run")
+        raise UsageError(
+            f"--show-epoch {config.show_epoch} > --epochs {config.epochs}", "name an epoch of the run"
+        )
     from analysis import figures
     from sources import layouts
 
@@ -60,13 +62,17 @@ def picture(config, index):
     names = [figures.shorten(str(name).split(",")[0], 16) for name in index.class_names or index.classes]
     rows, sides = [], []
     first = phase.step_before(config.show_epoch)
-    for step, images, targets in steps(loader, mixer, config.show_epoch, first, config.show_steps, config.seed):
+    for step, images, targets in steps(
+        loader, mixer, config.show_epoch, first, config.show_steps, config.seed
+    ):
         shown = [as_pixels(image, index) for image in images[: config.show_images]]
         rows.append((shown, [label(target, names) for target in targets[: config.show_images]]))
         sides.append(f"step {step + 1}")
     mixing = f"mixup {config.mixup_alpha:g}, cutmix {config.cutmix_alpha:g}" if phase.mix else "no mixing"
-    title = (f"What training sees in epoch {config.show_epoch}: {phase.image_size} px, batch {phase.batch_size}\n"
-             f"augment {figures.shorten(config.augment, 60)}, {mixing}, label smoothing {config.label_smoothing:g}")  # fmt: skip
+    title = (
+        f"What training sees in epoch {config.show_epoch}: {phase.image_size} px, batch {phase.batch_size}\n"
+        f"augment {figures.shorten(config.augment, 60)}, {mixing}, label smoothing {config.label_smoothing:g}"
+    )
     return figures.strips(rows, title=title, names=sides)
 
 

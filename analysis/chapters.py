@@ -41,17 +41,25 @@ def summary(run: RunFiles) -> Markup:
     pairs: list[tuple[str, object]] = []
     if best:
         weights = "EMA" if run.score.startswith("ema") else "raw"
-        pairs += [("best top-1", f"{run.best_top1:.2f} %"), ("at epoch", f"{best['epoch']} ({weights} weights)")]
+        pairs += [
+            ("best top-1", f"{run.best_top1:.2f} %"),
+            ("at epoch", f"{best['epoch']} ({weights} weights)"),
+        ]
         top5 = best.get(run.score.replace("top1", "top5"))
         pairs += [("its top-5", f"{top5:.2f} %")] if top5 is not None else []
     gap = last.get("train_top1"), last.get("val_top1")
     if None not in gap:
         pairs.append(("training - validation, last epoch", f"{gap[0] - gap[1]:+.1f} points of top-1"))
-    pairs += [("epochs", f"{len(run.rows)} of {config.get('epochs', '?')}"), ("time", duration(3600 * run.hours))]
+    pairs += [
+        ("epochs", f"{len(run.rows)} of {config.get('epochs', '?')}"),
+        ("time", duration(3600 * run.hours)),
+    ]
     if last.get("images_per_second"):
         pairs.append(("training speed, last epoch", f"{last['images_per_second']:,.0f} images/s"))
     pairs += [
-        (name, shown(config[key])) for key, name in (("arch", "architecture"), ("dataset", "dataset")) if key in config
+        (name, shown(config[key]))
+        for key, name in (("arch", "architecture"), ("dataset", "dataset"))
+        if key in config
     ]
     pairs.append(("image sizes", " → ".join(f"{size} px" for _, size, _ in reading.phases(run.rows))))
     bad = sum(row.get("bad_steps") or 0 for row in run.rows)
@@ -66,7 +74,10 @@ def overview(runs: Sequence[RunFiles]):
     differing = reading.differing_flags(runs)
     if differing:
         rows = [
-            [tag("code", flags.dashed(name)), *(shown(run.config[name]) if name in run.config else "?" for run in runs)]
+            [
+                tag("code", flags.dashed(name)),
+                *(shown(run.config[name]) if name in run.config else "?" for run in runs),
+            ]
             for name in differing
         ]
         content += [tag("h3", "Flags that differ"), table(["flag", *(run.name for run in runs)], rows)]
@@ -86,25 +97,42 @@ def charts_of_one(run: RunFiles) -> list[Markup]:
     best = (run.best["epoch"], run.best_top1) if run.best else None
 
     def lines(kind: str, training: str) -> list[Line]:
-        return [Line(training, *series(run.rows, f"train_{kind}"), ORANGE, 2),
-                Line("validation, raw", *series(run.rows, f"val_{kind}"), BLUE, 1),
-                Line("validation, EMA", *series(run.rows, f"ema_val_{kind}"), VERMILLION)]  # fmt: skip
+        return [
+            Line(training, *series(run.rows, f"train_{kind}"), ORANGE, 2),
+            Line("validation, raw", *series(run.rows, f"val_{kind}"), BLUE, 1),
+            Line("validation, EMA", *series(run.rows, f"ema_val_{kind}"), VERMILLION),
+        ]
 
     speed = [Line("training speed", *series(run.rows, "images_per_second"), BLUE)]
-    return [chart("Top-1", "%", lines("top1", "training sample, clean"), marks=marks, best=best),
-            chart("Loss", "nats", lines("loss", "training, mixed targets"), spec=".4f", marks=marks),
-            chart("Learning rate", "at the epoch's end", [Line("lr", *series(run.rows, "lr"), BLUE)], spec=".3e", marks=marks),
-            chart("Training speed", "images/s", speed, spec=",.0f", marks=marks)]  # fmt: skip
+    return [
+        chart("Top-1", "%", lines("top1", "training sample, clean"), marks=marks, best=best),
+        chart("Loss", "nats", lines("loss", "training, mixed targets"), spec=".4f", marks=marks),
+        chart(
+            "Learning rate",
+            "at the epoch's end",
+            [Line("lr", *series(run.rows, "lr"), BLUE)],
+            spec=".3e",
+            marks=marks,
+        ),
+        chart("Training speed", "images/s", speed, spec=",.0f", marks=marks),
+    ]
 
 
 def charts_of_many(runs: Sequence[RunFiles]) -> list[Markup]:
     def lines(column) -> list[Line]:
         return [Line(run.name, *series(run.rows, column(run)), k, k // 7 % 4) for k, run in enumerate(runs)]
 
-    return [chart("Validation top-1", "%, EMA weights where kept", lines(lambda run: run.score)),
-            chart("Validation loss", "nats, the same weights", lines(lambda run: run.score.replace("top1", "loss")), spec=".4f"),
-            chart("Training loss", "nats, against mixed targets", lines(lambda run: "train_loss"), spec=".4f"),
-            chart("Learning rate", "at the epoch's end", lines(lambda run: "lr"), spec=".3e")]  # fmt: skip
+    return [
+        chart("Validation top-1", "%, EMA weights where kept", lines(lambda run: run.score)),
+        chart(
+            "Validation loss",
+            "nats, the same weights",
+            lines(lambda run: run.score.replace("top1", "loss")),
+            spec=".4f",
+        ),
+        chart("Training loss", "nats, against mixed targets", lines(lambda run: "train_loss"), spec=".4f"),
+        chart("Learning rate", "at the epoch's end", lines(lambda run: "lr"), spec=".3e"),
+    ]
 
 
 def epochs_table(run: RunFiles) -> Markup:
@@ -131,18 +159,33 @@ def validation(run: RunFiles) -> Markup:
             "No details of the validation: run ",
             tag("code", f"python validate.py {run.checkpoint() or 'CHECKPOINT'}"),
         )
-    wanted = {"image_size": "px", "weights": "weights", "bn": "BatchNorm", "tta": "TTA", "top1": "top-1 %", "top5": "top-5 %",
-              "loss": "loss", "macro_f1": "macro F1", "ece": "ECE %"}  # fmt: skip
-    rows = [[f"{line[key]:.3f}" if isinstance(line.get(key), float) else line.get(key, "-") for key in wanted]
-            for line in scores["results"]]  # fmt: skip
+    wanted = {
+        "image_size": "px",
+        "weights": "weights",
+        "bn": "BatchNorm",
+        "tta": "TTA",
+        "top1": "top-1 %",
+        "top5": "top-5 %",
+        "loss": "loss",
+        "macro_f1": "macro F1",
+        "ece": "ECE %",
+    }
+    rows = [
+        [f"{line[key]:.3f}" if isinstance(line.get(key), float) else line.get(key, "-") for key in wanted]
+        for line in scores["results"]
+    ]
     parts = [table(list(wanted.values()), rows)]
     pairs = [
-        [p["truth_name"], p["guess_name"], p["times"], f"{100 * p['share']:.1f}"] for p in scores["confused_pairs"]
+        [p["truth_name"], p["guess_name"], p["times"], f"{100 * p['share']:.1f}"]
+        for p in scores["confused_pairs"]
     ]
-    confused = table(["is", "taken for", "times", "% of its class"], pairs[:ENOUGH_ROWS], "Most confused pairs")
+    confused = table(
+        ["is", "taken for", "times", "% of its class"], pairs[:ENOUGH_ROWS], "Most confused pairs"
+    )
     classes = sorted(scores["per_class"], key=lambda c: c["recall"])
     cells = [
-        [c["name"], *(f"{100 * c[key]:.1f}" for key in ("precision", "recall", "f1")), c["support"]] for c in classes
+        [c["name"], *(f"{100 * c[key]:.1f}" for key in ("precision", "recall", "f1")), c["support"]]
+        for c in classes
     ]
     header = ["class", "precision %", "recall %", "F1 %", "images"]
     if len(cells) <= ENOUGH_ROWS:
@@ -159,12 +202,16 @@ def validation(run: RunFiles) -> Markup:
 
 def galleries(run: RunFiles) -> Markup:
     """Every picture that a command left in plots/, known ones first, and lr_finder.png."""
-    found = {path.name: path for path in sorted((run.path / "plots").glob("*.png")) if path.name not in REDRAWN}
+    found = {
+        path.name: path for path in sorted((run.path / "plots").glob("*.png")) if path.name not in REDRAWN
+    }
     if (run.path / "lr_finder.png").is_file():
         found["lr_finder.png"] = run.path / "lr_finder.png"
     names = sorted(found, key=lambda name: ([*CAPTIONS, name].index(name), name))
     if not names:
-        return tag("p", "No pictures yet: python -m analysis.gradcam, misclassified, batch, filters, loss_landscape.")
+        return tag(
+            "p", "No pictures yet: python -m analysis.gradcam, misclassified, batch, filters, loss_landscape."
+        )
     return join([image(found[name], CAPTIONS.get(name, name)) for name in names])
 
 
@@ -174,7 +221,9 @@ def environment(run: RunFiles) -> Markup:
     parts = [table(["environment", ""], rows)] if rows else [tag("p", "No env.json.")]
     if run.env.get("command"):
         parts.append(tag("p", "Command: ", tag("code", run.env["command"])))
-    untypical = [[tag("code", flags.dashed(name)), *pair] for name, pair in reading.untypical_flags(run.config).items()]
+    untypical = [
+        [tag("code", flags.dashed(name)), *pair] for name, pair in reading.untypical_flags(run.config).items()
+    ]
     if untypical:
         parts.append(table(["flag", "here", "default"], untypical, "Flags that are not the default"))
     every = [[tag("code", flags.dashed(name)), shown(value)] for name, value in run.config.items()]
@@ -197,5 +246,7 @@ def study(folder: Path, number: int):
     if (folder / "summary.csv").is_file():
         with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
             header, *rows = list(csv.reader(file)) or [[]]
-        parts.append(details("Every run of the study", table(header, [row for row in rows if len(row) == len(header)])))
+        parts.append(
+            details("Every run of the study", table(header, [row for row in rows if len(row) == len(header)]))
+        )
     return section(f"Study {folder.name}", f"study{number}", *parts)

@@ -42,7 +42,9 @@ def export(kind: str, model: nn.Module, payload: dict, weights: str, out: Path) 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResourceError(f"cannot write to {out}: {error.strerror}", "name a writable directory: --out") from None
+        raise ResourceError(
+            f"cannot write to {out}: {error.strerror}", "name a writable directory: --out"
+        ) from None
     side = facts["image_size"]
     images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
@@ -57,8 +59,10 @@ def export(kind: str, model: nn.Module, payload: dict, weights: str, out: Path) 
     off = float((answers - wanted).abs().max() / wanted.abs().max().clamp(min=1))
     if not off <= TOLERANCE:
         path.unlink(missing_ok=True)
-        raise UserError(f"the {kind} file answers otherwise than the model: logits differ by {off:.1e}; it is deleted",
-                        "report this, with the versions in env.json")  # fmt: skip
+        raise UserError(
+            f"the {kind} file answers otherwise than the model: logits differ by {off:.1e}; it is deleted",
+            "report this, with the versions in env.json",
+        )
     return path, files.write(path.with_name(path.name + ".md"), card(kind, path.name, payload, weights, off))
 
 
@@ -74,8 +78,15 @@ def to_onnx(model: nn.Module, payload: dict, weights: str, path: Path, images: T
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(model, (images,), dynamo=True, input_names=["images"], output_names=["logits"],
-                                    dynamic_shapes=({0: torch.export.Dim("batch")},), verbose=False)  # fmt: skip
+        program = torch.onnx.export(
+            model,
+            (images,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            verbose=False,
+        )
     program.model.metadata_props.update(metadata(payload, weights))
     program.save(path)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -122,7 +133,11 @@ EXPORTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
 
 def metadata(payload: dict, weights: str) -> dict[str, str]:
     """Text for a file's header: how to rebuild and how to feed the model."""
-    return {"model_args": json.dumps(payload["model_args"]), "eval": json.dumps(payload["eval"]), "weights": weights}
+    return {
+        "model_args": json.dumps(payload["model_args"]),
+        "eval": json.dumps(payload["eval"]),
+        "weights": weights,
+    }
 
 
 USE = {
@@ -145,22 +160,39 @@ def card(kind: str, name: str, payload: dict, weights: str, off: float) -> str:
     more = f", image_size={size}" if args["arch"].startswith("vit") else ""
     use = USE[kind].format(name=name, size=size, more=more, **args)
     lines = [
-        f"# {name}", "",
-        f"{describe_args(args)}, trained on {facts['dataset']} for {len(payload['rows'])} epochs; the {WEIGHTS[weights]}.", "",
-        "## Use", "", "```python", use, "```", "",
+        f"# {name}",
+        "",
+        f"{describe_args(args)}, trained on {facts['dataset']} for {len(payload['rows'])} epochs; the {WEIGHTS[weights]}.",
+        "",
+        "## Use",
+        "",
+        "```python",
+        use,
+        "```",
+        "",
         f"An image is resized to {round(size / facts['crop'])} px at its short side (bilinear, antialiased), the central "
-        f"{size} x {size} px are cut out, pixels become RGB in [0, 1], then (pixel - mean) / std:", "",
-        f"- mean {_numbers(facts['mean'])}", f"- std {_numbers(facts['std'])}", "",
+        f"{size} x {size} px are cut out, pixels become RGB in [0, 1], then (pixel - mean) / std:",
+        "",
+        f"- mean {_numbers(facts['mean'])}",
+        f"- std {_numbers(facts['std'])}",
+        "",
         f"Answers are logits; their softmax is over {len(facts['classes'])} classes, listed below. When this file was written "
-        f"its logits differed from the model's by {off:.1e} of the largest.", "",
-        "## Scores", "", *_scores(payload, weights), "",
-        "## How it was trained", "",
+        f"its logits differed from the model's by {off:.1e} of the largest.",
+        "",
+        "## Scores",
+        "",
+        *_scores(payload, weights),
+        "",
+        "## How it was trained",
+        "",
         *[f"- `--{key.replace('_', '-')} {_value(flags[key])}`" for key in SHOWN if key in flags],
-        f"- code: commit {payload.get('commit') or 'unknown'}", "",
-        "## Limits", "",
+        f"- code: commit {payload.get('commit') or 'unknown'}",
+        "",
+        "## Limits",
+        "",
         "It knows the classes below and nothing else: whatever it is shown, it names one of them. Its mistakes follow its "
         "training data; no other data was looked at.",
-    ]  # fmt: skip
+    ]
     if args.get("use_blurpool"):
         lines += ["", "It was trained with antialiased-cnns (CC BY-NC-SA 4.0): not for commercial use."]
     rows = zip(facts["classes"], facts["class_names"], strict=True)
@@ -169,8 +201,23 @@ def card(kind: str, name: str, payload: dict, weights: str, off: float) -> str:
 
 
 WEIGHTS = {"ema": "average of its weights (EMA)", "raw": "weights of its last step"}
-SHOWN = ("dataset", "epochs", "resize_schedule", "batch_size", "optimizer", "lr", "weight_decay", "schedule", "augment",
-         "mixup_alpha", "cutmix_alpha", "label_smoothing", "drop_path_rate", "ema_decay", "seed")  # fmt: skip
+SHOWN = (
+    "dataset",
+    "epochs",
+    "resize_schedule",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "schedule",
+    "augment",
+    "mixup_alpha",
+    "cutmix_alpha",
+    "label_smoothing",
+    "drop_path_rate",
+    "ema_decay",
+    "seed",
+)
 
 
 def _scores(payload: dict, weights: str) -> list[str]:
@@ -178,8 +225,10 @@ def _scores(payload: dict, weights: str) -> list[str]:
     row = payload["rows"][-1] if payload["rows"] else {}
     if row.get(f"{column}_top1") is None:
         return ["Not validated."]
-    return [f"On its validation images at {row['image_size']} px: top-1 {row[f'{column}_top1']:.2f} %, top-5 "
-            f"{row[f'{column}_top5']:.2f} %, cross-entropy {row[f'{column}_loss']:.4f}."]  # fmt: skip
+    return [
+        f"On its validation images at {row['image_size']} px: top-1 {row[f'{column}_top1']:.2f} %, top-5 "
+        f"{row[f'{column}_top5']:.2f} %, cross-entropy {row[f'{column}_loss']:.4f}."
+    ]
 
 
 def _numbers(values) -> str:

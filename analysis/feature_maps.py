@@ -78,7 +78,9 @@ def last_map(model: nn.Module, images: Tensor) -> str:
         # The largest gradient of each channel, per position: more than one position must matter.
         if grad is not None and (as_map(grad).abs().amax(1) > 0).sum() > 1:
             return name
-    raise UsageError(f"this network has no spatial feature map at {images.shape[-1]} px", "name a larger --image-size")
+    raise UsageError(
+        f"this network has no spatial feature map at {images.shape[-1]} px", "name a larger --image-size"
+    )
 
 
 def module_named(model: nn.Module, name: str) -> nn.Module:
@@ -86,7 +88,9 @@ def module_named(model: nn.Module, name: str) -> nn.Module:
     modules = named(model)
     if name not in modules:
         blocks = ", ".join(n for n in modules if n.count(".") <= 1)
-        raise UsageError(f"--layer {name}: there is no such module", f"modules of one and two levels: {blocks[:600]}")
+        raise UsageError(
+            f"--layer {name}: there is no such module", f"modules of one and two levels: {blocks[:600]}"
+        )
     return modules[name]
 
 

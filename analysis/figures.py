@@ -17,12 +17,28 @@ from matplotlib.figure import Figure  # not pyplot: it keeps every figure alive
 from base.errors import ResourceError
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
-    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")  # fmt: skip
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 LINES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 MAP = "cividis"
-STYLE = {"font.size": 10, "axes.titlesize": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-         "axes.spines.right": False, "legend.frameon": False, "figure.facecolor": "white"}  # fmt: skip
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+}
 
 
 def figure(width: float, height: float, title: str = "") -> Figure:
@@ -52,7 +68,9 @@ def save(made: Figure, path: str | os.PathLike, dpi: int = 110) -> Path:
         if partial != path:
             os.replace(partial, path)
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable directory with --out") from None
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}", "name a writable directory with --out"
+        ) from None
     return path
 
 
@@ -61,8 +79,18 @@ def line_style(k: int) -> dict[str, str]:
     return {"color": LINES[k % len(LINES)], "linestyle": DASHES[k // len(LINES) % len(DASHES)]}
 
 
-def heat_map(values: np.ndarray, rows: Sequence[str], columns: Sequence[str], *, title: str, unit: str,
-             row_title: str = "", column_title: str = "", spec: str = ".1f", cmap: str = MAP) -> Figure:  # fmt: skip
+def heat_map(
+    values: np.ndarray,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    *,
+    title: str,
+    unit: str,
+    row_title: str = "",
+    column_title: str = "",
+    spec: str = ".1f",
+    cmap: str = MAP,
+) -> Figure:
     """A grid of numbers such as accuracy over lr x batch size: values (len(rows), len(columns)), NaN for none.
 
     Every cell carries its number while there is room for it; with more than 40 rows or columns only
@@ -86,8 +114,12 @@ def _name_ticks(axis, names: Sequence[str]) -> None:
     step = max(1, -(-len(names) // 40))
     where = range(0, len(names), step)
     long = max((len(str(name)) for name in names), default=0) > 5
-    axis.set_ticks(list(where), [str(names[k]) for k in where], fontsize=9,
-                   **({"rotation": 45, "ha": "right"} if axis.axis_name == "x" and long else {}))  # fmt: skip
+    axis.set_ticks(
+        list(where),
+        [str(names[k]) for k in where],
+        fontsize=9,
+        **({"rotation": 45, "ha": "right"} if axis.axis_name == "x" and long else {}),
+    )
 
 
 def _write_cells(axis, values: np.ndarray, image, spec: str) -> None:
@@ -98,16 +130,24 @@ def _write_cells(axis, values: np.ndarray, image, spec: str) -> None:
             axis.text(column, row, format(value, spec), ha="center", va="center", color=ink, fontsize=9)
 
 
-def gallery(images: Sequence[np.ndarray], captions: Sequence[str], *, title: str, columns: int = 6,
-            side: float = 1.7) -> Figure:  # fmt: skip
+def gallery(
+    images: Sequence[np.ndarray], captions: Sequence[str], *, title: str, columns: int = 6, side: float = 1.7
+) -> Figure:
     """Pictures (H, W, 3) uint8 or (H, W), `columns` in a row, each with its caption below."""
     columns = max(1, min(columns, len(images)))
     cuts = range(0, len(images), columns)
-    return strips([(images[k : k + columns], captions[k : k + columns]) for k in cuts], title=title, side=side)
+    return strips(
+        [(images[k : k + columns], captions[k : k + columns]) for k in cuts], title=title, side=side
+    )
 
 
-def strips(rows: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]], *, title: str, side: float = 1.7,
-           names: Sequence[str] = ()) -> Figure:  # fmt: skip
+def strips(
+    rows: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]],
+    *,
+    title: str,
+    side: float = 1.7,
+    names: Sequence[str] = (),
+) -> Figure:
     """Rows of pictures, each (images, captions); `names` stand at the left of the rows.
 
     An image is (H, W, 3) uint8 or, drawn in this file's colours, (H, W) numbers.
@@ -124,7 +164,9 @@ def strips(rows: Sequence[tuple[Sequence[np.ndarray], Sequence[str]]], *, title:
             cell.imshow(image, interpolation="nearest", **({"cmap": MAP} if np.ndim(image) == 2 else {}))
             cell.set_title(caption, fontsize=8, y=-0.02, pad=-2, va="top")
     for name, row in zip(names, cells, strict=False):
-        row[0].text(-0.06, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=9, rotation=90)
+        row[0].text(
+            -0.06, 0.5, name, transform=row[0].transAxes, ha="right", va="center", fontsize=9, rotation=90
+        )
     return made
 
 

@@ -19,7 +19,9 @@ STRIDES, PADDINGS = (1, 2, 3), (0, 1, 2)
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.build_parser("-m analysis.filters", "Show what a network's filters look like and do.", EPILOG)
+    parser = flags.build_parser(
+        "-m analysis.filters", "Show what a network's filters look like and do.", EPILOG
+    )
     parser.add_argument("--id", type=flags.natural, default=0, metavar="N", help="validation image to filter")
     add_checkpoint_args(parser)
     flags.add_dataset_args(parser)
@@ -34,9 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     subject = open_subject(config, typed)
     check_ids([config.id], len(subject.index.val), "--id")
     pixels = subject.validation_pixels([config.id])
-    pictures = {"kernels.png": kernels(subject), "filtered.png": filtered(subject, pixels),
-                "feature_maps.png": feature_maps(subject, pixels),
-                "stride_padding.png": stride_padding(subject, pixels)}  # fmt: skip
+    pictures = {
+        "kernels.png": kernels(subject),
+        "filtered.png": filtered(subject, pixels),
+        "feature_maps.png": feature_maps(subject, pixels),
+        "stride_padding.png": stride_padding(subject, pixels),
+    }
     for name, made in pictures.items():
         print(figures.save(made, out_dir(config) / name))
     return 0
@@ -71,9 +76,13 @@ def kernels(subject):
     weight = first_conv(subject.model).weight
     chosen = strongest(weight, 64)
     captions = [f"{weight[k].norm().item():.2f}" for k in chosen]
-    title = (f"First-layer kernels of {subject.title}\n{len(chosen)} strongest of {len(weight)}, {weight.shape[2]} x "
-             f"{weight.shape[3]} px, norm below; grey is 0, each scaled to its own range")  # fmt: skip
-    return figures.gallery([as_picture(weight[k]) for k in chosen], captions, title=title, columns=16, side=0.75)
+    title = (
+        f"First-layer kernels of {subject.title}\n{len(chosen)} strongest of {len(weight)}, {weight.shape[2]} x "
+        f"{weight.shape[3]} px, norm below; grey is 0, each scaled to its own range"
+    )
+    return figures.gallery(
+        [as_picture(weight[k]) for k in chosen], captions, title=title, columns=16, side=0.75
+    )
 
 
 def filtered(subject, pixels):
@@ -88,10 +97,10 @@ def filtered(subject, pixels):
     above = [pixels[0], *(as_picture(conv.weight[k]) for k in chosen)]
     below = [pixels[0] @ [0.299, 0.587, 0.114], *answers]
     captions = ["brightness", *(f"{a.min():.1f} to {a.max():.1f}" for a in answers)]
-    title = (
-        f"Learned filters and their answer to an image (stride 1): {subject.title}\nrange below; blue low, yellow high"
+    title = f"Learned filters and their answer to an image (stride 1): {subject.title}\nrange below; blue low, yellow high"
+    return figures.strips(
+        [(above, ["image", *(f"filter {k}" for k in chosen)]), (below, captions)], title=title
     )
-    return figures.strips([(above, ["image", *(f"filter {k}" for k in chosen)]), (below, captions)], title=title)
 
 
 def feature_maps(subject, pixels):
@@ -108,9 +117,7 @@ def feature_maps(subject, pixels):
         rows.append((list(maps[chosen]), [f"channel {k}" for k in chosen]))
         names.append(f"{figures.shorten(name, 14)}\n{maps.shape[1]} x {maps.shape[2]} px")
     rows.insert(0, ([pixels[0]], ["image"]))
-    title = (
-        f"Feature maps from the image to the head: {subject.title}\nthe channels that vary most; each in its own range"
-    )
+    title = f"Feature maps from the image to the head: {subject.title}\nthe channels that vary most; each in its own range"
     return figures.strips(rows, title=title, side=1.35, names=["", *names])
 
 
@@ -125,13 +132,23 @@ def stride_padding(subject, pixels):
     side, size = conv.weight.shape[-1], pixels.shape[1]
     rows = []
     for stride in STRIDES:
-        answers = [F.conv2d(image, conv.weight[[k]], stride=stride, padding=padding)[0, 0].detach().cpu().numpy()
-                   for padding in PADDINGS]  # fmt: skip
+        answers = [
+            F.conv2d(image, conv.weight[[k]], stride=stride, padding=padding)[0, 0].detach().cpu().numpy()
+            for padding in PADDINGS
+        ]
         rows.append(
-            (answers, [f"padding {p}: {a.shape[0]} x {a.shape[1]} px" for p, a in zip(PADDINGS, answers, strict=True)])
+            (
+                answers,
+                [
+                    f"padding {p}: {a.shape[0]} x {a.shape[1]} px"
+                    for p, a in zip(PADDINGS, answers, strict=True)
+                ],
+            )
         )
-    title = (f"Filter {k} ({side} x {side}) on an image of {size} x {size} px, at three strides and paddings\n"
-             f"side = floor(({size} + 2 padding - {side}) / stride) + 1; blue low, yellow high")  # fmt: skip
+    title = (
+        f"Filter {k} ({side} x {side}) on an image of {size} x {size} px, at three strides and paddings\n"
+        f"side = floor(({size} + 2 padding - {side}) / stride) + 1; blue low, yellow high"
+    )
     return figures.strips(rows, title=title, side=2.1, names=[f"stride {stride}" for stride in STRIDES])
 
 

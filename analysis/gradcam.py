@@ -16,12 +16,26 @@ EPILOG = """examples:
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.build_parser("-m analysis.gradcam", "Show where a model sees the evidence for a class.", EPILOG)
+    parser = flags.build_parser(
+        "-m analysis.gradcam", "Show where a model sees the evidence for a class.", EPILOG
+    )
     add = parser.add_argument
     add("--count", type=flags.positive, default=8, metavar="N", help="images, spread over the validation set")
     add("--misclassified", action="store_true", help="take the surest mistakes of the validation set")
-    add("--ids", type=flags.listing(flags.natural), default=(), metavar="N,N,...", help="these validation images")
-    add("--files", type=flags.listing(str), default=(), metavar="FILE,...", help="these files, in place of a dataset")
+    add(
+        "--ids",
+        type=flags.listing(flags.natural),
+        default=(),
+        metavar="N,N,...",
+        help="these validation images",
+    )
+    add(
+        "--files",
+        type=flags.listing(str),
+        default=(),
+        metavar="FILE,...",
+        help="these files, in place of a dataset",
+    )
     add("--layer", default="", metavar="NAME", help="module to look at; empty: the last with a spatial map")
     add("--image-size", type=flags.positive, default=None, metavar="PX", help="default: the checkpoint's")
     add_checkpoint_args(parser)
@@ -90,7 +104,9 @@ def grad_cam(model, layer, images, classes):
         score = model(images).gather(1, classes[:, None]).sum()
         features = as_map(outputs.get("layer"))
         # autograd.grad leaves the parameters' .grad alone
-        grads = None if features is None else torch.autograd.grad(score, outputs["layer"], allow_unused=True)[0]
+        grads = (
+            None if features is None else torch.autograd.grad(score, outputs["layer"], allow_unused=True)[0]
+        )
     if grads is None:
         raise UsageError("this layer has no spatial map that the logits depend on", "leave --layer out")
     weights = as_map(grads).mean(dim=(2, 3), keepdim=True)  # (N, C, 1, 1)
@@ -114,7 +130,8 @@ def picture(subject, pixels, labels, layer_name: str):
         confidence, guess = subject.model(images).float().softmax(1).max(1)
     names = [figures.shorten(name) for name in subject.names]
     guessed = [
-        f"guess: {names[k]}\n{100 * p:.0f} % sure" for k, p in zip(guess.tolist(), confidence.tolist(), strict=True)
+        f"guess: {names[k]}\n{100 * p:.0f} % sure"
+        for k, p in zip(guess.tolist(), confidence.tolist(), strict=True)
     ]
     rows = [(overlay(pixels, grad_cam(subject.model, layer, images, guess).cpu().numpy()), guessed)]
     above = [""] * len(pixels)
@@ -124,9 +141,7 @@ def picture(subject, pixels, labels, layer_name: str):
         if (truth != guess).any():
             maps = grad_cam(subject.model, layer, images, truth).cpu().numpy()
             rows.append((overlay(pixels, maps), [f"for: {names[k]}" for k in labels.tolist()]))
-    title = (
-        f"Grad-CAM of {layer_name}: {subject.title}\nbright: evidence for the class below, relative to the image's peak"
-    )
+    title = f"Grad-CAM of {layer_name}: {subject.title}\nbright: evidence for the class below, relative to the image's peak"
     return figures.strips([(pixels, above), *rows], title=title)
 
 

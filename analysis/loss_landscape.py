@@ -17,16 +17,44 @@ EPILOG = """examples:
   python -m analysis.loss_landscape CHECKPOINT --points 9 --samples 64          a quick look
   python -m analysis.loss_landscape CHECKPOINT --batch-norm batch
 writes loss_landscape.png and loss_landscape.json; the time is 2 x points^2 evaluations of the samples"""
-TREATMENTS = {"running": "BatchNorm: running statistics of the centre", "batch": "BatchNorm: statistics of each batch"}
+TREATMENTS = {
+    "running": "BatchNorm: running statistics of the centre",
+    "batch": "BatchNorm: statistics of each batch",
+}
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.build_parser("-m analysis.loss_landscape", "Draw the loss around a model's weights.", EPILOG)
+    parser = flags.build_parser(
+        "-m analysis.loss_landscape", "Draw the loss around a model's weights.", EPILOG
+    )
     add = parser.add_argument
-    add("--points", type=flags.number(int, 3, 201), default=15, metavar="N", help="per side of the grid; made odd")
-    add("--reach", type=flags.above_zero, default=1.0, metavar="R", help="largest step, in norms of the filters")
-    add("--samples", type=flags.positive, default=256, metavar="N", help="validation images, spread over the classes")
-    add("--batch-norm", default="running", choices=tuple(TREATMENTS), help="statistics BatchNorm uses off the centre")
+    add(
+        "--points",
+        type=flags.number(int, 3, 201),
+        default=15,
+        metavar="N",
+        help="per side of the grid; made odd",
+    )
+    add(
+        "--reach",
+        type=flags.above_zero,
+        default=1.0,
+        metavar="R",
+        help="largest step, in norms of the filters",
+    )
+    add(
+        "--samples",
+        type=flags.positive,
+        default=256,
+        metavar="N",
+        help="validation images, spread over the classes",
+    )
+    add(
+        "--batch-norm",
+        default="running",
+        choices=tuple(TREATMENTS),
+        help="statistics BatchNorm uses off the centre",
+    )
     add("--seed", type=flags.natural, default=0, metavar="N", help="of the two directions")
     add_checkpoint_args(parser)
     flags.add_dataset_args(parser)
@@ -53,9 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     title = f"Loss on {len(ids)} validation images around {subject.title}\n{TREATMENTS[config.batch_norm]}"
     folder = out_dir(config)
     print(figures.save(picture(losses, steps, title), folder / "loss_landscape.png"))
-    write_json(folder / "loss_landscape.json",
-               {"steps": steps.tolist(), "batch_norm": config.batch_norm, "samples": len(ids), "seed": config.seed,
-                "losses": {name: finite(grid) for name, grid in losses.items()}})  # fmt: skip
+    write_json(
+        folder / "loss_landscape.json",
+        {
+            "steps": steps.tolist(),
+            "batch_norm": config.batch_norm,
+            "samples": len(ids),
+            "seed": config.seed,
+            "losses": {name: finite(grid) for name, grid in losses.items()},
+        },
+    )
     return 0
 
 
@@ -162,7 +197,9 @@ def draw_contours(made, axis, steps, shown, title: str) -> None:
     axis.contour(steps, steps, shown, levels=12, colors="white", linewidths=0.5)
     axis.plot([0], [0], "*", color=figures.VERMILLION, markersize=11)
     axis.set(
-        title=title, xlabel="step along direction 2 (filter norms)", ylabel="step along direction 1 (filter norms)"
+        title=title,
+        xlabel="step along direction 2 (filter norms)",
+        ylabel="step along direction 1 (filter norms)",
     )
     axis.set_aspect("equal")
     axis.locator_params(nbins=5)

@@ -59,7 +59,9 @@ def suggest(lrs: Sequence[float], losses: Sequence[float]) -> dict[str, float | 
     """
     curve = smooth(losses)
     bottom = int(curve.argmin())
-    if bottom < 2 or curve[0] - curve[bottom] <= _luck(np.asarray(losses[: bottom + 1], float), _scale(len(losses))):
+    if bottom < 2 or curve[0] - curve[bottom] <= _luck(
+        np.asarray(losses[: bottom + 1], float), _scale(len(losses))
+    ):
         return {"steepest": None, "minimum / 10": None, "valley": None}
     falling = curve[: bottom + 1]
     slope = np.gradient(falling, np.log10(np.asarray(lrs[: bottom + 1])))

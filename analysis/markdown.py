@@ -21,7 +21,9 @@ def inline(text: str) -> Markup:
 
 
 def cells(line: str) -> list[Markup]:
-    return [inline(cell.strip().replace(r"\|", "|")) for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))]
+    return [
+        inline(cell.strip().replace(r"\|", "|")) for cell in re.split(r"(?<!\\)\|", line.strip().strip("|"))
+    ]
 
 
 def to_html(text: str, folder: Path) -> Markup:
@@ -54,4 +56,8 @@ def _table(lines: list[str]) -> Markup:
 
 def _picture(folder: Path, name: str, words: str) -> Markup:
     path = folder / Path(name).name
-    return image(path, words or name) if path.suffix == ".png" and path.is_file() else tag("p", f"(no picture {name})")
+    return (
+        image(path, words or name)
+        if path.suffix == ".png" and path.is_file()
+        else tag("p", f"(no picture {name})")
+    )

@@ -17,7 +17,9 @@ writes misclassified.png and misclassified.json (every mistake, not only those i
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.misclassified", "Show the surest mistakes of a model.", EPILOG)
     parser.add_argument("--count", type=flags.positive, default=24, metavar="N", help="images in the picture")
-    parser.add_argument("--only", default="", metavar="CLASS", help="only images of this class (folder or name)")
+    parser.add_argument(
+        "--only", default="", metavar="CLASS", help="only images of this class (folder or name)"
+    )
     add_checkpoint_args(parser)
     flags.add_dataset_args(parser)
     return parser
@@ -39,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
     title = f"Surest mistakes of {subject.title}\n{len(wrong)} of {total} validation images are misclassified"
     folder = out_dir(config)
     if len(wrong):
-        print(figures.save(picture(subject, found, wrong[: config.count], title), folder / "misclassified.png"))
+        print(
+            figures.save(picture(subject, found, wrong[: config.count], title), folder / "misclassified.png")
+        )
     else:
         print(f"no mistakes in {total} validation images")
     print(write(subject, found, wrong, folder))
@@ -58,8 +62,10 @@ def picture(subject, found, ids, title: str):
     from analysis import figures
 
     names = [figures.shorten(name, 22) for name in subject.names]
-    captions = [f"is {names[found.labels[i]]}\nguess {names[found.guess[i]]}\n{100 * found.confidence[i]:.0f} % sure"
-                for i in ids]  # fmt: skip
+    captions = [
+        f"is {names[found.labels[i]]}\nguess {names[found.guess[i]]}\n{100 * found.confidence[i]:.0f} % sure"
+        for i in ids
+    ]
     return figures.gallery(list(subject.validation_pixels(ids)), captions, title=title)
 
 
@@ -68,9 +74,17 @@ def write(subject, found, wrong, folder):
     from harness.rundir import write_json
 
     classes = subject.facts["classes"]
-    mistakes = [{"id": int(i), "file": subject.index.val.name(int(i)), "truth": classes[found.labels[i]],
-                 "guess": classes[found.guess[i]], "confidence": round(float(found.confidence[i]), 4),
-                 "truth_probability": round(float(found.truth[i]), 4)} for i in wrong]  # fmt: skip
+    mistakes = [
+        {
+            "id": int(i),
+            "file": subject.index.val.name(int(i)),
+            "truth": classes[found.labels[i]],
+            "guess": classes[found.guess[i]],
+            "confidence": round(float(found.confidence[i]), 4),
+            "truth_probability": round(float(found.truth[i]), 4),
+        }
+        for i in wrong
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "misclassified.json"
     write_json(path, {"images": len(found.labels), "mistakes": mistakes})

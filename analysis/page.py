@@ -88,7 +88,10 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], caption: s
     right = [bool(rows) and all(_is_number(row[k]) for row in rows) for k in range(len(header))]
 
     def line(kind: str, cells: Sequence[object]) -> Markup:
-        return tag("tr", *(tag(kind, c, class_="n") if r else tag(kind, c) for c, r in zip(cells, right, strict=True)))
+        return tag(
+            "tr",
+            *(tag(kind, c, class_="n") if r else tag(kind, c) for c, r in zip(cells, right, strict=True)),
+        )
 
     parts = [tag("caption", caption)] if caption else []
     parts += [tag("thead", line("th", header)), tag("tbody", *(line("td", row) for row in rows))]
@@ -105,7 +108,9 @@ def _is_number(text: str) -> bool:
 
 def facts(pairs: Sequence[tuple[str, object]]) -> Markup:
     """A grid of small panels: what, and how much."""
-    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_="facts")
+    return tag(
+        "dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs), class_="facts"
+    )
 
 
 def image(path: Path, caption: str) -> Markup:

@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
 
     runs = read_runs(args.run_dirs)
     for run_files in runs:
-        folder = (Path(args.out) / (run_files.name if len(runs) > 1 else "")) if args.out else run_files.path / "plots"
+        folder = (
+            (Path(args.out) / (run_files.name if len(runs) > 1 else ""))
+            if args.out
+            else run_files.path / "plots"
+        )
         for name, draw in (("curves.png", curves), ("lr.png", learning_rate)):
             print(figures.save(draw(run_files), folder / name))
     if len(runs) > 1 and args.out:
@@ -49,13 +53,23 @@ def curves(run_files):
     loss, top1 = figures.axes(made, 1, 2)[0]
     mark = {"marker": "o", "markersize": 3}
     for axis, kinds in (
-        (loss, (("train_loss", "training, mixed targets", figures.ORANGE, ":"),
+        (
+            loss,
+            (
+                ("train_loss", "training, mixed targets", figures.ORANGE, ":"),
                 ("val_loss", "validation, raw weights", figures.BLUE, "--"),
-                ("ema_val_loss", "validation, EMA weights", figures.VERMILLION, "-"))),
-        (top1, (("train_top1", "training sample, no augmentation", figures.ORANGE, ":"),
+                ("ema_val_loss", "validation, EMA weights", figures.VERMILLION, "-"),
+            ),
+        ),
+        (
+            top1,
+            (
+                ("train_top1", "training sample, no augmentation", figures.ORANGE, ":"),
                 ("val_top1", "validation, raw weights", figures.BLUE, "--"),
-                ("ema_val_top1", "validation, EMA weights", figures.VERMILLION, "-"))),
-    ):  # fmt: skip
+                ("ema_val_top1", "validation, EMA weights", figures.VERMILLION, "-"),
+            ),
+        ),
+    ):
         for column, label, colour, dash in kinds:
             epochs, values = series(run_files.rows, column)
             if epochs:
@@ -85,9 +99,17 @@ def mark_phases(axis, rows: list[dict]) -> None:
         if first > first_epoch:
             axis.axvline(first - 0.5, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
         narrow = (end - first) / (last_epoch + 1 - first_epoch) < 0.13
-        axis.annotate(f"{size} px, batch {batch}" if narrow else f"{size} px\nbatch {batch}", (first - 0.5, 1),
-                      xycoords=("data", "axes fraction"), xytext=(3, -1), textcoords="offset points", fontsize=7,
-                      va="top", color="0.25", rotation=90 if narrow else 0)  # fmt: skip
+        axis.annotate(
+            f"{size} px, batch {batch}" if narrow else f"{size} px\nbatch {batch}",
+            (first - 0.5, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, -1),
+            textcoords="offset points",
+            fontsize=7,
+            va="top",
+            color="0.25",
+            rotation=90 if narrow else 0,
+        )
 
 
 def mark_best(axis, run_files) -> None:
@@ -96,8 +118,15 @@ def mark_best(axis, run_files) -> None:
     if run_files.best is None:
         return
     score, epoch = run_files.best_top1, run_files.best["epoch"]
-    axis.plot([epoch], [score], "*", color=figures.BLACK, markersize=12, zorder=5,
-              label=f"best: {score:.2f} % at epoch {epoch}")  # fmt: skip
+    axis.plot(
+        [epoch],
+        [score],
+        "*",
+        color=figures.BLACK,
+        markersize=12,
+        zorder=5,
+        label=f"best: {score:.2f} % at epoch {epoch}",
+    )
 
 
 def learning_rate(run_files):
@@ -110,8 +139,11 @@ def learning_rate(run_files):
     axis.plot(*series(run_files.rows, "lr"), "o-", color=figures.BLUE, markersize=3)
     mark_phases(axis, run_files.rows)
     axis.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
-    axis.set(xlabel="epoch", ylabel="learning rate at the end of the epoch",
-             title=f"Learning rate of {figures.shorten(run_files.name, 60)}")  # fmt: skip
+    axis.set(
+        xlabel="epoch",
+        ylabel="learning rate at the end of the epoch",
+        title=f"Learning rate of {figures.shorten(run_files.name, 60)}",
+    )
     return made
 
 
@@ -127,7 +159,11 @@ def compare(runs):
         best = f" (best {run_files.best_top1:.2f} %)" if run_files.best else ""
         label = figures.shorten(run_files.name, 40) + best
         axis.plot(epochs, values, linewidth=1.8, label=label, **figures.line_style(k))
-    axis.set(xlabel="epoch", ylabel="top-1 accuracy (%)", title="Validation top-1 (EMA weights where a run keeps them)")
+    axis.set(
+        xlabel="epoch",
+        ylabel="top-1 accuracy (%)",
+        title="Validation top-1 (EMA weights where a run keeps them)",
+    )
     axis.locator_params(axis="x", integer=True)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return made

@@ -33,7 +33,9 @@ def open_models(path: str, weights: str, runtime: Runtime) -> tuple[dict[str, nn
     if averaged and weights != "raw":
         models["ema"] = copy.deepcopy(model)
         models["ema"].load_state_dict(averaged)
-    return {name: m.to(runtime.device, memory_format=torch.channels_last) for name, m in models.items()}, payload
+    return {
+        name: m.to(runtime.device, memory_format=torch.channels_last) for name, m in models.items()
+    }, payload
 
 
 @torch.no_grad()
@@ -60,8 +62,14 @@ class Answers:
     right: np.ndarray
 
 
-def ask(models: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime, *, flip: bool = False,
-        after_batch: Callable[[int], None] = lambda count: None) -> dict[str, Answers]:  # fmt: skip
+def ask(
+    models: dict[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    runtime: Runtime,
+    *,
+    flip: bool = False,
+    after_batch: Callable[[int], None] = lambda count: None,
+) -> dict[str, Answers]:
     """Every model's answers on every sample of `batches`, in one pass over the data.
 
     With `flip` also under "<name> flip", with the mirror image asked as well.
@@ -75,8 +83,10 @@ def ask(models: dict[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], 
                 both = flipped_logits(model, images, logits, runtime)
                 kept.setdefault(f"{name} flip", []).append(_answers(both, labels))
         after_batch(len(labels))
-    return {name: Answers(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
-            for name, parts in kept.items()}  # fmt: skip
+    return {
+        name: Answers(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+        for name, parts in kept.items()
+    }
 
 
 def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

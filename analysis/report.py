@@ -21,12 +21,26 @@ EPILOG = """examples:
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.report", "Write an HTML report of runs or studies.", EPILOG)
     add = parser.add_argument
-    add("run_dirs", nargs="*", metavar="RUN_DIR", help="directories that train.py or ablation_runs.report wrote")
+    add(
+        "run_dirs",
+        nargs="*",
+        metavar="RUN_DIR",
+        help="directories that train.py or ablation_runs.report wrote",
+    )
     add("--out", default="", metavar="FILE", help="the page; empty: report.html in the only RUN_DIR")
     add("--list", default="", metavar="DIR", help="print a table of the runs below DIR, and write nothing")
-    add("--pictures", action=flags.Switch, default=True,
-        help="score the checkpoint and draw what is missing, where its data can be reached")  # fmt: skip
-    add("--data-dir", default="", metavar="DIR", help="where the data of the runs lies now; empty: where it lay then")
+    add(
+        "--pictures",
+        action=flags.Switch,
+        default=True,
+        help="score the checkpoint and draw what is missing, where its data can be reached",
+    )
+    add(
+        "--data-dir",
+        default="",
+        metavar="DIR",
+        help="where the data of the runs lies now; empty: where it lay then",
+    )
     add("--device", default="auto", metavar="NAME", help="for the pictures: auto, cpu, cuda, cuda:1, mps")
     add("--debug", action="store_true", help="tracebacks for errors")
     return parser
@@ -47,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     paths = list(dict.fromkeys(map(Path, args.run_dirs)))
     studies = [path for path in paths if (path / "summary.md").is_file()]
     runs = reading.read_runs([path for path in paths if path not in studies])
-    notes = {found.name: complete(found, args.data_dir, args.device) for found in runs} if args.pictures else {}
+    notes = (
+        {found.name: complete(found, args.data_dir, args.device) for found in runs} if args.pictures else {}
+    )
     out = Path(args.out) if args.out else paths[0] / "report.html"
     files.write(out, document(runs, studies, notes))
     print(out)
@@ -66,7 +82,9 @@ def listing(runs) -> str:
 
     rows = [[*SCORES, "flags that differ"]]
     for run_files, own in zip(runs, apart(runs), strict=True):
-        rows.append([*scores(run_files), " ".join(f"{flags.dashed(name)} {value}" for name, value in own.items())])
+        rows.append(
+            [*scores(run_files), " ".join(f"{flags.dashed(name)} {value}" for name, value in own.items())]
+        )
     widths = [max(len(row[k]) for row in rows) for k in range(len(SCORES))]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
 
@@ -78,9 +96,11 @@ def complete(found, data_dir: str, device: str) -> list[str]:
         return ["There is no checkpoint, so nothing was scored or drawn."]
     data = ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
     plots, notes = found.path / "plots", []
-    for file, command in ((found.path / "validation" / "scores.json", ["validate.py"]),
-                          (plots / "misclassified.png", ["-m", "analysis.misclassified"]),
-                          (plots / "gradcam.png", ["-m", "analysis.gradcam"])):  # fmt: skip
+    for file, command in (
+        (found.path / "validation" / "scores.json", ["validate.py"]),
+        (plots / "misclassified.png", ["-m", "analysis.misclassified"]),
+        (plots / "gradcam.png", ["-m", "analysis.gradcam"]),
+    ):
         if file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime:
             continue
         if command[-1].endswith(".py") and not (ROOT / command[-1]).is_file():
@@ -96,9 +116,12 @@ def call(command: list[str]) -> str:
     # Relative data paths in a checkpoint are relative to where the user stands.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     script = [str(ROOT / command[0])] if command[0].endswith(".py") else command[:1]
-    done = subprocess.run([sys.executable, *script, *command[1:]], env=environment, capture_output=True,
-                          text=True)  # fmt: skip
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")] or done.stderr.splitlines()[-1:]
+    done = subprocess.run(
+        [sys.executable, *script, *command[1:]], env=environment, capture_output=True, text=True
+    )
+    lines = [
+        line for line in done.stderr.splitlines() if line.startswith("error: ")
+    ] or done.stderr.splitlines()[-1:]
     return (lines or ["no reason given"])[-1].removeprefix("error: ") if done.returncode else ""
 
 
@@ -109,14 +132,28 @@ def document(runs, studies: list[Path], notes: dict[str, list[str]]) -> str:
     sections = [chapters.study(folder, k) for k, folder in enumerate(studies)]
     if runs:
         sections += [chapters.overview(runs), chapters.curves(runs)]
-        sections += [chapters.side_by_side(title, anchor, runs, what) for title, anchor, what in (
-            ("Validation", "validation", chapters.validation),
-            ("Pictures", "pictures", lambda found: page.join([chapters.galleries(found), *(
-                page.tag("p", note, class_="soft") for note in notes.get(found.name, []))])),
-            ("Environment and flags", "environment", chapters.environment))]  # fmt: skip
+        sections += [
+            chapters.side_by_side(title, anchor, runs, what)
+            for title, anchor, what in (
+                ("Validation", "validation", chapters.validation),
+                (
+                    "Pictures",
+                    "pictures",
+                    lambda found: page.join(
+                        [
+                            chapters.galleries(found),
+                            *(page.tag("p", note, class_="soft") for note in notes.get(found.name, [])),
+                        ]
+                    ),
+                ),
+                ("Environment and flags", "environment", chapters.environment),
+            )
+        ]
     names = [found.name for found in runs] + [folder.name for folder in studies]
     lead = f"{len(runs)} run{'s' * (len(runs) != 1)}" if runs else "From the files of the study's runs"
-    return page.page(f"Training report: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}", lead, sections)
+    return page.page(
+        f"Training report: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}", lead, sections
+    )
 
 
 if __name__ == "__main__":

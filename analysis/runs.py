@@ -62,8 +62,10 @@ def read_run(path: Path, name: str) -> RunFiles:
     rows = read_metrics(path)
     if not rows:
         raise DataError(f"{path / 'metrics.jsonl'} has no epoch yet", "wait for the first epoch to end")
-    config, env = (schemas.read_json(path / file, schema, "delete it, or restore it from a copy", missing={})
-                   for file, schema in (("config.json", schemas.Config), ("env.json", schemas.Env)))  # fmt: skip
+    config, env = (
+        schemas.read_json(path / file, schema, "delete it, or restore it from a copy", missing={})
+        for file, schema in (("config.json", schemas.Config), ("env.json", schemas.Env))
+    )
     return RunFiles(path, name, rows, config, env)
 
 
@@ -117,8 +119,12 @@ def shown(value: object) -> str:
 def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
     """Flags that change what is learned and are not the same in all `runs` that know them."""
     names = list(dict.fromkeys(name for run in runs for name in run.config))
-    return [name for name in names if name not in flags.FREE_ON_RESUME
-            and len({shown(run.config[name]) for run in runs if name in run.config}) > 1]  # fmt: skip
+    return [
+        name
+        for name in names
+        if name not in flags.FREE_ON_RESUME
+        and len({shown(run.config[name]) for run in runs if name in run.config}) > 1
+    ]
 
 
 def apart(runs: Sequence[RunFiles]) -> list[dict[str, str]]:
@@ -127,16 +133,27 @@ def apart(runs: Sequence[RunFiles]) -> list[dict[str, str]]:
     for name in differing_flags(runs):
         counts = Counter(shown(run.config[name]) for run in runs if name in run.config).most_common(2)
         usual[name] = counts[0][0] if counts[0][1] > counts[1][1] else None  # a tie: neither is usual
-    return [{name: shown(run.config[name]) for name, value in usual.items()
-             if name in run.config and shown(run.config[name]) != value} for run in runs]  # fmt: skip
+    return [
+        {
+            name: shown(run.config[name])
+            for name, value in usual.items()
+            if name in run.config and shown(run.config[name]) != value
+        }
+        for run in runs
+    ]
 
 
 def untypical_flags(config: dict) -> dict[str, tuple[str, str]]:
     """flag -> (its value, the default), of those that change what is learned and are not the default."""
     parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
-    defaults = {a.dest: list(a.default) if isinstance(a.default, tuple) else a.default for a in parser._actions}
-    return {name: (shown(value), shown(defaults[name])) for name, value in config.items()
-            if name in defaults and name not in flags.FREE_ON_RESUME and value != defaults[name]}  # fmt: skip
+    defaults = {
+        a.dest: list(a.default) if isinstance(a.default, tuple) else a.default for a in parser._actions
+    }
+    return {
+        name: (shown(value), shown(defaults[name]))
+        for name, value in config.items()
+        if name in defaults and name not in flags.FREE_ON_RESUME and value != defaults[name]
+    }
 
 
 def scores(run: RunFiles) -> list[str]:

@@ -75,11 +75,25 @@ def reliability(calibration, title: str) -> Figure:
     top, bottom = figures.axes(made, 2, 1, height_ratios=(3, 1), sharex=True)[:, 0]
     edges = 100 * calibration.edges
     width, left = np.diff(edges), edges[:-1]
-    top.bar(left, 100 * np.nan_to_num(calibration.accuracy), width, align="edge", color=figures.SKY,
-            edgecolor="white", label="accuracy of the guesses")  # fmt: skip
+    top.bar(
+        left,
+        100 * np.nan_to_num(calibration.accuracy),
+        width,
+        align="edge",
+        color=figures.SKY,
+        edgecolor="white",
+        label="accuracy of the guesses",
+    )
     seen = calibration.count > 0
-    top.plot(100 * calibration.confidence[seen], 100 * calibration.accuracy[seen], "o", color=figures.BLUE, clip_on=False, zorder=3,
-             label="at their mean confidence")  # fmt: skip
+    top.plot(
+        100 * calibration.confidence[seen],
+        100 * calibration.accuracy[seen],
+        "o",
+        color=figures.BLUE,
+        clip_on=False,
+        zorder=3,
+        label="at their mean confidence",
+    )
     top.plot([0, 100], [0, 100], "--", color=figures.BLACK, label="perfectly calibrated")
     top.set(
         ylabel="accuracy (%)",

@@ -56,7 +56,9 @@ class Subject:
 
     def batch(self, pixels: np.ndarray) -> Tensor:
         """(n, S, S, 3) uint8 -> (n, 3, S, S) normalised, on the device."""
-        mean, std = (torch.tensor(self.facts[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std"))
+        mean, std = (
+            torch.tensor(self.facts[key], device=self.device).view(1, 3, 1, 1) for key in ("mean", "std")
+        )
         images = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).float()
         return (images / 255 - mean) / std
 
@@ -73,8 +75,10 @@ def open_subject(config, typed: frozenset[str], needs_data: bool = True) -> Subj
     if needs_data:
         index = layouts.index(**flags.data_args(rundir.with_saved_data(config, typed, payload["config"])))
         if list(index.classes) != list(facts["classes"]):
-            raise DataError(f"the model knows {len(facts['classes'])} classes, the data has {len(index.classes)} (or others)",
-                            "name the data it was trained on: --dataset NAME --data-dir DIR")  # fmt: skip
+            raise DataError(
+                f"the model knows {len(facts['classes'])} classes, the data has {len(index.classes)} (or others)",
+                "name the data it was trained on: --dataset NAME --data-dir DIR",
+            )
         index = replace(index, mean=facts["mean"], std=facts["std"])  # what the model is used to
     weights = "EMA weights" if config.weights == "ema" and payload["ema"].get("shadow") else "raw weights"
     title = f"{payload['model_args']['arch']}, {len(facts['classes'])} classes, {weights}, {facts['image_size']} px"
@@ -94,7 +98,9 @@ def check_ids(ids: Sequence[int], num_samples: int, flag: str) -> np.ndarray:
     """`ids` as an array. Raises UsageError for a position that is not there."""
     outside = [i for i in ids if i >= num_samples]
     if outside:
-        raise UsageError(f"{flag} {outside[0]}: there are {num_samples} images", f"count from 0 to {num_samples - 1}")
+        raise UsageError(
+            f"{flag} {outside[0]}: there are {num_samples} images", f"count from 0 to {num_samples - 1}"
+        )
     return np.asarray(ids, int)
 
 
@@ -118,8 +124,14 @@ def guesses(subject: Subject, batch_size: int = 64, limit: int | None = None) ->
     """Every validation image once (or `limit` of them, spread evenly, in place of all)."""
     split = subject.index.val
     ids = np.arange(len(split)) if limit is None else spread_ids(len(split), limit)
-    loader = eval_loader(SubsetSplit(split, ids), subject.index, image_size=subject.image_size, batch_size=batch_size,
-                         device=subject.device, crop=subject.facts["crop"])  # fmt: skip
+    loader = eval_loader(
+        SubsetSplit(split, ids),
+        subject.index,
+        image_size=subject.image_size,
+        batch_size=batch_size,
+        device=subject.device,
+        crop=subject.facts["crop"],
+    )
     rows = []
     with Progress(len(loader), "validation images", unit="batches") as bar:
         for images, labels in loader:

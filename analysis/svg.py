@@ -38,8 +38,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, unit: str, lines: Sequence[Line], *, spec: str = ".2f", marks: Sequence[tuple[float, str]] = (),
-          best: tuple[int, float] | None = None) -> Markup:  # fmt: skip
+def chart(
+    title: str,
+    unit: str,
+    lines: Sequence[Line],
+    *,
+    spec: str = ".2f",
+    marks: Sequence[tuple[float, str]] = (),
+    best: tuple[int, float] | None = None,
+) -> Markup:
     """A figure. marks: (epoch, words) where a phase begins; best: the point to star."""
     lines = [line for line in lines if line.epochs]
     if not lines:
@@ -60,23 +67,37 @@ def chart(title: str, unit: str, lines: Sequence[Line], *, spec: str = ".2f", ma
     parts = [*_axes(epochs, low, high, x, y), *_marks(marks, epochs[0], x)]
     parts += [_curve(line, x, y) for line in lines]
     if best:
-        parts.append(f'<text x="{x(best[0])}" y="{y(best[1]) + 6}" text-anchor="middle" font-size="18" '
-                     f'fill="var(--ink)">★</text>')  # fmt: skip
-    parts.append(f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="var(--soft)" visibility="hidden"/>')
+        parts.append(
+            f'<text x="{x(best[0])}" y="{y(best[1]) + 6}" text-anchor="middle" font-size="18" '
+            f'fill="var(--ink)">★</text>'
+        )
+    parts.append(
+        f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}" stroke="var(--soft)" visibility="hidden"/>'
+    )
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">epoch</text>')
-    plot = (f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" fill="var(--soft)" role="img" '
-            f'aria-label="{escape(title)}" data-chart="{escape(_hover(lines, epochs, x, spec))}">{"".join(parts)}</svg>')  # fmt: skip
+    plot = (
+        f'<svg class="plot" viewBox="0 0 {WIDTH} {HEIGHT}" font-size="12" fill="var(--soft)" role="img" '
+        f'aria-label="{escape(title)}" data-chart="{escape(_hover(lines, epochs, x, spec))}">{"".join(parts)}</svg>'
+    )
     legend = tag("div", *(_key(line) for line in lines), class_="legend")
     words = "Point at the chart for values." + (" ★ best epoch." if best else "")
-    return tag("figure", tag("h3", f"{title} ({unit})"), Markup(plot), legend, tag("div", words, class_="now"),
-               class_="chart")  # fmt: skip
+    return tag(
+        "figure",
+        tag("h3", f"{title} ({unit})"),
+        Markup(plot),
+        legend,
+        tag("div", words, class_="now"),
+        class_="chart",
+    )
 
 
 def _axes(epochs: Sequence[int], low: float, high: float, x, y) -> list[str]:
     parts = []
     for value in ticks(low, high):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}" stroke="var(--line)"/>'
-                     f'<text x="{LEFT - 5}" y="{y(value) + 4}" text-anchor="end">{value:.4g}</text>')  # fmt: skip
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value)}" y2="{y(value)}" stroke="var(--line)"/>'
+            f'<text x="{LEFT - 5}" y="{y(value) + 4}" text-anchor="end">{value:.4g}</text>'
+        )
     whole = sorted({round(t) for t in ticks(epochs[0], epochs[-1], 7)})
     parts += [f'<text x="{x(t)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{t}</text>' for t in whole]
     return parts
@@ -106,7 +127,9 @@ def _curve(line: Line, x, y) -> str:
     points = [(x(epoch), y(value)) for epoch, value in zip(line.epochs, line.values, strict=True)]
     drawn = f'<polyline fill="none" {_stroke(line)} points="{" ".join(f"{a},{b}" for a, b in points)}"/>'
     if len(points) == 1:  # a line of one point is invisible
-        drawn += f'<circle cx="{points[0][0]}" cy="{points[0][1]}" r="3" fill="var(--c{line.colour % COLOURS})"/>'
+        drawn += (
+            f'<circle cx="{points[0][0]}" cy="{points[0][1]}" r="3" fill="var(--c{line.colour % COLOURS})"/>'
+        )
     return drawn
 
 
@@ -119,6 +142,10 @@ def _key(line: Line) -> Markup:
 
 def _hover(lines: Sequence[Line], epochs: Sequence[int], x, spec: str) -> str:
     named = [(line.name, dict(zip(line.epochs, line.values, strict=True))) for line in lines]
-    texts = [{"name": name, "text": [format(values[e], spec) if e in values else None for e in epochs]}
-             for name, values in named]  # fmt: skip
-    return json.dumps({"width": WIDTH, "epochs": epochs, "x": [x(epoch) for epoch in epochs], "series": texts})
+    texts = [
+        {"name": name, "text": [format(values[e], spec) if e in values else None for e in epochs]}
+        for name, values in named
+    ]
+    return json.dumps(
+        {"width": WIDTH, "epochs": epochs, "x": [x(epoch) for epoch in epochs], "series": texts}
+    )

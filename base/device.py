@@ -74,8 +74,10 @@ def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
     except RuntimeError as error:
         if runtime.world_size == 1 or not any(word in str(error) for word in LOST_RANK):
             raise
-        lost = ResourceError(f"another rank ended, or has been silent for {TIMEOUT}",
-                            "its own message says why; then start all ranks again with --resume auto")  # fmt: skip
+        lost = ResourceError(
+            f"another rank ended, or has been silent for {TIMEOUT}",
+            "its own message says why; then start all ranks again with --resume auto",
+        )
         lost.rank = own
         raise lost from error
     else:
@@ -84,7 +86,15 @@ def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
 
 
 TIMEOUT = timedelta(minutes=5)
-LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timed out")
+LOST_RANK = (
+    "gloo",
+    "NCCL",
+    "Connection closed by peer",
+    "Connection reset",
+    "Broken pipe",
+    "Timed out",
+    "timed out",
+)
 
 
 def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool = False) -> Runtime:
@@ -99,11 +109,15 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
         except (RuntimeError, ValueError) as error:
-            raise ResourceError(f"rank {rank} of {world_size} cannot join the others: {str(error).splitlines()[0]}",
-                                "start all ranks through torchrun, every run on a port of its own") from error  # fmt: skip
+            raise ResourceError(
+                f"rank {rank} of {world_size} cannot join the others: {str(error).splitlines()[0]}",
+                "start all ranks through torchrun, every run on a port of its own",
+            ) from error
     if deterministic:  # read when CUDA starts; without it cuBLAS refuses deterministic mode
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler: seconds
+    if (
+        deterministic != torch.are_deterministic_algorithms_enabled()
+    ):  # setting it imports the compiler: seconds
         torch.use_deterministic_algorithms(deterministic)
     if chosen.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -126,8 +140,10 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
             raise ResourceError(f"--device {name}: torch {torch.__version__} sees no usable GPU", gpu_hint())
         index = local_rank if device.index is None else device.index
         if index >= torch.cuda.device_count():
-            raise ResourceError(f"GPU {index} asked for, {torch.cuda.device_count()} there",
-                                "start as many ranks as there are GPUs")  # fmt: skip
+            raise ResourceError(
+                f"GPU {index} asked for, {torch.cuda.device_count()} there",
+                "start as many ranks as there are GPUs",
+            )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     elif device.type == "mps" and not torch.backends.mps.is_available():
@@ -144,7 +160,9 @@ def unused_gpu(device: torch.device) -> str:
     present = Path("/proc/driver/nvidia/version").exists() or Path("/dev/nvidia0").exists()
     if device.type == "cuda" or not present or torch.cuda.is_available():
         return ""
-    return f"WARNING: this machine has an NVIDIA GPU but torch {torch.__version__} cannot use it: {gpu_hint()}"
+    return (
+        f"WARNING: this machine has an NVIDIA GPU but torch {torch.__version__} cannot use it: {gpu_hint()}"
+    )
 
 
 def _choose_precision(amp: str, device: torch.device) -> torch.dtype | None:

@@ -115,17 +115,27 @@ def exit_at_once(number: int, frame) -> None:
 
 
 # Only a GPU has an exception of its own, and not for all that its libraries say when memory runs out.
-OUT_OF_MEMORY = ("can't allocate memory", "not enough memory: you tried", "out of memory", "unable to find an engine",
-                 "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")  # fmt: skip
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory: you tried",
+    "out of memory",
+    "unable to find an engine",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, not imported here
+    if (
+        isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    ):  # torch's, not imported here
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)}
+DISK_TROUBLE = {
+    getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS") if hasattr(errno, name)
+}
 # Of the machine, whatever was being done; other trouble with a file is the user's where the file has a name.
 MACHINE = DISK_TROUBLE | {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENFILE}
 
@@ -142,8 +152,10 @@ def resource_error(error: BaseException) -> ResourceError | None:
         return None
     verb = "write" if error.errno in DISK_TROUBLE else "use"
     file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
-    return ResourceError(f"cannot {verb} {file}: {error.strerror or error}",
-                         "see that it is there, that it may be used, and that there is room")  # fmt: skip
+    return ResourceError(
+        f"cannot {verb} {file}: {error.strerror or error}",
+        "see that it is there, that it may be used, and that there is room",
+    )
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:

@@ -21,13 +21,31 @@ from typing import Any
 from base.errors import UsageError
 
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic, hf:<name>"
-ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
-         "mobilenet_v3_large", "vit_b_16", "swin_t")  # fmt: skip
+ARCHS = (
+    "resnet50",
+    "resnet34",
+    "resnet18",
+    "preact_resnet50",
+    "resnet_tiny",
+    "efficientnet_b0",
+    "mobilenet_v3_large",
+    "vit_b_16",
+    "swin_t",
+)
 OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb")
 SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau", "constant")
 AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
-AUGMENTS = {"rrc": "", "padcrop": ":N", "flip": "", "affine": "", "jitter": "[:N]", "dropout": "",
-            "cutout": ":N", "randaugment": "", "trivialaugment": ""}  # name -> its argument  # fmt: skip
+AUGMENTS = {
+    "rrc": "",
+    "padcrop": ":N",
+    "flip": "",
+    "affine": "",
+    "jitter": "[:N]",
+    "dropout": "",
+    "cutout": ":N",
+    "randaugment": "",
+    "trivialaugment": "",
+}  # name -> its argument
 
 # Flags that say where and how a run happens, not what is learned: free to change on resume.
 FREE_ON_RESUME = frozenset({
@@ -57,7 +75,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"python {self.prog} --help lists every flag with its range")
 
 
-def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False):
+def number(
+    kind: type, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+):
     """An argparse type: a finite `kind` in [low, high]; an open end excludes the bound itself."""
     left, right = "(" if open_low else "[", ")" if open_high or high == math.inf else "]"
     allowed = f"{'whole number' if kind is int else 'number'} in {left}{low}, {high}{right}"
@@ -67,7 +87,9 @@ def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = F
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text[:80]!r} is not a {allowed}") from None
-        inside = (value > low if open_low else value >= low) and (value < high if open_high else value <= high)
+        inside = (value > low if open_low else value >= low) and (
+            value < high if open_high else value <= high
+        )
         if not inside or value == math.inf:  # a nan is never inside
             raise argparse.ArgumentTypeError(f"{text[:80]} is not a {allowed}")
         return value
@@ -110,12 +132,16 @@ def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
         if not name:
             continue
         if name not in AUGMENTS:
-            raise argparse.ArgumentTypeError(f"unknown augmentation {name!r}; there are {', '.join(AUGMENTS)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown augmentation {name!r}; there are {', '.join(AUGMENTS)}"
+            )
         if AUGMENTS[name] == ":N" and not argument:
             raise argparse.ArgumentTypeError(f"{name} needs a size in px, such as {name}:4")
         if argument and not AUGMENTS[name]:
             raise argparse.ArgumentTypeError(f"{name} takes no argument")
-        steps.append((name, number(int, 1, 100 if name == "jitter" else 4096)(argument) if argument else None))
+        steps.append(
+            (name, number(int, 1, 100 if name == "jitter" else 4096)(argument) if argument else None)
+        )
     crops = [name for name, _ in steps if name in ("rrc", "padcrop")]
     if len(crops) > 1:
         raise argparse.ArgumentTypeError(f"{' and '.join(crops)}: an image is cropped once")
@@ -141,32 +167,85 @@ def add_dataset_args(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     """Which images: for every command that reads data. Returns the group, for flags on how they are read."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data-dir", default="./data/imagenet", metavar="DIR", help="the dataset on disk, or a packed copy of it")
-    add("--dataset", default="imagenet", metavar="NAME", help=f"one of {DATASETS}; any class folders are 'imagenet'")
-    add("--split", default="official", choices=("official", "70-30"), help="70-30 pools tiny-imagenet's train and val")
+    add(
+        "--data-dir",
+        default="./data/imagenet",
+        metavar="DIR",
+        help="the dataset on disk, or a packed copy of it",
+    )
+    add(
+        "--dataset",
+        default="imagenet",
+        metavar="NAME",
+        help=f"one of {DATASETS}; any class folders are 'imagenet'",
+    )
+    add(
+        "--split",
+        default="official",
+        choices=("official", "70-30"),
+        help="70-30 pools tiny-imagenet's train and val",
+    )
     add("--class-list", default="", metavar="FILE", help="use only these classes (imagenet, imagenet100)")
-    add("--allow-class-mismatch", action="store_true", help="accept a val/ that lacks some of train's classes")
-    add("--subset", action=Switch, default=False, help="only a fixed, class-balanced draw of --subset-size images")
-    add("--subset-size", type=positive, default=10_000, metavar="N", help="images in it; validation gets a tenth")
+    add(
+        "--allow-class-mismatch", action="store_true", help="accept a val/ that lacks some of train's classes"
+    )
+    add(
+        "--subset",
+        action=Switch,
+        default=False,
+        help="only a fixed, class-balanced draw of --subset-size images",
+    )
+    add(
+        "--subset-size",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="images in it; validation gets a tenth",
+    )
     return group
 
 
 def add_data_args(parser: argparse.ArgumentParser) -> None:
     add = add_dataset_args(parser).add_argument
-    add("--augment", type=_augment, default="full", metavar="LIST",
-        help=f"full, basic, none, or names in order: {', '.join(n + a for n, a in AUGMENTS.items())}")  # fmt: skip
-    add("--on-bad-image", default="fail", choices=("fail", "skip"),
-        help="skip: train on another image of the class and count it; validation always fails")  # fmt: skip
+    add(
+        "--augment",
+        type=_augment,
+        default="full",
+        metavar="LIST",
+        help=f"full, basic, none, or names in order: {', '.join(n + a for n, a in AUGMENTS.items())}",
+    )
+    add(
+        "--on-bad-image",
+        default="fail",
+        choices=("fail", "skip"),
+        help="skip: train on another image of the class and count it; validation always fails",
+    )
     add("--num-workers", type=number(int, 0, 1024), default=8, metavar="N", help="loader processes per rank")
 
 
 def add_model_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet50", choices=ARCHS, help="architecture")
-    add("--drop-path-rate", type=fraction, default=0.2, metavar="P", help="stochastic depth of the last block")
-    add("--use-blurpool", action="store_true", help="antialiased downsampling (CC BY-NC-SA package, 1.26x the work)")
-    add("--head", default="conv", choices=("conv", "linear"), help="classifier: 1x1 convolution or linear layer")
-    add("--stem", default="imagenet", choices=("imagenet", "small", "d"), help="small: 3x3 without pool, for 32 px")
+    add(
+        "--drop-path-rate", type=fraction, default=0.2, metavar="P", help="stochastic depth of the last block"
+    )
+    add(
+        "--use-blurpool",
+        action="store_true",
+        help="antialiased downsampling (CC BY-NC-SA package, 1.26x the work)",
+    )
+    add(
+        "--head",
+        default="conv",
+        choices=("conv", "linear"),
+        help="classifier: 1x1 convolution or linear layer",
+    )
+    add(
+        "--stem",
+        default="imagenet",
+        choices=("imagenet", "small", "d"),
+        help="small: 3x3 without pool, for 32 px",
+    )
     add("--init-from", default="", metavar="FILE", help="start from these weights (ours, torchvision's, ...)")
     add("--reset-head", action="store_true", help="with --init-from: new classifier, for other classes")
 
@@ -174,13 +253,41 @@ def add_model_args(parser: argparse.ArgumentParser) -> None:
 def add_phase_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("phases").add_argument
     add("--epochs", type=positive, default=90, metavar="N", help="epochs over all phases")
-    add("--batch-size", type=positive, default=256, metavar="N", help="global batch of phase 1, halved at each size")
-    add("--resize-schedule", type=listing(number(int, 8, 4096)), default=(64, 128, 224), metavar="PX,PX,...",
-        help="image size of each phase; one size is no progression")  # fmt: skip
-    add("--phase-epochs", type=listing(positive), default=None, metavar="N,N,...",
-        help="epochs of each phase, as weights when they do not add up to --epochs; default 30,20,40 or equal parts")  # fmt: skip
-    add("--phase-batch-sizes", type=listing(positive), default=None, metavar="N,N,...", help="their global batches")
-    add("--phase-mix", type=listing(_on_off), default=None, metavar="on|off,...", help="mixing and drop-path by phase")
+    add(
+        "--batch-size",
+        type=positive,
+        default=256,
+        metavar="N",
+        help="global batch of phase 1, halved at each size",
+    )
+    add(
+        "--resize-schedule",
+        type=listing(number(int, 8, 4096)),
+        default=(64, 128, 224),
+        metavar="PX,PX,...",
+        help="image size of each phase; one size is no progression",
+    )
+    add(
+        "--phase-epochs",
+        type=listing(positive),
+        default=None,
+        metavar="N,N,...",
+        help="epochs of each phase, as weights when they do not add up to --epochs; default 30,20,40 or equal parts",
+    )
+    add(
+        "--phase-batch-sizes",
+        type=listing(positive),
+        default=None,
+        metavar="N,N,...",
+        help="their global batches",
+    )
+    add(
+        "--phase-mix",
+        type=listing(_on_off),
+        default=None,
+        metavar="on|off,...",
+        help="mixing and drop-path by phase",
+    )
     add("--accumulate", type=positive, default=1, metavar="K", help="split each global batch into K pieces")
 
 
@@ -190,14 +297,39 @@ def add_optim_args(parser: argparse.ArgumentParser) -> None:
     add("--lr", type=above_zero, default=3e-4, metavar="LR", help="peak learning rate of the schedule")
     add("--momentum", type=fraction, default=0.9, metavar="M", help="of sgd and rmsprop; never cycled")
     add("--nesterov", action="store_true", help="with --optimizer sgd")
-    add("--weight-decay", type=from_zero, default=1e-4, metavar="W", help="of weights, not of biases and norms")
+    add(
+        "--weight-decay",
+        type=from_zero,
+        default=1e-4,
+        metavar="W",
+        help="of weights, not of biases and norms",
+    )
     add("--schedule", default="onecycle", choices=SCHEDULES, help="learning rate over the steps")
-    add("--warmup-epochs", type=from_zero, default=5.0, metavar="N", help="linear warm-up of --schedule cosine")
+    add(
+        "--warmup-epochs",
+        type=from_zero,
+        default=5.0,
+        metavar="N",
+        help="linear warm-up of --schedule cosine",
+    )
     add("--cycles", type=positive, default=3, metavar="N", help="cycles of restarts and triangular2")
-    add("--lr-scale", default="none", choices=("none", "sqrt", "linear"), help="how lr follows the phase's batch")
-    add("--clip-norm", type=from_zero, default=1.0, metavar="G", help="largest gradient norm (or value); 0: none")
+    add(
+        "--lr-scale",
+        default="none",
+        choices=("none", "sqrt", "linear"),
+        help="how lr follows the phase's batch",
+    )
+    add(
+        "--clip-norm",
+        type=from_zero,
+        default=1.0,
+        metavar="G",
+        help="largest gradient norm (or value); 0: none",
+    )
     add("--clip-mode", default="norm", choices=("norm", "value"), help="what --clip-norm limits")
-    add("--loss", default="ce", choices=("ce", "bce"), help="cross-entropy, or binary cross-entropy per class")
+    add(
+        "--loss", default="ce", choices=("ce", "bce"), help="cross-entropy, or binary cross-entropy per class"
+    )
     add("--l1", type=from_zero, default=0.0, metavar="L", help="weight of an L1 penalty on the weights")
     add("--label-smoothing", type=fraction, default=0.1, metavar="E", help="inside the mixed targets")
     add("--mixup-alpha", type=from_zero, default=0.2, metavar="A", help="Beta(A, A) of MixUp; 0: off")
@@ -217,7 +349,12 @@ def add_optim_args(parser: argparse.ArgumentParser) -> None:
 def add_device_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("device").add_argument
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; auto: if it is fast")
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision; auto: if it is fast",
+    )
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of everything random")
     add("--compile", action="store_true", help="torch.compile the training forward")
     add("--deterministic", action="store_true", help="only kernels that give the same bits again")
@@ -228,7 +365,12 @@ def add_asking_args(parser: argparse.ArgumentParser) -> None:
     """For commands that only ask a trained model."""
     add = parser.add_argument_group("device").add_argument
     add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="mixed precision; auto: if it is fast")
+    add(
+        "--amp",
+        default="auto",
+        choices=("auto", "bf16", "fp16", "off"),
+        help="mixed precision; auto: if it is fast",
+    )
     add("--batch-size", type=positive, default=64, metavar="N", help="images at a time")
     add("--num-workers", type=number(int, 0, 1024), default=8, metavar="N", help="loader processes")
     add("--debug", action="store_true", help="tracebacks for errors")
@@ -237,15 +379,42 @@ def add_asking_args(parser: argparse.ArgumentParser) -> None:
 def add_run_args(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--save-dir", default="./checkpoints", metavar="DIR", help="where this run lives")
-    add("--resume", default="", metavar="PATH|auto", help="go on from a checkpoint; auto: the newest sound one")
-    add("--allow-change", type=listing(str), default=(), metavar="FLAG,...", help="what may differ on --resume")
+    add(
+        "--resume",
+        default="",
+        metavar="PATH|auto",
+        help="go on from a checkpoint; auto: the newest sound one",
+    )
+    add(
+        "--allow-change",
+        type=listing(str),
+        default=(),
+        metavar="FLAG,...",
+        help="what may differ on --resume",
+    )
     add("--overwrite", action="store_true", help="delete the run that --save-dir holds")
-    add("--save-every", type=save_interval, default=(1, "ep"), metavar="N|Nmin|Ns",
-        help="epochs, minutes or seconds between saves")  # fmt: skip
-    add("--stop-after", type=positive, default=None, metavar="STEP", help="stop there, saved, as a stop signal would")
+    add(
+        "--save-every",
+        type=save_interval,
+        default=(1, "ep"),
+        metavar="N|Nmin|Ns",
+        help="epochs, minutes or seconds between saves",
+    )
+    add(
+        "--stop-after",
+        type=positive,
+        default=None,
+        metavar="STEP",
+        help="stop there, saved, as a stop signal would",
+    )
     add("--eval-every", type=positive, default=1, metavar="N", help="epochs between validations")
-    add("--early-stop-patience", type=positive, default=None, metavar="N",
-        help="validations at the last size without a better score before stopping")  # fmt: skip
+    add(
+        "--early-stop-patience",
+        type=positive,
+        default=None,
+        metavar="N",
+        help="validations at the last size without a better score before stopping",
+    )
     add("--plot", action="store_true", help="draw learning curves into --save-dir/plots while training")
     add("--tensorboard", action="store_true", help="log to --save-dir/tensorboard as well")
     add("--wandb", default="", metavar="PROJECT", help="log to Weights & Biases as well")
@@ -312,8 +481,10 @@ def _typed(parser: Parser, argv: list[str] | None) -> dict[str, Any]:
         value = values.get(action.dest) if action.option_strings else None
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str) and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
-                raise UsageError(f"{dashed(action.dest)} {text!r} has a NUL or bytes that are not UTF-8",
-                                 "give a plain name; rename the file or folder if it is one")  # fmt: skip
+                raise UsageError(
+                    f"{dashed(action.dest)} {text!r} has a NUL or bytes that are not UTF-8",
+                    "give a plain name; rename the file or folder if it is one",
+                )
     return values
 
 
@@ -328,8 +499,10 @@ def read_recipe(parser: Parser, path: str) -> dict[str, Any]:
     texts = read_yaml(path)
     known, of_train = {a.dest for a in parser._actions}, {a.dest for a in train_parser()._actions}
     if unknown := [name for name in texts if name not in (known | of_train) - {"config", "help"}]:
-        raise UsageError(f"--config {path}: unknown key {unknown[0].replace('_', '-')[:80]!r}",
-                         "the keys are train.py's flags without the dashes")  # fmt: skip
+        raise UsageError(
+            f"--config {path}: unknown key {unknown[0].replace('_', '-')[:80]!r}",
+            "the keys are train.py's flags without the dashes",
+        )
     # A recipe serves lr_finder.py too, which has no --plot.
     of_both = {name: value for name, value in texts.items() if name in known}
     try:
@@ -369,7 +542,13 @@ def read_yaml(path: str) -> dict[str, str | list[str]]:
         for item in (key, *items):
             if not isinstance(item, yaml.ScalarNode):
                 raise UsageError(f"{line} is neither a value nor a list of values", fix)
-            if item.tag.removeprefix("tag:yaml.org,2002:") not in ("str", "int", "float", "bool", "timestamp"):
+            if item.tag.removeprefix("tag:yaml.org,2002:") not in (
+                "str",
+                "int",
+                "float",
+                "bool",
+                "timestamp",
+            ):
                 what = "nothing" if item.tag.endswith(":null") else f"a {item.tag}"
                 raise UsageError(f"{line} holds {what}", "give a value, or leave the line out")
         found[name] = [item.value for item in items] if isinstance(value, yaml.SequenceNode) else value.value
@@ -398,7 +577,9 @@ def from_file(parser: Parser, content: Mapping[str, Any], *, exact: bool = False
 
     Raises UsageError naming the flag: unknown, of another type, out of range.
     """
-    actions = {action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"}
+    actions = {
+        action.dest: action for action in parser._actions if action.option_strings and action.dest != "help"
+    }
     if unknown := sorted(str(name)[:80] for name in content if name not in actions):
         raise UsageError(f"unknown: {', '.join(unknown)}", "the keys are train.py's flags without the dashes")
     return {name: _from_file(parser, actions[name], value, exact) for name, value in content.items()}
@@ -424,12 +605,17 @@ def _from_file(parser: Parser, action: argparse.Action, value: Any, exact: bool)
     written = list(value) if isinstance(value, tuple) else value
     if parsed is None or (exact and (list(parsed) if isinstance(parsed, tuple) else parsed) != written):
         shown = ",".join(texts)[:80]
-        raise UsageError(f"{name} is {shown!r}, which is not what {dashed(name)} takes", "give it as --help says")
+        raise UsageError(
+            f"{name} is {shown!r}, which is not what {dashed(name)} takes", "give it as --help says"
+        )
     return parsed
 
 
 def _recipes() -> str:
-    return ", ".join(sorted(p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml"))) or "no recipe"
+    return (
+        ", ".join(sorted(p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml")))
+        or "no recipe"
+    )
 
 
 def check_ranks(variables: Mapping[str, str]) -> None:
@@ -437,11 +623,15 @@ def check_ranks(variables: Mapping[str, str]) -> None:
     ranks = {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in variables}
     whole = "RANK" in ranks and "WORLD_SIZE" in ranks
     numbers = all(value.isdecimal() for value in ranks.values())
-    if numbers and ((whole and int(ranks["RANK"]) < int(ranks["WORLD_SIZE"])) or all(map(_no_others, ranks.items()))):
+    if numbers and (
+        (whole and int(ranks["RANK"]) < int(ranks["WORLD_SIZE"])) or all(map(_no_others, ranks.items()))
+    ):
         return
     shown = ", ".join(f"{name}={value}" for name, value in ranks.items())
-    raise UsageError(f"the environment has {shown}, which is no whole set of ranks",
-                     "start with torchrun, or unset these variables")  # fmt: skip
+    raise UsageError(
+        f"the environment has {shown}, which is no whole set of ranks",
+        "start with torchrun, or unset these variables",
+    )
 
 
 def _no_others(variable: tuple[str, str]) -> bool:
@@ -453,26 +643,34 @@ def check_train(config: Any, typed: Given) -> list[str]:
     check_ranks(os.environ)
     phases = len(config.resize_schedule)
     if not phases:
-        raise UsageError("--resize-schedule is empty", "give at least one size, such as --resize-schedule 224")
+        raise UsageError(
+            "--resize-schedule is empty", "give at least one size, such as --resize-schedule 224"
+        )
     for name in ("phase_epochs", "phase_batch_sizes", "phase_mix"):
         value = getattr(config, name)
         if value is not None and len(value) != phases:
-            raise UsageError(f"{dashed(name)} has {len(value)} entries but there are {phases} phases",
-                             "give one entry for each size of --resize-schedule")  # fmt: skip
+            raise UsageError(
+                f"{dashed(name)} has {len(value)} entries but there are {phases} phases",
+                "give one entry for each size of --resize-schedule",
+            )
     notes = refuse_idle(TABLE, config, typed)
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of the two out")
     if config.schedule == "cosine" and config.warmup_epochs >= config.epochs:
-        raise UsageError(f"--warmup-epochs {config.warmup_epochs:g} leaves nothing of {config.epochs} epochs for the cosine",
-                         "give a smaller --warmup-epochs, or 0")  # fmt: skip
+        raise UsageError(
+            f"--warmup-epochs {config.warmup_epochs:g} leaves nothing of {config.epochs} epochs for the cosine",
+            "give a smaller --warmup-epochs, or 0",
+        )
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
     smallest = min(config.resize_schedule)
     most = {"padcrop": smallest - 1, "cutout": 2 * smallest - 1}
     for name, size in parse_augment(config.augment):
         if name in most and size > most[name]:
-            raise UsageError(f"--augment {name}:{size} leaves nothing of an image of {smallest} px",
-                             f"give at most {name}:{most[name]}, or larger --resize-schedule sizes")  # fmt: skip
+            raise UsageError(
+                f"--augment {name}:{size} leaves nothing of an image of {smallest} px",
+                f"give at most {name}:{most[name]}, or larger --resize-schedule sizes",
+            )
     return notes
 
 
@@ -522,7 +720,9 @@ def _nothing_mixed(config: Any) -> Reason:
 
 def _phase_mix(config: Any) -> Reason:
     drops = config.drop_path_rate and config.arch not in NO_DROP_PATH
-    return not (config.mixup_alpha or config.cutmix_alpha or drops) and "there is no MixUp, CutMix or drop-path"
+    return (
+        not (config.mixup_alpha or config.cutmix_alpha or drops) and "there is no MixUp, CutMix or drop-path"
+    )
 
 
 def _own_parts(config: Any) -> Reason:
@@ -550,7 +750,9 @@ def _class_mismatch(config: Any) -> Reason:
 
 
 def _bad_image(config: Any) -> Reason:
-    arrays = _kind(config) in ("digits", "synthetic") or (_kind(config).startswith("cifar") and not _packed(config))
+    arrays = _kind(config) in ("digits", "synthetic") or (
+        _kind(config).startswith("cifar") and not _packed(config)
+    )
     return arrays and f"{config.dataset} has no image files"
 
 
@@ -569,7 +771,8 @@ def _other_weights(config: Any) -> Reason:
 
 def _only_looked(config: Any) -> Reason:
     return next(
-        (f"{dashed(name)} writes nothing" for name in ("summary", "dry_run") if getattr(config, name, False)), None
+        (f"{dashed(name)} writes nothing" for name in ("summary", "dry_run") if getattr(config, name, False)),
+        None,
     )
 
 
@@ -731,6 +934,11 @@ def workers_note(asked: int) -> str:
 
 def data_args(config: Any) -> dict[str, Any]:
     """The data flags as `sources.layouts.index` takes them."""
-    return {"dataset": config.dataset, "data_dir": config.data_dir, "split": config.split,
-            "class_list": config.class_list or None, "allow_class_mismatch": config.allow_class_mismatch,
-            "subset_size": config.subset_size if config.subset else None}  # fmt: skip
+    return {
+        "dataset": config.dataset,
+        "data_dir": config.data_dir,
+        "split": config.split,
+        "class_list": config.class_list or None,
+        "allow_class_mismatch": config.allow_class_mismatch,
+        "subset_size": config.subset_size if config.subset else None,
+    }

@@ -22,8 +22,17 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts up to `total`; `update` may carry a few words to show beside the count."""
 
-    def __init__(self, total: int, desc: str, *, unit: str = "it", initial: int = 0, enabled: bool = True,
-                 line_every: float = LINE_EVERY, file=None):  # fmt: skip
+    def __init__(
+        self,
+        total: int,
+        desc: str,
+        *,
+        unit: str = "it",
+        initial: int = 0,
+        enabled: bool = True,
+        line_every: float = LINE_EVERY,
+        file=None,
+    ):
         self.total, self.desc, self.unit, self.count = total, printable(desc), unit, initial
         self.enabled, self.line_every, self.file = enabled, line_every, file or sys.stderr
         self.started = self.last_line = time.monotonic()
@@ -32,9 +41,16 @@ class Progress:
         if enabled and self.file.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, desc=self.desc, unit=unit, initial=initial, leave=False, file=self.file,
-                            dynamic_ncols=True,
-                            bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
+            self.bar = tqdm(
+                total=total,
+                desc=self.desc,
+                unit=unit,
+                initial=initial,
+                leave=False,
+                file=self.file,
+                dynamic_ncols=True,
+                bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}",
+            )
 
     def update(self, n: int = 1, words: str = "") -> None:
         self.count += n
@@ -48,8 +64,11 @@ class Progress:
         elif self.enabled and time.monotonic() - self.last_line >= self.line_every:
             self.last_line = time.monotonic()
             percent = 100 * self.count / max(1, self.total)
-            print(f"{self.desc} {percent:3.0f}% {self.count}/{self.total} {self.unit}  {words or self._eta()}",
-                  file=self.file, flush=True)  # fmt: skip
+            print(
+                f"{self.desc} {percent:3.0f}% {self.count}/{self.total} {self.unit}  {words or self._eta()}",
+                file=self.file,
+                flush=True,
+            )
 
     def over(self, items: Iterable) -> Iterator:
         """`items`, counted as they are taken."""
@@ -102,5 +121,7 @@ class Eta:
             pixels = phase.image_size**2
             steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)
             epochs = phase.epochs - min(max(scored_epochs - phase.first_epoch + 1, 0), phase.epochs)
-            seconds += pixels * (steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate)
+            seconds += pixels * (
+                steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate
+            )
         return seconds

@@ -11,7 +11,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, InstanceOf, PlainValidator, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 from typing_extensions import NotRequired, TypedDict
 
 from base.errors import CheckpointError, DataError, UserError, one_line
@@ -29,14 +37,18 @@ NotNegative = Annotated[float, Field(ge=0, le=1e15)]
 Percent = Annotated[float, Field(ge=0, le=100)]
 Means = Annotated[list[Annotated[float, Field(ge=-10, le=10)]], Field(min_length=3, max_length=3)]
 Deviations = Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=3, max_length=3)]
-FileName = Annotated[str, Field(pattern=r"^\w[\w .+@=-]{0,120}$")]  # files are named after it: no path, nothing hidden
+FileName = Annotated[
+    str, Field(pattern=r"^\w[\w .+@=-]{0,120}$")
+]  # files are named after it: no path, nothing hidden
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}$")]
 
 
 def _plain(value: Any) -> Any:
     """A flag's value: one of the simple types, or a list of them."""
     for item in value if type(value) is list else [value]:
-        if not (item is None or type(item) in (bool, float, str) or (type(item) is int and abs(item) < 2**63)):
+        if not (
+            item is None or type(item) in (bool, float, str) or (type(item) is int and abs(item) < 2**63)
+        ):
             raise ValueError("should be a plain value or a list of them")
     return list(value) if type(value) is list else value
 
@@ -44,7 +56,12 @@ def _plain(value: Any) -> Any:
 def _tensor(value: Any) -> Any:
     import torch
 
-    if type(value) is not torch.Tensor or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+    if (
+        type(value) is not torch.Tensor
+        or value.layout is not torch.strided
+        or value.is_quantized
+        or value.is_meta
+    ):
         raise ValueError("should be a plain tensor")
     return value
 
@@ -149,7 +166,9 @@ class ParamGroup(TypedDict):
 
 class Optimizer(TypedDict):
     __pydantic_config__ = CLOSED
-    state: dict[Count, dict[Text, Annotated[Any, PlainValidator(_slot)]]]  # optim.load_state knows what belongs in it
+    state: dict[
+        Count, dict[Text, Annotated[Any, PlainValidator(_slot)]]
+    ]  # optim.load_state knows what belongs in it
     param_groups: list[ParamGroup]
 
 
@@ -256,7 +275,11 @@ def _too_large(payload: dict) -> str:
         inside = [*value, *dict.values(value)] if isinstance(value, dict) else value
         count += len(inside)
         if depth > MAX_DEPTH or count > MAX_VALUES:
-            return f"is nested deeper than {MAX_DEPTH}" if depth > MAX_DEPTH else f"holds over {MAX_VALUES:,} values"
+            return (
+                f"is nested deeper than {MAX_DEPTH}"
+                if depth > MAX_DEPTH
+                else f"holds over {MAX_VALUES:,} values"
+            )
         left += [(item, depth + 1) for item in inside]
     return ""
 
@@ -270,8 +293,11 @@ def check_tensors(saved: dict, own: dict, what: str) -> None:
                 f"{what} {'lacks' if theirs is None else 'has an unknown'} {one_line(name)}", TRAIN_PY
             )
         if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
-            raise CheckpointError(f"{what}.{name} is {tuple(theirs.shape)} {theirs.dtype}, "
-                                  f"it should be {tuple(mine.shape)} {mine.dtype}", TRAIN_PY)  # fmt: skip
+            raise CheckpointError(
+                f"{what}.{name} is {tuple(theirs.shape)} {theirs.dtype}, "
+                f"it should be {tuple(mine.shape)} {mine.dtype}",
+                TRAIN_PY,
+            )
 
 
 class Shard(TypedDict):
@@ -340,8 +366,11 @@ def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:
     if found.get("format") != version:
         newer = type(found.get("format")) is int
         unknown = ", ".join(sorted(found.keys() - Manifest.__annotations__.keys())) if newer else ""
-        raise DataError(f"{path} is not of a packed dataset, or of another version"
-                        + (f" (with {one_line(unknown)[:200]})" if unknown else ""), "pack the data again")  # fmt: skip
+        raise DataError(
+            f"{path} is not of a packed dataset, or of another version"
+            + (f" (with {one_line(unknown)[:200]})" if unknown else ""),
+            "pack the data again",
+        )
     plan = check(schema, found, path, DataError, fix)
     names = [plan["classes"], plan["class_names"] or plan["classes"]]
     if not len(names[0]) == len(names[1]) == plan["source"]["num_classes"]:
@@ -356,13 +385,19 @@ def _wrong_tables(manifest: dict) -> str:
     if manifest["tables"].keys() != wanted.keys():
         return f"tables should be {', '.join(wanted)}, not {', '.join(manifest['tables'])}"
     for table, part in wanted.items():
-        shards, known, total = manifest["tables"][table], manifest["parts"][part], manifest["source"][f"num_{part}"]
+        shards, known, total = (
+            manifest["tables"][table],
+            manifest["parts"][part],
+            manifest["source"][f"num_{part}"],
+        )
         most = manifest["shard_rows"][part]
         if len(shards) != -(-total // most) or any(shard["rows"] > most for shard in shards):
             return f"tables.{table} does not hold {total} images in shards of {most}"
         if sum(shard["rows"] for shard in shards) != known["images"]:
             return f"tables.{table} does not hold the {known['images']} images of parts.{part}"
-        if known["images"] + len(known["skipped"]) != total or any(image["id"] >= total for image in known["skipped"]):
+        if known["images"] + len(known["skipped"]) != total or any(
+            image["id"] >= total for image in known["skipped"]
+        ):
             return f"parts.{part}.skipped does not fit {known['images']} of {total} images"
     return ""
 
@@ -467,4 +502,10 @@ def check(schema: Any, value: Any, where: str, error: type[UserError], fix: str)
 def _shown(value: Any) -> str:
     """Short, whatever it is."""
     simple = value is None or type(value) in (bool, float) or (type(value) is int and abs(value) < 2**63)
-    return str(value) if simple else one_line(repr(value[:40])) if type(value) is str else f"a {type(value).__name__}"
+    return (
+        str(value)
+        if simple
+        else one_line(repr(value[:40]))
+        if type(value) is str
+        else f"a {type(value).__name__}"
+    )

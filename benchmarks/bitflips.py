@@ -24,14 +24,46 @@ BITS = {"sign": range(31, 32), "exponent": range(23, 31), "mantissa": range(23)}
 WORSE = 1.0  # points of top-1
 OUTCOMES = ("noticed", "same bits", "same score", "within 1 point", "worse", "better")
 # The small stem leaves the last stage 2 x 2 pixels. At 1 x 1 a 3 x 3 kernel sees padding: most weights would do nothing.
-RUN = [*("--dataset", "digits", "--arch", "resnet_tiny", "--stem", "small", "--resize-schedule", "16", "--batch-size", "32"),
-       *("--epochs", "5", "--lr", "1e-2", "--augment", "none", "--num-workers", "0", "--device", "cpu", "--amp", "off")]  # fmt: skip
+RUN = [
+    *(
+        "--dataset",
+        "digits",
+        "--arch",
+        "resnet_tiny",
+        "--stem",
+        "small",
+        "--resize-schedule",
+        "16",
+        "--batch-size",
+        "32",
+    ),
+    *(
+        "--epochs",
+        "5",
+        "--lr",
+        "1e-2",
+        "--augment",
+        "none",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    ),
+]
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.bitflips", description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, flags.number(int, 1)
-    add("--points", type=positive, default=200, metavar="N", help="flips, spread evenly over five kinds of memory")
+    add(
+        "--points",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="flips, spread evenly over five kinds of memory",
+    )
     add("--seed", type=flags.number(int, 0), default=0, metavar="N", help="of the flips")
     add("--jobs", type=positive, default=flags.cores(), metavar="N", help="forks at a time")
     add("--out", default="bitflips", metavar="DIR", help="bitflips.json")
@@ -68,8 +100,15 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     run = build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), out)
     run.say = lambda text: None
     rng, steps = random.Random(seed), sum(phase.steps for phase in run.phases)
-    plan = [{"kind": KINDS[i % len(KINDS)], "step": rng.randrange(1, steps), "where": rng.random(), "bit": rng.randrange(32)}
-            for i in range(points)]  # fmt: skip
+    plan = [
+        {
+            "kind": KINDS[i % len(KINDS)],
+            "step": rng.randrange(1, steps),
+            "where": rng.random(),
+            "bit": rng.randrange(32),
+        }
+        for i in range(points)
+    ]
     forks, between = Forks(plan, jobs, out), loop.Between.__call__
 
     def between_and_fork(self, *args):
@@ -77,7 +116,10 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
         forks.start_those_of(self.run)
 
     error = ""
-    with patch.object(loop, "save", lambda *_: None), patch.object(loop.Between, "__call__", between_and_fork):
+    with (
+        patch.object(loop, "save", lambda *_: None),
+        patch.object(loop.Between, "__call__", between_and_fork),
+    ):
         try:
             loop.fit(run, MetricLogger(out, enabled=False))
         except BaseException as reason:
@@ -136,7 +178,9 @@ def memory(run, kind: str) -> list:
     """The float32 tensors of one kind, in their order in the model."""
     state = run.state
     if kind in ("exp_avg", "exp_avg_sq"):
-        return [state.optimizer.state[p][kind] for group in state.optimizer.param_groups for p in group["params"]]
+        return [
+            state.optimizer.state[p][kind] for group in state.optimizer.param_groups for p in group["params"]
+        ]
     if kind == "average":
         return [t for t in state.ema.module.state_dict().values() if t.is_floating_point()]
     return (
@@ -160,9 +204,12 @@ def flip(tensor, element: int, bit: int) -> tuple[float, float]:
 def ending(run, error: str) -> dict:
     """How a run ended: what stopped it, its score, the steps it passed over, and a hash of its whole state."""
     state, rows = run.state.state_dict(), run.state.rows
-    return {"error": error, "score": rows[-1][run.judged_by] if rows else None,
-            "bad_steps": sum(row["bad_steps"] for row in rows),
-            "digest": bits([state[name] for name in ("model", "ema", "optimizer")])}  # fmt: skip
+    return {
+        "error": error,
+        "score": rows[-1][run.judged_by] if rows else None,
+        "bad_steps": sum(row["bad_steps"] for row in rows),
+        "digest": bits([state[name] for name in ("model", "ema", "optimizer")]),
+    }
 
 
 def outcome(point: dict, undisturbed: dict) -> str:
@@ -187,12 +234,15 @@ def tables(result: dict) -> str:
     points = result["points"]
     of_bit = {p["bit"]: name for p in points for name, bits in BITS.items() if p["bit"] in bits}
     by_kind, by_bit = (
-        Counter((of(p), p["outcome"]) for p in points) for of in (lambda p: p["kind"], lambda p: of_bit[p["bit"]])
+        Counter((of(p), p["outcome"]) for p in points)
+        for of in (lambda p: p["kind"], lambda p: of_bit[p["bit"]])
     )
     stopped = sum(bool(p["error"]) for p in points)
-    lines = [f"{len(points)} flips in a run of {result['steps']} steps that ends at {result['undisturbed']['score']:.2f} %; of the "
-             f"noticed ones {stopped} ended the run and {sum(p['outcome'] == 'noticed' for p in points) - stopped} were "
-             "reported as steps passed over"]  # fmt: skip
+    lines = [
+        f"{len(points)} flips in a run of {result['steps']} steps that ends at {result['undisturbed']['score']:.2f} %; of the "
+        f"noticed ones {stopped} ended the run and {sum(p['outcome'] == 'noticed' for p in points) - stopped} were "
+        "reported as steps passed over"
+    ]
     for title, names, counts in (("in", KINDS, by_kind), ("bit", BITS, by_bit)):
         lines += ["", f"| {title} | flips | {' | '.join(OUTCOMES)} |", "|---" * (2 + len(OUTCOMES)) + "|"]
         for name in (*names, "all"):

@@ -74,7 +74,9 @@ class _Traffic(TorchDispatchMode):
         return out
 
 
-def step_traffic(make_model: Callable[[], nn.Module], image_size: int, batch_size: int, dtype: torch.dtype) -> float:
+def step_traffic(
+    make_model: Callable[[], nn.Module], image_size: int, batch_size: int, dtype: torch.dtype
+) -> float:
     """Bytes per image that forward and backward move when no operation is fused with the next.
 
     Counted on the meta device: nothing is computed and no memory is taken.

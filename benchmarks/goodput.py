@@ -29,8 +29,10 @@ from base import flags
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, CALIBRATION = 5, 32, 20.0  # seconds
-RUN = [*("--arch", "resnet_tiny", "--resize-schedule", "32", "--batch-size", str(BATCH), "--lr", "1e-3"),
-       *("--num-workers", "1", "--device", "cpu", "--amp", "off", "--eval-every", str(EPOCHS))]  # fmt: skip
+RUN = [
+    *("--arch", "resnet_tiny", "--resize-schedule", "32", "--batch-size", str(BATCH), "--lr", "1e-3"),
+    *("--num-workers", "1", "--device", "cpu", "--amp", "off", "--eval-every", str(EPOCHS)),
+]
 TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns of a row that no two runs share
 
 
@@ -38,10 +40,18 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.goodput", description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, flags.number(float, 0, open_low=True)
     add("--minutes", type=positive, default=10.0, metavar="M", help="length of the undisturbed run, about")
-    add("--mean-between-kills", type=positive, default=60.0, metavar="SECONDS", help="exponentially distributed")
+    add(
+        "--mean-between-kills",
+        type=positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="exponentially distributed",
+    )
     add("--save-every", type=positive, default=2.0, metavar="SECONDS", help="between saves")
     add("--seed", type=flags.number(int, 0), default=0, metavar="N", help="of the times of the kills")
-    add("--out", default="goodput", metavar="DIR", help="goodput.json, the runs and their logs; emptied first")
+    add(
+        "--out", default="goodput", metavar="DIR", help="goodput.json, the runs and their logs; emptied first"
+    )
     add("--table", default="", metavar="DIR", help="print the table of DIR/goodput.json and leave")
     return parser
 
@@ -69,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     last = undisturbed(plan, out / "last")
     result = summary(first, disturbed, last, args.mean_between_kills)
     result |= {"minutes": args.minutes, "seed": args.seed, "command": plan}
-    result["different"] = sorted({d for name in ("killed", "last") for d in differences(out / "first", out / name)})
+    result["different"] = sorted(
+        {d for name in ("killed", "last") for d in differences(out / "first", out / name)}
+    )
     (out / "goodput.json").write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     return 0
@@ -112,8 +124,15 @@ def live(argv: list[str], directory: Path, number: int, seconds: float | None) -
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     began, died = time.monotonic(), False
     with words.open("ab") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL, stdout=output,
-                                   stderr=output, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -151,8 +170,11 @@ def killed(plan: list[str], directory: Path, mean: float, rng: random.Random) ->
         lives.append(live(argv, directory, len(lives), rng.expovariate(1 / mean)))
         life = lives[-1]
         reached = f"step {life['steps'][-1][0]}" if life["steps"] else "no step"
-        print(f"life {len(lives):>3}: {life['ended'] - life['began']:6.1f} s, to {reached}"
-              + (", killed" if life["killed"] else ", done"), flush=True)  # fmt: skip
+        print(
+            f"life {len(lives):>3}: {life['ended'] - life['began']:6.1f} s, to {reached}"
+            + (", killed" if life["killed"] else ", done"),
+            flush=True,
+        )
     return lives
 
 
@@ -186,13 +208,22 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
     # Ten kills are few: luck is in their number, and not in the best possible at this mean.
     achieved = (disturbed[-1]["ended"] - disturbed[0]["began"]) / max(1, kills)
     return {
-        "steps": steps, "undisturbed_steps_per_second": undisturbed_rates, "killed_steps_per_second": useful(disturbed),
-        "goodput": goodput, "goodput_by_own_speed": useful(disturbed) / own,
-        "best_possible": possible, "points_below": 100 * (possible - goodput),
-        "best_possible_at_achieved_mean": best_possible(s, r, achieved), "achieved_mean_between_kills": achieved,
-        "kills": kills, "steps_redone": sum(len(life["steps"]) for life in disturbed) - steps,
-        "mean_between_kills": mean, "save_interval": s, "save_seconds": a_save, "restart_seconds": r,
-    }  # fmt: skip
+        "steps": steps,
+        "undisturbed_steps_per_second": undisturbed_rates,
+        "killed_steps_per_second": useful(disturbed),
+        "goodput": goodput,
+        "goodput_by_own_speed": useful(disturbed) / own,
+        "best_possible": possible,
+        "points_below": 100 * (possible - goodput),
+        "best_possible_at_achieved_mean": best_possible(s, r, achieved),
+        "achieved_mean_between_kills": achieved,
+        "kills": kills,
+        "steps_redone": sum(len(life["steps"]) for life in disturbed) - steps,
+        "mean_between_kills": mean,
+        "save_interval": s,
+        "save_seconds": a_save,
+        "restart_seconds": r,
+    }
 
 
 def differences(one: Path, other: Path) -> list[str]:
@@ -224,20 +255,39 @@ def table(r: dict) -> str:
     """The result as rows of Markdown."""
     before, after = r["undisturbed_steps_per_second"]
     rows = [
-        ("undisturbed, before and after", f"{before:.2f} and {after:.2f} useful steps a second, {r['steps']:,} steps"),
-        (f"killed every {r['mean_between_kills']:g} s on average", f"{r['killed_steps_per_second']:.2f} useful steps a second, "
-         f"{r['kills']} kills, {r['steps_redone']:,} steps done twice"),
+        (
+            "undisturbed, before and after",
+            f"{before:.2f} and {after:.2f} useful steps a second, {r['steps']:,} steps",
+        ),
+        (
+            f"killed every {r['mean_between_kills']:g} s on average",
+            f"{r['killed_steps_per_second']:.2f} useful steps a second, "
+            f"{r['kills']} kills, {r['steps_redone']:,} steps done twice",
+        ),
         ("**goodput**: the ratio", f"**{100 * r['goodput']:.1f} %**"),
-        ("the same beside its own speed between kills, free of drift", f"{100 * r['goodput_by_own_speed']:.1f} %"),
-        ("best possible, and the ratio below it", f"{100 * r['best_possible']:.1f} %, {r['points_below']:.1f} points"),
-        (f"best possible with the kills as they came, one in {r['achieved_mean_between_kills']:.0f} s",
-         f"{100 * r['best_possible_at_achieved_mean']:.1f} %"),
-        ("S, from one save to the next", f"{r['save_interval']:.2f} s; a save takes {1000 * r['save_seconds']:.0f} ms, "
-         f"{100 * r['save_seconds'] / r['save_interval']:.1f} % of the time, also of the undisturbed run's"),
+        (
+            "the same beside its own speed between kills, free of drift",
+            f"{100 * r['goodput_by_own_speed']:.1f} %",
+        ),
+        (
+            "best possible, and the ratio below it",
+            f"{100 * r['best_possible']:.1f} %, {r['points_below']:.1f} points",
+        ),
+        (
+            f"best possible with the kills as they came, one in {r['achieved_mean_between_kills']:.0f} s",
+            f"{100 * r['best_possible_at_achieved_mean']:.1f} %",
+        ),
+        (
+            "S, from one save to the next",
+            f"{r['save_interval']:.2f} s; a save takes {1000 * r['save_seconds']:.0f} ms, "
+            f"{100 * r['save_seconds'] / r['save_interval']:.1f} % of the time, also of the undisturbed run's",
+        ),
         ("R, from a restart until it trains on", f"{r['restart_seconds']:.2f} s, median"),
-        ("last checkpoint: weights, average, optimizer, rows", "the same bits" if not r["different"] else
-         f"NOT the same: {', '.join(r['different'])}"),
-    ]  # fmt: skip
+        (
+            "last checkpoint: weights, average, optimizer, rows",
+            "the same bits" if not r["different"] else f"NOT the same: {', '.join(r['different'])}",
+        ),
+    ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 

@@ -29,14 +29,38 @@ LOADERS = ("packed", "full-size", "torchvision", "timm")
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.loader", description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, flags.number(int, 1)
-    add("--data-dir", required=True, metavar="DIR", help="holds train/<class>/*.JPEG of full-size photographs")
+    add(
+        "--data-dir", required=True, metavar="DIR", help="holds train/<class>/*.JPEG of full-size photographs"
+    )
     add("--sizes", type=positive, nargs="+", default=[64, 128, 224], metavar="PX", help="training sizes")
     add("--workers", type=positive, nargs="+", default=[1, 2], metavar="N", help="loader processes")
-    add("--augmentations", nargs="+", choices=tuple(AUGMENTATIONS), default=list(AUGMENTATIONS), help="what to measure")
-    add("--stored-sides", type=flags.listing(flags.number(int, 8)), default=(96, 192, 320), metavar="LIST",
-        help="short sides of the packed copies")  # fmt: skip
-    add("--images", type=positive, default=2000, metavar="N", help="use at most so many, spread over the classes")
-    add("--seconds", type=flags.number(float, 0, open_low=True), default=3.0, help="length of each measurement")
+    add(
+        "--augmentations",
+        nargs="+",
+        choices=tuple(AUGMENTATIONS),
+        default=list(AUGMENTATIONS),
+        help="what to measure",
+    )
+    add(
+        "--stored-sides",
+        type=flags.listing(flags.number(int, 8)),
+        default=(96, 192, 320),
+        metavar="LIST",
+        help="short sides of the packed copies",
+    )
+    add(
+        "--images",
+        type=positive,
+        default=2000,
+        metavar="N",
+        help="use at most so many, spread over the classes",
+    )
+    add(
+        "--seconds",
+        type=flags.number(float, 0, open_low=True),
+        default=3.0,
+        help="length of each measurement",
+    )
     add("--json", default="loader.json", metavar="FILE", help="the rows; the picture lies beside it as .png")
     return parser
 
@@ -102,9 +126,14 @@ def pack(source, sides: tuple[int, ...], out: Path):
         split = getattr(source, group.part)
         records[group.part, group.k] = packing.write_group(split, plan, group, str(out), "skip")
     manifest = packing.finish(str(out), source, plan, records)
-    mean = {name: sum(s["bytes"] for s in shards) / len(source.train) for name, shards in manifest["tables"].items()}
-    print(f"{len(source.train)} images packed in {time.perf_counter() - started:.0f} s: "
-          + ", ".join(f"{size / 1e3:.1f} kB at {name}" for name, size in mean.items() if name != "val"))  # fmt: skip
+    mean = {
+        name: sum(s["bytes"] for s in shards) / len(source.train)
+        for name, shards in manifest["tables"].items()
+    }
+    print(
+        f"{len(source.train)} images packed in {time.perf_counter() - started:.0f} s: "
+        + ", ".join(f"{size / 1e3:.1f} kB at {name}" for name, size in mean.items() if name != "val")
+    )
     return open_packed(out)
 
 
@@ -141,8 +170,13 @@ def _ours(index, size: int, augmentation: str, workers: int) -> Iterator:
 
     train = SubsetSplit(index.train, _over_and_over(len(index.train)))
     augment = flags.parse_augment(AUGMENTATIONS[augmentation])
-    loader = train_loader(dataclasses.replace(index, train=train), image_size=size, batch_size=BATCH,
-                          augment=augment, num_workers=workers)  # fmt: skip
+    loader = train_loader(
+        dataclasses.replace(index, train=train),
+        image_size=size,
+        batch_size=BATCH,
+        augment=augment,
+        num_workers=workers,
+    )
     return iter(loader.batches)
 
 
@@ -180,8 +214,17 @@ def _peer(dataset, workers: int, **kwargs) -> Iterator:
     from torch.utils.data import DataLoader, RandomSampler
 
     sampler = RandomSampler(dataset, replacement=True, num_samples=2_000_000)
-    return iter(DataLoader(dataset, BATCH, sampler=sampler, num_workers=workers, prefetch_factor=4,
-                           worker_init_fn=lambda _: torch.set_num_threads(1), **kwargs))  # fmt: skip
+    return iter(
+        DataLoader(
+            dataset,
+            BATCH,
+            sampler=sampler,
+            num_workers=workers,
+            prefetch_factor=4,
+            worker_init_fn=lambda _: torch.set_num_threads(1),
+            **kwargs,
+        )
+    )
 
 
 # --- measuring -----------------------------------------------------------------------------------
@@ -212,7 +255,9 @@ def _worker_cpu(batches: Iterator) -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def compare(makers: dict[str, Callable], size: int, augmentation: str, workers: int, seconds: float) -> list[dict]:
+def compare(
+    makers: dict[str, Callable], size: int, augmentation: str, workers: int, seconds: float
+) -> list[dict]:
     """One row per loader: the medians of REPEATS measurements, taken in turns."""
     rates: dict[str, list[float]] = {name: [] for name in makers}
     costs: dict[str, list[float]] = {name: [] for name in makers}
@@ -264,7 +309,9 @@ def draw(rows: list[dict], path: Path) -> None:
     panels = list(dict.fromkeys((row["augmentation"], row["workers"]) for row in rows))
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     names = [name for name in LOADERS if any(row["loader"] == name for row in rows)]
-    figure, axes = plt.subplots(1, len(panels), figsize=(1.2 + 2.8 * len(panels), 3.2), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(1.2 + 2.8 * len(panels), 3.2), sharey=True, squeeze=False
+    )
     for axis, (augmentation, workers) in zip(axes[0], panels, strict=True):
         for k, name in enumerate(names):
             found = {
@@ -272,10 +319,14 @@ def draw(rows: list[dict], path: Path) -> None:
                 for r in rows
                 if (r["augmentation"], r["workers"], r["loader"]) == (augmentation, workers, name)
             }
-            at = [i + (k - (len(names) - 1) / 2) * 0.8 / len(names) for i, s in enumerate(sizes) if s in found]
+            at = [
+                i + (k - (len(names) - 1) / 2) * 0.8 / len(names) for i, s in enumerate(sizes) if s in found
+            ]
             heights = [found[s]["images_per_second"] for s in sizes if s in found]
             bars = axis.bar(at, heights, 0.8 / len(names), color=f"C{LOADERS.index(name)}", label=name)
-            axis.bar_label(bars, [f"{found[s]['ratio_to_torchvision']:.1f}x" for s in sizes if s in found], fontsize=7)
+            axis.bar_label(
+                bars, [f"{found[s]['ratio_to_torchvision']:.1f}x" for s in sizes if s in found], fontsize=7
+            )
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
         axis.set_title(f"{augmentation}, {workers} worker{'s' * (workers > 1)}", fontsize=9)
     axes[0][0].set_ylabel("images per second")

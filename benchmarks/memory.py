@@ -24,7 +24,14 @@ KINDS = ("index", "tuples")
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.memory", description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, flags.number(int, 1)
-    add("--files", type=positive, nargs="+", default=[10_000, 1_281_167], metavar="N", help="sizes of the dataset")
+    add(
+        "--files",
+        type=positive,
+        nargs="+",
+        default=[10_000, 1_281_167],
+        metavar="N",
+        help="sizes of the dataset",
+    )
     add("--epochs", type=positive, default=4, metavar="N", help="of --samples random samples each")
     add("--samples", type=positive, default=20_000, metavar="N", help="per epoch")
     add("--workers", type=positive, default=2, metavar="N", help="loader processes")
@@ -47,12 +54,28 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="memory-benchmark-") as tree:
             make_tree(tree, files)
             for kind in KINDS:  # each in a process of its own, whose memory is nobody else's
-                command = [sys.executable, "-m", "benchmarks.memory", "--child", kind, "--tree", tree, "--epochs",
-                           str(args.epochs), "--samples", str(args.samples), "--workers", str(args.workers)]  # fmt: skip
+                command = [
+                    sys.executable,
+                    "-m",
+                    "benchmarks.memory",
+                    "--child",
+                    kind,
+                    "--tree",
+                    tree,
+                    "--epochs",
+                    str(args.epochs),
+                    "--samples",
+                    str(args.samples),
+                    "--workers",
+                    str(args.workers),
+                ]
                 row = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
                 rows.append({"files": files, "kept_as": kind, **row})
-                print(f"{files:>9,} {kind:<7} {row['seconds']:>6.1f} {row['cpu_seconds']:>6.1f} {row['index_mb']:>8.0f}  "
-                      + " ".join(f"{mb:6.0f}" for mb in row["worker_mb"]), flush=True)  # fmt: skip
+                print(
+                    f"{files:>9,} {kind:<7} {row['seconds']:>6.1f} {row['cpu_seconds']:>6.1f} {row['index_mb']:>8.0f}  "
+                    + " ".join(f"{mb:6.0f}" for mb in row["worker_mb"]),
+                    flush=True,
+                )
     Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     return 0
 
@@ -101,8 +124,14 @@ def measure(kind: str, tree: str, epochs: int, samples: int, workers: int) -> di
             return np.random.default_rng(epoch).integers(0, len(split), samples)
 
     dataset = BatchDataset(Bookkeeping(), TrainTransform((("rrc", None),), 32, (0.5, 0.5, 0.5)))
-    loader = torch.utils.data.DataLoader(dataset, sampler=Draw(samples, 100), batch_size=None, num_workers=workers,
-                                         persistent_workers=True, multiprocessing_context="fork")  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        dataset,
+        sampler=Draw(samples, 100),
+        batch_size=None,
+        num_workers=workers,
+        persistent_workers=True,
+        multiprocessing_context="fork",
+    )
     worker_mb = []
     for _ in range(epochs):
         iterator = iter(loader)

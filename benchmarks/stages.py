@@ -25,7 +25,14 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.stages", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--data-dir", required=True, metavar="DIR", help="a packed dataset")
-    add("--sizes", type=flags.number(int, 8), nargs="+", default=[64, 128, 224], metavar="PX", help="training sizes")
+    add(
+        "--sizes",
+        type=flags.number(int, 8),
+        nargs="+",
+        default=[64, 128, 224],
+        metavar="PX",
+        help="training sizes",
+    )
     add("--json", default="stages.json", metavar="FILE", help="the rows")
     return parser
 

@@ -28,13 +28,32 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.step", description=__doc__, epilog=EPILOG)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("--sizes", type=flags.number(int, 8, 4096), nargs="+", default=[64, 128, 224], metavar="PX", help="image sizes")
+    add(
+        "--sizes",
+        type=flags.number(int, 8, 4096),
+        nargs="+",
+        default=[64, 128, 224],
+        metavar="PX",
+        help="image sizes",
+    )
     add("--batch-sizes", type=flags.positive, nargs="+", default=None, metavar="N", help="one for each size")
     add("--arch", default="resnet50", choices=flags.ARCHS, help="architecture (default: resnet50)")
     add("--device", default="auto", help="auto, cpu, cuda")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="precision")
-    add("--rounds", type=flags.positive, default=11, metavar="N", help="timings of each loop; the median counts")
-    add("--steps", type=flags.positive, default=None, metavar="N", help="steps a timing (default: 1; on a GPU 20)")
+    add(
+        "--rounds",
+        type=flags.positive,
+        default=11,
+        metavar="N",
+        help="timings of each loop; the median counts",
+    )
+    add(
+        "--steps",
+        type=flags.positive,
+        default=None,
+        metavar="N",
+        help="steps a timing (default: 1; on a GPU 20)",
+    )
     add("--variants", action="store_true", help="the project's step with one choice changed, as well")
     add("--json", default="", metavar="FILE", help="write the rows there, and a picture beside them")
     add("--debug", action="store_true", help="tracebacks for errors")
@@ -45,15 +64,20 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     batches = args.batch_sizes or [BATCHES.get(size, max(1, 2**20 // size**2)) for size in args.sizes]
     if len(batches) != len(args.sizes):
-        raise UsageError(f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes", "give one for each size")
+        raise UsageError(
+            f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes", "give one for each size"
+        )
     from base.device import environment, init_runtime
     from benchmarks.step_loops import Setting
 
     runtime = init_runtime(args.device, args.amp)
     rates = device_rates(runtime)
     facts = environment(runtime)
-    print(f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, {runtime.precision}: "
-          f"{rates['bandwidth'] / 1e9:,.1f} GB/s, {rates['matrix'] / 1e12:,.2f} TFLOP/s measured", flush=True)  # fmt: skip
+    print(
+        f"{facts['device']}, {facts['cores']} cores, {facts['threads']} threads, torch {facts['torch']}, {runtime.precision}: "
+        f"{rates['bandwidth'] / 1e9:,.1f} GB/s, {rates['matrix'] / 1e12:,.2f} TFLOP/s measured",
+        flush=True,
+    )
     rows = []
     for size, batch in zip(args.sizes, batches, strict=True):
         setting = Setting(args.arch, size, batch)
@@ -86,8 +110,10 @@ def device_rates(runtime) -> dict[str, float]:
 
     from benchmarks.device_rates import bandwidth, matrix_rate
 
-    return {"bandwidth": bandwidth(runtime.device),
-            "matrix": matrix_rate(runtime.device, runtime.amp_dtype or torch.float32)}  # fmt: skip
+    return {
+        "bandwidth": bandwidth(runtime.device),
+        "matrix": matrix_rate(runtime.device, runtime.amp_dtype or torch.float32),
+    }
 
 
 def compare(setting, runtime, args, rates, names: list[str]) -> list[dict]:
@@ -97,10 +123,14 @@ def compare(setting, runtime, args, rates, names: list[str]) -> list[dict]:
     loops, memory = {}, {}
     for name in names:
         try:
-            loops[name], memory[name] = warmed_up(lambda name=name: LOOPS[name](setting, runtime), runtime.device)
+            loops[name], memory[name] = warmed_up(
+                lambda name=name: LOOPS[name](setting, runtime), runtime.device
+            )
         except ImportError as error:
             print(f"{name}: not here ({error})", flush=True)
-    seconds = in_turns(loops, args.rounds, args.steps or (20 if runtime.device.type == "cuda" else 1), runtime.device)
+    seconds = in_turns(
+        loops, args.rounds, args.steps or (20 if runtime.device.type == "cuda" else 1), runtime.device
+    )
     demand = demands(setting, runtime)
     rows = [row(setting, runtime, name, "", seconds, memory[name], demand, rates) for name in loops]
     print(table(rows), flush=True)
@@ -115,16 +145,22 @@ def compare_variants(setting, runtime, args, rates) -> Iterator[list[dict]]:
         loops, memory = {}, {}
         try:
             for name, (how, there) in {"project": (setting, runtime), variant: (changed, where)}.items():
-                loops[name], memory[name] = warmed_up(lambda how=how, there=there: project(how, there), runtime.device)
+                loops[name], memory[name] = warmed_up(
+                    lambda how=how, there=there: project(how, there), runtime.device
+                )
         except (ImportError, UserError) as error:
             print(f"{variant}: not here ({getattr(error, 'what', error)})", flush=True)
             continue
         seconds = in_turns(
             loops, args.rounds, args.steps or (20 if runtime.device.type == "cuda" else 1), runtime.device
         )
-        result = row(changed, where, variant, variant, seconds, memory[variant], demands(changed, where), rates)
-        per_image = [median_of(seconds[name]) / how.batch_size for name, how in
-                     (("project", setting), (variant, changed))]  # fmt: skip
+        result = row(
+            changed, where, variant, variant, seconds, memory[variant], demands(changed, where), rates
+        )
+        per_image = [
+            median_of(seconds[name]) / how.batch_size
+            for name, how in (("project", setting), (variant, changed))
+        ]
         result |= {
             "loop": "project",
             "base_batch_size": setting.batch_size,
@@ -162,7 +198,9 @@ def in_turns(loops: dict, rounds: int, steps: int, device) -> dict[str, list[tup
             for _ in range(steps):
                 loops[name]()
             synchronize(device)
-            seconds[name].append(((time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps))
+            seconds[name].append(
+                ((time.perf_counter() - started) / steps, (time.process_time() - cpu) / steps)
+            )
     return seconds
 
 
@@ -177,8 +215,10 @@ def demands(setting, runtime) -> dict[str, float]:
         return build_model(setting.arch, num_classes=1000, use_blurpool=setting.use_blurpool)
 
     dtype = runtime.amp_dtype or torch.float32
-    return {"bytes": step_traffic(make, setting.image_size, setting.batch_size, dtype),
-            "flops": step_flops(make(), setting.image_size)}  # fmt: skip
+    return {
+        "bytes": step_traffic(make, setting.image_size, setting.batch_size, dtype),
+        "flops": step_flops(make(), setting.image_size),
+    }
 
 
 def row(setting, runtime, name: str, variant: str, seconds: dict, memory, demand: dict, rates: dict) -> dict:
@@ -189,12 +229,20 @@ def row(setting, runtime, name: str, variant: str, seconds: dict, memory, demand
     median = median_of(seconds[name])
     rate = setting.batch_size / median
     result = {
-        "size": setting.image_size, "batch_size": setting.batch_size, "arch": setting.arch, "loop": name,
-        "variant": variant, "precision": runtime.precision, "milliseconds": 1000 * median,
-        "cpu_milliseconds": 1000 * median_of(seconds[name], 1), "timings": len(seconds[name]), "images_per_second": rate,
-        "memory_mib": memory, "fraction_of_bandwidth": rate * demand["bytes"] / rates["bandwidth"],
+        "size": setting.image_size,
+        "batch_size": setting.batch_size,
+        "arch": setting.arch,
+        "loop": name,
+        "variant": variant,
+        "precision": runtime.precision,
+        "milliseconds": 1000 * median,
+        "cpu_milliseconds": 1000 * median_of(seconds[name], 1),
+        "timings": len(seconds[name]),
+        "images_per_second": rate,
+        "memory_mib": memory,
+        "fraction_of_bandwidth": rate * demand["bytes"] / rates["bandwidth"],
         "fraction_of_matrix_rate": rate * demand["flops"] / rates["matrix"],
-    }  # fmt: skip
+    }
     for other in ("bare", "timm"):
         if other in seconds and name != other:
             result[f"times_{other}"] = median / median_of(seconds[other])
@@ -207,18 +255,21 @@ def median_of(timings: list[tuple[float, float]], which: int = 0) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    lines = [f"{'px':>4} {'batch':>5}  {'loop':<18} {'':<10} {'ms':>9} {'CPU ms':>9} {'img/s':>9} {'x bare':>7} "
-             f"{'x timm':>7} {'in CPU time':>13} {'MiB':>7} {'bandwidth':>9} {'matrix':>7}"]  # fmt: skip
+    lines = [
+        f"{'px':>4} {'batch':>5}  {'loop':<18} {'':<10} {'ms':>9} {'CPU ms':>9} {'img/s':>9} {'x bare':>7} "
+        f"{'x timm':>7} {'in CPU time':>13} {'MiB':>7} {'bandwidth':>9} {'matrix':>7}"
+    ]
     for r in rows:
         keys = ("times_bare", "times_timm", "cpu_times_bare", "cpu_times_timm")
         ratios = [f"{r[key]:.3f}" if key in r else "-" for key in keys]
         memory = "-" if r["memory_mib"] is None else f"{r['memory_mib']:,}"
         faster = r.get("times_faster_than_default")
-        lines.append(f"{r['size']:>4} {r['batch_size']:>5}  {r['loop']:<18} {r['variant'] or r['precision']:<10} "
-                     f"{r['milliseconds']:>9.2f} {r['cpu_milliseconds']:>9.2f} {r['images_per_second']:>9,.1f} "
-                     f"{ratios[0]:>7} {ratios[1]:>7} {ratios[2]:>6} {ratios[3]:>6} {memory:>7} {r['fraction_of_bandwidth']:>9.0%} "
-                     f"{r['fraction_of_matrix_rate']:>7.0%}"
-                     + (f"  {faster:.2f}x the default" if faster else ""))  # fmt: skip
+        lines.append(
+            f"{r['size']:>4} {r['batch_size']:>5}  {r['loop']:<18} {r['variant'] or r['precision']:<10} "
+            f"{r['milliseconds']:>9.2f} {r['cpu_milliseconds']:>9.2f} {r['images_per_second']:>9,.1f} "
+            f"{ratios[0]:>7} {ratios[1]:>7} {ratios[2]:>6} {ratios[3]:>6} {memory:>7} {r['fraction_of_bandwidth']:>9.0%} "
+            f"{r['fraction_of_matrix_rate']:>7.0%}" + (f"  {faster:.2f}x the default" if faster else "")
+        )
     return "\n".join(lines)
 
 
@@ -245,7 +296,9 @@ def picture(rows: list[dict], path: Path) -> None:
     for ((size, batch), here), panel in zip(groups.items(), panels[0], strict=True):
         names = [r["loop"] + (f": {r['variant']}" if r["variant"] else "") for r in here]
         bars = panel.barh(
-            names, [r["images_per_second"] for r in here], color=["C1" if r["variant"] else "C0" for r in here]
+            names,
+            [r["images_per_second"] for r in here],
+            color=["C1" if r["variant"] else "C0" for r in here],
         )
         panel.bar_label(bars, fmt="{:,.0f}", padding=2)
         panel.margins(x=0.15)

@@ -97,11 +97,21 @@ def bare(setting: Setting, runtime: Runtime) -> Callable[[], object]:
     """Forward, loss, backward, optimizer, and nothing else, of the same model in the same precision."""
     config = setting.config()
     seed_everything(0)
-    model = build_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate,
-                        use_blurpool=setting.use_blurpool)  # fmt: skip
+    model = build_model(
+        setting.arch,
+        num_classes=CLASSES,
+        drop_path_rate=config.drop_path_rate,
+        use_blurpool=setting.use_blurpool,
+    )
     model = model.to(runtime.device, memory_format=setting.layout).train()
-    optimizer = build_optimizer(config.optimizer, model, lr=config.lr, momentum=config.momentum, nesterov=False,
-                                weight_decay=config.weight_decay)  # fmt: skip
+    optimizer = build_optimizer(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=False,
+        weight_decay=config.weight_decay,
+    )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     forward = build.compiled(model) if setting.compile else model
     images, labels = setting.batch(runtime.device)
@@ -134,9 +144,13 @@ def timm(setting: Setting, runtime: Runtime) -> Callable[[], object]:
     config = setting.config()
     model = timm.create_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
     model = model.to(runtime.device, memory_format=setting.layout).train()
-    optimizer = create_optimizer_v2(model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = create_optimizer_v2(
+        model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
+    )
     averaged = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
-    mixup = Mixup(config.mixup_alpha, config.cutmix_alpha, label_smoothing=config.label_smoothing, num_classes=CLASSES)
+    mixup = Mixup(
+        config.mixup_alpha, config.cutmix_alpha, label_smoothing=config.label_smoothing, num_classes=CLASSES
+    )
     schedule = CosineLRScheduler(optimizer, t_initial=10**6, t_in_epochs=False)
     loss_of = SoftTargetCrossEntropy()
     scaler = utils.NativeScaler() if runtime.amp_dtype == torch.float16 else None
@@ -178,8 +192,11 @@ def variants(setting: Setting, runtime: Runtime) -> dict[str, tuple[Setting, Run
     precisions = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
     if runtime.device.type != "cuda":
         precisions.pop("fp16")
-    found = {name: (setting, replace(runtime, amp_dtype=dtype)) for name, dtype in precisions.items()
-             if dtype != runtime.amp_dtype}  # fmt: skip
+    found = {
+        name: (setting, replace(runtime, amp_dtype=dtype))
+        for name, dtype in precisions.items()
+        if dtype != runtime.amp_dtype
+    }
     found["nchw"] = (replace(setting, channels_last=False), runtime)
     found["compile"] = (replace(setting, compile=True), runtime)
     found["blurpool"] = (replace(setting, use_blurpool=True), runtime)

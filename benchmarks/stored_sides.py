@@ -22,13 +22,39 @@ CROPS = 4  # per image
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.stored_sides", description=__doc__.split("\n\n")[0])
     add, whole = parser.add_argument, flags.number(int, 8)
-    add("--data-dir", required=True, metavar="DIR", help="holds train/<class>/*.JPEG of full-size photographs")
-    add("--images", type=flags.number(int, 1), default=200, metavar="N", help="how many, spread over the classes")
+    add(
+        "--data-dir", required=True, metavar="DIR", help="holds train/<class>/*.JPEG of full-size photographs"
+    )
+    add(
+        "--images",
+        type=flags.number(int, 1),
+        default=200,
+        metavar="N",
+        help="how many, spread over the classes",
+    )
     add("--sizes", type=whole, nargs="+", default=[64, 128, 224], metavar="PX", help="training sizes")
-    add("--ratios", type=flags.number(float, 0.5), nargs="+", default=[1.15, 1.3, 1.5, 2.0], metavar="R",
-        help="stored sides as multiples of the size, rounded to 8 px")  # fmt: skip
-    add("--qualities", type=flags.number(int, 1, 100), nargs="+", default=[90], metavar="Q", help="JPEG qualities")
-    add("--json", default="stored_sides.json", metavar="FILE", help="the rows; the picture lies beside it as .png")
+    add(
+        "--ratios",
+        type=flags.number(float, 0.5),
+        nargs="+",
+        default=[1.15, 1.3, 1.5, 2.0],
+        metavar="R",
+        help="stored sides as multiples of the size, rounded to 8 px",
+    )
+    add(
+        "--qualities",
+        type=flags.number(int, 1, 100),
+        nargs="+",
+        default=[90],
+        metavar="Q",
+        help="JPEG qualities",
+    )
+    add(
+        "--json",
+        default="stored_sides.json",
+        metavar="FILE",
+        help="the rows; the picture lies beside it as .png",
+    )
     return parser
 
 
@@ -39,17 +65,22 @@ def main(argv: list[str] | None = None) -> int:
     cv2.setNumThreads(1)
     photographs = load(args.data_dir, args.images)
     rows, spectra = [], {}
-    print(f"{'size':>5} {'side':>5} {'quality':>7} {'kB':>6} {'decode us':>9} {'PSNR dB':>8} {'10 % worst':>10} "
-          f"{'power left: mid':>15} {'high':>5}")  # fmt: skip
+    print(
+        f"{'size':>5} {'side':>5} {'quality':>7} {'kB':>6} {'decode us':>9} {'PSNR dB':>8} {'10 % worst':>10} "
+        f"{'power left: mid':>15} {'high':>5}"
+    )
     for size in args.sizes:
         for ratio in args.ratios:
             for quality in args.qualities:
                 side = round(size * ratio / 8) * 8
                 row, spectra[size, side, quality] = measure(photographs, size, side, quality)
                 rows.append(row)
-                print(f"{size:>5} {side:>5} {quality:>7} {row['kilobytes']:>6.1f} {row['decode_us']:>9.0f} "
-                      f"{row['psnr']:>8.1f} {row['psnr_worst_tenth']:>10.1f} {row['power_mid']:>15.2f} "
-                      f"{row['power_high']:>5.2f}", flush=True)  # fmt: skip
+                print(
+                    f"{size:>5} {side:>5} {quality:>7} {row['kilobytes']:>6.1f} {row['decode_us']:>9.0f} "
+                    f"{row['psnr']:>8.1f} {row['psnr_worst_tenth']:>10.1f} {row['power_mid']:>15.2f} "
+                    f"{row['power_high']:>5.2f}",
+                    flush=True,
+                )
     Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
     draw(spectra, Path(args.json).with_suffix(".png"))
     return 0
@@ -86,11 +117,17 @@ def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict
             whole += spectrum(a)
             kept += spectrum(b)
     left, third = kept / whole, size // 6
-    row = {"size": size, "side": side, "quality": quality, "kilobytes": round(np.mean([len(d) for d in packed]) / 1e3, 2),
-           "decode_us": round(seconds / len(packed) * 1e6), "psnr": round(float(np.median(scores)), 2),
-           "psnr_worst_tenth": round(float(np.quantile(scores, 0.1)), 2),
-           "power_mid": round(float(kept[third : 2 * third].sum() / whole[third : 2 * third].sum()), 3),
-           "power_high": round(float(kept[2 * third :].sum() / whole[2 * third :].sum()), 3)}  # fmt: skip
+    row = {
+        "size": size,
+        "side": side,
+        "quality": quality,
+        "kilobytes": round(np.mean([len(d) for d in packed]) / 1e3, 2),
+        "decode_us": round(seconds / len(packed) * 1e6),
+        "psnr": round(float(np.median(scores)), 2),
+        "psnr_worst_tenth": round(float(np.quantile(scores, 0.1)), 2),
+        "power_mid": round(float(kept[third : 2 * third].sum() / whole[third : 2 * third].sum()), 3),
+        "power_high": round(float(kept[2 * third :].sum() / whole[2 * third :].sum()), 3),
+    }
     return row, left
 
 
@@ -132,7 +169,12 @@ def draw(spectra: dict, path: Path) -> None:
     for axis, size in zip(axes[0], sizes, strict=True):
         for (s, side, quality), left in spectra.items():
             if s == size:
-                axis.plot(np.arange(1, len(left)) / len(left), left[1:], label=f"side {side}, quality {quality}", lw=1)
+                axis.plot(
+                    np.arange(1, len(left)) / len(left),
+                    left[1:],
+                    label=f"side {side}, quality {quality}",
+                    lw=1,
+                )
         axis.axhline(1, color="grey", lw=0.5)
         axis.set(title=f"training at {size} px", xlabel="frequency / Nyquist", ylim=(0, 1.2))
         axis.legend(fontsize=6)

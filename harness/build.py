@@ -60,9 +60,16 @@ def _without_broken_bf16(runtime: Runtime, config) -> Runtime:
 
 
 def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]:
-    phases = plan(config.epochs, config.resize_schedule, len(index.train), config.batch_size,
-                  phase_batch_sizes=config.phase_batch_sizes, phase_epochs=config.phase_epochs,
-                  phase_mix=config.phase_mix, world_size=world_size)  # fmt: skip
+    phases = plan(
+        config.epochs,
+        config.resize_schedule,
+        len(index.train),
+        config.batch_size,
+        phase_batch_sizes=config.phase_batch_sizes,
+        phase_epochs=config.phase_epochs,
+        phase_mix=config.phase_mix,
+        world_size=world_size,
+    )
     check_norms(config, index, phases, world_size)
     return phases
 
@@ -116,32 +123,53 @@ def _batches_that_fit(config, phases: tuple[Phase, ...], samples: int, fits) -> 
 
 def model_args(config, index) -> dict:
     """Plain values from which any tool rebuilds the model."""
-    return {"arch": config.arch, "num_classes": len(index.classes), "drop_path_rate": config.drop_path_rate,
-            "use_blurpool": config.use_blurpool, "head": config.head, "stem": config.stem,
-            "image_sizes": list(config.resize_schedule)}  # fmt: skip
+    return {
+        "arch": config.arch,
+        "num_classes": len(index.classes),
+        "drop_path_rate": config.drop_path_rate,
+        "use_blurpool": config.use_blurpool,
+        "head": config.head,
+        "stem": config.stem,
+        "image_sizes": list(config.resize_schedule),
+    }
 
 
-def build(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path,
-          run: str = "") -> Run:  # fmt: skip
+def build(
+    config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path, run: str = ""
+) -> Run:
     """Everything `fit` needs, as values: the state, and how to make what each phase needs."""
     state = build_state(config, index, runtime, phases)
     forward = distributed(state.model, runtime)
     sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
     return Run(
-        state, phases, runtime, save_dir, rundir.checkpoint_name(config.arch, index.name), index.val, SubsetSplit(index.train, sample),
+        state,
+        phases,
+        runtime,
+        save_dir,
+        rundir.checkpoint_name(config.arch, index.name),
+        index.val,
+        SubsetSplit(index.train, sample),
         make_loader=lambda phase: build_loader(config, index, runtime, phase),
         make_eval=lambda split, phase: build_eval(config, index, runtime, split, phase),
         make_step=lambda phase: build_step(config, index, runtime, phase, state.model, forward),
         facts={
-            "model_args": model_args(config, index), "config": flags.plain(config), "precision": runtime.precision,
-            "fingerprint": index.fingerprint(), "commit": rundir.commit(), "total_steps": sum(p.steps for p in phases),
+            "model_args": model_args(config, index),
+            "config": flags.plain(config),
+            "precision": runtime.precision,
+            "fingerprint": index.fingerprint(),
+            "commit": rundir.commit(),
+            "total_steps": sum(p.steps for p in phases),
             "eval": rundir.eval_facts(index, phases[-1].image_size),
             **({"run": run} if run else {}),
         },
-        say=say, name_of=index.train.name, slow_data_hint=packing_hint(config, index),
-        early=EarlyStopping(config.early_stop_patience), eval_every=config.eval_every,
-        save_every=config.save_every, stop_after=config.stop_after,
-    )  # fmt: skip
+        say=say,
+        name_of=index.train.name,
+        slow_data_hint=packing_hint(config, index),
+        early=EarlyStopping(config.early_stop_patience),
+        eval_every=config.eval_every,
+        save_every=config.save_every,
+        stop_after=config.stop_after,
+    )
 
 
 def packing_hint(config, index: DatasetIndex) -> str:
@@ -150,8 +178,10 @@ def packing_hint(config, index: DatasetIndex) -> str:
     if not isinstance(split, FileSplit):
         return ""
     packed = f"{config.data_dir.rstrip('/')}-packed"
-    return (f"A copy at the training sizes is several times faster: python pack_dataset.py --data-dir {config.data_dir} "
-            f"--dataset {config.dataset} --out {packed}, then train with --data-dir {packed}")  # fmt: skip
+    return (
+        f"A copy at the training sizes is several times faster: python pack_dataset.py --data-dir {config.data_dir} "
+        f"--dataset {config.dataset} --out {packed}, then train with --data-dir {packed}"
+    )
 
 
 def workers(config) -> int:
@@ -160,20 +190,38 @@ def workers(config) -> int:
 
 
 def build_loader(config, index: DatasetIndex, runtime: Runtime, phase: Phase) -> Loader:
-    return train_loader(index, image_size=phase.image_size, batch_size=phase.batch_size, seed=config.seed,
-                        augment=flags.parse_augment(config.augment), num_workers=workers(config), device=runtime.device,
-                        rank=runtime.rank, world_size=runtime.world_size, on_bad_image=config.on_bad_image)  # fmt: skip
+    return train_loader(
+        index,
+        image_size=phase.image_size,
+        batch_size=phase.batch_size,
+        seed=config.seed,
+        augment=flags.parse_augment(config.augment),
+        num_workers=workers(config),
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        on_bad_image=config.on_bad_image,
+    )
 
 
 def build_eval(config, index: DatasetIndex, runtime: Runtime, split: Split, phase: Phase) -> Loader:
     """Validation always fails on a bad image; --on-bad-image is about training data, also where it is scored."""
-    return eval_loader(split, index, image_size=phase.image_size, batch_size=max(64, phase.batch_size),
-                       num_workers=workers(config), device=runtime.device, rank=runtime.rank,
-                       world_size=runtime.world_size,
-                       on_bad_image="fail" if split is index.val else config.on_bad_image)  # fmt: skip
+    return eval_loader(
+        split,
+        index,
+        image_size=phase.image_size,
+        batch_size=max(64, phase.batch_size),
+        num_workers=workers(config),
+        device=runtime.device,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        on_bad_image="fail" if split is index.val else config.on_bad_image,
+    )
 
 
-def build_step(config, index: DatasetIndex, runtime: Runtime, phase: Phase, model: torch.nn.Module, forward) -> Step:
+def build_step(
+    config, index: DatasetIndex, runtime: Runtime, phase: Phase, model: torch.nn.Module, forward
+) -> Step:
     """How the steps of `phase` are taken; sets the model's drop-path rate for it."""
     set_drop_path_rate(model, config.drop_path_rate if phase.mix else 0.0)
     return Step(
@@ -199,12 +247,24 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
     model = build_model(**model_args(config, index)).to(runtime.device, memory_format=torch.channels_last)
     if config.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = optim.build_optimizer(config.optimizer, model, lr=config.lr, momentum=config.momentum,
-                                      nesterov=config.nesterov, weight_decay=config.weight_decay)  # fmt: skip
+    optimizer = optim.build_optimizer(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
     warmup = config.warmup_epochs if config.schedule == "cosine" else 0
-    schedule = optim.Schedule(optimizer, config.schedule, peak_lr=config.lr, total_steps=sum(p.steps for p in phases),
-                              phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
-                              warmup_steps=round(warmup * phases[0].steps_per_epoch), cycles=config.cycles)  # fmt: skip
+    schedule = optim.Schedule(
+        optimizer,
+        config.schedule,
+        peak_lr=config.lr,
+        total_steps=sum(p.steps for p in phases),
+        phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
+        warmup_steps=round(warmup * phases[0].steps_per_epoch),
+        cycles=config.cycles,
+    )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))
 
@@ -239,9 +299,12 @@ def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
     devices = [runtime.device] if runtime.device.type == "cuda" else None
     # The step averages buffers over ranks itself; broadcasting rank 0's would drop the others' data.
     known = inspect.signature(torch.nn.parallel.DistributedDataParallel).parameters
-    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before torch 2.13
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True,
-                                                     **{broadcast: False})  # fmt: skip
+    broadcast = (
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    )  # before torch 2.13
+    return torch.nn.parallel.DistributedDataParallel(
+        model, device_ids=devices, gradient_as_bucket_view=True, **{broadcast: False}
+    )
 
 
 def compiled(forward):

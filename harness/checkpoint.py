@@ -145,7 +145,9 @@ def sync_directory(directory: Path) -> None:
 
 def _is_io_error(error: Exception) -> bool:
     # torch reports a failed write as a RuntimeError of its zip writer.
-    return isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    return (
+        isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
+    )
 
 
 def _write_failed(path: Path, error: Exception) -> Exception:
@@ -155,10 +157,14 @@ def _write_failed(path: Path, error: Exception) -> Exception:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free there"
     except OSError:
         free = "its directory cannot be read"
-    number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)  # torch wraps the OSError
+    number = getattr(error, "errno", None) or getattr(
+        error.__context__, "errno", None
+    )  # torch wraps the OSError
     reason = os.strerror(number) if number else "the write failed"
-    return ResourceError(f"cannot write {path}: {reason} ({free}); the checkpoints written before are untouched",
-                         "free some space, or go on elsewhere: --resume PATH --save-dir NEW")  # fmt: skip
+    return ResourceError(
+        f"cannot write {path}: {reason} ({free}); the checkpoints written before are untouched",
+        "free some space, or go on elsewhere: --resume PATH --save-dir NEW",
+    )
 
 
 def find_damage(path: Path, only: str = "") -> str:
@@ -173,7 +179,9 @@ def find_damage(path: Path, only: str = "") -> str:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 return "it holds compressed entries, which torch never writes"
-            if any(entry.external_attr & 0x10 for entry in entries):  # torch would hand out memory it never filled
+            if any(
+                entry.external_attr & 0x10 for entry in entries
+            ):  # torch would hand out memory it never filled
                 return "it holds a directory, which torch never writes"
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 return "its entries are larger than the file"
@@ -209,11 +217,17 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=values_only and not is_legacy)
     except pickle.UnpicklingError as error:
-        found = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), "")
-        raise CheckpointError(f"refused {path}: it contains code, not only tensors ({found[:160]})",
-                              "use a file of plain tensors from a source you trust") from None  # fmt: skip
+        found = next(
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), ""
+        )
+        raise CheckpointError(
+            f"refused {path}: it contains code, not only tensors ({found[:160]})",
+            "use a file of plain tensors from a source you trust",
+        ) from None
     except Exception as error:  # torch raises many kinds for a malformed archive
-        raise CheckpointError(f"unreadable checkpoint {path}: {type(error).__name__}", _what_is_there(path)) from error
+        raise CheckpointError(
+            f"unreadable checkpoint {path}: {type(error).__name__}", _what_is_there(path)
+        ) from error
 
 
 def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
@@ -223,13 +237,17 @@ def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     payload = read(path, values_only=values_only)
     schema = dict.get(payload, "schema") if isinstance(payload, dict) else None
     if type(schema) is not int:
-        raise CheckpointError(f"{path} holds weights only, not the state of a run",
-                              "use --init-from to start a new run from these weights")  # fmt: skip
+        raise CheckpointError(
+            f"{path} holds weights only, not the state of a run",
+            "use --init-from to start a new run from these weights",
+        )
     if schema > SCHEMA:
         unknown = ", ".join(sorted(map(str, dict.keys(payload) - schemas.Checkpoint.__annotations__.keys())))
-        raise CheckpointError(f"{path} has schema {schema}; this code knows up to {SCHEMA}"
-                              + (f" and nothing of {one_line(unknown)[:200]}" if unknown else ""),
-                              "update this repository")  # fmt: skip
+        raise CheckpointError(
+            f"{path} has schema {schema}; this code knows up to {SCHEMA}"
+            + (f" and nothing of {one_line(unknown)[:200]}" if unknown else ""),
+            "update this repository",
+        )
     return schemas.check_checkpoint(payload, Path(path))
 
 
@@ -253,7 +271,9 @@ def newest(
         try:
             known = load(path, values_only=True)
             if own(path, known):
-                candidates.append(((known["step"], len(known["rows"]), path.name.startswith("last_"), path.name), path))
+                candidates.append(
+                    ((known["step"], len(known["rows"]), path.name.startswith("last_"), path.name), path)
+                )
         except CheckpointError as error:
             passed_over.append(error.what)
     for _, path in sorted(candidates, reverse=True):
@@ -262,8 +282,10 @@ def newest(
         except CheckpointError as error:
             passed_over.append(error.what)
     if passed_over:
-        raise CheckpointError(f"no sound checkpoint in {directory}: {'; '.join(passed_over)}",
-                              "restore a copy, or name another --save-dir to start anew")  # fmt: skip
+        raise CheckpointError(
+            f"no sound checkpoint in {directory}: {'; '.join(passed_over)}",
+            "restore a copy, or name another --save-dir to start anew",
+        )
     return None, None, []
 
 
@@ -280,8 +302,9 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
         model = build_model(**payload["model_args"])
     except (UserError, RuntimeError, ValueError, TypeError) as error:
         reason = one_line(str(error).splitlines()[0])
-        raise CheckpointError(f"{path} does not hold the model it describes: {reason}",
-                              "use a checkpoint that train.py wrote") from error  # fmt: skip
+        raise CheckpointError(
+            f"{path} does not hold the model it describes: {reason}", "use a checkpoint that train.py wrote"
+        ) from error
     own, averaged = model.state_dict(), payload["ema"].get("shadow")
     for name, state in (("model", payload["model"]), ("ema.shadow", averaged)):
         if state is not None:

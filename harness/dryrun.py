@@ -87,23 +87,30 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
         hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
         print(try_checkpoint(run), flush=True)
     training, validation = (sum(parts) for parts in zip(*hours, strict=True))
-    print(f"projected from these rates: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
-          f"{validation:.2f} h validation\n(a projection, warm-up left out; start-up and checkpoints are not in it)\n"
-          f"nothing was written to {config.save_dir}: leave --dry-run out to train", flush=True)  # fmt: skip
+    print(
+        f"projected from these rates: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
+        f"{validation:.2f} h validation\n(a projection, warm-up left out; start-up and checkpoints are not in it)\n"
+        f"nothing was written to {config.save_dir}: leave --dry-run out to train",
+        flush=True,
+    )
 
 
 def describe(run: Run, config, index: DatasetIndex) -> list[str]:
     """The plan, a line for each phase."""
     model, runtime = run.state.model, run.runtime
-    lines = [f"{config.arch}: {count_params(model):,} parameters, on {runtime.device} ({runtime.precision})",
-             f"{index.name}: {len(index.train):,} training and {len(index.val):,} validation images of {len(index.classes)} classes",
-             f"{run.epochs} epochs, {sum(p.steps for p in run.phases):,} steps of {config.optimizer}, {config.schedule} schedule",
-             "",
-             "  epochs    px  batch  steps/epoch       steps          learning rate  multiply-adds/image"]  # fmt: skip
+    lines = [
+        f"{config.arch}: {count_params(model):,} parameters, on {runtime.device} ({runtime.precision})",
+        f"{index.name}: {len(index.train):,} training and {len(index.val):,} validation images of {len(index.classes)} classes",
+        f"{run.epochs} epochs, {sum(p.steps for p in run.phases):,} steps of {config.optimizer}, {config.schedule} schedule",
+        "",
+        "  epochs    px  batch  steps/epoch       steps          learning rate  multiply-adds/image",
+    ]
     for p in run.phases:
         low, high = lr_range(run.state.schedule, p)
-        lines.append(f"{p.first_epoch:>4}-{p.last_epoch:<4} {p.image_size:>4}  {p.batch_size:>5}  {p.steps_per_epoch:>11,}  "
-                     f"{p.steps:>10,}  {low:.2e} .. {high:.2e}  {count_macs(model, p.image_size):>19,}")  # fmt: skip
+        lines.append(
+            f"{p.first_epoch:>4}-{p.last_epoch:<4} {p.image_size:>4}  {p.batch_size:>5}  {p.steps_per_epoch:>11,}  "
+            f"{p.steps:>10,}  {low:.2e} .. {high:.2e}  {count_macs(model, p.image_size):>19,}"
+        )
     return [*lines, ""]
 
 
@@ -126,26 +133,43 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
     run.state.schedule.seek(phase.first_step)
     run.state.start_epoch()
     training, validation = Rate(), Rate()
-    endless = itertools.chain.from_iterable(itertools.repeat(loader))  # it goes on with the next epoch by itself
+    endless = itertools.chain.from_iterable(
+        itertools.repeat(loader)
+    )  # it goes on with the next epoch by itself
     with out_of_memory_named(run):
-        train_one_epoch(run.state, how, timed(itertools.islice(endless, phase.steps), training, device, seconds),
-                        lambda images, finite: None)  # fmt: skip
+        train_one_epoch(
+            run.state,
+            how,
+            timed(itertools.islice(endless, phase.steps), training, device, seconds),
+            lambda images, finite: None,
+        )
         averaged = run.state.ema.module
         models = {"val": run.state.model} | ({} if averaged is None else {"ema": averaged})
         evaluate(models, timed(run.make_eval(run.val, phase), validation, device, seconds / 2), run.runtime)
     sums = run.state.epoch_sums
-    print(f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({training.batches} steps timed, "
-          f"loss {sums['loss'] / max(1, sums['images']):.3f}), {validation.per_second:>8,.1f} img/s validation, "
-          f"memory {memory_of(run, phase, how)}", flush=True)  # fmt: skip
+    print(
+        f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({training.batches} steps timed, "
+        f"loss {sums['loss'] / max(1, sums['images']):.3f}), {validation.per_second:>8,.1f} img/s validation, "
+        f"memory {memory_of(run, phase, how)}",
+        flush=True,
+    )
     if sums["bad_steps"]:
         searching = run.state.scaler.is_enabled() and not run.state.bad_in_a_row
-        run.say(f"{'note' if searching else 'WARNING'}: {sums['bad_steps']} steps at {phase.image_size} px were not finite"
-                + (", as fp16 looks for its scale" if searching else ""))  # fmt: skip
-    validations = sum(epoch % run.eval_every == 0 or epoch == run.epochs
-                      for epoch in range(phase.first_epoch, phase.last_epoch + 1))  # fmt: skip
-    images = len(run.val) + len(run.train_sample) / len(models)  # the training sample is scored with one model
-    return (phase.steps * phase.batch_size / training.per_second / 3600,
-            validations * images / run.runtime.world_size / validation.per_second / 3600)  # fmt: skip
+        run.say(
+            f"{'note' if searching else 'WARNING'}: {sums['bad_steps']} steps at {phase.image_size} px were not finite"
+            + (", as fp16 looks for its scale" if searching else "")
+        )
+    validations = sum(
+        epoch % run.eval_every == 0 or epoch == run.epochs
+        for epoch in range(phase.first_epoch, phase.last_epoch + 1)
+    )
+    images = len(run.val) + len(run.train_sample) / len(
+        models
+    )  # the training sample is scored with one model
+    return (
+        phase.steps * phase.batch_size / training.per_second / 3600,
+        validations * images / run.runtime.world_size / validation.per_second / 3600,
+    )
 
 
 def memory_of(run: Run, phase: Phase, how: Step) -> str:
@@ -193,9 +217,13 @@ def try_checkpoint(run: Run) -> str:
     checkpoint.save(path, payload)
     back = checkpoint.load(path)
     if not _same(payload, {name: back[name] for name in payload}):
-        raise ResourceError("a checkpoint did not come back as it was written", "check memory and disk of this machine")
-    return (f"checkpoint: {path.stat().st_size / MIB:,.0f} MiB, written and read back bit for bit in "
-            f"{duration(time.perf_counter() - started)}")  # fmt: skip
+        raise ResourceError(
+            "a checkpoint did not come back as it was written", "check memory and disk of this machine"
+        )
+    return (
+        f"checkpoint: {path.stat().st_size / MIB:,.0f} MiB, written and read back bit for bit in "
+        f"{duration(time.perf_counter() - started)}"
+    )
 
 
 def _same(a, b) -> bool:

@@ -10,7 +10,9 @@ from contextlib import contextmanager, suppress
 
 from base.errors import exit_at_once
 
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+STOP_SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+]
 
 
 class Interrupted(BaseException):
@@ -47,7 +49,9 @@ class StopSignals:
 
     @contextmanager
     def installed(self):
-        wanted = [n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
+        wanted = [
+            n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)
+        ]
         previous = {number: signal.signal(number, self._remember) for number in wanted}
         try:
             yield self

@@ -18,6 +18,7 @@ from base.errors import DataError, UsageError
 if TYPE_CHECKING:
     pass  # plots and tables of runs read metrics.jsonl without torch: seconds for every picture
 
+
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """The rows of a run, oldest first. Raises DataError where there are none, or where a line is no row."""
     from base import schemas
@@ -26,11 +27,15 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "name a directory that train.py wrote (--save-dir)") from None
+        raise DataError(
+            f"{path}: {error.strerror}", "name a directory that train.py wrote (--save-dir)"
+        ) from None
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = schemas.parse_json(line, schemas.Row, f"{path} line {number}", "delete the line, or resume the run")
+            row = schemas.parse_json(
+                line, schemas.Row, f"{path} line {number}", "delete the line, or resume the run"
+            )
         except DataError:
             if number == len(
                 lines
@@ -44,7 +49,8 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
 def _finite(row: dict) -> dict:
     """JSON has no NaN: a value that is not finite is None."""
     return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
     }
 
 
@@ -61,8 +67,10 @@ def optional(package: str, needed_for: str):
     except Exception as error:  # whatever the code of others does when it does not fit the rest
         cause = error
     said = (str(cause).strip() or "no reason given").splitlines()[0]
-    raise UsageError(f"{needed_for}: the {name} package is there but does not import: {type(cause).__name__}: {said}",
-                     f"mend it, as with pip install --force-reinstall {name}") from cause  # fmt: skip
+    raise UsageError(
+        f"{needed_for}: the {name} package is there but does not import: {type(cause).__name__}: {said}",
+        f"mend it, as with pip install --force-reinstall {name}",
+    ) from cause
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
@@ -76,8 +84,16 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 class MetricLogger:
     """Appends one JSON object per epoch to metrics.jsonl, and to the trackers asked for."""
 
-    def __init__(self, run_dir: Path, rows: Sequence[dict] = (), *, enabled: bool = True,
-                 tensorboard: bool = False, wandb_project: str = "", config: dict | None = None):  # fmt: skip
+    def __init__(
+        self,
+        run_dir: Path,
+        rows: Sequence[dict] = (),
+        *,
+        enabled: bool = True,
+        tensorboard: bool = False,
+        wandb_project: str = "",
+        config: dict | None = None,
+    ):
         self.path, self.enabled, self.tensorboard, self.wandb = run_dir / "metrics.jsonl", enabled, None, None
         if not enabled:
             return
@@ -87,7 +103,9 @@ class MetricLogger:
             self.tensorboard = module.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
         if wandb_project:
             self.wandb = optional("wandb", "--wandb")
-            self.wandb.init(project=wandb_project, config=config, dir=run_dir, id=_run_id(run_dir), resume="allow")
+            self.wandb.init(
+                project=wandb_project, config=config, dir=run_dir, id=_run_id(run_dir), resume="allow"
+            )
         # A resumed run goes on from its checkpoint: rows that were logged after it are cut.
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(_line(row) for row in rows), encoding="utf-8")

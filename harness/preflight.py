@@ -71,13 +71,17 @@ def shared_memory_warning(phases: Sequence[Phase], workers: int, where: str = "/
     """A warning where the batches that loader workers hold ready may not fit into shared memory."""
     if not workers or not Path(where).is_dir():
         return ""
-    batch = max(phase.batch_size * phase.image_size**2 * 3 for phase in phases)  # uint8, of all ranks together
+    batch = max(
+        phase.batch_size * phase.image_size**2 * 3 for phase in phases
+    )  # uint8, of all ranks together
     need, free = workers * PREFETCH * batch, shutil.disk_usage(where).free
     if need <= free:
         return ""
     fitting = int(free // (PREFETCH * batch))
-    return (f"WARNING: {workers} loader workers may hold {need / MIB:,.0f} MiB in {where}, which has {free / MIB:,.0f} MiB "
-            f"free: give --num-workers {fitting}, or the container more (docker run --shm-size)")  # fmt: skip
+    return (
+        f"WARNING: {workers} loader workers may hold {need / MIB:,.0f} MiB in {where}, which has {free / MIB:,.0f} MiB "
+        f"free: give --num-workers {fitting}, or the container more (docker run --shm-size)"
+    )
 
 
 def check_step_memory(run: Run) -> None:
@@ -118,7 +122,9 @@ def try_step(run: Run, how: Step, phase: Phase, images: int) -> None:
         try:
             model.train()
             side, classes = phase.image_size, run.facts["model_args"]["num_classes"]
-            blank = torch.zeros(images, 3, side, side, device=device).contiguous(memory_format=torch.channels_last)
+            blank = torch.zeros(images, 3, side, side, device=device).contiguous(
+                memory_format=torch.channels_last
+            )
             with how.runtime.autocast():
                 logits = forward(blank)
             how.loss(logits.float(), torch.full((images, classes), 1 / classes, device=device)).backward()
@@ -149,11 +155,17 @@ def _fits(batch: int, attempt: Callable[[int], None]) -> bool:
 
 def does_not_fit(run: Run, phase: Phase, at_once: int, fitting: int, accumulate: int) -> ResourceError:
     number = run.phases.index(phase) + 1
-    what = (f"out of memory in phase {number}: {phase.image_size} px, batch {phase.batch_size}, {at_once} images at once"
-            f" ({memory_words(run.runtime.device)})")  # fmt: skip
+    what = (
+        f"out of memory in phase {number}: {phase.image_size} px, batch {phase.batch_size}, {at_once} images at once"
+        f" ({memory_words(run.runtime.device)})"
+    )
     if not fitting:
-        return ResourceError(what, "not one image fits: free the device, or give smaller --resize-schedule sizes")
-    sizes = [str(fitting * run.runtime.world_size * accumulate if p is phase else p.batch_size) for p in run.phases]
+        return ResourceError(
+            what, "not one image fits: free the device, or give smaller --resize-schedule sizes"
+        )
+    sizes = [
+        str(fitting * run.runtime.world_size * accumulate if p is phase else p.batch_size) for p in run.phases
+    ]
     pieces = math.ceil(phase.batch_size / run.runtime.world_size / fitting)
     return ResourceError(
         what, f"{fitting} at once fit: give --accumulate {pieces}, or --phase-batch-sizes {','.join(sizes)}"

@@ -19,9 +19,25 @@ from base.errors import CheckpointError, ResourceError, UsageError
 from base.flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
 
 KINDS = ("last", "best", "prev_last", "prev_best")
-FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")  # the last two say whose the others are: they go last
-PICTURES = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
-            "feature_maps", "stride_padding", "loss_landscape")  # what our commands draw into plots/  # fmt: skip
+FILES = (
+    "wandb_id",
+    "metrics.jsonl",
+    "config.json",
+    "env.json",
+)  # the last two say whose the others are: they go last
+PICTURES = (
+    "curves",
+    "lr",
+    "batch",
+    "gradcam",
+    "gradcam_misclassified",
+    "misclassified",
+    "kernels",
+    "filtered",
+    "feature_maps",
+    "stride_padding",
+    "loss_landscape",
+)  # what our commands draw into plots/
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
 
@@ -45,18 +61,28 @@ def look(save_dir: str) -> Held:
     """What lies in `save_dir`; writes nothing. Raises UsageError or ResourceError for what can be no run's directory."""
     path = Path(save_dir)
     if not save_dir or "\0" in save_dir or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise UsageError(f"--save-dir {save_dir!r} is no directory", "name one, such as --save-dir ./checkpoints")
+        raise UsageError(
+            f"--save-dir {save_dir!r} is no directory", "name one, such as --save-dir ./checkpoints"
+        )
     try:
         kind = (path / ".lock").lstat().st_mode
         if not stat.S_ISREG(kind):
-            raise ResourceError(f"{path / '.lock'} is not a plain file", "remove it, or name another --save-dir")
+            raise ResourceError(
+                f"{path / '.lock'} is not a plain file", "remove it, or name another --save-dir"
+            )
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
         raise _unusable(path, error) from None
     config, env = _read_json(path / "config.json"), _read_json(path / "env.json")
-    recorded = [name for name, known in (("config.json", {"arch", "resize_schedule"} <= config.keys()),
-                                         ("env.json", {"torch", "command"} <= env.keys())) if known]  # fmt: skip
+    recorded = [
+        name
+        for name, known in (
+            ("config.json", {"arch", "resize_schedule"} <= config.keys()),
+            ("env.json", {"torch", "command"} <= env.keys()),
+        )
+        if known
+    ]
     checkpoints = [p for kind in KINDS for p in sorted(path.glob(f"{kind}_*.pt"))]
     files = []
     if recorded:
@@ -67,9 +93,20 @@ def look(save_dir: str) -> Held:
         files += checkpoints + [path / f"{n}.partial" for n in names(name)]
         files += [path / n for n in FILES if n in recorded or not n.endswith(".json")]
     files = [p for p in files if p.is_file() or p.is_symlink()]
-    return Held(path, _text(env, "run"), _text(env, "parent"), tuple(files), tuple(checkpoints),
-                tuple(sorted((p.name, s.st_ino, s.st_size, s.st_mtime_ns) for p in (*checkpoints, *(path / n for n in FILES))
-                             if (s := _stat(p)))))  # fmt: skip
+    return Held(
+        path,
+        _text(env, "run"),
+        _text(env, "parent"),
+        tuple(files),
+        tuple(checkpoints),
+        tuple(
+            sorted(
+                (p.name, s.st_ino, s.st_size, s.st_mtime_ns)
+                for p in (*checkpoints, *(path / n for n in FILES))
+                if (s := _stat(p))
+            )
+        ),
+    )
 
 
 def checkpoint_name(arch: str, dataset: str) -> str:
@@ -123,8 +160,10 @@ def check(held: Held, *, resuming: bool, overwrite: bool) -> None:
         what = "it is read-only" if there.is_dir() else f"{there} is a file"
         raise ResourceError(f"cannot write to --save-dir {held.path}: {what}", "name a writable directory")
     if held and not (resuming or overwrite):
-        raise UsageError(f"{held.path} already holds a run ({(held.checkpoints or held.files)[0].name})",
-                         "go on with --resume auto, start anew with --overwrite, or name another --save-dir")  # fmt: skip
+        raise UsageError(
+            f"{held.path} already holds a run ({(held.checkpoints or held.files)[0].name})",
+            "go on with --resume auto, start anew with --overwrite, or name another --save-dir",
+        )
     if (held.path / ".lock").exists():
         Lock(held.path).release()
 
@@ -145,8 +184,10 @@ def identity(held: Held, resume: str, saved: dict | None) -> Identity:
     if (held.run == own) if held.run and own else at_home:
         return Identity(held.run or own or secrets.token_hex(8), held.parent, begins=False)
     if held:
-        raise UsageError(f"{held.path} holds {_called(held.run)}, {resume} is of {_called(own)}",
-                         "name an empty --save-dir, or go on with what this one holds: --resume auto")  # fmt: skip
+        raise UsageError(
+            f"{held.path} holds {_called(held.run)}, {resume} is of {_called(own)}",
+            "name an empty --save-dir, or go on with what this one holds: --resume auto",
+        )
     return Identity(secrets.token_hex(8), own)
 
 
@@ -164,8 +205,10 @@ def check_foreign(held: Held, checkpoint: str) -> None:
     wanted = [held.path / name for name in (*FILES, *names(checkpoint))]
     foreign = [p.name for p in wanted if _stat(p) and p not in held.files]
     if foreign:
-        raise UsageError(f"{held.path} holds {', '.join(foreign)}, which no run recorded there has written",
-                         "move them away, or name another --save-dir")  # fmt: skip
+        raise UsageError(
+            f"{held.path} holds {', '.join(foreign)}, which no run recorded there has written",
+            "move them away, or name another --save-dir",
+        )
 
 
 def claim(held: Held, *, overwrite: bool, checkpoint: str = "") -> Lock:
@@ -181,8 +224,10 @@ def claim(held: Held, *, overwrite: bool, checkpoint: str = "") -> Lock:
         lock = Lock(path)
         try:
             if look(str(path)).state != held.state:
-                raise UsageError(f"{path} was changed by another run while this one started",
-                                 "look at what it holds, then start again")  # fmt: skip
+                raise UsageError(
+                    f"{path} was changed by another run while this one started",
+                    "look at what it holds, then start again",
+                )
             lock.sign()
             _probe(path)
             for file in held.files if overwrite else ():
@@ -218,8 +263,10 @@ def vanishing_named(path: Path) -> Iterator[None]:
     except (OSError, ResourceError, RuntimeError) as error:
         if path.is_dir():
             raise
-        raise ResourceError(f"{path} was removed, or its disk taken away, while the run was writing to it",
-                            "bring it back and go on with --resume auto, or start again") from error  # fmt: skip
+        raise ResourceError(
+            f"{path} was removed, or its disk taken away, while the run was writing to it",
+            "bring it back and go on with --resume auto, or start again",
+        ) from error
 
 
 class Lock:
@@ -234,8 +281,9 @@ class Lock:
         try:
             self.lock.acquire()
         except Timeout:
-            raise UsageError(f"{directory} is in use by {self._holder()}",
-                             "wait for it, or name another --save-dir") from None  # fmt: skip
+            raise UsageError(
+                f"{directory} is in use by {self._holder()}", "wait for it, or name another --save-dir"
+            ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
@@ -244,7 +292,10 @@ class Lock:
     def sign(self) -> None:
         """Say who holds it, for the message that a second run gets."""
         flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-        with suppress(OSError), open(os.open(self.file, flags), "w") as file:  # Windows locks it against this, too
+        with (
+            suppress(OSError),
+            open(os.open(self.file, flags), "w") as file,
+        ):  # Windows locks it against this, too
             file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")
 
     def _holder(self) -> str:
@@ -322,14 +373,23 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
     unknown = allowed - given.keys() - {"data"}
     if unknown:
-        raise UsageError(f"--allow-change: no flag {', '.join(sorted(unknown))}", "name flags as in --help, or 'data'")
+        raise UsageError(
+            f"--allow-change: no flag {', '.join(sorted(unknown))}", "name flags as in --help, or 'data'"
+        )
     saved = check_saved(saved)
-    changed = [name for name in sorted(typed) if name not in FREE_ON_RESUME
-               and given[name] != saved[name] and name not in allowed]  # fmt: skip
+    changed = [
+        name
+        for name in sorted(typed)
+        if name not in FREE_ON_RESUME and given[name] != saved[name] and name not in allowed
+    ]
     if changed:
-        listed = "; ".join(f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed)
-        raise CheckpointError(f"these flags would change the resumed run: {listed}",
-                              f"leave them out, or accept the change with --allow-change {','.join(changed)}")  # fmt: skip
+        listed = "; ".join(
+            f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed
+        )
+        raise CheckpointError(
+            f"these flags would change the resumed run: {listed}",
+            f"leave them out, or accept the change with --allow-change {','.join(changed)}",
+        )
     # How this start was asked for never comes from the checkpoint.
     asked = {
         *typed,
@@ -352,9 +412,13 @@ def check_saved(saved: dict) -> dict:
     Raises CheckpointError naming flags that this version does not know, or whose values are none.
     """
     parser = train_parser()
-    if unknown := sorted(str(name)[:80] for name in saved if name not in {action.dest for action in parser._actions}):
-        raise CheckpointError(f"the checkpoint has flags that this version does not know: {', '.join(unknown)}",
-                              "update this repository")  # fmt: skip
+    if unknown := sorted(
+        str(name)[:80] for name in saved if name not in {action.dest for action in parser._actions}
+    ):
+        raise CheckpointError(
+            f"the checkpoint has flags that this version does not know: {', '.join(unknown)}",
+            "update this repository",
+        )
     try:
         values = train_defaults() | from_file(parser, saved, exact=True)
     except UsageError as error:
@@ -380,14 +444,18 @@ def check_fingerprint(saved: dict, now: dict, allowed: tuple[str, ...]) -> str:
         return ""
     if "data" in allowed and saved.get("num_classes") == now["num_classes"]:
         return f"note: the data changed: {', '.join(changes)}"
-    raise CheckpointError(f"the data is not what this run was trained on: {', '.join(changes)}",
-                          "name the same data, or accept the change with --allow-change data")  # fmt: skip
+    raise CheckpointError(
+        f"the data is not what this run was trained on: {', '.join(changes)}",
+        "name the same data, or accept the change with --allow-change data",
+    )
 
 
 def check_precision(saved: str, now: str, allowed: tuple[str, ...]) -> None:
     if saved != now and "amp" not in allowed:
-        raise CheckpointError(f"the run was trained in {saved}, here it would go on in {now}",
-                              "set --amp as it was, or accept the change with --allow-change amp")  # fmt: skip
+        raise CheckpointError(
+            f"the run was trained in {saved}, here it would go on in {now}",
+            "set --amp as it was, or accept the change with --allow-change amp",
+        )
 
 
 def check_model_args(saved: dict, now: dict) -> None:
@@ -395,22 +463,33 @@ def check_model_args(saved: dict, now: dict) -> None:
     names = ("arch", "num_classes", "use_blurpool", "head", "stem")
     if any(saved.get(name) != now[name] for name in names):
         words = [", ".join(f"{name} {args.get(name)}" for name in names) for args in (saved, now)]
-        raise CheckpointError(f"checkpoint: {words[0]}; now: {words[1]}",
-                              "start a new run from its weights with --init-from and --reset-head")  # fmt: skip
+        raise CheckpointError(
+            f"checkpoint: {words[0]}; now: {words[1]}",
+            "start a new run from its weights with --init-from and --reset-head",
+        )
 
 
 def eval_facts(index, image_size: int) -> dict:
     """What a checkpoint says about feeding its model, so that every tool preprocesses alike."""
-    return {"dataset": index.name, "classes": list(index.classes), "class_names": list(index.class_names or index.classes),
-            "mean": list(index.mean), "std": list(index.std), "image_size": image_size, "crop": 0.875}  # fmt: skip
+    return {
+        "dataset": index.name,
+        "classes": list(index.classes),
+        "class_names": list(index.class_names or index.classes),
+        "mean": list(index.mean),
+        "std": list(index.std),
+        "image_size": image_size,
+        "crop": 0.875,
+    }
 
 
 def commit() -> str:
     """The commit this code is at, with + for changes on top; empty outside a clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        head, changes = (subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
-                         for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]))  # fmt: skip
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return head + ("+" if changes else "")

@@ -15,15 +15,33 @@ from base.errors import CheckpointError, UsageError
 
 from .layers import has_blur
 
-WRAPPERS = ("model_state_dict", "model", "state_dict")  # the earlier code, ours and torchvision's references, timm
+WRAPPERS = (
+    "model_state_dict",
+    "model",
+    "state_dict",
+)  # the earlier code, ours and torchvision's references, timm
 PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
-HEADS = ("fc", "classifier.3", "classifier.1", "heads.head", "head")  # of a ResNet, MobileNet, EfficientNet, ViT, Swin
-RESNETS = {(False, (1, 1, 1, 1)): "resnet_tiny", (False, (2, 2, 2, 2)): "resnet18", (False, (3, 4, 6, 3)): "resnet34",
-           (True, (3, 4, 6, 3)): "resnet50", (True, (3, 4, 23, 3)): "resnet101", (True, (3, 8, 36, 3)): "resnet152"}  # fmt: skip
+HEADS = (
+    "fc",
+    "classifier.3",
+    "classifier.1",
+    "heads.head",
+    "head",
+)  # of a ResNet, MobileNet, EfficientNet, ViT, Swin
+RESNETS = {
+    (False, (1, 1, 1, 1)): "resnet_tiny",
+    (False, (2, 2, 2, 2)): "resnet18",
+    (False, (3, 4, 6, 3)): "resnet34",
+    (True, (3, 4, 6, 3)): "resnet50",
+    (True, (3, 4, 23, 3)): "resnet101",
+    (True, (3, 8, 36, 3)): "resnet152",
+}
 STEMS = {(7,): "imagenet", (3,): "small"}
 
 
-def adapt_state_dict(state: Mapping[str, Any], model: nn.Module, reset_head: bool = False) -> dict[str, Tensor]:
+def adapt_state_dict(
+    state: Mapping[str, Any], model: nn.Module, reset_head: bool = False
+) -> dict[str, Tensor]:
     """`state` as `model.load_state_dict(..., strict=True)` wants it.
 
     state:      a state dict, or a checkpoint that holds one, of ours, torchvision's or the earlier
@@ -86,12 +104,16 @@ def to_torchvision(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, T
     if isinstance(model_or_state, nn.Module):
         state = model_or_state.state_dict()
         if has_blur(model_or_state):
-            raise UsageError("torchvision has no antialiased ResNet: the weights would load there and score badly",
-                             "export a model trained without --use-blurpool")  # fmt: skip
+            raise UsageError(
+                "torchvision has no antialiased ResNet: the weights would load there and score badly",
+                "export a model trained without --use-blurpool",
+            )
     state = find_weights(state)
     if _arch_of(state).startswith(("preact", "unknown")) or _stem_of(state) not in ("imagenet", ""):
-        raise UsageError(f"torchvision has no such model: {describe(state)}",
-                         "export a plain resnet18, resnet34 or resnet50, or one of torchvision's own")  # fmt: skip
+        raise UsageError(
+            f"torchvision has no such model: {describe(state)}",
+            "export a plain resnet18, resnet34 or resnet50, or one of torchvision's own",
+        )
     head = f"{head_of(state)}.weight"
     state = {**state, head: state[head].flatten(1)}
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
@@ -117,7 +139,9 @@ def _without_blur(state: dict[str, Tensor]) -> dict[str, Tensor]:
         for key, value in kept.items():
             match = pattern.fullmatch(key)
             if match and int(match[1]) > int(gap):
-                key = f"{parent}.{match[2]}" if "conv" in parent else f"{parent}.{int(match[1]) - 1}.{match[2]}"
+                key = (
+                    f"{parent}.{match[2]}" if "conv" in parent else f"{parent}.{int(match[1]) - 1}.{match[2]}"
+                )
             renamed[key] = value
         kept = renamed
     return kept
@@ -131,11 +155,17 @@ def _reshape_head(weight: Tensor, like: Tensor) -> Tensor:
 
 def _arch_of(state: Mapping[str, Tensor]) -> str:
     if "layer1.0.conv1.weight" in state:
-        depths = tuple(len({k.split(".")[1] for k in state if k.startswith(f"layer{i}.")}) for i in range(1, 5))
+        depths = tuple(
+            len({k.split(".")[1] for k in state if k.startswith(f"layer{i}.")}) for i in range(1, 5)
+        )
         name = RESNETS.get(("layer1.0.conv3.weight" in state, depths), f"a ResNet of {depths} blocks")
         return f"preact_{name}" if "bn_out.weight" in state else name
-    marks = {"conv_proj.weight": "vit_b_16", "head.weight": "swin_t", "classifier.3.weight": "mobilenet_v3_large",
-             "classifier.1.weight": "efficientnet_b0"}  # fmt: skip
+    marks = {
+        "conv_proj.weight": "vit_b_16",
+        "head.weight": "swin_t",
+        "classifier.3.weight": "mobilenet_v3_large",
+        "classifier.1.weight": "efficientnet_b0",
+    }
     return next((arch for key, arch in marks.items() if key in state), "unknown architecture")
 
 

@@ -53,7 +53,9 @@ def set_drop_path_rate(model: nn.Module, rate: float) -> None:
     """
     if not 0.0 <= rate < 1.0:
         raise UsageError(f"drop-path rate {rate} is not in [0, 1)", "give a rate such as 0.2, or 0 for none")
-    branches = [m for m in model.modules() if isinstance(m, DropPath) or type(m).__name__ == "StochasticDepth"]
+    branches = [
+        m for m in model.modules() if isinstance(m, DropPath) or type(m).__name__ == "StochasticDepth"
+    ]
     for index, branch in enumerate(branches):
         branch.p = rate * index / max(1, len(branches) - 1)
 

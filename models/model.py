@@ -112,7 +112,9 @@ class PreActBottleneck(nn.Module):
         nn.init.zeros_(self.conv3.weight)  # no norm closes this branch: its last layer takes that part
 
 
-def downsample(in_channels: int, out_channels: int, stride: int, blurred: bool, norm: bool = True) -> nn.Module:
+def downsample(
+    in_channels: int, out_channels: int, stride: int, blurred: bool, norm: bool = True
+) -> nn.Module:
     """The shortcut: the input itself where shapes agree, else a 1x1 projection."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
@@ -144,8 +146,18 @@ class ResNet(nn.Module):
     base_width:     channels of the first stage, doubled at each of the others
     """
 
-    def __init__(self, block: type[nn.Module], depths: tuple[int, ...], *, num_classes: int, drop_path_rate: float,
-                 use_blurpool: bool, head: str, stem: str, base_width: int = 64):  # fmt: skip
+    def __init__(
+        self,
+        block: type[nn.Module],
+        depths: tuple[int, ...],
+        *,
+        num_classes: int,
+        drop_path_rate: float,
+        use_blurpool: bool,
+        head: str,
+        stem: str,
+        base_width: int = 64,
+    ):
         super().__init__()
         self.conv1 = stem_conv(stem, base_width)
         self.bn1 = nn.BatchNorm2d(base_width)
@@ -205,8 +217,15 @@ def stem_conv(stem: str, width: int) -> nn.Module:
         return conv(3, width, 3)
     if stem == "d":
         half = width // 2
-        return nn.Sequential(conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True),
-                             conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True), conv(half, width, 3))  # fmt: skip
+        return nn.Sequential(
+            conv(3, half, 3, stride=2),
+            nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
+            conv(half, half, 3),
+            nn.BatchNorm2d(half),
+            nn.ReLU(inplace=True),
+            conv(half, width, 3),
+        )
     raise UsageError(f"there is no stem {stem!r}", "choose imagenet, small or d")
 
 
@@ -228,32 +247,92 @@ def classifier(head: str, channels: int, num_classes: int) -> nn.Module:
     raise UsageError(f"there is no head {head!r}", "choose conv or linear")
 
 
-def resnet18(num_classes: int = 1000, drop_path_rate: float = 0.2, use_blurpool: bool = False,
-             head: str = "conv", stem: str = "imagenet") -> ResNet:  # fmt: skip
-    return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, drop_path_rate=drop_path_rate,
-                  use_blurpool=use_blurpool, head=head, stem=stem)  # fmt: skip
+def resnet18(
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.2,
+    use_blurpool: bool = False,
+    head: str = "conv",
+    stem: str = "imagenet",
+) -> ResNet:
+    return ResNet(
+        BasicBlock,
+        (2, 2, 2, 2),
+        num_classes=num_classes,
+        drop_path_rate=drop_path_rate,
+        use_blurpool=use_blurpool,
+        head=head,
+        stem=stem,
+    )
 
 
-def resnet34(num_classes: int = 1000, drop_path_rate: float = 0.2, use_blurpool: bool = False,
-             head: str = "conv", stem: str = "imagenet") -> ResNet:  # fmt: skip
-    return ResNet(BasicBlock, (3, 4, 6, 3), num_classes=num_classes, drop_path_rate=drop_path_rate,
-                  use_blurpool=use_blurpool, head=head, stem=stem)  # fmt: skip
+def resnet34(
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.2,
+    use_blurpool: bool = False,
+    head: str = "conv",
+    stem: str = "imagenet",
+) -> ResNet:
+    return ResNet(
+        BasicBlock,
+        (3, 4, 6, 3),
+        num_classes=num_classes,
+        drop_path_rate=drop_path_rate,
+        use_blurpool=use_blurpool,
+        head=head,
+        stem=stem,
+    )
 
 
-def resnet50(num_classes: int = 1000, drop_path_rate: float = 0.2, use_blurpool: bool = False,
-             head: str = "conv", stem: str = "imagenet") -> ResNet:  # fmt: skip
-    return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, drop_path_rate=drop_path_rate,
-                  use_blurpool=use_blurpool, head=head, stem=stem)  # fmt: skip
+def resnet50(
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.2,
+    use_blurpool: bool = False,
+    head: str = "conv",
+    stem: str = "imagenet",
+) -> ResNet:
+    return ResNet(
+        Bottleneck,
+        (3, 4, 6, 3),
+        num_classes=num_classes,
+        drop_path_rate=drop_path_rate,
+        use_blurpool=use_blurpool,
+        head=head,
+        stem=stem,
+    )
 
 
-def preact_resnet50(num_classes: int = 1000, drop_path_rate: float = 0.2, use_blurpool: bool = False,
-                    head: str = "conv", stem: str = "imagenet") -> PreActResNet:  # fmt: skip
-    return PreActResNet((3, 4, 6, 3), num_classes=num_classes, drop_path_rate=drop_path_rate,
-                        use_blurpool=use_blurpool, head=head, stem=stem)  # fmt: skip
+def preact_resnet50(
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.2,
+    use_blurpool: bool = False,
+    head: str = "conv",
+    stem: str = "imagenet",
+) -> PreActResNet:
+    return PreActResNet(
+        (3, 4, 6, 3),
+        num_classes=num_classes,
+        drop_path_rate=drop_path_rate,
+        use_blurpool=use_blurpool,
+        head=head,
+        stem=stem,
+    )
 
 
-def resnet_tiny(num_classes: int = 1000, drop_path_rate: float = 0.2, use_blurpool: bool = False,
-                head: str = "conv", stem: str = "imagenet") -> ResNet:  # fmt: skip
+def resnet_tiny(
+    num_classes: int = 1000,
+    drop_path_rate: float = 0.2,
+    use_blurpool: bool = False,
+    head: str = "conv",
+    stem: str = "imagenet",
+) -> ResNet:
     """A ResNet-10 an eighth as wide: 80 thousand parameters, to try things out and for tests."""
-    return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=num_classes, drop_path_rate=drop_path_rate,
-                  use_blurpool=use_blurpool, head=head, stem=stem, base_width=8)  # fmt: skip
+    return ResNet(
+        BasicBlock,
+        (1, 1, 1, 1),
+        num_classes=num_classes,
+        drop_path_rate=drop_path_rate,
+        use_blurpool=use_blurpool,
+        head=head,
+        stem=stem,
+        base_width=8,
+    )

@@ -41,7 +41,9 @@ def smallest_norm_map(model: nn.Module, image_size: int) -> int:
     """Positions (H * W) of the smallest map that a BatchNorm meets at `image_size` px; 0 without BatchNorm."""
     met: list[int] = []
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    handles = [norm.register_forward_pre_hook(lambda norm, args: met.append(args[0][0, 0].numel())) for norm in norms]
+    handles = [
+        norm.register_forward_pre_hook(lambda norm, args: met.append(args[0][0, 0].numel())) for norm in norms
+    ]
     try:
         _meta_forward(model, image_size)
     finally:
@@ -94,7 +96,9 @@ def format_table(model: nn.Module, image_size: int, depth: int = 2) -> str:
     lines += [(r.layer, " x ".join(map(str, r.shape)), f"{r.params:,}", f"{r.macs:,}") for r in found]
     lines.append((f"total at {image_size} px", "", f"{params:,}", f"{macs:,}"))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in lines)
+    return "\n".join(
+        f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}" for a, b, c, d in lines
+    )
 
 
 def _layers(module: nn.Module, depth: int, prefix: str = ""):

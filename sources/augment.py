@@ -24,7 +24,12 @@ Operation = Callable[[np.ndarray, Draw], np.ndarray]
 P = 0.5  # how often flip, affine, jitter and dropout are applied
 SHIFT, SCALE, ANGLE = 0.0625, (0.9, 1.1), 15.0  # affine: of the side, per axis, degrees
 HOLE = 0.25  # dropout: side of the one hole, of the image's
-JITTER = (0.2, 0.2, 0.2, 0.0)  # brightness, contrast, saturation, hue: no hue, as in timm; it costs as much as the rest
+JITTER = (
+    0.2,
+    0.2,
+    0.2,
+    0.0,
+)  # brightness, contrast, saturation, hue: no hue, as in timm; it costs as much as the rest
 _BLOCK = 64  # numbers drawn at once; a default recipe uses at most 60
 
 
@@ -138,14 +143,24 @@ def draw_affine(draw: Draw) -> tuple[float, float, float, float, float]:
     return *shifts, *scales, ANGLE * (2 * draw() - 1)
 
 
-def affine(image: np.ndarray, shift_x: float, shift_y: float, scale_x: float, scale_y: float, angle: float,
-           *, fill: Sequence[int]) -> np.ndarray:  # fmt: skip
+def affine(
+    image: np.ndarray,
+    shift_x: float,
+    shift_y: float,
+    scale_x: float,
+    scale_y: float,
+    angle: float,
+    *,
+    fill: Sequence[int],
+) -> np.ndarray:
     """Scale, rotate and shift (by whole pixels) about the centre, bilinear, `fill` outside."""
     h, w = image.shape[:2]
     x, y = w / 2 - 0.5, h / 2 - 0.5
     cos, sin = math.cos(math.radians(angle)), math.sin(math.radians(angle))
     a, b, c, d = cos * scale_x, sin * scale_y, -sin * scale_x, cos * scale_y
-    matrix = np.array([[a, b, x - a * x - b * y + int(shift_x * w)], [c, d, y - c * x - d * y + int(shift_y * h)]])
+    matrix = np.array(
+        [[a, b, x - a * x - b * y + int(shift_x * w)], [c, d, y - c * x - d * y + int(shift_y * h)]]
+    )
     return cv2.warpAffine(image, matrix, (w, h), flags=cv2.INTER_LINEAR, borderValue=tuple(fill))
 
 
@@ -167,8 +182,14 @@ def _jitter_by(brightness: float, contrast: float, saturation: float, hue: float
     return apply
 
 
-def jitter(image: np.ndarray, brightness: float, contrast: float, saturation: float, hue: float,
-           order: Sequence[int] = (0, 1, 2, 3)) -> np.ndarray:  # fmt: skip
+def jitter(
+    image: np.ndarray,
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    hue: float,
+    order: Sequence[int] = (0, 1, 2, 3),
+) -> np.ndarray:
     """Three factors and a shift of the hue (as a part of the circle), taken in `order`."""
     changes = (
         lambda x: cv2.convertScaleAbs(x, alpha=brightness),
@@ -243,7 +264,9 @@ def _library_policy(name: str, mean: Sequence[int], randomness: KeyedRandom) -> 
 
 def _operations(A, mean: Sequence[int], magnitude: float, *, fixed: bool, wide: bool) -> list:
     """The 14 operations of both papers; `magnitude` in 0 ... 1 is exact (`fixed`) or the largest."""
-    shear, shift, angle, factor, bits = (0.99, 32 / 224, 135.0, 0.99, 6) if wide else (0.3, 150 / 331, 30.0, 0.9, 4)
+    shear, shift, angle, factor, bits = (
+        (0.99, 32 / 224, 135.0, 0.99, 6) if wide else (0.3, 150 / 331, 30.0, 0.9, 4)
+    )
 
     def both_ways(limit: float, make: Callable) -> object:
         limit *= magnitude
@@ -256,7 +279,12 @@ def _operations(A, mean: Sequence[int], magnitude: float, *, fixed: bool, wide: 
         return lambda r: A.Affine(shear={axis: degrees(r), other[axis]: (0.0, 0.0)}, fill=mean, p=1.0)
 
     def coloured(what: str) -> Callable:
-        neutral = {"brightness": (1.0, 1.0), "contrast": (1.0, 1.0), "saturation": (1.0, 1.0), "hue": (0.0, 0.0)}
+        neutral = {
+            "brightness": (1.0, 1.0),
+            "contrast": (1.0, 1.0),
+            "saturation": (1.0, 1.0),
+            "hue": (0.0, 0.0),
+        }
         return lambda r: A.ColorJitter(**{**neutral, what: (1 + r[0], 1 + r[1])}, p=1.0)
 
     def shifted(axis: str) -> Callable:

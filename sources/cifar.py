@@ -53,7 +53,12 @@ class _Dtype:
         self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
 
     def real(self) -> np.dtype:
-        if self.name not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8") or self.order not in ("<", ">", "|", "="):
+        if self.name not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8") or self.order not in (
+            "<",
+            ">",
+            "|",
+            "=",
+        ):
             raise pickle.UnpicklingError(f"it holds an array of {self.name}")
         return np.dtype(self.order + self.name)
 
@@ -112,29 +117,33 @@ class PlainUnpickler(pickle.Unpickler):
 def cifar(data_dir: str, which: Cifar) -> DatasetIndex:
     """50,000 + 10,000 images of 32 px, held in memory (180 MB)."""
     folder = _find(data_dir, which)
-    meta, train, val = (_load(folder / which.meta, which), [_load(folder / name, which) for name in which.train],
-                        _load(folder / which.val, which))  # fmt: skip
+    meta, train, val = (
+        _load(folder / which.meta, which),
+        [_load(folder / name, which) for name in which.train],
+        _load(folder / which.val, which),
+    )
     try:
         names = tuple(str(name, "utf-8") for name in meta[which.class_names])
         train, val = _split(train, which, len(names)), _split([val], which, len(names))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{folder} is not {which.name} as published: {error!r}", _again(which)) from error
     return DatasetIndex(
-        name=which.name,
-        classes=names,
-        train=train,
-        val=val,
-        mean=which.mean,
-        std=which.std,
-        native_size=32,
+        name=which.name, classes=names, train=train, val=val, mean=which.mean, std=which.std, native_size=32
     )
 
 
 def _split(batches: list[dict], which: Cifar, num_classes: int) -> ArraySplit:
     rows = np.concatenate([batch[b"data"] for batch in batches])  # (n, 3072) uint8, channel by channel
     labels = np.concatenate([np.asarray(batch[which.labels], np.int64) for batch in batches])
-    if rows.dtype != np.uint8 or rows.shape != (len(labels), 3072) or labels.min() < 0 or labels.max() >= num_classes:
-        raise DataError(f"{which.folder}: {rows.shape} {rows.dtype} values for {len(labels)} labels", _again(which))
+    if (
+        rows.dtype != np.uint8
+        or rows.shape != (len(labels), 3072)
+        or labels.min() < 0
+        or labels.max() >= num_classes
+    ):
+        raise DataError(
+            f"{which.folder}: {rows.shape} {rows.dtype} values for {len(labels)} labels", _again(which)
+        )
     images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     return ArraySplit(np.ascontiguousarray(images), labels)
 
@@ -153,11 +162,24 @@ def _load(path: Path, which: Cifar) -> dict:
     try:
         content = PlainUnpickler(path.read_bytes()).load()
         return {
-            key if isinstance(key, bytes) else str(key).encode(): value.array if isinstance(value, _Array) else value
+            key if isinstance(key, bytes) else str(key).encode(): value.array
+            if isinstance(value, _Array)
+            else value
             for key, value in content.items()
         }
-    except (OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError,
-            MemoryError, OverflowError, RecursionError) as error:  # fmt: skip
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        MemoryError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise DataError(f"cannot read {path}: {error}", _again(which)) from error
 
 

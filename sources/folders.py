@@ -58,7 +58,9 @@ class Listing:
         """What the user should hear once about what was passed over."""
         notes = []
         if self.others:
-            notes.append(f"{what}: passed over {len(self.others):,} that are not images ({some(self.others)})")
+            notes.append(
+                f"{what}: passed over {len(self.others):,} that are not images ({some(self.others)})"
+            )
         if self.again:
             notes.append(f"{what}: passed over links to folders that are listed anyway ({some(self.again)})")
         return notes
@@ -80,7 +82,9 @@ def list_classes(root: str | os.PathLike, *folders: str, only: Collection[bytes]
     listing = Listing(os.fsencode(root))
     found = [entry for folder in folders for entry in _class_entries(listing, os.fsencode(folder))]
     found = [entry for entry in found if only is None or entry.name in only]
-    found.sort(key=lambda entry: (entry.is_symlink(), entry.path))  # of two names for one folder, the real one counts
+    found.sort(
+        key=lambda entry: (entry.is_symlink(), entry.path)
+    )  # of two names for one folder, the real one counts
     for entry in found:
         real = os.path.realpath(entry.path)
         relative = os.path.relpath(entry.path, listing.root)
@@ -113,14 +117,17 @@ def list_labelled(
     _refuse_broken(listing)
     if unlabelled:
         raise DataError(
-            f"{len(unlabelled):,} images have no label: {some(unlabelled)}", "remove them, or complete the labels"
+            f"{len(unlabelled):,} images have no label: {some(unlabelled)}",
+            "remove them, or complete the labels",
         )
     return listing
 
 
 def count_classes(path: str | os.PathLike) -> int:
     """How many folders of `path` could be classes: none in a flat val/."""
-    return sum(_kind(entry) == "folder" and not entry.name.startswith(b".") for entry in scan(os.fsencode(path)))
+    return sum(
+        _kind(entry) == "folder" and not entry.name.startswith(b".") for entry in scan(os.fsencode(path))
+    )
 
 
 def _class_entries(listing: Listing, folder: bytes) -> list[os.DirEntry]:

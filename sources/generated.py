@@ -26,7 +26,9 @@ def digits() -> DatasetIndex:
     package = importlib.util.find_spec("sklearn")
     if package is None:
         raise UsageError("--dataset digits is bundled with scikit-learn", "pip install scikit-learn")
-    rows = np.loadtxt(Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int64)
+    rows = np.loadtxt(
+        Path(package.origin).parent / "datasets/data/digits.csv.gz", delimiter=",", dtype=np.int64
+    )
     pixels, labels = rows[:, :64].reshape(-1, 8, 8), rows[:, 64]
     grey = np.rint(pixels * (255 / 16)).astype(np.uint8)  # the scans have 17 levels, 0 ... 16
     images = np.repeat(grey[..., None], 3, axis=-1)
@@ -65,8 +67,10 @@ class SyntheticSize:
             # Ten digits at most: int() of thousands of them is refused by Python in words of its own.
             if name in given or not (number.isdecimal() and len(number) < 10 and 1 <= int(number) <= most):
                 limits = ", ".join(f"{name} up to {most:,}" for name, most in MOST_SYNTHETIC.items())
-                raise UsageError(f"--dataset {dataset[:80]}: {item[:40]!r} is no size of the synthetic dataset",
-                                 f"write synthetic, or any of synthetic:classes=10,train=2000,val=500,size=64; {limits}")  # fmt: skip
+                raise UsageError(
+                    f"--dataset {dataset[:80]}: {item[:40]!r} is no size of the synthetic dataset",
+                    f"write synthetic, or any of synthetic:classes=10,train=2000,val=500,size=64; {limits}",
+                )
             given[name] = int(number)
         return cls(**given)
 
@@ -86,7 +90,9 @@ class SyntheticSplit(Split):
         return [self._image(int(i)) for i in ids]
 
     def digest(self) -> str:
-        return hashlib.sha256(repr((self.num_classes, len(self), self.size, self.stream)).encode()).hexdigest()
+        return hashlib.sha256(
+            repr((self.num_classes, len(self), self.size, self.stream)).encode()
+        ).hexdigest()
 
     def _image(self, i: int) -> np.ndarray:
         """Sample `i`: (size, size, 3) uint8."""

@@ -39,25 +39,35 @@ def hub(dataset: str) -> DatasetIndex:
     _, name, *configuration = dataset.split(":")
     tables = _load(name, configuration)
     if "train" not in tables:
-        raise DataError(f"{dataset} has no training split (it has {', '.join(tables)})", "choose another dataset")
+        raise DataError(
+            f"{dataset} has no training split (it has {', '.join(tables)})", "choose another dataset"
+        )
     image, label = _columns(dataset, tables["train"].features)
     names = getattr(tables["train"].features[label], "names", None)
-    val = next((key for key in VALIDATION if key in tables and min(tables[key][label], default=-1) >= 0), None)
+    val = next(
+        (key for key in VALIDATION if key in tables and min(tables[key][label], default=-1) >= 0), None
+    )
     if val is None:
-        raise DataError(f"{dataset} has no labelled validation split", f"it needs one of {', '.join(VALIDATION)}")
+        raise DataError(
+            f"{dataset} has no labelled validation split", f"it needs one of {', '.join(VALIDATION)}"
+        )
     train = np.asarray(tables["train"][label], np.int64)
     classes = tuple(names) if names else tuple(str(k) for k in range(int(train.max()) + 1))
     return DatasetIndex(
         name=name.strip("/").rpartition("/")[2],
         classes=classes,
         train=HubSplit(_encoded(tables["train"], image), image, train, f"{name}/train"),
-        val=HubSplit(_encoded(tables[val], image), image, np.asarray(tables[val][label], np.int64), f"{name}/{val}"),
+        val=HubSplit(
+            _encoded(tables[val], image), image, np.asarray(tables[val][label], np.int64), f"{name}/{val}"
+        ),
     )
 
 
 def _load(name: str, configuration: list[str]):
     if not name or len(configuration) > 1:
-        raise UsageError(f"--dataset hf:{name}: not a name", "write hf:<owner>/<name> or hf:<name>:<configuration>")
+        raise UsageError(
+            f"--dataset hf:{name}: not a name", "write hf:<owner>/<name> or hf:<name>:<configuration>"
+        )
     try:
         import datasets
     except ImportError as error:
@@ -66,7 +76,9 @@ def _load(name: str, configuration: list[str]):
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, *configuration)
-    except Exception as error:  # a dozen kinds from four packages: offline, gated, no such name, no such configuration
+    except (
+        Exception
+    ) as error:  # a dozen kinds from four packages: offline, gated, no such name, no such configuration
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"Hugging Face datasets cannot load {name}: {reason}",

@@ -83,7 +83,9 @@ def _counts_note(index: DatasetIndex) -> list[str]:
     if len(index.classes) != NUM_CLASSES or not WORDNET_ID.match(index.classes[0]):
         return []
     found = (("train", len(index.train), NUM_TRAIN), ("val", len(index.val), NUM_VAL))
-    return [f"{name} has {n:,} of ImageNet's {official:,} images" for name, n, official in found if n != official]
+    return [
+        f"{name} has {n:,} of ImageNet's {official:,} images" for name, n, official in found if n != official
+    ]
 
 
 def image_root(data_dir: str) -> str:
@@ -163,10 +165,18 @@ def read_class_list(path: str | os.PathLike) -> set[bytes]:
     try:
         lines = [line.strip() for line in Path(path).read_text("utf-8", "surrogateescape").splitlines()]
     except OSError as error:
-        raise DataError(f"cannot read the class list {path}: {error.strerror}", "check --class-list") from error
-    names = [WORDNET_ID.match(line)[0] if WORDNET_ID.match(line) else line for line in lines if line and line[0] != "#"]
+        raise DataError(
+            f"cannot read the class list {path}: {error.strerror}", "check --class-list"
+        ) from error
+    names = [
+        WORDNET_ID.match(line)[0] if WORDNET_ID.match(line) else line
+        for line in lines
+        if line and line[0] != "#"
+    ]
     if len(names) < 2:
-        raise DataError(f"the class list {path} names {len(names)} classes", "write one class folder's name per line")
+        raise DataError(
+            f"the class list {path} names {len(names)} classes", "write one class folder's name per line"
+        )
     return {os.fsencode(name) for name in names}
 
 
@@ -178,7 +188,9 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
     if not any(map(WORDNET_ID.fullmatch, classes)):
         return None
     known = dict(
-        line.split(" ", 1) for line in (HERE / "imagenet_names.txt").read_text().splitlines() if line[0] != "#"
+        line.split(" ", 1)
+        for line in (HERE / "imagenet_names.txt").read_text().splitlines()
+        if line[0] != "#"
     )
     if not known.keys() >= set(classes):
         for place in places:
@@ -197,9 +209,13 @@ def _names_in(place: Path) -> dict[str, str]:
 
     pairs: list[list[str]] = []
     if (place / "words.txt").is_file():
-        pairs += [line.split("\t", 1) for line in (place / "words.txt").read_text("utf-8", "replace").splitlines()]
+        pairs += [
+            line.split("\t", 1) for line in (place / "words.txt").read_text("utf-8", "replace").splitlines()
+        ]
     if (place / "LOC_synset_mapping.txt").is_file():
-        pairs += [line.split(" ", 1) for line in (place / "LOC_synset_mapping.txt").read_text("utf-8").splitlines()]
+        pairs += [
+            line.split(" ", 1) for line in (place / "LOC_synset_mapping.txt").read_text("utf-8").splitlines()
+        ]
     if (place / "Labels.json").is_file():
         names = schemas.read_json(
             place / "Labels.json", schemas.LabelNames, "delete it: only names for people are in it"

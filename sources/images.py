@@ -31,7 +31,9 @@ _MORE = b"".join(
     start + np.random.default_rng(k).integers(0, 255, 200, np.uint8).tobytes()
     for k, start in enumerate([b"", *(bytes((0xFF, marker)) for marker in range(0xD0, 0xD8))])
 )
-_AFTER_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker that is neither a stuffed byte nor a restart
+_AFTER_SCAN = re.compile(
+    rb"\xff[^\x00\xd0-\xd7\xff]"
+)  # a marker that is neither a stuffed byte nor a restart
 
 
 class BadImage(DataError):
@@ -134,7 +136,9 @@ def _decode_strictly(data: bytes, name: str) -> np.ndarray:
             warnings.simplefilter("ignore")  # corrupt EXIF, palette transparency: the pixels are fine
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(name, f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels")
+                    raise BadImage(
+                        name, f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels"
+                    )
                 return _to_rgb(image)
     except BadImage:
         raise
@@ -192,8 +196,13 @@ class TrainTransform:
     the cut; `padcrop` shifts the image resized to `image_size`; with neither, the eval transform.
     """
 
-    def __init__(self, steps: Sequence[tuple[str, int | None]], image_size: int, mean: Sequence[float],
-                 crop: float = 0.875):  # fmt: skip
+    def __init__(
+        self,
+        steps: Sequence[tuple[str, int | None]],
+        image_size: int,
+        mean: Sequence[float],
+        crop: float = 0.875,
+    ):
         self.steps, self.image_size, self.crop = tuple(steps), image_size, crop
         self.mean = tuple(round(255 * m) for m in mean)
         self._operations = None  # built where it is used: a generator is not shared between processes

@@ -143,8 +143,10 @@ class DatasetIndex:
             try:
                 name.encode()
             except UnicodeEncodeError:
-                raise DataError(f"the class {os.fsencode(name)!r} has no name that can be written as text",
-                                "rename its folder, in train/ and val/ alike") from None  # fmt: skip
+                raise DataError(
+                    f"the class {os.fsencode(name)!r} has no name that can be written as text",
+                    "rename its folder, in train/ and val/ alike",
+                ) from None
 
     def fingerprint(self) -> dict[str, str | int]:
         """Plain values that say whether two runs saw the same data (promise R22)."""
@@ -196,8 +198,10 @@ def take_subset(index: DatasetIndex, size: int, seed: int = 0) -> DatasetIndex:
     Raises UsageError where `size` cannot hold one image of every class.
     """
     if size < len(index.classes):
-        raise UsageError(f"--subset-size {size} < {len(index.classes)} classes",
-                         f"give --subset-size {len(index.classes)} or more")  # fmt: skip
+        raise UsageError(
+            f"--subset-size {size} < {len(index.classes)} classes",
+            f"give --subset-size {len(index.classes)} or more",
+        )
     train = balanced_subset(index.train.labels, min(size, len(index.train)), seed)
     val = balanced_subset(index.val.labels, min(max(1, size // 10), len(index.val)), seed)
     return replace(index, train=SubsetSplit(index.train, train), val=SubsetSplit(index.val, val))

@@ -12,7 +12,16 @@ from base.errors import DataError, UsageError
 from sources import folders
 from sources.index import DatasetIndex, FileSplit, stratified_split, take_subset
 
-DATASETS = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10", "digits", "synthetic", "hf:<name>")
+DATASETS = (
+    "imagenet",
+    "imagenet100",
+    "tiny-imagenet",
+    "cifar100",
+    "cifar10",
+    "digits",
+    "synthetic",
+    "hf:<name>",
+)
 # Of 64 px training images, pixels in [0, 1].
 TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
 
@@ -42,9 +51,13 @@ def index(
     ):
         raise UsageError(f"--dataset {dataset}: not a dataset we know", f"one of {', '.join(DATASETS)}")
     if split != "official" and dataset != "tiny-imagenet":
-        raise UsageError(f"--split {split} with --dataset {dataset}", "only tiny-imagenet has more than one split")
+        raise UsageError(
+            f"--split {split} with --dataset {dataset}", "only tiny-imagenet has more than one split"
+        )
     if class_list and dataset not in ("imagenet", "imagenet100"):
-        raise UsageError(f"--class-list with --dataset {dataset}", "class lists are for imagenet and imagenet100")
+        raise UsageError(
+            f"--class-list with --dataset {dataset}", "class lists are for imagenet and imagenet100"
+        )
     found = _whole(dataset, data_dir, split, class_list, allow_class_mismatch)
     if subset_size and subset_size > (images := len(found.train)):
         all_of_them = f"note: --subset-size {subset_size:,} of {images:,} training images: all are used"
@@ -82,7 +95,9 @@ def _without_folder(dataset: str) -> DatasetIndex:
     return synthetic(dataset)
 
 
-def _in_folder(dataset: str, data_dir: str, split: str, class_list, allow_class_mismatch: bool) -> DatasetIndex:
+def _in_folder(
+    dataset: str, data_dir: str, split: str, class_list, allow_class_mismatch: bool
+) -> DatasetIndex:
     if dataset in ("cifar10", "cifar100"):
         from sources.cifar import CIFAR10, CIFAR100, cifar
 
@@ -112,7 +127,8 @@ def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
     from sources.imagenet import human_names
 
     root = next(
-        (p for p in (data_dir, os.path.join(data_dir, "tiny-imagenet-200")) if os.path.isdir(p + "/train")), None
+        (p for p in (data_dir, os.path.join(data_dir, "tiny-imagenet-200")) if os.path.isdir(p + "/train")),
+        None,
     )
     if root is None or not os.path.isdir(os.path.join(root, "val")):
         raise DataError(

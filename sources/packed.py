@@ -17,15 +17,21 @@ import pyarrow as pa
 from base.errors import DataError
 from sources.index import DatasetIndex, Split
 
-COLUMNS = pa.schema([pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
-                     pa.field("label", pa.int64())])  # fmt: skip
+COLUMNS = pa.schema(
+    [
+        pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
+        pa.field("label", pa.int64()),
+    ]
+)
 MANIFEST, UNFINISHED = "manifest.json", "packing.json"
 FORMAT = 1
 BATCH_ROWS = 256  # images in each record batch of a shard
 # RandomResizedCrop cuts 0.73 of the side on average: from 1.15 times the size on, few crops are
 # enlarged by much. Measured per stored side in benchmarks/README.md.
 HEADROOM = 1.15
-REPAIR = "run pack_dataset.py again with the same arguments: it makes only the shards that are missing or damaged"
+REPAIR = (
+    "run pack_dataset.py again with the same arguments: it makes only the shards that are missing or damaged"
+)
 
 
 class PackedSplit(Split):
@@ -131,7 +137,9 @@ class Shard:
     def name(self, row: int) -> str:
         batch, row = divmod(row, BATCH_ROWS)
         path = self.table.column("image").chunk(batch).field("path")[row].as_buffer()
-        return os.fsdecode(path.to_pybytes()) if path is not None else f"{self.path}#{batch * BATCH_ROWS + row}"
+        return (
+            os.fsdecode(path.to_pybytes()) if path is not None else f"{self.path}#{batch * BATCH_ROWS + row}"
+        )
 
 
 def table_name(part: str, side: int | None) -> str:
@@ -181,14 +189,18 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
     """
     root = os.fspath(root)
     if not os.path.isfile(os.path.join(root, MANIFEST)):
-        state = "is not finished" if os.path.isfile(os.path.join(root, UNFINISHED)) else "has no manifest.json"
+        state = (
+            "is not finished" if os.path.isfile(os.path.join(root, UNFINISHED)) else "has no manifest.json"
+        )
         raise DataError(f"the packed dataset {os.path.abspath(root)} {state}", REPAIR)
     manifest = read_json(os.path.join(root, MANIFEST))
     for table, shards in manifest["tables"].items():
         for k, shard in enumerate(shards):
             problem = check_file(os.path.join(root, shard_file(table, k)), shard["bytes"])
             if problem:
-                raise DataError(f"the shard {os.path.join(root, shard_file(table, k))} is damaged: {problem}", REPAIR)
+                raise DataError(
+                    f"the shard {os.path.join(root, shard_file(table, k))} is damaged: {problem}", REPAIR
+                )
     # Which copy is read is a question of the training size; until it is asked, the largest.
     largest = max(manifest["sides"])
     return DatasetIndex(
@@ -216,5 +228,7 @@ def _labels(root: str, part: str, manifest: dict) -> np.ndarray:
         raise DataError(f"the labels {path} are damaged: {error}", REPAIR) from None
     wrong = labels.dtype.kind not in "iu" or labels.shape != (known["images"],)
     if wrong or (len(labels) and not 0 <= labels.min() <= labels.max() < len(manifest["classes"])):
-        raise DataError(f"the labels {path} are not {known['images']} of {len(manifest['classes'])} classes", REPAIR)
+        raise DataError(
+            f"the labels {path} are not {known['images']} of {len(manifest['classes'])} classes", REPAIR
+        )
     return np.array(labels, np.int64)

@@ -147,7 +147,11 @@ def write_group(split: Split, plan: dict, group: Group, out: str, on_bad_image: 
             return {"part": group.part, "k": group.k, "bad": skipped}
         shards = {}
         for table, path in paths.items():
-            shards[table] = {"rows": rows, "bytes": os.path.getsize(path + ".tmp"), "crc32": file_crc32(path + ".tmp")}
+            shards[table] = {
+                "rows": rows,
+                "bytes": os.path.getsize(path + ".tmp"),
+                "crc32": file_crc32(path + ".tmp"),
+            }
             os.replace(path + ".tmp", path)
         return {"part": group.part, "k": group.k, "shards": shards, "skipped": skipped}
     finally:
@@ -173,7 +177,9 @@ def _write(split: Split, plan: dict, group: Group, paths: dict[str, str], skippe
                     [pa.array(batch[table], pa.binary()), _paths(batch["path"])],
                     fields=list(schema.field("image").type),
                 )
-                writer.write_batch(pa.record_batch([image, pa.array(batch["label"], pa.int64())], schema=schema))
+                writer.write_batch(
+                    pa.record_batch([image, pa.array(batch["label"], pa.int64())], schema=schema)
+                )
     return rows
 
 
@@ -226,7 +232,9 @@ def start(out: str, plan: dict) -> dict[tuple[str, int], dict]:
         _refuse_other(out, known, plan)
         records = _records_of(known) if finished else _read_records(os.path.join(out, RECORDS), known)
     elif os.listdir(out):
-        raise UsageError(f"{os.path.abspath(out)} is not empty and not a packing", "give an empty or new --out")
+        raise UsageError(
+            f"{os.path.abspath(out)} is not empty and not a packing", "give an empty or new --out"
+        )
     else:
         records = []
         write_json(os.path.join(out, UNFINISHED), plan)

@@ -40,7 +40,21 @@ TINY = ["--dataset", "digits", "--subset", "--subset-size", "40", "--arch", "res
 FOLDERS = [*TINY[5:], "--dataset", "imagenet", "--data-dir"]
 HALF, LAST = "half/last_resnet_tiny_digits.pt", "run/last_resnet_tiny_digits.pt"
 FOREIGN = ("run/thesis.pt", "run/plots/holiday.png", "run/notes.partial", "half/notes.txt")
-ODD_TEXT = ("", " ", "x", "\x1b[31mred\x07", "a\nb", "\0", "\udcff", "é ☃", "x" * 300, "-", "--", "empty/../x", "%s{0}")
+ODD_TEXT = (
+    "",
+    " ",
+    "x",
+    "\x1b[31mred\x07",
+    "a\nb",
+    "\0",
+    "\udcff",
+    "é ☃",
+    "x" * 300,
+    "-",
+    "--",
+    "empty/../x",
+    "%s{0}",
+)
 NUMBERS = ("0", "1", "2", "3", "8", "16", "-1", "0.5", "0.999", "1e-3", "1.0", "nan", "inf", "1e308", "5e-324", "1e400",
            "9" * 400, "1_0", "٣", "0x10", "+5", "-0.0", str(2**31), str(2**63), "10min", "2ep", "0.001min", "1e308min",
            "on", "off", "on,off", "8,16", "16,24,32", "10,10", "1,1", "8,8,8", ",", "1,,2", "flip", "none", "basic",
@@ -88,7 +102,9 @@ def make_files(folder: Path) -> Path:
         for shade, name in enumerate(("cat", "owl")):
             (folder / "data" / split / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (20 + i, 18), (90 * shade, 20 * i, 99)).save(folder / f"data/{split}/{name}/{i}.png")
+                Image.new("RGB", (20 + i, 18), (90 * shade, 20 * i, 99)).save(
+                    folder / f"data/{split}/{name}/{i}.png"
+                )
     steps = [("train", [*TINY, "--save-dir", "run"]), ("train", [*TINY, "--save-dir", "half", "--stop-after", "6"]),
              ("pack_dataset", ["--data-dir", "data", "--out", "packed", "--stored-sides", "8,16", "--workers", "1"])]  # fmt: skip
     for command, argv in steps:
@@ -145,8 +161,14 @@ def _watch(allowed: tuple[str, ...]):
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
     def hook(event: str, arguments: tuple) -> None:
-        paths = arguments[: places.get(event, 0)] if event != "open" else arguments[: bool(arguments[2] & writing)]
-        paths = [] if event in ("os.remove", "os.rmdir") and arguments[-1] != -1 else paths  # below an open directory
+        paths = (
+            arguments[: places.get(event, 0)]
+            if event != "open"
+            else arguments[: bool(arguments[2] & writing)]
+        )
+        paths = (
+            [] if event in ("os.remove", "os.rmdir") and arguments[-1] != -1 else paths
+        )  # below an open directory
         for path in paths:
             real = path if isinstance(path, int) else os.path.realpath(os.fsdecode(path)).partition("\0")[0]
             asked = (
@@ -188,7 +210,9 @@ def judge(code: int, said: str, case: Case, before: dict[str, int], after: dict[
     if code in range(2, 7) and not re.search(r"^error[^\n:]*: [^\n]+\nfix: [^\n]+\n", said, re.M):
         wrong += ["no `error:` line with a `fix:` line below it"]
     if odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\udc80-\udcff]", said):
-        wrong += [f"raw {odd[0]!a} in the output: {said[max(odd.start() - 60, 0) : odd.end()].splitlines()[-1]!a}"]
+        wrong += [
+            f"raw {odd[0]!a} in the output: {said[max(odd.start() - 60, 0) : odd.end()].splitlines()[-1]!a}"
+        ]
     changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
     # What is in the data shows late; flags and checkpoints are judged before anything is written.
     if code in (2, 4) and changed:
@@ -218,7 +242,9 @@ def run(case: Case, files: Path, root: Path, number: int) -> list[str]:
 
 def shown(case: Case) -> str:
     """The command line, what all of them begin with left out."""
-    return f"{case.command} {case.argv!a}".replace(f"{TINY!a}"[1:-1], "*TINY").replace(f"{FOLDERS!a}"[1:-1], "*FOLDERS")
+    return f"{case.command} {case.argv!a}".replace(f"{TINY!a}"[1:-1], "*TINY").replace(
+        f"{FOLDERS!a}"[1:-1], "*FOLDERS"
+    )
 
 
 def run_all(cases: list[Case], files: Path, root: Path) -> dict[str, list[str]]:
@@ -350,7 +376,9 @@ USES = {
 }
 
 
-def checkpoint_case(name: str, use: str, changes: list[tuple[tuple, str]], files: Path, codes=Case.codes) -> Case:
+def checkpoint_case(
+    name: str, use: str, changes: list[tuple[tuple, str]], files: Path, codes=Case.codes
+) -> Case:
     """HALF with `changes`, as a sound file whose checksums are right."""
 
     def spoil(folder: Path) -> None:
@@ -370,7 +398,9 @@ def damaged_checkpoint(rng: random.Random, name: str, files: Path) -> Case:
     content, use = torch.load(files / HALF, weights_only=True), rng.choice(("resume auto", "resume", *USES))
     # Half of the time in what this use reads and another does not.
     read = rng.choice(
-        ("eval", "eval", "model_args", "ema") if USES[use][1][0] == HALF else ("config", "optimizer", "rows", "best")
+        ("eval", "eval", "model_args", "ema")
+        if USES[use][1][0] == HALF
+        else ("config", "optimizer", "rows", "best")
     )
     changes = [somewhere(rng, content, list(DAMAGE), *([read] if rng.random() < 0.5 else []))
                for _ in range(rng.choice((1, 1, 1, 2, 3)))]  # fmt: skip
@@ -392,7 +422,9 @@ READERS = {  # a file, and the command that reads it
     "flags.yaml": ("train", [*TINY, "--config", "flags.yaml", "--save-dir", "new", "--stop-after", "1"]),
 }
 LAUGHS = (
-    b"phase_epochs: [&a0 [1, 1]" + b"".join(b", &a%d [*a%d, *a%d]" % (k, k - 1, k - 1) for k in range(1, 60)) + b"]\n"
+    b"phase_epochs: [&a0 [1, 1]"
+    + b"".join(b", &a%d [*a%d, *a%d]" % (k, k - 1, k - 1) for k in range(1, 60))
+    + b"]\n"
 )
 BYTES: dict[str, Callable[[bytes], bytes]] = {
     "empty file": lambda b: b"", "cut": lambda b: b[: len(b) // 2], "bad UTF-8": lambda b: b[:9] + b"\xff\xfe" + b[9:],
@@ -427,7 +459,9 @@ def vouch(shard: Path) -> None:
     """Let the manifest say of the shard what is true now."""
     manifest = shard.parents[1] / "manifest.json"
     found = json.loads(manifest.read_text())
-    found["tables"][shard.parent.name][0].update(bytes=shard.stat().st_size, crc32=zlib.crc32(shard.read_bytes()))
+    found["tables"][shard.parent.name][0].update(
+        bytes=shard.stat().st_size, crc32=zlib.crc32(shard.read_bytes())
+    )
     manifest.write_text(json.dumps(found))
 
 

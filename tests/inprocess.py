@@ -16,7 +16,17 @@ from sources import layouts
 from train_utils import train_step
 
 TINY = [
-    *("--dataset", "digits", "--subset", "--subset-size", "40", "--arch", "resnet_tiny", "--drop-path-rate", "0.3"),
+    *(
+        "--dataset",
+        "digits",
+        "--subset",
+        "--subset-size",
+        "40",
+        "--arch",
+        "resnet_tiny",
+        "--drop-path-rate",
+        "0.3",
+    ),
     *("--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,8"),
     *("--num-workers", "0", "--device", "cpu", "--amp", "off"),
 ]

@@ -24,20 +24,33 @@ class Calls:
         self.function, self.arguments, self.state = function, arguments, state
 
     def __reduce__(self):
-        return (self.function, self.arguments) if self.state is None else (self.function, self.arguments, self.state)
+        return (
+            (self.function, self.arguments)
+            if self.state is None
+            else (self.function, self.arguments, self.state)
+        )
 
 
 def raw(module: str, name: str, argument: str) -> bytes:
     """Protocol 2: module.name(argument)."""
     text = argument.encode()
-    return b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
+    return (
+        b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
+    )
 
 
-def archive(data: bytes, extra: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+def archive(
+    data: bytes, extra: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
+) -> bytes:
     """A zip as torch.save lays it out, around any pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
-        entries = {"archive/data.pkl": data, "archive/byteorder": b"little", "archive/version": b"3\n", **(extra or {})}
+        entries = {
+            "archive/data.pkl": data,
+            "archive/byteorder": b"little",
+            "archive/version": b"3\n",
+            **(extra or {}),
+        }
         for name, content in entries.items():
             file.writestr(name, content)
     return buffer.getvalue()
@@ -64,7 +77,9 @@ def tensor_claiming(
             return ("storage", torch.FloatStorage, "0", "cpu", elements) if value == "the storage" else None
 
     buffer = io.BytesIO()
-    build = Calls(torch._utils._rebuild_tensor_v2, "the storage", offset, (size,), (stride,), False, OrderedDict())
+    build = Calls(
+        torch._utils._rebuild_tensor_v2, "the storage", offset, (size,), (stride,), False, OrderedDict()
+    )
     Pickler(buffer, 2).dump({"schema": 1, "w": build})
     return archive(buffer.getvalue(), {"archive/data/0": bytes(stored)})
 
@@ -172,7 +187,9 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "overlapping entries": overlapping,
     "nested zip": lambda: archive(archive(archive(b"x"))),
     # structure
-    "names that climb": lambda: archive(b"\x80\x02N.", {f"../../{SENTINEL}": b"x", f"/tmp/../{SENTINEL}": b"x"}),
+    "names that climb": lambda: archive(
+        b"\x80\x02N.", {f"../../{SENTINEL}": b"x", f"/tmp/../{SENTINEL}": b"x"}
+    ),
     "two pickles of one name": lambda: saved({"a": 1}) + pickled(Calls(os.system, TOUCH)),
     "a directory far away": tampered_directory,
     "no pickle": lambda: archive(b""),

@@ -18,7 +18,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Three phases with everything random switched on: mixing, drop-path, augmentation, EMA.
 TINY = [
-    *("--arch", "resnet_tiny", "--epochs", "3", "--resize-schedule", "16,24,32", "--phase-batch-sizes", "24,16,16"),
+    *(
+        "--arch",
+        "resnet_tiny",
+        "--epochs",
+        "3",
+        "--resize-schedule",
+        "16,24,32",
+        "--phase-batch-sizes",
+        "24,16,16",
+    ),
     *("--phase-epochs", "1,1,1", "--drop-path-rate", "0.3", "--augment", "full", "--lr", "1e-3"),
     *("--device", "cpu", "--amp", "off", "--seed", "3"),
 ]
@@ -35,7 +44,9 @@ def environment(**extra: str) -> dict[str, str]:
 
 def cli(*args: object, **extra: str) -> subprocess.CompletedProcess:
     """train.py in a process of its own."""
-    return subprocess.run(command(*args), capture_output=True, text=True, env=environment(**extra), timeout=300)
+    return subprocess.run(
+        command(*args), capture_output=True, text=True, env=environment(**extra), timeout=300
+    )
 
 
 def start(*args: object, **extra: str) -> subprocess.Popen:
@@ -58,7 +69,9 @@ def payload(run_dir: Path, kind: str = "last") -> dict:
 def digest(run_dir: Path, kind: str = "last") -> dict[str, str]:
     """A hash of each part of a checkpoint that two equal runs must share, bit for bit."""
     content = payload(run_dir, kind)
-    parts = {name: content[name] for name in ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")}
+    parts = {
+        name: content[name] for name in ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")
+    }
     parts["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
     return {name: hashlib.sha256(exact(value).encode()).hexdigest() for name, value in parts.items()}
 
@@ -66,9 +79,16 @@ def digest(run_dir: Path, kind: str = "last") -> dict[str, str]:
 def exact(value) -> str:
     """A text that two values share only if they are equal bit for bit."""
     if isinstance(value, torch.Tensor):
-        return f"{value.dtype}{tuple(value.shape)}" + hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        return (
+            f"{value.dtype}{tuple(value.shape)}"
+            + hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        )
     if isinstance(value, dict):
-        return "{" + ",".join(f"{k}:{exact(v)}" for k, v in sorted(value.items(), key=lambda item: str(item[0]))) + "}"
+        return (
+            "{"
+            + ",".join(f"{k}:{exact(v)}" for k, v in sorted(value.items(), key=lambda item: str(item[0])))
+            + "}"
+        )
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(exact, value)) + "]"
     return repr(value)

@@ -23,8 +23,16 @@ from ablation_runs.study import Study, Variant, merged
 from base import flags
 from base.errors import DataError, UsageError, UserError
 
-IMAGES = {"tiny-imagenet": 100_000, "imagenet100": 126_689, "cifar100": 50_000, "synthetic": 64, "imagenet": 2000}
-EVERY = [(s, preset) for s in studies.STUDIES.values() for preset in study.PRESETS if preset != "cpu" or s.cpu]
+IMAGES = {
+    "tiny-imagenet": 100_000,
+    "imagenet100": 126_689,
+    "cifar100": 50_000,
+    "synthetic": 64,
+    "imagenet": 2000,
+}
+EVERY = [
+    (s, preset) for s in studies.STUDIES.values() for preset in study.PRESETS if preset != "cpu" or s.cpu
+]
 ids = [f"{s.name}-{preset}" for s, preset in EVERY]
 
 
@@ -43,7 +51,13 @@ def test_every_variant_is_accepted_and_planned(which, preset):
 
     for one in which.runs(preset, seeds=(0,)):
         c = config_of(one.flags)
-        images = 77_000 if c.split == "70-30" else c.subset_size if c.subset else IMAGES[c.dataset.partition(":")[0]]
+        images = (
+            77_000
+            if c.split == "70-30"
+            else c.subset_size
+            if c.subset
+            else IMAGES[c.dataset.partition(":")[0]]
+        )
         phases = plan(c.epochs, c.resize_schedule, images, c.batch_size, phase_batch_sizes=c.phase_batch_sizes,
                       phase_epochs=c.phase_epochs, phase_mix=c.phase_mix)  # fmt: skip
         assert phases[-1].last_epoch == c.epochs and sum(p.steps for p in phases) >= c.epochs
@@ -58,7 +72,9 @@ def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(w
         own = variant.cpu if preset == "cpu" and variant.cpu is not None else variant.flags
         named = {n.removeprefix("no-").replace("-", "_") for n in merged(first.flags, own)}
         changed = {name for name, value in flags.plain(configs[variant.name]).items() if value != base[name]}
-        idle = study.idle_in(merged(shlex.join(which.flags(variant, preset))))  # no difference where it does nothing
+        idle = study.idle_in(
+            merged(shlex.join(which.flags(variant, preset)))
+        )  # no difference where it does nothing
         assert changed and not changed - named - {n.replace("-", "_") for n in idle}
 
 
@@ -77,12 +93,19 @@ def test_the_resize_schedules_cost_the_same():
     costs = []
     for variant in studies.RESIZE_SCHEDULES.variants:
         c = config_of(studies.RESIZE_SCHEDULES.flags(variant))
-        costs.append(sum(n * px**2 for n, px in zip(c.phase_epochs or (c.epochs,), c.resize_schedule, strict=True)))
+        costs.append(
+            sum(n * px**2 for n, px in zip(c.phase_epochs or (c.epochs,), c.resize_schedule, strict=True))
+        )
     assert max(costs) / min(costs) < 1.04
 
 
 def test_laying_command_lines_over_each_other():
-    assert merged("--lr 1 --ema --a b", "--no-ema --lr 2", "--x=-3") == {"lr": "2", "a": "b", "no-ema": None, "x": "-3"}
+    assert merged("--lr 1 --ema --a b", "--no-ema --lr 2", "--x=-3") == {
+        "lr": "2",
+        "a": "b",
+        "no-ema": None,
+        "x": "-3",
+    }
     assert study.as_list(merged("--subset --lr 1")) == ["--subset", "--lr", "1"]
 
 
@@ -112,7 +135,9 @@ def test_paired_differences_agree_with_scipy():
     mine = results.paired(dict(enumerate(a)), dict(enumerate(b)))
     theirs = stats.ttest_rel(a, b)
     low, high = theirs.confidence_interval(0.95)
-    assert (mine.mean, mine.low, mine.high, mine.p) == pytest.approx((np.mean(a - b), low, high, theirs.pvalue))
+    assert (mine.mean, mine.low, mine.high, mine.p) == pytest.approx(
+        (np.mean(a - b), low, high, theirs.pvalue)
+    )
 
 
 def test_the_interval_of_two_pairs_is_the_closed_form():
@@ -136,7 +161,9 @@ def test_one_pair_has_no_interval_and_no_verdict():
 def test_equal_differences_are_not_certainty():
     same = {0: 50.5, 1: 60.5, 2: 70.5}, {0: 50.0, 1: 60.0, 2: 70.0}
     assert results.paired(*same).p == 0.0
-    assert results.paired(*same, resolution=0.5).p == pytest.approx(stats.ttest_1samp([0.0, 0.5, 1.0], 0).pvalue)
+    assert results.paired(*same, resolution=0.5).p == pytest.approx(
+        stats.ttest_1samp([0.0, 0.5, 1.0], 0).pvalue
+    )
     assert results.paired(same[0], same[0]).p == 1.0
 
 
@@ -148,7 +175,9 @@ def test_holm_by_hand():
 def grid_results(value_of, seeds=3):
     variants = study.grid({"lr": "1", "wd": "0"}, lr=("1", "2"), wd=("0", "5"))
     which = Study("g", "", "?", variants)
-    runs = [finished(v.name, s, val_top1=value_of(dict(v.factors), s)) for v in variants for s in range(seeds)]
+    runs = [
+        finished(v.name, s, val_top1=value_of(dict(v.factors), s)) for v in variants for s in range(seeds)
+    ]
     return which, runs
 
 
@@ -194,7 +223,11 @@ TWO = Study("two", "000", "Is b better?", (Variant("a"), Variant("b", "--lr 1"),
 
 
 def made(**scores):
-    return [finished(name, seed, val_top1=float(x)) for name, values in scores.items() for seed, x in enumerate(values)]
+    return [
+        finished(name, seed, val_top1=float(x))
+        for name, values in scores.items()
+        for seed, x in enumerate(values)
+    ]
 
 
 def test_a_difference_inside_the_noise_concludes_nothing():
@@ -204,7 +237,9 @@ def test_a_difference_inside_the_noise_concludes_nothing():
 
 def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
     text = report.conclusion(TWO, made(a=(50, 51, 52), b=(60, 61.5, 61.5), c=(50, 53, 50)))
-    assert re.match(r"\*\*b\*\* is better than a by 10\.0 points .*interval \+8\.8 to \+11\.2, 3 seeds\)", text)
+    assert re.match(
+        r"\*\*b\*\* is better than a by 10\.0 points .*interval \+8\.8 to \+11\.2, 3 seeds\)", text
+    )
     assert "smaller with b, by 10.0 points" in text and "Nothing can be said about c" in text
 
 
@@ -288,14 +323,18 @@ def test_what_is_done_is_skipped_and_its_checkpoints_make_room(fake, tmp_path, c
 
 
 @pytest.mark.parametrize(("lr", "status", "code"), [("13", "failed", 3), ("666", "diverged", 0)])
-def test_a_failing_variant_is_reported_and_the_others_run(fake, tmp_path, monkeypatch, capsys, lr, status, code):
+def test_a_failing_variant_is_reported_and_the_others_run(
+    fake, tmp_path, monkeypatch, capsys, lr, status, code
+):
     replace_variant(monkeypatch, f"--lr {lr}")
     assert run.main(fake) == code
     said = capsys.readouterr().out
     assert f"mid-seed0: {status}" in said and "high-seed1: done" in said
     assert code == 0 or "FAILED with exit code 3: mid-seed0: error: no such thing" in said
     assert run.main(fake) == code
-    assert starts(tmp_path)["mid-seed0"] == (2 if code else 1)  # what failed is tried again; diverging is a result
+    assert starts(tmp_path)["mid-seed0"] == (
+        2 if code else 1
+    )  # what failed is tried again; diverging is a result
     assert starts(tmp_path)["low-seed0"] == 1
 
 
@@ -449,13 +488,18 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert rows[0]["val_top1"] == rows[2]["val_top1"]
     for path in (tmp_path / "published").rglob("*.json*"):
         assert str(tmp_path) not in path.read_text()
-    assert {p.name for p in (tmp_path / "published/ema-smoke").glob("*.png")} == {"curves.png", "differences.png"}
+    assert {p.name for p in (tmp_path / "published/ema-smoke").glob("*.png")} == {
+        "curves.png",
+        "differences.png",
+    }
 
 
 # What is committed
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ablation_runs").glob("*.ipynb")), ids=lambda path: path.stem[-2:])
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ablation_runs").glob("*.ipynb")), ids=lambda path: path.stem[-2:]
+)
 def test_notebooks_are_thin_and_hold_the_outputs_of_a_run(path):
     cells = [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     assert sum(len("".join(c["source"]).splitlines()) for c in cells) < 40
@@ -473,10 +517,14 @@ def test_published_results_hold_no_path_and_are_complete():
         assert {(r.variant, r.seed) for r in found} == {
             (r.variant, r.seed) for r in studies.STUDIES[name].runs(preset or "full")
         }
-        text = report.markdown(studies.STUDIES[name], preset or "full", found, ["curves.png", "differences.png"])
+        text = report.markdown(
+            studies.STUDIES[name], preset or "full", found, ["curves.png", "differences.png"]
+        )
         assert (folder / "summary.md").read_text(
             encoding="utf-8"
         ) == text + "\n"  # the report is that of the files beside it
     small = [p for p in (ROOT / "ablation_runs" / "results").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in small) < 2_000_000
-    assert not [p for p in small if p.suffix in (".json", ".md", ".csv") and re.search(r'["\s(]/\w+/', p.read_text())]
+    assert not [
+        p for p in small if p.suffix in (".json", ".md", ".csv") and re.search(r'["\s(]/\w+/', p.read_text())
+    ]

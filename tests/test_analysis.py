@@ -88,7 +88,10 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
         ["b-run", "2/2", "42.00", "2", "1.00"],
     ]
     assert runs.differing_flags(found) == ["lr", "ema"]  # not save_dir: it changes nothing that is learned
-    assert runs.apart(found) == [{"lr": "0.1", "ema": "on"}, {"lr": "0.2", "ema": "off"}]  # a tie: neither is usual
+    assert runs.apart(found) == [
+        {"lr": "0.1", "ema": "on"},
+        {"lr": "0.2", "ema": "off"},
+    ]  # a tie: neither is usual
     assert runs.apart([found[0], *found])[:2] == [{}, {}]
     untypical = runs.untypical_flags(found[1].config)
     assert untypical == {"lr": ("0.2", "0.0003"), "epochs": ("2", "90"), "resize_schedule": ("32", "64,128,224"),

@@ -133,7 +133,9 @@ def test_the_last_map_is_found_in_every_kind_of_network():
     images = torch.randn(1, 3, 32, 32)
     model = build_model("resnet_tiny", num_classes=5, stem="small").eval()
     assert feature_maps.last_map(model, images) == "layer4" and hooks(model) == 0
-    assert feature_maps.last_map(Tokens().eval(), images) == "attention"  # not `last`: its patches reach no logit
+    assert (
+        feature_maps.last_map(Tokens().eval(), images) == "attention"
+    )  # not `last`: its patches reach no logit
     maps = gradcam.grad_cam(tokens := Tokens(), tokens.attention, images, torch.tensor([1]))
     assert maps.shape == (1, 32, 32)
 
@@ -152,7 +154,9 @@ def test_tokens_keep_their_places():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t", "preact_resnet50"])
+@pytest.mark.parametrize(
+    "arch", ["efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t", "preact_resnet50"]
+)
 def test_gradcam_on_every_architecture(arch):
     model = build_model(arch, num_classes=4, image_sizes=(64,)).eval()
     for p in model.parameters():
@@ -168,7 +172,11 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     assert gradcam.main([str(trained), *out, "--count", "3"]) == 0
     assert gradcam.main([str(trained), *out, "--misclassified", "--count", "2"]) == 0
     assert misclassified.main([str(trained), *out, "--count", "4"]) == 0
-    assert {p.name for p in tmp_path.glob("*.png")} == {"gradcam.png", "gradcam_misclassified.png", "misclassified.png"}
+    assert {p.name for p in tmp_path.glob("*.png")} == {
+        "gradcam.png",
+        "gradcam_misclassified.png",
+        "misclassified.png",
+    }
     found = json.loads((tmp_path / "misclassified.json").read_text())
     confidences = [m["confidence"] for m in found["mistakes"]]
     assert found["images"] == 10 and confidences == sorted(confidences, reverse=True)
@@ -178,7 +186,9 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
 def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
     out = ["--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(DataError, match="10 classes, the data has 3"):
-        gradcam.main([str(trained), *out, "--dataset", "imagenet", "--data-dir", str(photos), "--subset-size", "3"])
+        gradcam.main(
+            [str(trained), *out, "--dataset", "imagenet", "--data-dir", str(photos), "--subset-size", "3"]
+        )
     with pytest.raises(CheckpointError, match="no checkpoint"):
         gradcam.main([str(tmp_path / "nothing.pt")])
     with pytest.raises(UsageError, match="there are 10 images"):
@@ -254,13 +264,26 @@ def test_loss_landscape_command(trained, tmp_path):
     few = ["--points", "3", "--samples", "5", "--out", str(tmp_path), "--device", "cpu"]
     assert loss_landscape.main([str(trained), *few]) == 0
     written = json.loads((tmp_path / "loss_landscape.json").read_text())
-    assert is_png(tmp_path / "loss_landscape.png") and set(written["losses"]) == {"before training", "after training"}
+    assert is_png(tmp_path / "loss_landscape.png") and set(written["losses"]) == {
+        "before training",
+        "after training",
+    }
 
 
 def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
     from harness import checkpoint
 
-    save = ["--save-dir", str(tmp_path), "--stop-after", "1", "--lr", "1e-30", "--weight-decay", "0", "--no-ema"]
+    save = [
+        "--save-dir",
+        str(tmp_path),
+        "--stop-after",
+        "1",
+        "--lr",
+        "1e-30",
+        "--weight-decay",
+        "0",
+        "--no-ema",
+    ]
     train.main([*TRAIN, *save, "--seed", "5"])
     (path,) = tmp_path.glob("last_*.pt")
     model, payload = checkpoint.load_model(path, "raw")

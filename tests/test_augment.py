@@ -84,7 +84,9 @@ def test_a_used_transform_can_be_pickled():
     assert np.array_equal(pickle.loads(pickle.dumps(transform))(data, (3, 2, 1)), expected)  # noqa: S301
 
 
-@pytest.mark.parametrize("name", ["flip", "affine", "jitter", "dropout", "cutout", "randaugment", "trivialaugment"])
+@pytest.mark.parametrize(
+    "name", ["flip", "affine", "jitter", "dropout", "cutout", "randaugment", "trivialaugment"]
+)
 def test_the_input_is_left_alone(name):
     randomness, image = augment.KeyedRandom(), photo(32, 32)
     operation, before = augment.build(name, 8 if name == "cutout" else None, FILL, randomness), image.copy()
@@ -107,7 +109,9 @@ def test_random_boxes_have_the_distribution_of_torchvisions():
     randomness, image = augment.KeyedRandom(), np.empty((3, 375, 500), np.uint8)
     ours = np.array([augment.random_resized_box(375, 500, randomness.rekey((0, 1, i))) for i in range(3000)])
     tensor = pytest.importorskip("torch").from_numpy(image)
-    theirs = np.array([RandomResizedCrop.get_params(tensor, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)])
+    theirs = np.array(
+        [RandomResizedCrop.get_params(tensor, (0.08, 1.0), (3 / 4, 4 / 3)) for _ in range(3000)]
+    )
     for column in range(4):
         quantiles = np.linspace(0.05, 0.95, 10)
         difference = np.quantile(ours[:, column], quantiles) - np.quantile(theirs[:, column], quantiles)
@@ -119,7 +123,9 @@ def test_random_boxes_have_the_distribution_of_torchvisions():
 
 def test_the_last_row_and_column_can_be_cut():
     boxes = [augment.random_resized_box(40, 40, augment.KeyedRandom().rekey((0, 1, i))) for i in range(300)]
-    assert any(top + h == 40 > h for top, _, h, _ in boxes) and any(left + w == 40 > w for _, left, _, w in boxes)
+    assert any(top + h == 40 > h for top, _, h, _ in boxes) and any(
+        left + w == 40 > w for _, left, _, w in boxes
+    )
 
 
 def test_a_panorama_falls_back_to_a_central_box():
@@ -139,7 +145,9 @@ def test_shrinking_averages(factor):
     ours = augment.cut_and_resize(image, (0, 0, 32 * factor, 32 * factor), 32)
     assert np.abs(ours - blocks).max() <= 1
     # No aliasing for a broken factor either: noise of standard deviation 74 must average out.
-    assert augment.cut_and_resize(image, (0, 0, 32 * factor - 5, 32 * factor - 3), 32).std() < 74 / factor * 1.5
+    assert (
+        augment.cut_and_resize(image, (0, 0, 32 * factor - 5, 32 * factor - 3), 32).std() < 74 / factor * 1.5
+    )
 
 
 def test_padcrop_shifts_by_every_offset_and_fills_with_the_mean():
@@ -150,14 +158,18 @@ def test_padcrop_shifts_by_every_offset_and_fills_with_the_mean():
     padded[2:10, 2:10] = image
     for i in range(400):
         out = augment.padded_crop(image, 2, FILL, randomness.rekey((0, 1, i)))
-        offsets |= {(y, x) for y in range(5) for x in range(5) if np.array_equal(out, padded[y : y + 8, x : x + 8])}
+        offsets |= {
+            (y, x) for y in range(5) for x in range(5) if np.array_equal(out, padded[y : y + 8, x : x + 8])
+        }
     assert len(offsets) == 25
 
 
 # --- against Albumentations ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shift, scale, angle", [(0.06, 0.9, 15), (-0.03, 1.1, -7), (0.0, 1.0, 3), (0.0625, 1.05, 0)])
+@pytest.mark.parametrize(
+    "shift, scale, angle", [(0.06, 0.9, 15), (-0.03, 1.1, -7), (0.0, 1.0, 3), (0.0625, 1.05, 0)]
+)
 def test_affine_is_albumentations(A, shift, scale, angle):
     image = photo(64, 64)
     theirs = A.Affine(
@@ -200,7 +212,11 @@ def test_jitter_in_each_order_stays_next_to_albumentations(A):
 
 def test_dropout_is_albumentations_coarse_dropout(A):
     theirs = A.CoarseDropout(
-        num_holes_range=(1, 1), hole_height_range=(0.25, 0.25), hole_width_range=(0.25, 0.25), fill=FILL, p=1.0
+        num_holes_range=(1, 1),
+        hole_height_range=(0.25, 0.25),
+        hole_width_range=(0.25, 0.25),
+        fill=FILL,
+        p=1.0,
     )
     black = np.zeros((64, 64, 3), np.uint8)
     hole = lambda image: np.argwhere((image == FILL).all(2))  # noqa: E731

@@ -16,7 +16,9 @@ from benchmarks import bitflips
 
 @pytest.mark.parametrize("bit", [0, 22, 23, 30, 31])
 def test_a_flip_is_of_exactly_one_bit_and_found_by_xor(bit):
-    tensor = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    tensor = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(
+        memory_format=torch.channels_last
+    )
     words = tensor.permute(0, 2, 3, 1).reshape(-1).view(torch.int32).clone()  # as they lie in memory
     before, after = bitflips.flip(tensor, 17, bit)
     changed = words ^ tensor.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)

@@ -56,7 +56,16 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
 
 @pytest.mark.torture
 def test_a_run_in_miniature_ends_in_the_same_bits(tmp_path):
-    arguments = ["--minutes", "0.5", "--mean-between-kills", "15", "--save-every", "1", "--out", str(tmp_path)]
+    arguments = [
+        "--minutes",
+        "0.5",
+        "--mean-between-kills",
+        "15",
+        "--save-every",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
     assert goodput.main(arguments) == 0
     result = json.loads((tmp_path / "goodput.json").read_text())
     assert result["different"] == [] and result["kills"] > 0 and 0 < result["goodput"] < 1
@@ -96,4 +105,8 @@ def wait_until(true) -> None:
 
 def test_the_same_bits_are_told_from_equal_numbers():
     zero, other = torch.zeros(2), torch.tensor([0.0, -0.0])
-    assert goodput.bits({"a": [zero, 1]}) == goodput.bits({"a": [zero.clone(), 1]}) != goodput.bits({"a": [other, 1]})
+    assert (
+        goodput.bits({"a": [zero, 1]})
+        == goodput.bits({"a": [zero.clone(), 1]})
+        != goodput.bits({"a": [other, 1]})
+    )

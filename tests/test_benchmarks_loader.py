@@ -29,7 +29,9 @@ def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsy
     assert {row["augmentation"] for row in rows} == {"crop-flip", "full"}
     for row in rows:
         assert row.keys() == KEYS and row["images_per_second"] > 0
-        base = next(r for r in rows if r["loader"] == "torchvision" and r["augmentation"] == row["augmentation"])
+        base = next(
+            r for r in rows if r["loader"] == "torchvision" and r["augmentation"] == row["augmentation"]
+        )
         expected = row["images_per_second"] / base["images_per_second"]
         assert row["ratio_to_torchvision"] == pytest.approx(expected, rel=0.02)
     assert (tmp_path / "loader.png").stat().st_size > 5000
@@ -53,7 +55,9 @@ def test_a_rate_is_images_over_seconds(monkeypatch):
     monkeypatch.setattr(loader.time, "perf_counter", lambda: next(clock))
     batches = iter([(None, [0] * 128)] * 100)
     rate, _ = loader.measure(batches, workers=1, seconds=3)
-    assert rate == pytest.approx(128 * 5 / 3)  # the clock is read before each of 5 batches, half a second apart
+    assert rate == pytest.approx(
+        128 * 5 / 3
+    )  # the clock is read before each of 5 batches, half a second apart
 
 
 def test_wrong_arguments_are_refused_at_once(folders, tmp_path):

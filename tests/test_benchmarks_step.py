@@ -19,7 +19,9 @@ TINY = step_loops.Setting("resnet_tiny", 16, 8)
 @pytest.mark.parametrize("name", [name for name in step_loops.LOOPS if name != "timm"])
 def test_every_loop_takes_optimizer_steps(name, monkeypatch):
     stepped = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: stepped.append(len(self.param_groups[0]["params"])))
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: stepped.append(len(self.param_groups[0]["params"]))
+    )
     loop = step_loops.LOOPS[name](TINY, CPU)
     loop()
     loop()
@@ -38,7 +40,9 @@ def test_without_its_guard_the_step_computes_the_same(monkeypatch):
     (one, _), (two, _) = states
     assert one.step == two.step == 3
     for a, b in ((one.model, two.model), (one.ema.module, two.ema.module)):
-        assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+        )
 
 
 def test_the_loops_take_turns_and_every_other_round_goes_backwards():
@@ -58,7 +62,9 @@ def test_traffic_of_a_convolution_is_what_it_reads_and_writes():
 
 def test_the_traffic_of_resnet50_is_that_of_the_notes():
     """392 MB an image at 224 px; 475 with BatchNorm's second pass over its input."""
-    moved = device_rates.step_traffic(lambda: build_model("resnet50", num_classes=1000), 224, 64, torch.bfloat16)
+    moved = device_rates.step_traffic(
+        lambda: build_model("resnet50", num_classes=1000), 224, 64, torch.bfloat16
+    )
     assert 370e6 < moved < 480e6
 
 
@@ -81,7 +87,9 @@ def test_the_command_writes_rows_and_a_picture(tmp_path, capsys, monkeypatch):
     assert "timm: not here" in capsys.readouterr().out
 
 
-def test_a_variant_that_is_not_here_is_skipped_and_rows_are_written_as_they_come(tmp_path, capsys, monkeypatch):
+def test_a_variant_that_is_not_here_is_skipped_and_rows_are_written_as_they_come(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(step, "device_rates", lambda runtime: {"bandwidth": 1e10, "matrix": 1e11})
     monkeypatch.setattr(
         step_loops, "LOOPS", {"bare": step_loops.bare} | dict.fromkeys(list(step_loops.LOOPS)[1:], absent)
@@ -97,11 +105,19 @@ def test_a_variant_that_is_not_here_is_skipped_and_rows_are_written_as_they_come
     written = []
     write = step.write
     monkeypatch.setattr(
-        step, "write", lambda path, rows: write(path, rows) or written.append(len(json.loads(file.read_text())))
+        step,
+        "write",
+        lambda path, rows: write(path, rows) or written.append(len(json.loads(file.read_text()))),
     )
-    arguments = "--arch resnet_tiny --sizes 16 --batch-sizes 8 --rounds 1 --device cpu --amp off --variants --json"
+    arguments = (
+        "--arch resnet_tiny --sizes 16 --batch-sizes 8 --rounds 1 --device cpu --amp off --variants --json"
+    )
     assert step.main([*arguments.split(), str(file)]) == 0
-    assert [row["variant"] for row in json.loads(file.read_text())] == ["", "nchw", "batch 4"] and written == [1, 2, 3]
+    assert [row["variant"] for row in json.loads(file.read_text())] == [
+        "",
+        "nchw",
+        "batch 4",
+    ] and written == [1, 2, 3]
     assert "blurpool: not here (--use-blurpool needs the antialiased-cnns package)" in capsys.readouterr().out
     assert file.with_suffix(".png").stat().st_size > 1000
 

@@ -72,12 +72,16 @@ def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tm
 
     def record(name: str, words):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *args, **kw: (done.append((name, words(*args))), real(*args, **kw))[1])
+        monkeypatch.setattr(
+            os, name, lambda *args, **kw: (done.append((name, words(*args))), real(*args, **kw))[1]
+        )
 
     record("fsync", lambda fd: os.readlink(f"/proc/self/fd/{fd}"))
     record("replace", lambda a, b: (str(a), str(b)))
     real_find = checkpoint.find_damage
-    monkeypatch.setattr(checkpoint, "find_damage", lambda p, *only: (done.append(("read", str(p))), real_find(p))[1])
+    monkeypatch.setattr(
+        checkpoint, "find_damage", lambda p, *only: (done.append(("read", str(p))), real_find(p))[1]
+    )
     checkpoint.save(path, whole(step=4))
     partial, older = f"{path}.partial", f"{path.with_name('prev_last_x.pt')}"
     assert done == [("fsync", partial), ("read", partial), ("read", str(path)),
@@ -105,7 +109,9 @@ def test_a_checkpoint_is_as_readable_as_umask_says(tmp_path, mask, mode):
 
 
 def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here")))
+    monkeypatch.setattr(
+        os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here"))
+    )
     for step in (1, 2):
         checkpoint.save(tmp_path / "last_x.pt", whole(step=step))
         checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
@@ -187,12 +193,16 @@ def test_a_disk_that_recovers_costs_a_retry_and_nothing_else(full_disk, monkeypa
 
 def test_a_file_that_does_not_read_back_is_no_checkpoint(full_disk, monkeypatch):
     path, before = full_disk
-    monkeypatch.setattr(checkpoint, "find_damage", lambda p: "checksum wrong" if p.suffix == ".partial" else "")
+    monkeypatch.setattr(
+        checkpoint, "find_damage", lambda p: "checksum wrong" if p.suffix == ".partial" else ""
+    )
     refused_and_untouched(path, before)
 
 
 def test_any_file_that_meets_a_full_disk_ends_in_two_lines(monkeypatch, capsys):
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
+    handlers = {
+        n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    }
 
     def full(argv):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/metrics.jsonl")
@@ -247,7 +257,9 @@ def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path)
 
 def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_path):
     """torch would hand out memory that it never filled in place of a weight."""
-    place = small.rindex(b"archive/data/1") - 8  # the external attributes of its record in the central directory
+    place = (
+        small.rindex(b"archive/data/1") - 8
+    )  # the external attributes of its record in the central directory
     (tmp_path / "last_x.pt").write_bytes(small[:place] + bytes([small[place] ^ 0x10]) + small[place + 1 :])
     with pytest.raises(CheckpointError, match="it holds a directory"):
         checkpoint.load(tmp_path / "last_x.pt")
@@ -284,7 +296,9 @@ def test_what_is_no_checkpoint_is_named_with_what_there_is(run_dir, capsys, name
         path.write_bytes(content)
     with pytest.raises(CheckpointError, match=words) as caught:
         main("--resume", path, "--save-dir", run_dir)
-    assert caught.value.exit_code == 4 and str(path) in caught.value.what and before[0].name in caught.value.fix
+    assert (
+        caught.value.exit_code == 4 and str(path) in caught.value.what and before[0].name in caught.value.fix
+    )
 
 
 # Malice
@@ -348,10 +362,20 @@ def test_weights_alone_start_a_run_but_do_not_resume_one(wrapped, run_dir, tmp_p
         main("--resume", tmp_path / "weights.bin", "--save-dir", tmp_path / "new")
     assert "--init-from" in caught.value.fix
     main(
-        *TINY, "--init-from", tmp_path / "weights.bin", "--save-dir", tmp_path / "new", "--stop-after", 1, "--lr", 1e-30
+        *TINY,
+        "--init-from",
+        tmp_path / "weights.bin",
+        "--save-dir",
+        tmp_path / "new",
+        "--stop-after",
+        1,
+        "--lr",
+        1e-30,
     )
     started = checkpoint.load(last(tmp_path / "new"))["model"]
-    assert all(torch.equal(started[k], v) for k, v in weights.items() if "running" not in k and "num_" not in k)
+    assert all(
+        torch.equal(started[k], v) for k, v in weights.items() if "running" not in k and "num_" not in k
+    )
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -381,12 +405,21 @@ def test_tensors_are_saved_from_the_cpu(tmp_path):
     weights = {"w": torch.arange(3.0).as_subclass(OnDevice)}
     checkpoint.save(tmp_path / "x.pt", whole(model=weights))
     checkpoint.save_weights(tmp_path / "w.pt", weights)
-    for found in (checkpoint.load(tmp_path / "x.pt")["model"], torch.load(tmp_path / "w.pt", weights_only=True)):
+    for found in (
+        checkpoint.load(tmp_path / "x.pt")["model"],
+        torch.load(tmp_path / "w.pt", weights_only=True),
+    ):
         assert type(found["w"]) is torch.Tensor and found["w"].tolist() == [0, 1, 2]
 
 
 def test_malformed_flags_in_a_checkpoint_are_refused(run_dir):
-    for name, value in (("epochs", "many"), ("lr", float("nan")), ("arch", "no_such"), ("ema", "yes"), ("subset", [1])):
+    for name, value in (
+        ("epochs", "many"),
+        ("lr", float("nan")),
+        ("arch", "no_such"),
+        ("ema", "yes"),
+        ("subset", [1]),
+    ):
         saved = checkpoint.load(last(run_dir))
         saved.pop("schema")
         saved["config"][name] = value
@@ -404,7 +437,10 @@ def test_auto_passes_over_damaged_files_and_says_why(run_dir, capsys):
     step = checkpoint.load(older)["step"]
     assert main("--resume", "auto", "--save-dir", run_dir, "--stop-after", 12) == 0
     out = capsys.readouterr().out
-    assert f"passed over damaged or incomplete checkpoint {last(run_dir)}" in out and f"resuming from {older}" in out
+    assert (
+        f"passed over damaged or incomplete checkpoint {last(run_dir)}" in out
+        and f"resuming from {older}" in out
+    )
     assert step < 12 and checkpoint.load(last(run_dir))["step"] == 12
     assert checkpoint.load(older)["step"] == step  # the damaged one did not take its place
 
@@ -513,7 +549,10 @@ def test_killed_at_a_point_of_saving_and_resumed_it_is_the_same_run(point, tmp_p
     straight, killed, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
     main(*TINY, "--save-dir", straight)
     main(*TINY, "--save-dir", killed, "--stop-after", 4)
-    assert finish(spawn("--resume", "auto", "--save-dir", killed, output=log, CRASH_POINT=point)) == -signal.SIGKILL
+    assert (
+        finish(spawn("--resume", "auto", "--save-dir", killed, output=log, CRASH_POINT=point))
+        == -signal.SIGKILL
+    )
     assert finish(spawn("--resume", "auto", "--save-dir", killed, output=log)) == 0, log.read_text()
     for kind in ("last", "best"):
         assert digest(killed, kind) == digest(straight, kind)
@@ -524,7 +563,9 @@ def test_killed_at_a_point_of_saving_and_resumed_it_is_the_same_run(point, tmp_p
 # Older schemas
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "fixtures").glob("checkpoint_v*.pt")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tests" / "fixtures").glob("checkpoint_v*.pt")), ids=lambda p: p.stem
+)
 def test_a_checkpoint_of_every_schema_ever_released_loads_and_resumes(path, tmp_path):
     model, payload = checkpoint.load_model(path)
     assert payload["step"] == 12 and payload["eval"]["classes"]

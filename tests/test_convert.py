@@ -52,7 +52,12 @@ def test_the_zoo_is_exported_as_it_is():
 
 
 def test_what_torchvision_does_not_have_is_not_exported():
-    for model in (preact_resnet50(2), resnet18(2, stem="small"), resnet18(2, stem="d"), resnet18(2, 0.0, True)):
+    for model in (
+        preact_resnet50(2),
+        resnet18(2, stem="small"),
+        resnet18(2, stem="d"),
+        resnet18(2, 0.0, True),
+    ):
         with pytest.raises(UsageError, match="torchvision has no"):
             to_torchvision(model)
 
@@ -115,7 +120,9 @@ def test_another_class_count_names_both_and_the_way_out(source):
 def test_reset_head_keeps_the_models_own_classifier(source):
     model = resnet18(200)
     adapted = adapt_state_dict(source.state_dict(), model, reset_head=True)
-    assert torch.equal(adapted["fc.weight"], model.fc.weight) and torch.equal(adapted["fc.bias"], model.fc.bias)
+    assert torch.equal(adapted["fc.weight"], model.fc.weight) and torch.equal(
+        adapted["fc.bias"], model.fc.bias
+    )
     assert torch.equal(adapted["layer4.1.conv2.weight"], source.layer4[1].conv2.weight)
     model.load_state_dict(adapted, strict=True)
     headless = {k: v for k, v in source.state_dict().items() if not k.startswith("fc.")}
@@ -134,7 +141,9 @@ def test_reset_head_works_for_the_zoo():
 def test_another_architecture_is_refused_by_name(source, reset_head):
     before = {k: v.clone() for k, v in source.state_dict().items()}
     other = resnet50(7)
-    with pytest.raises(CheckpointError, match=r"checkpoint: resnet50, 7 classes; now: resnet18, 7 classes") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint: resnet50, 7 classes; now: resnet18, 7 classes"
+    ) as caught:
         adapt_state_dict(other.state_dict(), source, reset_head)
     assert "--arch" in caught.value.fix
     assert equal(before, source.state_dict())  # refused before anything was touched
@@ -151,7 +160,9 @@ def test_a_missing_or_extra_tensor_is_named(source):
         adapt_state_dict(state, resnet18(7))
 
 
-@pytest.mark.parametrize("payload", [{}, {"epoch": 3}, {"model": {"x": 1}}, {"model": {}}, [1, 2], "text", None])
+@pytest.mark.parametrize(
+    "payload", [{}, {"epoch": 3}, {"model": {"x": 1}}, {"model": {}}, [1, 2], "text", None]
+)
 def test_a_file_without_weights_is_refused(payload):
     with pytest.raises(CheckpointError, match="no model weights"):
         find_weights(payload)

@@ -30,7 +30,9 @@ def test_cross_entropy_on_smoothed_targets_is_torchs_label_smoothing(smoothing):
     logits, labels = torch.randn(6, 5, dtype=torch.float64), torch.randint(5, (6,))
     ours = LOSSES["ce"](logits, soft_targets(labels, 5, smoothing))
     assert ours.dtype == torch.float64
-    torch.testing.assert_close(ours, F.cross_entropy(logits, labels, label_smoothing=smoothing), rtol=1e-7, atol=0)
+    torch.testing.assert_close(
+        ours, F.cross_entropy(logits, labels, label_smoothing=smoothing), rtol=1e-7, atol=0
+    )
 
 
 def test_mixup_is_the_formula_and_leaves_its_input_alone():

@@ -125,10 +125,15 @@ def test_scoring_with_skip_leaves_bad_images_out_and_names_them(photos, tmp_path
     data = find("imagenet", tmp_path / "d")
     with pytest.raises(DataError, match=bad[0].name):
         list(eval_loader(data.train, data, image_size=16, batch_size=2))
-    loader = eval_loader(data.train, data, image_size=16, batch_size=2, num_workers=workers, on_bad_image="skip")
+    loader = eval_loader(
+        data.train, data, image_size=16, batch_size=2, num_workers=workers, on_bad_image="skip"
+    )
     found = list(loader)
     assert [name.rpartition("/")[2] for name in loader.bad] == [path.name for path in bad]
-    assert all(len(images) == len(labels) for images, labels in found) and min(len(labels) for _, labels in found) == 0
+    assert (
+        all(len(images) == len(labels) for images, labels in found)
+        and min(len(labels) for _, labels in found) == 0
+    )
     assert torch.bincount(torch.cat([labels for _, labels in found])).tolist() == [24, 21, 24]
 
 
@@ -265,7 +270,9 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
     loader.batches.pin_memory = True
     iterator = iter(loader)
     dataloader.end_workers()
-    assert alive_at_end == [True] and not any(process.is_alive() for process in loader.batches._iterator._workers)
+    assert alive_at_end == [True] and not any(
+        process.is_alive() for process in loader.batches._iterator._workers
+    )
     del iterator
     assert threading.active_count() < 10
 

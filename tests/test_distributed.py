@@ -55,7 +55,8 @@ def test_the_ranks_take_the_samples_that_one_rank_would_in_the_same_order(world)
     for shuffle in (True, False):
         alone = [batch.ids for batch in Order(53, 12, seed=5, shuffle=shuffle)]
         shared = zip(
-            *(Order(53, 12, seed=5, shuffle=shuffle, rank=k, world_size=world) for k in range(world)), strict=True
+            *(Order(53, 12, seed=5, shuffle=shuffle, rank=k, world_size=world) for k in range(world)),
+            strict=True,
         )
         joined = [np.concatenate([batch.ids for batch in parts]) for parts in shared]
         assert len(joined) == len(alone) and all(map(np.array_equal, joined, alone))
@@ -86,8 +87,14 @@ def test_every_validation_sample_counts_once_however_ragged(world):
         logits = model.double()(images[:n].double())
         model.float()
         top = logits.topk(5, 1).indices
-        assert (top1, top5, count) == (int((top[:, 0] == labels[:n]).sum()), int((top == labels[:n, None]).sum()), n)
-        assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels[:n], reduction="sum").item(), rel=1e-6)
+        assert (top1, top5, count) == (
+            int((top[:, 0] == labels[:n]).sum()),
+            int((top == labels[:n, None]).sum()),
+            n,
+        )
+        assert loss == pytest.approx(
+            nn.functional.cross_entropy(logits, labels[:n], reduction="sum").item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("rank, marked", [(0, None), (1, 1)])
@@ -104,7 +111,10 @@ def test_only_the_loss_of_a_rank_is_named_so():
         lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)),
     ):
         raise RuntimeError(words)
-    with pytest.raises(RuntimeError, match="shape"), lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)):
+    with (
+        pytest.raises(RuntimeError, match="shape"),
+        lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)),
+    ):
         raise RuntimeError("shape mismatch")
     with pytest.raises(RuntimeError, match="gloo"), lost_ranks_named(Runtime(torch.device("cpu"))):
         raise RuntimeError(words)
@@ -116,7 +126,12 @@ def test_only_the_loss_of_a_rank_is_named_so():
 def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_goes_on(tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     codes = run(
-        2, log, *TINY, "--save-dir", save_dir, only={1: {"AT": "train_utils.train_step:7", "SIGNALS": str(TERM)}}
+        2,
+        log,
+        *TINY,
+        "--save-dir",
+        save_dir,
+        only={1: {"AT": "train_utils.train_step:7", "SIGNALS": str(TERM)}},
     )
     said = log.read_text()
     assert codes == [143, 143] and "Traceback" not in said, said
@@ -139,7 +154,9 @@ def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize("where", ["train_utils.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"])
+@pytest.mark.parametrize(
+    "where", ["train_utils.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"]
+)
 def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
     if dies == 1 and "save" in where:
         where = "runtime.Runtime.barrier:1"

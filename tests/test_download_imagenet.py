@@ -50,7 +50,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if how == "to":  # /to/<address>
             return self.answer(302, {"Location": self.server.location}, b"")
         if how == "html":
-            return self.answer(200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Please log in</html>")
+            return self.answer(
+                200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Please log in</html>"
+            )
         if how == "login":
             return self.answer(200, {"Content-Type": "application/x-tar"}, b"<!doctype html>Please log in")
         if how == "unsaid":
@@ -84,7 +86,9 @@ def cut_and_wrong(handler, body):
     asked = len(handler.server.requests)
     if handler.headers.get("Range"):
         return handler.answer(206, {"Content-Range": f"bytes 7-{len(body) - 1}/{len(body)}"}, body[7:])
-    handler.answer(200, {"ETag": '"v1"', "Content-Length": str(len(body))}, body[: len(body) // 2 + 5000 * asked])
+    handler.answer(
+        200, {"ETag": '"v1"', "Content-Length": str(len(body))}, body[: len(body) // 2 + 5000 * asked]
+    )
 
 
 def other_total(handler, body):
@@ -141,7 +145,9 @@ HOSTILE = {
     "endless": endless,
     "endlessredirect": endless_redirect,
     "oddlength": lambda handler, body: handler.answer(200, {"Content-Length": "\xb2"}, body),
-    "hugerange": lambda handler, body: handler.answer(206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}, body),
+    "hugerange": lambda handler, body: handler.answer(
+        206, {"Content-Range": f"bytes 0-9/{'9' * 5000}"}, body
+    ),
     "later": lambda handler, body: handler.answer(503, {"Retry-After": "99999999999"}, b""),
 }
 
@@ -161,7 +167,9 @@ def server():
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     monkeypatch.setattr(os, "sync", lambda: None)
-    monkeypatch.setattr(download, "__kwdefaults__", {**download.__kwdefaults__, "pause": lambda seconds: None})
+    monkeypatch.setattr(
+        download, "__kwdefaults__", {**download.__kwdefaults__, "pause": lambda seconds: None}
+    )
 
 
 @pytest.fixture
@@ -229,7 +237,9 @@ def test_a_part_that_is_already_whole(want):
     fetch._write_note(wanted, {"url": wanted.url, "validator": '"v1"'})
     assert download(wanted).read_bytes() == BODY
     wanted.path.rename(wanted.part)
-    wanted.part.write_bytes(BODY + b"more")  # longer than the file: of another version, although the note says not
+    wanted.part.write_bytes(
+        BODY + b"more"
+    )  # longer than the file: of another version, although the note says not
     fetch._write_note(wanted, {"url": wanted.url, "validator": '"v1"'})
     assert download(wanted).read_bytes() == BODY
 
@@ -308,7 +318,9 @@ def test_how_long_to_wait_is_not_the_servers_to_say(want):
     assert pauses == [2.0, 4.0, 8.0, 16.0]
 
 
-@pytest.mark.parametrize("address", ["http://[", "https://[::1", "https://a..b/x", "http://127.0.0.1:99999999/x"])
+@pytest.mark.parametrize(
+    "address", ["http://[", "https://[::1", "https://a..b/x", "http://127.0.0.1:99999999/x"]
+)
 def test_an_address_that_is_none_is_no_traceback(address, tmp_path, server, want):
     wanted = Wanted(address, tmp_path / "x.zip", md5=MD5, allow_loopback=True)
     refused((DataError, UsageError), wanted)
@@ -317,7 +329,9 @@ def test_an_address_that_is_none_is_no_traceback(address, tmp_path, server, want
 
 
 def test_no_server_at_all(tmp_path):
-    assert "refused" in refused(DataError, Wanted("http://127.0.0.1:9/x.zip", tmp_path / "x.zip", md5=MD5)).what
+    assert (
+        "refused" in refused(DataError, Wanted("http://127.0.0.1:9/x.zip", tmp_path / "x.zip", md5=MD5)).what
+    )
 
 
 def test_redirects_are_followed_a_few_times_and_never_to_plain_http(want, server, tmp_path):
@@ -325,7 +339,12 @@ def test_redirects_are_followed_a_few_times_and_never_to_plain_http(want, server
     assert download(want("to")).read_bytes() == BODY
     server.location = f"{server.at}/to/x.tar.gz"
     assert refused(DataError, want("to")) and len(server.requests) < 12
-    for address in ("http://example.invalid/x.tar.gz", "file:///etc/passwd", "ftp://example.invalid/x", "data:,x"):
+    for address in (
+        "http://example.invalid/x.tar.gz",
+        "file:///etc/passwd",
+        "ftp://example.invalid/x",
+        "data:,x",
+    ):
         server.location = address
         error = refused((DataError, UsageError), want("to"))
         assert "plain http" in error.what or "not an address" in error.what or "302" in error.what
@@ -353,8 +372,17 @@ def test_which_addresses_are_allowed(tmp_path):
 
     assert allowed("https://image-net.org/x") and allowed("http://image-net.org/x", md5=MD5)
     assert not allowed("http://image-net.org/x") and not allowed("http://127.0.0.1/x")
-    assert allowed("http://127.0.0.1/x", allow_loopback=True) and not allowed("http://10.0.0.1/x", allow_loopback=True)
-    for url in ("file:///etc/passwd", "ftp://a/b", "data:,x", "image-net.org/x", "https://user:secret@a.org/x", ""):
+    assert allowed("http://127.0.0.1/x", allow_loopback=True) and not allowed(
+        "http://10.0.0.1/x", allow_loopback=True
+    )
+    for url in (
+        "file:///etc/passwd",
+        "ftp://a/b",
+        "data:,x",
+        "image-net.org/x",
+        "https://user:secret@a.org/x",
+        "",
+    ):
         assert not allowed(url, md5=MD5)
 
 
@@ -456,7 +484,11 @@ def test_a_tar_is_read_as_tarfile_wrote_it(format, name, tmp_path):
     folder.uname = "Müller"  # makes a remark in PAX_FORMAT
     data = tar_of([folder, *files.items()], name, format)
     assert open_and_unpack(data, tmp_path / "out", name=name) == len(files)
-    out = {str(p.relative_to(tmp_path / "out")): p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    out = {
+        str(p.relative_to(tmp_path / "out")): p.read_bytes()
+        for p in (tmp_path / "out").rglob("*")
+        if p.is_file()
+    }
     assert out == files
     assert stat.S_IMODE((tmp_path / "out/empty").stat().st_mode) & 0o7133 == 0
 
@@ -495,7 +527,9 @@ def test_unexpected_names_are_refused_and_nothing_is_written_outside(name, tmp_p
             place(name)
         with pytest.raises(DataError, match="unexpected name"):
             open_and_unpack(
-                tar_of([("n01440764/n01440764_1.JPEG", b"1"), (name, b"2")]), inside / "out", ilsvrc.train_place
+                tar_of([("n01440764/n01440764_1.JPEG", b"1"), (name, b"2")]),
+                inside / "out",
+                ilsvrc.train_place,
             )
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == [inside / "x.tar"]
 
@@ -608,7 +642,9 @@ def small_imagenet():
     """{archive name: content} of an ImageNet of 9 + 6 images."""
     from scipy.io import savemat
 
-    synsets = np.array([(k + 1, wnid) for k, wnid in enumerate(IDS)], [("ILSVRC2012_ID", object), ("WNID", object)])
+    synsets = np.array(
+        [(k + 1, wnid) for k, wnid in enumerate(IDS)], [("ILSVRC2012_ID", object), ("WNID", object)]
+    )
     savemat(meta := io.BytesIO(), {"synsets": synsets.reshape(-1, 1)})
     kit, truth = ilsvrc.DEVKIT_FOLDER, "".join(f"{k + 1}\n" for k in LABELS).encode()
     return {
@@ -663,7 +699,13 @@ def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(smal
 
 def test_auto_killed_anywhere_can_be_run_again(small, server, tmp_path, monkeypatch):
     server.files |= small
-    steps = [(fetch, "_append"), (fetch, "verify"), (unpack, "_write"), (os, "sync"), (folders, "list_classes")]
+    steps = [
+        (fetch, "_append"),
+        (fetch, "verify"),
+        (unpack, "_write"),
+        (os, "sync"),
+        (folders, "list_classes"),
+    ]
     for k, (module, name) in enumerate(steps * 2):
         child = os.fork()
         if child == 0:
@@ -764,7 +806,10 @@ def real_counts():
     counts[:105] = 1118  # 895 x 1300 + 105 x 1118 = 1,280,890
     counts[0] += 1_281_167 - counts.sum()
     train = {name: [b"x"] * count for name, count in zip(names, counts, strict=True)}
-    return {"train": folders.Listing(b"/", train), "val": folders.Listing(b"/", {name: [b"x"] * 50 for name in names})}
+    return {
+        "train": folders.Listing(b"/", train),
+        "val": folders.Listing(b"/", {name: [b"x"] * 50 for name in names}),
+    }
 
 
 def test_the_counts_of_the_real_imagenet_are_checked_and_differences_named(monkeypatch):
@@ -813,7 +858,10 @@ def tiny_files():
         files |= {f"tiny-imagenet-200/train/{wnid}/images/{wnid}_{i}.JPEG": b"x" for i in range(2)}
         files[f"tiny-imagenet-200/val/images/val_{wnid[-1]}.JPEG"] = b"y"
     rows = "".join(f"val_{wnid[-1]}.JPEG\t{wnid}\t0\t0\t9\t9\n" for wnid in IDS[:2])
-    return files | {"tiny-imagenet-200/val/val_annotations.txt": rows.encode(), "tiny-imagenet-200/words.txt": b""}
+    return files | {
+        "tiny-imagenet-200/val/val_annotations.txt": rows.encode(),
+        "tiny-imagenet-200/words.txt": b"",
+    }
 
 
 def test_simple_fetches_tiny_imagenet(server, tmp_path, monkeypatch, capsys):
@@ -826,7 +874,9 @@ def test_simple_fetches_tiny_imagenet(server, tmp_path, monkeypatch, capsys):
     assert f"python train.py --dataset tiny-imagenet --data-dir {tmp_path}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["tiny-imagenet-200/../evil", "elsewhere/x", "tiny-imagenet-200/train/evil.py"])
+@pytest.mark.parametrize(
+    "name", ["tiny-imagenet-200/../evil", "elsewhere/x", "tiny-imagenet-200/train/evil.py"]
+)
 def test_simple_refuses_a_zip_with_foreign_names(name, server, tmp_path, monkeypatch):
     small_simple(monkeypatch, server, "tiny-imagenet", zip_of(tiny_files() | {name: b"evil"}), (4, 2))
     with pytest.raises(DataError, match="unexpected name"):
@@ -846,7 +896,9 @@ def test_simple_fetches_cifar(server, tmp_path, monkeypatch):
     rows = {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0, 1]}
     members = {"train": rows, "test": rows, "meta": {b"fine_label_names": [b"apple", b"bear"]}}
     files = [(f"cifar-100-python/{name}", pickle.dumps(content)) for name, content in members.items()]
-    data = tar_of([special("cifar-100-python", tarfile.DIRTYPE), *files, ("cifar-100-python/file.txt~", b"")], "x.gz")
+    data = tar_of(
+        [special("cifar-100-python", tarfile.DIRTYPE), *files, ("cifar-100-python/file.txt~", b"")], "x.gz"
+    )
     small_simple(monkeypatch, server, "cifar100", data, (2, 2))
     assert main(["--method", "simple", "--dataset", "cifar100", "--data-dir", str(tmp_path)]) == 0
     assert index("cifar100", tmp_path).classes == ("apple", "bear")

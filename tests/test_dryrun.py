@@ -79,7 +79,11 @@ def test_the_projection_is_steps_times_the_measured_rate(tmp_path, monkeypatch, 
     hours = [dryrun.try_phase(run, phase, 0.0) for phase in run.phases]
     assert [training for training, _ in hours] == [pytest.approx(40 / 1800 / 3600)] * 3
     per_validation = (4 + 4 / 2) / 1800 / 3600  # val with two models, the training sample with one
-    assert [validation for _, validation in hours] == [0, pytest.approx(per_validation), pytest.approx(per_validation)]
+    assert [validation for _, validation in hours] == [
+        0,
+        pytest.approx(per_validation),
+        pytest.approx(per_validation),
+    ]
 
 
 def test_a_full_plan_is_described_quickly():

@@ -85,7 +85,8 @@ def test_torchvision_loads_a_resnet18(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"), [({"arch": "resnet_tiny"}, "no resnet_tiny"), ({"arch": "resnet18", "stem": "small"}, "small")]
+    ("more", "message"),
+    [({"arch": "resnet_tiny"}, "no resnet_tiny"), ({"arch": "resnet18", "stem": "small"}, "small")],
 )
 def test_torchvision_has_no_such_model(more, message, tmp_path):
     with pytest.raises(UsageError, match=message):

@@ -25,9 +25,12 @@ def files(tmp_path_factory) -> Path:
 def check(cases: list[Case], files: Path, root: Path) -> None:
     found = fuzzing.run_all(cases, files, root)
     lines = [
-        f"{len(where)} x {what}: {where[0]}" for what, where in sorted(found.items(), key=lambda item: -len(item[1]))
+        f"{len(where)} x {what}: {where[0]}"
+        for what, where in sorted(found.items(), key=lambda item: -len(item[1]))
     ]
-    assert not found, f"{len(found)} kinds of failure in {len(cases)} cases, folders in {root}\n" + "\n".join(lines)
+    assert not found, f"{len(found)} kinds of failure in {len(cases)} cases, folders in {root}\n" + "\n".join(
+        lines
+    )
 
 
 @pytest.mark.fuzz

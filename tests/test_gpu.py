@@ -75,9 +75,9 @@ def test_drop_path_under_compile_and_graphs_reads_its_seed_anew(mode):
 @pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
 def test_every_precision_trains(tmp_path, amp):
     rows = fitted([*LEARNS, "--amp", amp], tmp_path).state.rows
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and sum(row["bad_steps"] for row in rows) <= 2 + 16 * (
-        amp == "fp16"
-    )
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and sum(
+        row["bad_steps"] for row in rows
+    ) <= 2 + 16 * (amp == "fp16")
 
 
 def test_fp16_that_overflows_backs_off_and_moves_nothing(tmp_path):
@@ -112,7 +112,13 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path):
 
 def test_prefetched_batches_equal_those_of_the_cpu(photos):
     data = find("imagenet", photos)
-    options = {"image_size": 48, "batch_size": 8, "augment": parse_augment("full"), "seed": 5, "num_workers": 2}
+    options = {
+        "image_size": 48,
+        "batch_size": 8,
+        "augment": parse_augment("full"),
+        "seed": 5,
+        "num_workers": 2,
+    }
     busy = torch.randn(4096, 4096, device="cuda")
     seen = []
     for images, labels in train_loader(data, **options, device="cuda"):
@@ -141,7 +147,10 @@ def test_a_later_phase_that_does_not_fit_is_found_at_the_start(tmp_path):
     sizes = ["--resize-schedule", "16,512", "--phase-batch-sizes", "8,32", "--epochs", "2", "--amp", "off"]
     run = tiny_run(tmp_path, *GPU, *sizes)
     before = tensors(run.state)
-    with memory_limited_to(400), pytest.raises(ResourceError, match=r"phase 2: 512 px, batch 32.*MiB free") as caught:
+    with (
+        memory_limited_to(400),
+        pytest.raises(ResourceError, match=r"phase 2: 512 px, batch 32.*MiB free") as caught,
+    ):
         preflight.check_resources(run, workers=0)
     assert "--accumulate" in caught.value.fix and "--phase-batch-sizes 8," in caught.value.fix
     pieces = int(caught.value.fix.split("--accumulate ")[1].split(",")[0])
@@ -160,7 +169,10 @@ def test_memory_that_runs_out_in_training_is_named(tmp_path):
         preflight.out_of_memory_named(run),
     ):
         train_step(
-            run.state, how, torch.randn(32, 3, 512, 512, device="cuda"), torch.zeros(32, dtype=torch.long).cuda()
+            run.state,
+            how,
+            torch.randn(32, 3, 512, 512, device="cuda"),
+            torch.zeros(32, dtype=torch.long).cuda(),
         )
 
 

@@ -13,7 +13,9 @@ from base import flags
 LAYERS = {  # package or module -> its layer; imports point strictly downwards, or stay inside one package
     "base": 0,
     **dict.fromkeys(("data_utils", "ema", "optim", "sources", "models", "harness.interrupts"), 1),
-    **dict.fromkeys(("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_curve"), 1),
+    **dict.fromkeys(
+        ("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_curve"), 1
+    ),
     **dict.fromkeys(("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log"), 2),
     **dict.fromkeys(("loop", "analysis.predictions", "analysis.export"), 3),
     **dict.fromkeys(("harness.build", "harness.preflight", "harness.dryrun"), 4),
@@ -77,7 +79,9 @@ def test_at_the_top_of_a_script_only_base_is_imported(name):
     names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
     names |= {n.module for n in top if isinstance(n, ast.ImportFrom)}
     heavy = {
-        n for n in names if n.split(".")[0] in {"torch", "torchvision", "numpy", "cv2", "PIL", "matplotlib", "sklearn"}
+        n
+        for n in names
+        if n.split(".")[0] in {"torch", "torchvision", "numpy", "cv2", "PIL", "matplotlib", "sklearn"}
     }
     assert not heavy
     ours = {name for name in names if name.split(".")[0] in {m.split(".")[0] for m in modules()}}
@@ -88,9 +92,9 @@ def test_schemas_is_imported_only_where_a_file_is_read():
     for path in modules().values():
         top = ast.parse(path.read_text(encoding="utf-8")).body
         names = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
-        assert not {"base.schemas", "pydantic"} & (names | {n.module for n in top if isinstance(n, ast.ImportFrom)}) or (
-            path.name == "schemas.py"
-        ), path
+        assert not {"base.schemas", "pydantic"} & (
+            names | {n.module for n in top if isinstance(n, ast.ImportFrom)}
+        ) or (path.name == "schemas.py"), path
 
 
 def readme() -> str:
@@ -127,13 +131,17 @@ def test_the_documents_flags_have_the_documents_defaults():
 
 def test_readmes_tree_names_every_file_and_no_other():
     block = readme().split("## How it is built")[1].split("```")[1]
-    named = set(re.findall(r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.M))
+    named = set(
+        re.findall(r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.M)
+    )
     files = {p.name for p in ROOT.glob("*.py")} | {
         f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()
     }
     assert files <= {n.lstrip("./") for n in named}
     for name in named:
-        assert (ROOT / name).exists() or list(ROOT.rglob(name)), f"README's tree names {name}, which is not there"
+        assert (ROOT / name).exists() or list(ROOT.rglob(name)), (
+            f"README's tree names {name}, which is not there"
+        )
 
 
 def test_every_link_of_readme_leads_somewhere():

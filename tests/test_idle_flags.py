@@ -70,7 +70,11 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
     "ema_ramp": ["--no-ema-ramp"],
     "ema_decay": ["--ema-decay 0"],  # below what the ramp begins with
 }
-SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # seen as they are set, not by what comes of it
+SETTINGS = {
+    "save_every",
+    "eval_every",
+    "early_stop_patience",
+}  # seen as they are set, not by what comes of it
 # Over these every flag is tried.
 MODES = [
     *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),
@@ -129,9 +133,13 @@ def judge(recipe: str, name: str, mode: str) -> bool:
         )
     else:
         noted = any(
-            row.note and flags.why_idle(row, config_of(recipe, mode)) for row in flags.TABLE if row.name == name
+            row.note and flags.why_idle(row, config_of(recipe, mode))
+            for row in flags.TABLE
+            if row.name == name
         )
-        assert noted or any(one != plain for one in found), f"{name} does nothing under {mode!r} and is not refused"
+        assert noted or any(one != plain for one in found), (
+            f"{name} does nothing under {mode!r} and is not refused"
+        )
     return any(refused)
 
 
@@ -142,7 +150,15 @@ def config_of(recipe: str, mode: str):
 def test_every_flag_has_a_row_and_a_test():
     actions = {action.dest for action in train.build_parser()._actions} - {"help"}
     assert {row.name for row in flags.TABLE} == actions == VALUES.keys() | WHOLE
-    assert {row.changes for row in flags.TABLE} == {"plan", "model", "trace", "processes", "output", "files", "resume"}
+    assert {row.changes for row in flags.TABLE} == {
+        "plan",
+        "model",
+        "trace",
+        "processes",
+        "output",
+        "files",
+        "resume",
+    }
 
 
 @pytest.mark.parametrize(("name", "mode"), IDLE)
@@ -240,7 +256,9 @@ def test_momentum_data_dir_and_drop_path_are_notes():
     config, given = flags.parse(train.build_parser(), ["--momentum", "0.5", "--dataset", "digits", "--data-dir", "x", "--arch",
                                                        "mobilenet_v3_large", "--drop-path-rate", "0.1"])  # fmt: skip
     notes = " ".join(flags.check_train(config, given))
-    assert all(f"note: {flag} is not used" in notes for flag in ("--momentum", "--data-dir", "--drop-path-rate"))
+    assert all(
+        f"note: {flag} is not used" in notes for flag in ("--momentum", "--data-dir", "--drop-path-rate")
+    )
 
 
 @pytest.mark.slow

@@ -191,7 +191,9 @@ def test_the_error_survives_the_way_between_processes():
 @settings(max_examples=80, deadline=None)
 @given(st.data())
 def test_any_bytes_give_an_image_or_a_bad_image(data):
-    whole = bytearray(encoded(photo(16, 16), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "WEBP"]))))
+    whole = bytearray(
+        encoded(photo(16, 16), data.draw(st.sampled_from(["JPEG", "PNG", "GIF", "BMP", "WEBP"])))
+    )
     for _ in range(data.draw(st.integers(1, 5))):
         whole[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))
     try:

@@ -22,7 +22,10 @@ def test_drop_path_keeps_the_expected_value_and_drops_whole_samples():
 
 def test_drop_path_adds_the_shortcut_to_what_it_kept():
     torch.manual_seed(1)
-    branch, shortcut = torch.randn(64, 3, 2, 2, dtype=torch.float64), torch.randn(64, 3, 2, 2, dtype=torch.float64)
+    branch, shortcut = (
+        torch.randn(64, 3, 2, 2, dtype=torch.float64),
+        torch.randn(64, 3, 2, 2, dtype=torch.float64),
+    )
     branch.requires_grad_()
     out = DropPath(0.5).train()(branch, shortcut)
     kept = (out != shortcut).flatten(1).any(1)
@@ -77,7 +80,10 @@ def test_blur_takes_the_aliasing_out_of_a_checkerboard():
 
 
 def test_blur_is_the_binomial_filter_with_zero_padding():
-    maps, taps = torch.randn(2, 3, 9, 6, dtype=torch.float64), torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8
+    maps, taps = (
+        torch.randn(2, 3, 9, 6, dtype=torch.float64),
+        torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8,
+    )
     weight = torch.outer(taps, taps).expand(3, 1, 4, 4)
     expected = F.conv2d(F.pad(maps, (1, 2, 1, 2)), weight, stride=2, groups=3)
     torch.testing.assert_close(Blur(3).double()(maps), expected, rtol=0, atol=1e-15)
@@ -102,4 +108,6 @@ def test_blur_has_no_weights_and_follows_dtype_copy_and_autocast():
         half = blur(maps.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), plain, rtol=0.02, atol=0.02)
-    assert torch.equal(copy.deepcopy(blur).bfloat16()(maps.bfloat16()), half)  # sixty-fourths are exact in bf16
+    assert torch.equal(
+        copy.deepcopy(blur).bfloat16()(maps.bfloat16()), half
+    )  # sixty-fourths are exact in bf16

@@ -63,7 +63,9 @@ def add_csv(place):
 
 def add_xml(place):
     for name, wnid in VAL.items():
-        text = f"<annotation><filename>{name[:-5]}</filename><object><name>{wnid}</name></object></annotation>"
+        text = (
+            f"<annotation><filename>{name[:-5]}</filename><object><name>{wnid}</name></object></annotation>"
+        )
         put(place / "Annotations/CLS-LOC/val" / f"{name[:-5]}.xml", text.encode())
 
 
@@ -72,7 +74,9 @@ def add_devkit(place):
 
     data = place / "ILSVRC2012_devkit_t12/data"
     data.mkdir(parents=True)
-    numbers = {wnid: number for number, wnid in enumerate(reversed(IDS), start=1)}  # not in the order of the ids
+    numbers = {
+        wnid: number for number, wnid in enumerate(reversed(IDS), start=1)
+    }  # not in the order of the ids
     rows = np.array([(n, w) for w, n in numbers.items()], dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
     savemat(data / "meta.mat", {"synsets": rows.reshape(-1, 1)})
     lines = [f"{numbers[VAL[name]]}\n" for name in sorted(VAL)]
@@ -120,7 +124,9 @@ def test_every_layout_of_the_same_data_gives_the_same_labels(make, tmp_path):
 
 def test_the_ilsvrc_tree_is_found_from_each_of_its_levels(tmp_path):
     layout_kaggle_csv(tmp_path)
-    prints = [index("imagenet", tmp_path / below).fingerprint() for below in ("", "ILSVRC", "ILSVRC/Data/CLS-LOC")]
+    prints = [
+        index("imagenet", tmp_path / below).fingerprint() for below in ("", "ILSVRC", "ILSVRC/Data/CLS-LOC")
+    ]
     assert prints[0] == prints[1] == prints[2]
 
 
@@ -194,7 +200,10 @@ def test_differing_classes_are_listed_and_val_is_mapped_by_train(tmp_path):
     assert class_of(found, found.val) == val  # not shifted by the missing first class
     put(tmp_path / "val" / "n00000009" / "x.JPEG")
     for allow in (False, True):
-        assert "only in val: n00000009" in refused(DataError, "imagenet", tmp_path, allow_class_mismatch=allow).what
+        assert (
+            "only in val: n00000009"
+            in refused(DataError, "imagenet", tmp_path, allow_class_mismatch=allow).what
+        )
 
 
 def test_an_empty_validation_class_is_a_missing_one(tmp_path):
@@ -205,7 +214,11 @@ def test_an_empty_validation_class_is_a_missing_one(tmp_path):
 
 def test_a_flat_val_without_labels_is_explained(tmp_path):
     error = refused(DataError, "imagenet", make_flat(tmp_path))
-    assert "flat val" in error.what and "LOC_val_solution.csv" in error.fix and "download_imagenet.py" in error.fix
+    assert (
+        "flat val" in error.what
+        and "LOC_val_solution.csv" in error.fix
+        and "download_imagenet.py" in error.fix
+    )
 
 
 def test_a_flat_val_with_an_image_that_has_no_label(tmp_path):
@@ -282,13 +295,17 @@ def test_class_lists(tmp_path):
 
 def test_imagenet100_is_the_published_list_over_imagenet(tmp_path):
     listed = imagenet.read_class_list(ROOT / "sources/imagenet100.txt")
-    names = [line.split(" ", 1) for line in (ROOT / "sources/imagenet_names.txt").read_text().splitlines()[2:]]
+    names = [
+        line.split(" ", 1) for line in (ROOT / "sources/imagenet_names.txt").read_text().splitlines()[2:]
+    ]
     ids = [wnid for wnid, _ in names]
     assert len(listed) == 100 and listed <= {wnid.encode() for wnid in ids}
     assert len(ids) == 1000 == len({name for _, name in names}) and ids == sorted(ids)
     keep = sorted(wnid.decode() for wnid in listed)
     classes = [*keep, *(wnid for wnid in ids if wnid not in keep)][:102]
-    make_folders(tmp_path, {f"{wnid}_1.JPEG": wnid for wnid in classes}, {f"v{wnid}.JPEG": wnid for wnid in classes})
+    make_folders(
+        tmp_path, {f"{wnid}_1.JPEG": wnid for wnid in classes}, {f"v{wnid}.JPEG": wnid for wnid in classes}
+    )
     found = index("imagenet100", tmp_path)
     assert (found.name, list(found.classes)) == ("imagenet100", keep)
     assert len(index("imagenet", tmp_path).classes) == 102
@@ -340,7 +357,9 @@ def test_tiny_imagenet_as_published(below, tmp_path):
 def test_tiny_imagenet_70_30_pools_and_splits_anew(tmp_path):
     make_tiny(tmp_path, per_class=(12, 8))
     official, found = index("tiny-imagenet", tmp_path), index("tiny-imagenet", tmp_path, split="70-30")
-    assert np.bincount(found.train.labels).tolist() == [14, 14] and np.bincount(found.val.labels).tolist() == [6, 6]
+    assert np.bincount(found.train.labels).tolist() == [14, 14] and np.bincount(
+        found.val.labels
+    ).tolist() == [6, 6]
     pool = class_of(found, found.train) | class_of(found, found.val)
     assert pool == class_of(official, official.train) | class_of(official, official.val)
     assert found.fingerprint() == index("tiny-imagenet", tmp_path, split="70-30").fingerprint()
@@ -359,7 +378,9 @@ def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(pho
     root = os.fsencode(shutil.copytree(photos, tmp_path / "d"))
     for part in (b"train", b"val"):
         image = sorted(os.listdir(os.path.join(root, part, b"cat")))[0]
-        os.rename(os.path.join(root, part, b"cat", image), os.path.join(root, part, b"cat", b"\xff\xfe\x1b.JPEG"))
+        os.rename(
+            os.path.join(root, part, b"cat", image), os.path.join(root, part, b"cat", b"\xff\xfe\x1b.JPEG")
+        )
         put(Path(os.fsdecode(os.path.join(root, part, b"cat", b"\xff\x1b.txt"))), b"")
     found = index("imagenet", os.fsdecode(root))
     assert len(found.train) == 72 and all(note.isprintable() and note.isascii() for note in found.notes)
@@ -390,7 +411,13 @@ def test_damaged_labels_are_no_traceback(damage, tmp_path):
 def test_annotations_are_looked_into_only_so_far(tmp_path):
     """No XML is parsed, so entities that expand to gigabytes are nothing to it; nor is a huge file read."""
     make_flat(tmp_path)
-    laughs = b"<!DOCTYPE x [<!ENTITY a '" + b"ha" * 1000 + b"'>]><x>" + b"&a;" * 1000 + b"<name>n01440764</name></x>"
+    laughs = (
+        b"<!DOCTYPE x [<!ENTITY a '"
+        + b"ha" * 1000
+        + b"'>]><x>"
+        + b"&a;" * 1000
+        + b"<name>n01440764</name></x>"
+    )
     for name in VAL:
         put(tmp_path / "Annotations/CLS-LOC/val" / f"{name[:-5]}.xml", laughs)
     put(tmp_path / "Annotations/CLS-LOC/val" / os.fsdecode(b"\xff.xml"), b"<name>n01440764</name>")
@@ -421,7 +448,11 @@ class Py2:
         if isinstance(value, int):
             return b"J" + value.to_bytes(4, "little", signed=True)
         if isinstance(value, np.ndarray):
-            empty = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + self.string(b"b") + b"tR"
+            empty = (
+                b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85"
+                + self.string(b"b")
+                + b"tR"
+            )
             dtype = b"cnumpy\ndtype\n(" + self.string(b"u1") + b"K\x00K\x01tR" + b"(K\x03" + self.string(b"|") + \
                 b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"  # fmt: skip
             shape = b"(" + b"".join(map(self.value, value.shape)) + b"t"
@@ -450,14 +481,19 @@ def make_cifar(root, which, dumps):
     for file in (*which.train, which.val):
         batch, numbers = rng.integers(0, 256, (4, 32, 32, 3), np.uint8), rng.permutation(4).tolist()
         rows = np.ascontiguousarray(batch.transpose(0, 3, 1, 2)).reshape(4, 3072)
-        put(folder / file, dumps({b"data": rows, which.labels: numbers, b"filenames": [b"a.png", b"", b"\xe9", b"\0"]}))
+        put(
+            folder / file,
+            dumps({b"data": rows, which.labels: numbers, b"filenames": [b"a.png", b"", b"\xe9", b"\0"]}),
+        )
         if file != which.val:
             images.append(batch)
             labels += numbers
     return np.concatenate(images), labels
 
 
-@pytest.mark.parametrize("writer", [Py2(), *map(Py3, range(6))], ids=["py2", *(f"protocol{k}" for k in range(6))])
+@pytest.mark.parametrize(
+    "writer", [Py2(), *map(Py3, range(6))], ids=["py2", *(f"protocol{k}" for k in range(6))]
+)
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_cifar_from_its_python_archive(dataset, writer, tmp_path):
     from sources.cifar import CIFAR10, CIFAR100
@@ -523,7 +559,9 @@ def test_a_hostile_cifar_archive_is_refused_in_little_memory(value, tmp_path):
     from sources.cifar import CIFAR100
 
     make_cifar(tmp_path, CIFAR100, pickle.dumps)
-    (tmp_path / CIFAR100.folder / "train").write_bytes(b"\x80\x04}(C\x04data" + value + b"C\x0bfine_labels]K\x00au.")
+    (tmp_path / CIFAR100.folder / "train").write_bytes(
+        b"\x80\x04}(C\x04data" + value + b"C\x0bfine_labels]K\x00au."
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused(DataError, "cifar100", tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB
@@ -594,7 +632,9 @@ def test_synthetic_images_depend_on_their_id_alone_and_show_their_class():
 def test_a_huge_synthetic_dataset_costs_labels_only():
     found = index("synthetic:classes=1000,train=1281167,val=50000,size=224", "")
     assert len(found.train) == 1_281_167 and found.train.read([1_281_166])[0].shape == (224, 224, 3)
-    assert not [key for key, value in vars(found.train).items() if isinstance(value, np.ndarray) and key != "labels"]
+    assert not [
+        key for key, value in vars(found.train).items() if isinstance(value, np.ndarray) and key != "labels"
+    ]
 
 
 @pytest.mark.parametrize("text", ["classes=0", "classes=x", "colour=3", "classes", "train=-1"])
@@ -604,7 +644,9 @@ def test_a_size_that_cannot_be_is_a_usage_error(text):
 
 @pytest.mark.parametrize("dataset", ["imagnet", "hf", "digits:3", ""])
 def test_an_unknown_dataset_is_a_usage_error_that_lists_the_known(dataset, tmp_path):
-    error = refused(UsageError, dataset, tmp_path) if dataset != "hf" else refused(UsageError, "hf:", tmp_path)
+    error = (
+        refused(UsageError, dataset, tmp_path) if dataset != "hf" else refused(UsageError, "hf:", tmp_path)
+    )
     assert "tiny-imagenet" in error.fix or "hf:<" in error.fix
 
 
@@ -635,7 +677,9 @@ def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
 
 def make_hub(datasets, root):
     """A dataset of the hub as a local folder of parquet files: 3 + 2 images, cat and dog."""
-    features = datasets.Features({"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()})
+    features = datasets.Features(
+        {"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()}
+    )
     for part, labels in (("train", [1, 0, 1]), ("validation", [0, 1])):
         rows = {"label": labels, "image": [{"bytes": png(k), "path": None} for k in range(len(labels))]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{part}.parquet")
@@ -664,21 +708,31 @@ def test_hf_without_the_package_says_how_to_install_it(monkeypatch):
 
 def test_human_names_come_from_the_data_where_ours_do_not_know(tmp_path):
     put(tmp_path / "words.txt", b"n00000001\tthing, object\nn01440764\tsomething else\n")
-    assert imagenet.human_names(("n01440764", "n00000001", "n00000002"), tmp_path) == ("tench", "thing", "n00000002")
+    assert imagenet.human_names(("n01440764", "n00000001", "n00000002"), tmp_path) == (
+        "tench",
+        "thing",
+        "n00000002",
+    )
     put(tmp_path / "LOC_synset_mapping.txt", b"n00000002 second, 2nd\n")
     assert imagenet.human_names(("n00000002",), tmp_path) == ("second",)
     assert imagenet.human_names(("cat", "dog"), tmp_path) is None
 
 
 def test_an_incomplete_imagenet_is_noted():
-    names = [line.split(" ")[0].encode() for line in (ROOT / "sources/imagenet_names.txt").read_text().splitlines()[2:]]
+    names = [
+        line.split(" ")[0].encode()
+        for line in (ROOT / "sources/imagenet_names.txt").read_text().splitlines()[2:]
+    ]
     full = {"train": [1300] * 732 + [1232] * 267 + [622], "val": [50] * 1000}
     listings = {
-        k: folders.Listing(b"/", {n: [b"x"] * c for n, c in zip(names, v, strict=True)}) for k, v in full.items()
+        k: folders.Listing(b"/", {n: [b"x"] * c for n, c in zip(names, v, strict=True)})
+        for k, v in full.items()
     }
     found = folders.from_listings("imagenet_1k", listings["train"], listings["val"])
     assert len(found.val) == 50_000
-    assert imagenet._counts_note(found) == [f"train has {sum(full['train']):,} of ImageNet's 1,281,167 images"]
+    assert imagenet._counts_note(found) == [
+        f"train has {sum(full['train']):,} of ImageNet's 1,281,167 images"
+    ]
 
 
 def test_indexing_needs_no_torch(tmp_path):
@@ -691,7 +745,9 @@ assert not {{"torch", "torchvision", "datasets", "pyarrow"}} & sys.modules.keys(
 
 def test_the_size_of_the_synthetic_dataset_is_in_its_name():
     assert generated.SyntheticSize.parse("synthetic") == generated.SyntheticSize()
-    assert generated.SyntheticSize.parse("synthetic:size=32,classes=3") == generated.SyntheticSize(classes=3, size=32)
+    assert generated.SyntheticSize.parse("synthetic:size=32,classes=3") == generated.SyntheticSize(
+        classes=3, size=32
+    )
 
 
 def test_a_subset_larger_than_the_data_says_how_much_there_is():

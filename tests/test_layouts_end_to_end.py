@@ -45,7 +45,12 @@ def test_a_run_on_every_layout(case, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     make, dataset, num_train, num_val = CASES[case]
     make(tmp_path / "data")
-    arguments = ["--data-dir", tmp_path / "data", "--dataset", *dataset.format(root=tmp_path / "data").split()]
+    arguments = [
+        "--data-dir",
+        tmp_path / "data",
+        "--dataset",
+        *dataset.format(root=tmp_path / "data").split(),
+    ]
     arguments += ["--arch", "resnet_tiny", "--epochs", "1", "--batch-size", "2", "--resize-schedule", "16"]
     arguments += ["--num-workers", "0"]
     arguments += ["--device", "cpu", "--amp", "off", "--save-dir", tmp_path / "run"]

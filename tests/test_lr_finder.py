@@ -64,7 +64,9 @@ def prepared(net, optimizer, lr=1e-3, steps=1000, amp=None, mix=True):
     schedule = optim.Schedule(made, "onecycle", peak_lr=lr, total_steps=steps)
     state = TrainState(model, made, schedule, torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())
     mixer = data_utils.BatchMixer(10, 0.2 * mix, 1.0 * mix, 0.1 * mix)
-    return state, Step(model, mixer, data_utils.LOSSES["ce"], Runtime(CPU, amp), BatchNormBuffers(model), seed=0)
+    return state, Step(
+        model, mixer, data_utils.LOSSES["ce"], Runtime(CPU, amp), BatchNormBuffers(model), seed=0
+    )
 
 
 # (net, optimizer, mixing) and the range of peak rates whose 150 OneCycle steps end within a point of
@@ -148,7 +150,12 @@ def test_bf16_finds_what_fp32_finds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_a_gpu(tmp_path, amp):
-    assert lr_finder.main([*DIGITS, "--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]) == 0
+    assert (
+        lr_finder.main(
+            [*DIGITS, "--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]
+        )
+        == 0
+    )
     assert json.loads((tmp_path / "lr_finder.json").read_text())["suggestion"]
 
 
@@ -211,7 +218,9 @@ def test_noise_around_almost_nothing_is_no_divergence():
 def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     arguments = [*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr-scale", "sqrt",
                  "--save-dir", str(tmp_path / "a run")]  # fmt: skip
-    assert lr_finder.main([*arguments, "--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        lr_finder.main([*arguments, "--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]) == 0
+    )
     found = json.loads((tmp_path / "out" / "lr_finder.json").read_text())
     assert (found["phase"], found["image_size"], found["batch_size"]) == (3, 24, 16)
     assert len(found["lrs"]) == len(found["losses"]) > 30 and found["flags"]["arch"] == "resnet_tiny"
@@ -232,9 +241,23 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     # In this process: starting two others takes seconds and shows nothing more.
     here = SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=train.main(command[2:])))
     monkeypatch.setattr(lr_finder, "subprocess", here)
-    arguments = ["--mode", "accuracy", "--trials", "2", "--trial-epochs", "1", "--start-lr", "1e-3", "--end-lr", "1e-2"]
+    arguments = [
+        "--mode",
+        "accuracy",
+        "--trials",
+        "2",
+        "--trial-epochs",
+        "1",
+        "--start-lr",
+        "1e-3",
+        "--end-lr",
+        "1e-2",
+    ]
     assert (
-        lr_finder.main([*DIGITS, *arguments, "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]) == 0
+        lr_finder.main(
+            [*DIGITS, *arguments, "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
+        )
+        == 0
     )
     found = json.loads((tmp_path / "lr_finder.json").read_text())
     assert found["lrs"] == pytest.approx([1e-3, 1e-2]) and found["suggestion"] in found["lrs"]
@@ -278,7 +301,9 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(tmp_path):
 
 def test_a_training_that_diverges_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
     codes = iter([0, 5])
-    monkeypatch.setattr(lr_finder, "subprocess", SimpleNamespace(run=lambda command, **_: Done(next(codes), command)))
+    monkeypatch.setattr(
+        lr_finder, "subprocess", SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
+    )
     arguments = [*DIGITS, "--mode", "accuracy", "--trials", "2", "--out", str(tmp_path)]
     assert lr_finder.main(arguments) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())

@@ -48,7 +48,9 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
         log.log({"epoch": epoch, "val_top1": float(epoch), "val_loss": float("nan")})
     rows = read_metrics(tmp_path)
     assert [r["epoch"] for r in rows] == [1, 2, 3]
-    assert rows[0]["val_loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()  # JSON has none
+    assert (
+        rows[0]["val_loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    )  # JSON has none
     resumed = MetricLogger(tmp_path, rows[:2])
     resumed.log({"epoch": 3, "val_top1": 9.0})
     assert [r["val_top1"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 9.0]
@@ -81,7 +83,9 @@ def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
 
 
 def test_a_row_may_hold_more_than_this_code_knows_and_no_nan(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1, "val_loss": NaN, "train_loss": 1e999, "new": [1, "x"]}\n')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"epoch": 1, "val_loss": NaN, "train_loss": 1e999, "new": [1, "x"]}\n'
+    )
     (row,) = read_metrics(tmp_path)
     assert row["val_loss"] is row["train_loss"] is None and row["new"] == [1, "x"]
 

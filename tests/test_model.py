@@ -20,7 +20,9 @@ def twins(arch: str, num_classes: int = 1000, **options) -> tuple[nn.Module, nn.
     torch.manual_seed(0)
     reference = getattr(torchvision.models, arch)(num_classes=num_classes).double()
     for name, tensor in reference.state_dict().items():
-        if "bn" in name or "downsample.1" in name:  # fresh norms are all 0 and 1: half their mistakes would not show
+        if (
+            "bn" in name or "downsample.1" in name
+        ):  # fresh norms are all 0 and 1: half their mistakes would not show
             tensor.copy_(torch.rand_like(tensor.double()).add(0.5) if tensor.is_floating_point() else 3)
     model = OURS[arch](num_classes, drop_path_rate=0.0, **options).double()
     model.load_state_dict(adapt_state_dict(reference.state_dict(), model))

@@ -75,7 +75,9 @@ def test_arguments_are_described_in_words():
 def test_nothing_slow_or_restricted_is_imported_before_it_is_used():
     # torchvision takes 5 s, antialiased-cnns has a licence of its own.
     for path in Path(models.__file__).parent.glob("*.py"):
-        found = re.findall(r"^(?:import|from) (?:torchvision|antialiased_cnns)\b", path.read_text(), re.MULTILINE)
+        found = re.findall(
+            r"^(?:import|from) (?:torchvision|antialiased_cnns)\b", path.read_text(), re.MULTILINE
+        )
         assert not found, path.name
     path = Path(torchvision_zoo.__file__)
     assert "    import torchvision.models" in path.read_text().splitlines()

@@ -109,7 +109,9 @@ def test_state_is_plain_and_goes_on_bit_for_bit(name):
             o.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))
     # control: without the state the run would have gone elsewhere
-    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), fresh_model.parameters(), strict=True))
+    assert not any(
+        torch.equal(a, b) for a, b in zip(model.parameters(), fresh_model.parameters(), strict=True)
+    )
 
 
 def test_only_weights_decay_and_frozen_parameters_are_left_out():
@@ -198,7 +200,9 @@ def test_an_unknown_clip_mode_is_refused():
 
 def an_optimizer(lr=1.0):
     # Two groups with momentum: all groups are scheduled, and the momentum must stay as it is.
-    return torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=lr, momentum=0.9)
+    return torch.optim.SGD(
+        [{"params": [nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=lr, momentum=0.9
+    )
 
 
 def walk(schedule, steps):
@@ -234,14 +238,16 @@ TORCHS = {
     "onecycle": ({}, lambda o, n: lr_scheduler.OneCycleLR(o, 0.3, total_steps=n, cycle_momentum=False)),
     "cosine": ({}, lambda o, n: lr_scheduler.CosineAnnealingLR(o, T_max=n)),
     "cosine, warm": ({"warmup_steps": 7}, lambda o, n: warm_cosine(o, 7, n)),
-    "restarts": (
-        {"cycles": 3},
-        lambda o, n: lr_scheduler.CosineAnnealingWarmRestarts(o, math.ceil(n / 3)),
+    "restarts": ({"cycles": 3}, lambda o, n: lr_scheduler.CosineAnnealingWarmRestarts(o, math.ceil(n / 3))),
+    "step": (
+        {},
+        lambda o, n: lr_scheduler.MultiStepLR(o, [round(n / 3), round(2 * n / 3), round(8 * n / 9)]),
     ),
-    "step": ({}, lambda o, n: lr_scheduler.MultiStepLR(o, [round(n / 3), round(2 * n / 3), round(8 * n / 9)])),
     "triangular2": (
         {"cycles": 5},
-        lambda o, n: lr_scheduler.CyclicLR(o, 0.3 / 25, 0.3, n / 10, mode="triangular2", cycle_momentum=False),
+        lambda o, n: lr_scheduler.CyclicLR(
+            o, 0.3 / 25, 0.3, n / 10, mode="triangular2", cycle_momentum=False
+        ),
     ),
     "constant": ({}, lambda o, n: lr_scheduler.ConstantLR(o, factor=1.0)),
 }

@@ -96,8 +96,12 @@ def test_every_flag_is_tested_here_or_elsewhere():
     actions = {action.dest for action in train.build_parser()._actions} - {"help"}
     assert actions == OPTIONS.keys() | ELSEWHERE | {"batch_size"}
     texts = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
-    quoted = texts.replace(texts[texts.index("ELSEWHERE = {") : texts.index("}", texts.index("ELSEWHERE = {"))], "")
-    assert [name for name in sorted(ELSEWHERE) if flags.dashed(name) not in quoted and f"{name}=" not in quoted] == []
+    quoted = texts.replace(
+        texts[texts.index("ELSEWHERE = {") : texts.index("}", texts.index("ELSEWHERE = {"))], ""
+    )
+    assert [
+        name for name in sorted(ELSEWHERE) if flags.dashed(name) not in quoted and f"{name}=" not in quoted
+    ] == []
 
 
 def test_a_trace_is_the_same_twice():
@@ -135,7 +139,9 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
     other = config_of("--init-from", path, "--dataset", "synthetic:classes=7,train=40,val=7,size=8")
     with pytest.raises(UserError):
         train.start_from(built(other, tmp_path), other)
-    reset = config_of("--init-from", path, "--reset-head", "--dataset", "synthetic:classes=7,train=40,val=7,size=8")
+    reset = config_of(
+        "--init-from", path, "--reset-head", "--dataset", "synthetic:classes=7,train=40,val=7,size=8"
+    )
     run = built(reset, tmp_path)
     train.start_from(run, reset)
     assert torch.equal(run.state.model.conv1.weight, former.state.model.conv1.weight)
@@ -149,7 +155,9 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
         rundir.resumed_config(config_of("--lr", "0.1"), typed, saved)
     assert "--allow-change lr" in caught.value.fix
     assert (
-        rundir.resumed_config(config_of("--lr", "0.1", "--resume", "auto", "--allow-change", "lr"), typed, saved).lr
+        rundir.resumed_config(
+            config_of("--lr", "0.1", "--resume", "auto", "--allow-change", "lr"), typed, saved
+        ).lr
         == 0.1
     )
     assert rundir.resumed_config(config_of("--lr", "0.1"), frozenset(), saved).lr == 3e-4
@@ -162,7 +170,9 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
     ("dataset", None), ("dataset", {}), ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
 ])  # fmt: skip
 def test_a_checkpoints_flag_of_another_kind_is_refused_by_name(name, value):
-    with pytest.raises(CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")):
+    with pytest.raises(
+        CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")
+    ):
         rundir.check_saved(flags.plain(config_of()) | {name: value})
 
 

@@ -91,7 +91,9 @@ def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
     (out / "train-32" / "00001.arrow").unlink()
     calls, write = [], packing.write_group
     monkeypatch.setattr(packing, "write_group", lambda *a: calls.append(a[2]) or write(*a))
-    monkeypatch.setattr(pack_dataset, "_in_processes", lambda work, jobs, *_: ((tag, work(*a)) for tag, a in jobs))
+    monkeypatch.setattr(
+        pack_dataset, "_in_processes", lambda work, jobs, *_: ((tag, work(*a)) for tag, a in jobs)
+    )
     pack(folders, out)
     assert [(group.part, group.k) for group in calls] == [("train", 1)]
     assert files(out) == before

@@ -54,7 +54,12 @@ def out(packed_once, tmp_path):
 
 def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
     source, copy = index("imagenet", str(folders)), index("imagenet", str(packed_once))
-    assert (copy.name, copy.classes, copy.mean, copy.std) == (source.name, source.classes, source.mean, source.std)
+    assert (copy.name, copy.classes, copy.mean, copy.std) == (
+        source.name,
+        source.classes,
+        source.mean,
+        source.std,
+    )
     assert copy.fingerprint() == source.fingerprint()
     for mine, theirs in ((copy.train, source.train), (copy.val, source.val)):
         assert np.array_equal(mine.labels, theirs.labels) and mine.labels.dtype == np.int64
@@ -124,7 +129,10 @@ def test_hugging_face_datasets_opens_a_shard(packed_once):
     table = datasets.Dataset.from_file(split.shard_path(0))
     assert table.features["label"].names == ["class 0", "class 1", "class 2"]
     row = table[7]
-    assert np.array_equal(np.asarray(row["image"]), decode(split.read([7])[0])) and row["label"] == split.labels[7]
+    assert (
+        np.array_equal(np.asarray(row["image"]), decode(split.read([7])[0]))
+        and row["label"] == split.labels[7]
+    )
 
 
 def test_pixels_are_stored_without_loss(tmp_path):
@@ -137,7 +145,8 @@ def test_pixels_are_stored_without_loss(tmp_path):
     copy = open_packed(tmp_path / "out")
     assert copy.native_size == 8
     assert all(
-        np.array_equal(decode(data), image) for data, image in zip(copy.train.read(range(70)), pixels, strict=True)
+        np.array_equal(decode(data), image)
+        for data, image in zip(copy.train.read(range(70)), pixels, strict=True)
     )
 
 
@@ -228,7 +237,10 @@ def test_labels_that_do_not_fit_are_refused(labels, out):
     path = out / "train-labels.npy"
     path.write_bytes(labels) if isinstance(labels, bytes) else np.save(path, labels)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["parts"]["train"] |= {"labels_bytes": path.stat().st_size, "labels_crc32": packed.file_crc32(str(path))}
+    manifest["parts"]["train"] |= {
+        "labels_bytes": path.stat().st_size,
+        "labels_crc32": packed.file_crc32(str(path)),
+    }
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"train-labels\.npy"):
         open_packed(out)

@@ -42,9 +42,19 @@ def test_planned_yielded_and_scheduled_steps_are_one_number(samples, sizes, batc
     used = [b for b, length in zip(batches, share_epochs(epochs, weights, len(sizes)), strict=True) if length]
     if max(used) > samples:
         with pytest.raises(UsageError):
-            plan(epochs, sizes, samples, batch, phase_batch_sizes=batches, phase_epochs=weights, world_size=world)
+            plan(
+                epochs,
+                sizes,
+                samples,
+                batch,
+                phase_batch_sizes=batches,
+                phase_epochs=weights,
+                world_size=world,
+            )
         return
-    phases = plan(epochs, sizes, samples, batch, phase_batch_sizes=batches, phase_epochs=weights, world_size=world)
+    phases = plan(
+        epochs, sizes, samples, batch, phase_batch_sizes=batches, phase_epochs=weights, world_size=world
+    )
     total = sum(p.steps for p in phases)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     schedule = optim.Schedule(torch.optim.SGD([weight], 1.0), "onecycle", peak_lr=1.0, total_steps=total,

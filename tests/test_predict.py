@@ -44,7 +44,10 @@ def test_the_answers_are_those_of_validation_bit_for_bit(photos, photo_run):
 def test_files_folders_and_flags_in_any_order(photos, photo_run, capsys):
     one = photos / "train" / "owl" / "owl_3.JPEG"
     found = json.loads(asked(capsys, "--top", 2, photo_run, one, "--json", "-", photos / "val", one))
-    assert [image["file"] for image in found["images"]][:2] == [str(one), str(photos / "val" / "cat" / "cat_0.JPEG")]
+    assert [image["file"] for image in found["images"]][:2] == [
+        str(one),
+        str(photos / "val" / "cat" / "cat_0.JPEG"),
+    ]
     assert len(found["images"]) == 1 + 21 + 1 and found["images"][0] == found["images"][-1]
     assert all(len(image["predictions"]) == 2 for image in found["images"])
     assert found["bad"] == [] and found["image_size"] == 24 and found["weights"] == "ema"
@@ -77,12 +80,22 @@ def test_bad_images_are_named_and_the_others_answered(photos, photo_run, tmp_pat
                       "--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")])  # fmt: skip
     assert error.value.exit_code == 3
     said = capsys.readouterr().err
-    for words in ("=cmd()\\x1b.png: not an image", "truncated.JPEG: ", "none.jpg: No such file", "empty: no images"):
+    for words in (
+        "=cmd()\\x1b.png: not an image",
+        "truncated.JPEG: ",
+        "none.jpg: No such file",
+        "empty: no images",
+    ):
         assert words in said
     assert "\x1b" not in said and "caf" not in said
     found = json.loads((tmp_path / "out.json").read_text())
     assert [image["file"] for image in found["images"]] == [str(tmp_path / name) for name in names[1:3]]
-    assert {bad["file"].rpartition("/")[2] for bad in found["bad"]} == {names[0], names[3], "none.jpg", "empty"}
+    assert {bad["file"].rpartition("/")[2] for bad in found["bad"]} == {
+        names[0],
+        names[3],
+        "none.jpg",
+        "empty",
+    }
     assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 2 * 3
 
 

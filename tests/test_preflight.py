@@ -80,7 +80,8 @@ def test_the_trial_step_leaves_no_trace(run):
     assert torch.equal(torch.random.get_rng_state(), grown)
     assert all(p.grad is None for p in run.state.model.parameters())
     assert all(
-        torch.equal(a, b) for a, b in zip(before["model"].values(), run.state.model.state_dict().values(), strict=True)
+        torch.equal(a, b)
+        for a, b in zip(before["model"].values(), run.state.model.state_dict().values(), strict=True)
     )
     assert before["optimizer"] == run.state.optimizer.state_dict()
 
@@ -103,7 +104,9 @@ SAID = [
     RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+    ),
     RuntimeError(
         "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
     ),

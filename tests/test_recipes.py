@@ -16,7 +16,13 @@ from train_utils import plan
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
 CLASSES = {"imagenet": 1000, "imagenet100": 100, "tiny-imagenet": 200, "cifar100": 100, "digits": 10}
-IMAGES = {"imagenet": 1_281_167, "imagenet100": 126_689, "tiny-imagenet": 100_000, "cifar100": 50_000, "digits": 1438}
+IMAGES = {
+    "imagenet": 1_281_167,
+    "imagenet100": 126_689,
+    "tiny-imagenet": 100_000,
+    "cifar100": 50_000,
+    "digits": 1438,
+}
 
 
 def parsed(*arguments: object):
@@ -46,7 +52,9 @@ def test_a_recipe_is_parsed_planned_and_built(path):
     warmup = round(config.warmup_epochs * phases[0].steps_per_epoch) if config.schedule == "cosine" else 0
     schedule = Schedule(optimizer, config.schedule, peak_lr=config.lr, total_steps=steps, cycles=config.cycles,
                         warmup_steps=warmup)  # fmt: skip
-    assert max(schedule.lr_at(step) for step in range(0, steps, 1 + steps // 500)) == pytest.approx(config.lr, rel=0.05)
+    assert max(schedule.lr_at(step) for step in range(0, steps, 1 + steps // 500)) == pytest.approx(
+        config.lr, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

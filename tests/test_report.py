@@ -34,8 +34,12 @@ def make_run(folder, *, name: str = "owl", lr: float = 0.1):
     (folder / "validation").mkdir()
     rows = [row(1), row(2, val_top1=None, val_loss=None), row(3, best=True), row(4)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "config.json").write_text(json.dumps({"arch": "resnet18", "dataset": name, "lr": lr, "epochs": 4}))
-    (folder / "env.json").write_text(json.dumps({"torch": "2.x", "device": name, "command": f"train.py {name}"}))
+    (folder / "config.json").write_text(
+        json.dumps({"arch": "resnet18", "dataset": name, "lr": lr, "epochs": 4})
+    )
+    (folder / "env.json").write_text(
+        json.dumps({"torch": "2.x", "device": name, "command": f"train.py {name}"})
+    )
     scores = {"results": [{"image_size": 48, "weights": "ema", "bn": "trained", "tta": "none", "top1": 44.25, "top5": 81.0,
                            "loss": 1.4, "macro_f1": 43.9, "ece": 2.5}],
               "per_class": [{"class": "n1", "name": name, "precision": 0.5, "recall": 0.25, "f1": 0.3, "support": 4}],
@@ -106,10 +110,15 @@ def test_the_report_of_one_run_holds_what_is_known_about_it(run_dir, tmp_path):
 
 def test_nothing_leads_out_of_the_page(run_dir, tmp_path):
     text = written(run_dir, out=tmp_path / "r.html")
-    assert not re.search(r"https?:|//[a-z]|url\(|@import|<link|<iframe|<base", re.sub(r"base64,[^\"]+", "", text))
+    assert not re.search(
+        r"https?:|//[a-z]|url\(|@import|<link|<iframe|<base", re.sub(r"base64,[^\"]+", "", text)
+    )
     links = [value for name, value in Reader(text).attributes if name in ("src", "href", "action")]
     assert links and all(value.startswith(("#", "data:image/png;base64,")) for value in links)
-    assert f"sha256-{base64.b64encode(__import__('hashlib').sha256(page.SCRIPT.encode()).digest()).decode()}" in text
+    assert (
+        f"sha256-{base64.b64encode(__import__('hashlib').sha256(page.SCRIPT.encode()).digest()).decode()}"
+        in text
+    )
 
 
 def test_no_name_becomes_markup(tmp_path):
@@ -180,7 +189,9 @@ def test_the_list_names_each_runs_score_and_what_sets_it_apart(run_dir, tmp_path
     assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr", "0.5"]
 
 
-def test_what_is_missing_or_older_than_the_checkpoint_is_made_and_nothing_else(run_dir, tmp_path, monkeypatch):
+def test_what_is_missing_or_older_than_the_checkpoint_is_made_and_nothing_else(
+    run_dir, tmp_path, monkeypatch
+):
     commands = []
     monkeypatch.setattr(report, "call", lambda command: commands.append(command) or "it failed")
     assert report.main([str(run_dir)]) == 0 and not commands  # no checkpoint

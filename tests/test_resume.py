@@ -16,7 +16,13 @@ import train
 from base.errors import CheckpointError
 from harness import checkpoint
 
-BF16 = [*TINY, "--amp", "bf16", "--resize-schedule", "32,40,48"]  # see build._without_broken_bf16 for why not 16 px
+BF16 = [
+    *TINY,
+    "--amp",
+    "bf16",
+    "--resize-schedule",
+    "32,40,48",
+]  # see build._without_broken_bf16 for why not 16 px
 STEPS = 11  # of the TINY run on 72 images: 3 + 4 + 4
 
 
@@ -39,9 +45,21 @@ def straight(photos, tmp_path_factory):
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
 def test_stopped_after_any_step_and_resumed_with_other_workers(stop, straight, photos, tmp_path):
-    run("--data-dir", photos, *TINY, "--save-dir", tmp_path, "--num-workers", (stop + 1) % 3, "--stop-after", stop)
+    run(
+        "--data-dir",
+        photos,
+        *TINY,
+        "--save-dir",
+        tmp_path,
+        "--num-workers",
+        (stop + 1) % 3,
+        "--stop-after",
+        stop,
+    )
     assert payload(tmp_path)["step"] == stop
-    assert len(payload(tmp_path)["rows"]) == sum(stop > end for end in (3, 7, 11))  # at an epoch's end: not yet scored
+    assert len(payload(tmp_path)["rows"]) == sum(
+        stop > end for end in (3, 7, 11)
+    )  # at an epoch's end: not yet scored
     run("--save-dir", tmp_path, "--resume", "auto", "--num-workers", stop % 3)
     assert digest(tmp_path) == straight["off"]
 
@@ -73,7 +91,9 @@ def test_whatever_else_is_switched_on_a_resumed_run_is_the_undisturbed_one(varia
         flags = [*TINY[:4], "--resize-schedule", "24", "--batch-size", "16", *TINY[10:], "--compile"]
     if variant == "packed":
         data = tmp_path / "packed"
-        assert pack_dataset.main(["--data-dir", str(photos), "--out", str(data), "--stored-sides", "24,32"]) == 0
+        assert (
+            pack_dataset.main(["--data-dir", str(photos), "--out", str(data), "--stored-sides", "24,32"]) == 0
+        )
     if variant == "skip":
         data = shutil.copytree(photos, tmp_path / "damaged")
         for path in sorted((data / "train").glob("*/*"))[::7]:
@@ -81,7 +101,9 @@ def test_whatever_else_is_switched_on_a_resumed_run_is_the_undisturbed_one(varia
     run("--data-dir", data, *flags, "--save-dir", tmp_path / "straight", "--num-workers", 0)
     run("--data-dir", data, *flags, "--save-dir", tmp_path / "a", "--num-workers", 2, "--stop-after", 5)
     (last,) = (tmp_path / "a").glob("last_*.pt")
-    run("--save-dir", tmp_path / "b", "--resume", last, "--num-workers", 1, "--stop-after", 8)  # in another directory
+    run(
+        "--save-dir", tmp_path / "b", "--resume", last, "--num-workers", 1, "--stop-after", 8
+    )  # in another directory
     run("--save-dir", tmp_path / "b", "--resume", "auto", "--num-workers", 0)
     assert digest(tmp_path / "b") == digest(tmp_path / "straight")
 
@@ -91,7 +113,9 @@ def test_a_clock_that_jumps_changes_no_bit(straight, photos, tmp_path, monkeypat
     jumps, later = itertools.cycle([0.0, 1e9, -1e9, 3.0]), itertools.count(0, 50_000)
     now, monotonic, precise = time.time, time.monotonic, time.perf_counter
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
-    monkeypatch.setattr(time, "monotonic", lambda: monotonic() + next(later))  # it never goes back, but a laptop sleeps
+    monkeypatch.setattr(
+        time, "monotonic", lambda: monotonic() + next(later)
+    )  # it never goes back, but a laptop sleeps
     monkeypatch.setattr(time, "perf_counter", lambda: precise() + next(later))
     run(
         "--data-dir",
@@ -164,7 +188,13 @@ def test_twentyfive_kills_at_random_instants_lose_nothing(straight, photos, tmp_
             arguments = ("--data-dir", photos, *TINY) if fresh else ()
             overwrite = ("--overwrite",) if fresh else ("--resume", "auto")
             process = spawn(
-                *arguments, "--save-dir", save_dir, "--num-workers", rng.choice((0, 1)), *overwrite, output=log
+                *arguments,
+                "--save-dir",
+                save_dir,
+                "--num-workers",
+                rng.choice((0, 1)),
+                *overwrite,
+                output=log,
             )
             process.join(rng.uniform(0.1, max(lengths, default=4.0)))
             if process.is_alive():
@@ -175,9 +205,13 @@ def test_twentyfive_kills_at_random_instants_lose_nothing(straight, photos, tmp_
                 lengths.append(time.monotonic() - started)
                 break
         arguments = (
-            ("--resume", "auto") if list(save_dir.glob("*.pt")) else ("--data-dir", photos, *TINY, "--overwrite")
+            ("--resume", "auto")
+            if list(save_dir.glob("*.pt"))
+            else ("--data-dir", photos, *TINY, "--overwrite")
         )
-        assert finish(spawn(*arguments, "--save-dir", save_dir, "--num-workers", 0, output=log)) == 0, log.read_text()
+        assert finish(spawn(*arguments, "--save-dir", save_dir, "--num-workers", 0, output=log)) == 0, (
+            log.read_text()
+        )
         lengths.append(lengths[-1] if lengths else 3.0)
         assert digest(save_dir) == straight["off"], log.read_text()
 

@@ -249,7 +249,9 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_not_followed(kind, when, tm
         odd_lock(directory, kind)
     else:
         real = build.build
-        monkeypatch.setattr(build, "build", lambda *args, **how: [real(*args, **how), odd_lock(directory, kind)][0])
+        monkeypatch.setattr(
+            build, "build", lambda *args, **how: [real(*args, **how), odd_lock(directory, kind)][0]
+        )
     with pytest.raises(ResourceError, match=r"\.lock|Too many levels|directory"):
         run(*TINY, "--save-dir", directory)
     assert {p.name for p in directory.iterdir()} == {".lock"}
@@ -299,7 +301,8 @@ def test_a_filesystem_without_locks_has_runs(number, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "place", ["harness.checkpoint.save", "harness.log.MetricLogger.log", "base.files.write_json", "loop.evaluate"]
+    "place",
+    ["harness.checkpoint.save", "harness.log.MetricLogger.log", "base.files.write_json", "loop.evaluate"],
 )
 def test_a_directory_that_is_removed_ends_the_run_by_name(place, tmp_path, monkeypatch):
     owner, _, name = place.rpartition(".")
@@ -341,7 +344,9 @@ def test_trouble_with_the_machine_is_two_lines_and_exit_6(fault, words, capsys, 
         errors.run(main)
 
 
-@pytest.mark.parametrize("bug", [TypeError("x"), OSError(errno.EBADF, "Bad file descriptor"), OSError("no number")])
+@pytest.mark.parametrize(
+    "bug", [TypeError("x"), OSError(errno.EBADF, "Bad file descriptor"), OSError("no number")]
+)
 def test_a_bug_of_ours_still_shows(bug):
     def main(argv):
         raise bug
@@ -362,7 +367,9 @@ def test_a_tracker_that_does_not_import_says_why_before_anything_is_written(
     (tmp_path / "lib" / package).mkdir(parents=True)
     (tmp_path / "lib" / package / "__init__.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path / "lib")
-    for name in [n for n in sys.modules if n.split(".")[0] == package or n.startswith("torch.utils.tensorboard")]:
+    for name in [
+        n for n in sys.modules if n.split(".")[0] == package or n.startswith("torch.utils.tensorboard")
+    ]:
         monkeypatch.delitem(sys.modules, name)
     error = refused(2, *TINY, "--save-dir", tmp_path / "run", *flag, where=tmp_path / "lib")
     assert cause in error.what and package in error.what and "--force-reinstall" in error.fix

@@ -27,7 +27,9 @@ FOREIGN = [None, "5", True, 1.5, -50, 10**30, float("nan"), [], {}, [[[]]], "\x1
 
 def places(value, at=()):
     """Where everything in `value` is; of a list, the first item stands for all."""
-    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    items = (
+        value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    )
     for key, item in items:
         yield (*at, key), item
         yield from places(item, (*at, key))
@@ -54,7 +56,13 @@ def foreign(value):
         if not (as_good or (type(value) is float and new == 1.5)):
             yield new
     if isinstance(value, torch.Tensor):
-        yield from (value.to(torch.int8), value.double(), value[None], value.flatten().repeat(3), value.to_sparse())
+        yield from (
+            value.to(torch.int8),
+            value.double(),
+            value[None],
+            value.flatten().repeat(3),
+            value.to_sparse(),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +154,9 @@ def test_lists_in_lists_and_one_list_in_many_places_take_no_time(payload, tmp_pa
         laughs = [laughs] * 10
     started = time.process_time()
     for content in (circle, laughs, {str(k): many for k in range(50_000)}):
-        torch.save({**payload, "config": {"x": content} if isinstance(content, list) else content}, tmp_path / "x.pt")
+        torch.save(
+            {**payload, "config": {"x": content} if isinstance(content, list) else content}, tmp_path / "x.pt"
+        )
         with pytest.raises(CheckpointError, match=r"nested deeper|holds over"):
             checkpoint.load(tmp_path / "x.pt")
     assert time.process_time() - started < 20
@@ -187,7 +197,9 @@ def test_what_an_optimizer_keeps_is_taken_bit_for_bit_and_nothing_else_is(name, 
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).to(
             memory_format=torch.channels_last
         )
-        optimizer = optim.build_optimizer(name, model, lr=0.1, momentum=momentum, nesterov=False, weight_decay=0.1)
+        optimizer = optim.build_optimizer(
+            name, model, lr=0.1, momentum=momentum, nesterov=False, weight_decay=0.1
+        )
         for _ in range(steps):
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
@@ -203,7 +215,9 @@ def test_what_an_optimizer_keeps_is_taken_bit_for_bit_and_nothing_else_is(name, 
     for mine, theirs in zip(after.state.values(), before.state.values(), strict=True):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(theirs[key])) for key in mine)
-        assert all(mine[key].stride() == theirs[key].stride() for key in mine if isinstance(mine[key], torch.Tensor))
+        assert all(
+            mine[key].stride() == theirs[key].stride() for key in mine if isinstance(mine[key], torch.Tensor)
+        )
     assert [group["lr"] for group in after.param_groups] == [0.1, 0.1] and "lr" in saved["param_groups"][0]
     assert [group["weight_decay"] for group in after.param_groups] == [0.1, 0.0]
 
@@ -226,7 +240,10 @@ def test_state_that_the_kernels_would_not_check_is_refused(name):
             torch.zeros(4, 4),
             torch.zeros(3, 4, dtype=torch.int8),
         ]
-        for new in [*wrong, *([value.double(), value[None]] if isinstance(value, torch.Tensor) else [True, 1.0])]:
+        for new in [
+            *wrong,
+            *([value.double(), value[None]] if isinstance(value, torch.Tensor) else [True, 1.0]),
+        ]:
             with pytest.raises(CheckpointError, match=f"parameter 0 has another {key}"):
                 optim.load_optimizer(optimizer, changed(saved, ("state", 0, key), new))
         with pytest.raises(CheckpointError, match="parameter 0 has"):
@@ -239,7 +256,9 @@ def test_state_that_the_kernels_would_not_check_is_refused(name):
     view = torch.zeros(1).expand(3, 4)
     taken = changed(saved, ("state", 0, key), view) if isinstance(value, torch.Tensor) else saved
     optim.load_optimizer(optimizer, taken)
-    assert all(p.stride() == (4, 1) for p in optimizer.state[model.weight].values() if getattr(p, "ndim", 0) == 2)
+    assert all(
+        p.stride() == (4, 1) for p in optimizer.state[model.weight].values() if getattr(p, "ndim", 0) == 2
+    )
 
 
 def test_another_optimizer_starts_without_state_and_says_so(stopped, tmp_path, capsys):
@@ -278,7 +297,9 @@ def packing(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     make_folders(folder / "data", per_class=3, val_per_class=2)
     assert (
-        pack_dataset.main(["--data-dir", str(folder / "data"), "--out", str(folder / "out"), "--stored-sides", "16"])
+        pack_dataset.main(
+            ["--data-dir", str(folder / "data"), "--out", str(folder / "out"), "--stored-sides", "16"]
+        )
         == 0
     )
     return folder / "out"
@@ -289,13 +310,21 @@ def test_every_field_of_a_manifest_deleted_or_made_wrong_is_refused(packing):
     whole, accepted, count = json.loads(path.read_text()), [], 0
     try:
         for at, value in places(whole):
-            for new in [(), *((new,) for new in foreign(value)), *[(1.5,)] * (type(value) is int), ("unknown",)]:
+            for new in [
+                (),
+                *((new,) for new in foreign(value)),
+                *[(1.5,)] * (type(value) is int),
+                ("unknown",),
+            ]:
                 count += 1
                 path.write_text(json.dumps(changed(whole, at, *new)))
                 try:
                     packed.open_packed(packing)
                 except DataError as error:
-                    assert error.exit_code == 3 and error.what.isprintable() and str(packing) in error.what, (at, new)
+                    assert error.exit_code == 3 and error.what.isprintable() and str(packing) in error.what, (
+                        at,
+                        new,
+                    )
                 else:
                     accepted.append((at, *new))
         path.write_text(json.dumps(whole | {"new\x1b": 1}))
@@ -311,13 +340,28 @@ def test_every_field_of_a_manifest_deleted_or_made_wrong_is_refused(packing):
 
 def harmless(at, *new) -> bool:
     """Names and digests may be any text; what they are is found out elsewhere."""
-    text = at[-1] in ("name", "digest", "train", "val", "classes") or at[-2:-1] in (("classes",), ("class_names",))
+    text = at[-1] in ("name", "digest", "train", "val", "classes") or at[-2:-1] in (
+        ("classes",),
+        ("class_names",),
+    )
     absent = (at[-1], new) in [("class_names", (None,)), ("native_size", (None,)), ("skipped", ([],))]
-    return absent or (bool(new) and text and isinstance(new[0], str)) or (at[0] in ("mean", "std") and new == (1.5,))
+    return (
+        absent
+        or (bool(new) and text and isinstance(new[0], str))
+        or (at[0] in ("mean", "std") and new == (1.5,))
+    )
 
 
 HEADER = b"\x93NUMPY\x01\x00v\x00{'descr': '<i4', 'fortran_order': False, 'shape': (1000000000000,), }"
-LABELS = [np.array([0, 1]), np.full(6, 9), np.full(6, -1), np.full((2, 3), 0), np.array(["a"] * 6), b"rubbish", HEADER]
+LABELS = [
+    np.array([0, 1]),
+    np.full(6, 9),
+    np.full(6, -1),
+    np.full((2, 3), 0),
+    np.array(["a"] * 6),
+    b"rubbish",
+    HEADER,
+]
 
 
 @pytest.mark.parametrize("content", LABELS)
@@ -329,7 +373,10 @@ def test_labels_that_are_none_are_refused(packing, tmp_path, content):
     else:
         np.save(path, content)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["parts"]["val"] |= {"labels_bytes": path.stat().st_size, "labels_crc32": packed.file_crc32(str(path))}
+    manifest["parts"]["val"] |= {
+        "labels_bytes": path.stat().st_size,
+        "labels_crc32": packed.file_crc32(str(path)),
+    }
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"val-labels\.npy are"):
         packed.open_packed(out)
@@ -362,7 +409,9 @@ NO_JSON = [b"5", b"[]", b"{", b"\xff", b"[" * 60_000]
     ("config.json", b'{"lr": {"y": 1}}', runs), ("env.json", b'{"x": [[]]}', runs), ("env.json", b'{"num_val": "9"}', results),
     ("env.json", b'{"commit": 5}', runs), ("run.json", b'{"status": 1}', results), ("run.json", b'{"flags": "x"}', results),
 ])  # fmt: skip
-def test_other_files_of_a_run_are_named_where_they_are_not_what_they_should_be(tmp_path, name, content, reader):
+def test_other_files_of_a_run_are_named_where_they_are_not_what_they_should_be(
+    tmp_path, name, content, reader
+):
     folder = tmp_path / "a-seed0"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')

@@ -28,16 +28,24 @@ def test_everything_equals_scikit_learn(seed, num_classes, n):
     turned = logits.numpy()[:, ::-1], num_classes - 1 - y
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        top5 = sk.top_k_accuracy_score(turned[1], turned[0], k=5, labels=range(num_classes)) if num_classes > 2 else 1.0
+        top5 = (
+            sk.top_k_accuracy_score(turned[1], turned[0], k=5, labels=range(num_classes))
+            if num_classes > 2
+            else 1.0
+        )
     assert answers.right[:, 1].mean() == pytest.approx(top5)
     probabilities = logits.double().softmax(1).numpy()
-    assert answers.losses.mean() == pytest.approx(sk.log_loss(y, probabilities, labels=range(num_classes)), rel=1e-5)
+    assert answers.losses.mean() == pytest.approx(
+        sk.log_loss(y, probabilities, labels=range(num_classes)), rel=1e-5
+    )
     assert answers.confidence == pytest.approx(probabilities.max(1), rel=1e-5)
 
     matrix = confusion(y, guesses, num_classes)
     assert np.array_equal(matrix, sk.confusion_matrix(y, guesses, labels=range(num_classes)))
     found = per_class(y, guesses, range(num_classes))
-    report = sk.classification_report(y, guesses, labels=range(num_classes), output_dict=True, zero_division=0)
+    report = sk.classification_report(
+        y, guesses, labels=range(num_classes), output_dict=True, zero_division=0
+    )
     assert found.macro_f1 == pytest.approx(report["macro avg"]["f1-score"])
     for k in range(num_classes):
         ours = found.precision[k], found.recall[k], found.f1[k], found.support[k]
@@ -54,7 +62,10 @@ def test_nan_is_never_right_and_no_guess():
 @settings(max_examples=100, deadline=None)
 def test_calibration_is_the_loop_of_its_definition(seed, n, bins):
     rng = np.random.default_rng(seed)
-    confidence, right = rng.integers(0, 2 * bins + 1, n) / (2 * bins), rng.random(n) < 0.5  # also on the edges
+    confidence, right = (
+        rng.integers(0, 2 * bins + 1, n) / (2 * bins),
+        rng.random(n) < 0.5,
+    )  # also on the edges
     error, found = 0.0, calibration(confidence, right, bins)
     for low, high, count in zip(found.edges, found.edges[1:], found.count, strict=False):
         inside = (confidence > low) & (confidence <= high) | (low == 0) & (confidence == 0)
@@ -75,7 +86,12 @@ def test_calibration_of_known_cases():
 
 def test_confused_pairs_are_sorted_by_number_then_share():
     matrix = np.array([[5, 2, 0], [2, 1, 1], [1, 0, 1]])
-    assert confused_pairs(matrix) == [Pair(1, 0, 2, 0.5), Pair(0, 1, 2, 2 / 7), Pair(2, 0, 1, 0.5), Pair(1, 2, 1, 0.25)]
+    assert confused_pairs(matrix) == [
+        Pair(1, 0, 2, 0.5),
+        Pair(0, 1, 2, 2 / 7),
+        Pair(2, 0, 1, 0.5),
+        Pair(1, 2, 1, 0.25),
+    ]
     assert confused_pairs(matrix, 1) == [Pair(1, 0, 2, 0.5)]
     assert confused_pairs(np.diag([3, 0])) == []
 

@@ -64,7 +64,9 @@ def test_nothing_runs_what_it_reads(path):
 
 def test_every_torch_load_reads_weights_only():
     tree = ast.parse((ROOT / "harness/checkpoint.py").read_text(encoding="utf-8"))
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"]
+    calls = [
+        node for node in ast.walk(tree) if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"
+    ]
     assert len(calls) == 1
     assert {k.arg: getattr(k.value, "value", None) for k in calls[0].keywords}["weights_only"] is True
 

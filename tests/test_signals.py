@@ -67,7 +67,9 @@ def nothing_is_left(group: int) -> bool:
 
 
 def stop_at(state: str, signals: str, save_dir: Path, log: Path, workers: int) -> int:
-    process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, AT=state, SIGNALS=signals)
+    process = spawn(
+        *TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, AT=state, SIGNALS=signals
+    )
     code = finish(process)
     assert nothing_is_left(process.pid)
     return code
@@ -97,11 +99,15 @@ def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
 FAST = [("train_utils.train_step:8", INT), ("train_utils.hits:1", TERM), ("harness.checkpoint._write_and_prove:1", TERM),
         ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
 REST = (
-    [(state, TERM) for state in STATES] + [(state, INT) for state in list(STATES)[::3]] + [("loop.evaluate:1", USR1)]
+    [(state, TERM) for state in STATES]
+    + [(state, INT) for state in list(STATES)[::3]]
+    + [("loop.evaluate:1", USR1)]
 )
 
 
-@pytest.mark.parametrize("state, number", [*FAST, *(pytest.param(*case, marks=pytest.mark.torture) for case in REST)])
+@pytest.mark.parametrize(
+    "state, number", [*FAST, *(pytest.param(*case, marks=pytest.mark.torture) for case in REST)]
+)
 def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state, number, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     workers = 1 + (number == TERM) if "dataloader" in state or number == INT else 0
@@ -150,7 +156,8 @@ def catches(process: subprocess.Popen, number: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    "number, code, delay", [(TERM, 143, 0.0), (INT, 130, 0.4), pytest.param(HUP, 143, 0.8, marks=pytest.mark.slow)]
+    "number, code, delay",
+    [(TERM, 143, 0.0), (INT, 130, 0.4), pytest.param(HUP, 143, 0.8, marks=pytest.mark.slow)],
 )
 def test_before_training_begins_a_signal_ends_it_quickly_with_nothing_written(number, code, delay, tmp_path):
     process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path / "run"), stdout=subprocess.PIPE,
@@ -201,7 +208,9 @@ def test_a_closed_pipe_stops_the_run_saved(straight, tmp_path):
 def test_help_into_a_closed_pipe_is_quiet():
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command("--help"), stdout=writer, stderr=subprocess.PIPE, env=environment(), text=True)
+    done = subprocess.run(
+        command("--help"), stdout=writer, stderr=subprocess.PIPE, env=environment(), text=True
+    )
     assert done.stderr == "" and done.returncode == 0
 
 

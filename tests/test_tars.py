@@ -44,7 +44,10 @@ def archives(tmp_path):
         for c, name in enumerate(CLASSES)
     }
     tar(inner, data / tars.TRAIN)
-    tar({f"ILSVRC2012_val_{i:08d}.JPEG": encoded(photo(30, 40, seed=50 + i)) for i in (1, 2, 3)}, data / tars.VAL)
+    tar(
+        {f"ILSVRC2012_val_{i:08d}.JPEG": encoded(photo(30, 40, seed=50 + i)) for i in (1, 2, 3)},
+        data / tars.VAL,
+    )
     meta = io.BytesIO()
     synsets = np.array([(2, CLASSES[0]), (1, CLASSES[1])], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
     savemat(meta, {"synsets": synsets})

@@ -29,7 +29,13 @@ def test_a_hundred_kills_at_random_instants_lose_nothing(tmp_path):
         save_dir, lives = tmp_path / f"run{lives}", lives + 1
         for _ in range(6):
             process = spawn(
-                *how(save_dir), *OFTEN, "--save-dir", save_dir, "--num-workers", rng.choice((0, 1)), output=log
+                *how(save_dir),
+                *OFTEN,
+                "--save-dir",
+                save_dir,
+                "--num-workers",
+                rng.choice((0, 1)),
+                output=log,
             )
             if rng.random() < 0.9:  # the others anywhere, most of them while it starts
                 wait_for_training(process, save_dir)
@@ -43,9 +49,9 @@ def test_a_hundred_kills_at_random_instants_lose_nothing(tmp_path):
             midway += any(save_dir.glob("*.partial"))
             saved += bool(list(save_dir.glob("*.pt")))
             assert not [file for file in save_dir.glob("*.pt") if checkpoint.find_damage(file)]
-        assert finish(spawn(*how(save_dir), "--save-dir", save_dir, "--num-workers", 0, output=log), 300) == 0, (
-            log.read_text()
-        )
+        assert (
+            finish(spawn(*how(save_dir), "--save-dir", save_dir, "--num-workers", 0, output=log), 300) == 0
+        ), log.read_text()
         assert [digest(save_dir, kind) for kind in ("last", "best")] == wanted
         assert len(read_metrics(save_dir)) == 3 and not list(save_dir.glob("*.partial"))
     print(f"{kills} kills in {lives} runs, {saved} with a checkpoint there, {midway} in the middle of writing one: "

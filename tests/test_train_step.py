@@ -22,7 +22,13 @@ STEPS, CLASSES = 20, 5
 
 
 def make(
-    dtype=torch.float64, accumulate=1, scaler=False, alphas=(0.2, 1.0), clip=("norm", 0.5), drop_path=0.0, lr=1e-2
+    dtype=torch.float64,
+    accumulate=1,
+    scaler=False,
+    alphas=(0.2, 1.0),
+    clip=("norm", 0.5),
+    drop_path=0.0,
+    lr=1e-2,
 ):
     torch.manual_seed(0)
     model = build_model("resnet_tiny", num_classes=CLASSES, drop_path_rate=drop_path).to(dtype)
@@ -71,7 +77,11 @@ class PlainLoop:
                 self.m[name] = 0.9 * self.m[name] + 0.1 * g
                 self.v[name] = 0.999 * self.v[name] + 0.001 * g**2
                 p *= 1 - lr * (0.05 if p.ndim > 1 else 0.0)
-                p -= lr * (self.m[name] / (1 - 0.9**self.t)) / ((self.v[name] / (1 - 0.999**self.t)).sqrt() + 1e-8)
+                p -= (
+                    lr
+                    * (self.m[name] / (1 - 0.9**self.t))
+                    / ((self.v[name] / (1 - 0.999**self.t)).sqrt() + 1e-8)
+                )
             decay = min(0.99, (1 + self.t) / (10 + self.t))
             for name, value in self.model.state_dict().items():
                 if value.is_floating_point():
@@ -83,7 +93,9 @@ def test_twenty_steps_equal_a_plain_float64_loop():
     state, how = make()
     reference = PlainLoop(state.model, 1e-2)
     for step, (images, labels) in enumerate(batches()):
-        seed_everything(7, step, 0)  # the draw that the step will make: mixing itself is tested against torchvision
+        seed_everything(
+            7, step, 0
+        )  # the draw that the step will make: mixing itself is tested against torchvision
         mixed = how.mixer(images, labels)
         expected = reference.step(*mixed)
         loss, finite = train_step(state, how, images, labels)
@@ -180,8 +192,12 @@ def test_some_bad_steps_in_a_row_end_the_run():
 def scaled(name: str, fused: bool, scale: float = 1024.0):
     """State and step with fp16's scaler: 'sgd' or 'adamw', in one kernel or not."""
     state, how = make(torch.float32, alphas=(0.0, 0.0), drop_path=0.3)
-    options = {"lr": 1e-2, "weight_decay": 0.01, "fused": fused} | ({"momentum": 0.9} if name == "sgd" else {})
-    state.optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name](state.model.parameters(), **options)
+    options = {"lr": 1e-2, "weight_decay": 0.01, "fused": fused} | (
+        {"momentum": 0.9} if name == "sgd" else {}
+    )
+    state.optimizer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name](
+        state.model.parameters(), **options
+    )
     state.schedule = optim.Schedule(state.optimizer, "onecycle", peak_lr=1e-2, total_steps=400)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
     return state, how
@@ -210,13 +226,19 @@ def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, 
                 state.step += 1
             else:
                 before = bits(state)
-                hook = state.model.fc.weight.register_hook(lambda g: g * float("inf" if poison == "overflow" else 1))
-                loss, finite = train_step(state, how, images * float("nan" if poison == "pixel" else 1), labels)
+                hook = state.model.fc.weight.register_hook(
+                    lambda g: g * float("inf" if poison == "overflow" else 1)
+                )
+                loss, finite = train_step(
+                    state, how, images * float("nan" if poison == "pixel" else 1), labels
+                )
                 hook.remove()
                 assert not finite and math.isfinite(loss) == (poison == "overflow")
                 assert bits(state) == before
                 assert state.bad_in_a_row == (poison == "pixel")
-                assert state.scaler.get_scale() == (512.0 if poison == "overflow" else 1024.0)  # no fault of the scale
+                assert state.scaler.get_scale() == (
+                    512.0 if poison == "overflow" else 1024.0
+                )  # no fault of the scale
         ends.append(bits(state))
     assert ends[0] == ends[1]
 
@@ -261,7 +283,9 @@ def test_32_images_are_learned_by_heart_in_60_steps():
 
 def test_with_no_learning_rate_no_weight_moves_and_every_parameter_has_a_gradient():
     state, how = make(torch.float32, lr=1e-2)
-    for module in state.model.modules():  # the zero-initialised gammas close their branches' gradients at first
+    for (
+        module
+    ) in state.model.modules():  # the zero-initialised gammas close their branches' gradients at first
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
     before = copy.deepcopy(list(state.model.parameters()))
@@ -277,7 +301,9 @@ def test_evaluate_counts_each_sample_once_whatever_the_batching():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
     images, labels = torch.randn(10, 3, 2, 2), torch.randint(0, 7, (10,))
     whole = evaluate({"m": model}, [(images, labels)], CPU)["m"]
-    ragged = evaluate({"m": model}, zip(images.split([4, 4, 2]), labels.split([4, 4, 2]), strict=True), CPU)["m"]
+    ragged = evaluate({"m": model}, zip(images.split([4, 4, 2]), labels.split([4, 4, 2]), strict=True), CPU)[
+        "m"
+    ]
     assert ragged.num_samples == 10
     assert (ragged.top1, ragged.top5) == (whole.top1, whole.top5)
     assert ragged.loss == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-6)
@@ -314,12 +340,18 @@ def test_with_shuffled_labels_validation_stays_at_chance():
     state.schedule = optim.Schedule(optimizer, "constant", peak_lr=0.05, total_steps=100)
     how.buffers = BatchNormBuffers(state.model)
     pixels = (
-        torch.stack([torch.from_numpy(np.asarray(x)) for x in data.train.read(range(256))]).permute(0, 3, 1, 2) / 255
+        torch.stack([torch.from_numpy(np.asarray(x)) for x in data.train.read(range(256))]).permute(
+            0, 3, 1, 2
+        )
+        / 255
     )
     wrong = torch.from_numpy(rng.permutation(data.train.labels[:256]))
     for step in range(60):
         part = slice(32 * (step % 8), 32 * (step % 8) + 32)
         train_step(state, how, pixels[part], wrong[part])
-    other = torch.stack([torch.from_numpy(np.asarray(x)) for x in data.val.read(range(300))]).permute(0, 3, 1, 2) / 255
+    other = (
+        torch.stack([torch.from_numpy(np.asarray(x)) for x in data.val.read(range(300))]).permute(0, 3, 1, 2)
+        / 255
+    )
     score = evaluate({"m": state.model}, [(other, torch.from_numpy(data.val.labels[:300]))], CPU)["m"].top1
     assert score < 25  # chance is 10

@@ -31,10 +31,15 @@ def spoil(folder, count: int = 99) -> list[str]:
 def test_skip_holds_where_training_images_are_scored_too(photos, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "d")
     bad = spoil(tmp_path / "d" / "train" / "dog", 20)  # of 24: the sample has some of them
-    assert main(*SMALL, "--data-dir", tmp_path / "d", "--save-dir", tmp_path / "run", "--on-bad-image", "skip") == 0
+    assert (
+        main(*SMALL, "--data-dir", tmp_path / "d", "--save-dir", tmp_path / "run", "--on-bad-image", "skip")
+        == 0
+    )
     rows, said = read_metrics(tmp_path / "run"), capsys.readouterr().out
     assert [row["epoch"] for row in rows] == [1, 2] and all(row["train_top1"] is not None for row in rows)
-    assert all(row["bad_images"] > 20 for row in rows)  # those replaced in training, and those left out of the score
+    assert all(
+        row["bad_images"] > 20 for row in rows
+    )  # those replaced in training, and those left out of the score
     assert said.count("note: train_top1 leaves out") == 1 and any(name in said for name in bad)
 
 
@@ -124,7 +129,9 @@ def test_back_offs_are_counted_in_their_epoch_and_said_once(tmp_path):
 
 
 def test_back_offs_without_end_end_the_run_with_a_clean_checkpoint(tmp_path):
-    run, said = overflowing(tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
+    run, said = overflowing(
+        tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8
+    )
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
     with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\n"):
         loop.fit(run, MetricLogger(tmp_path))
@@ -155,5 +162,8 @@ def test_a_counter_on_another_device_is_not_looked_at(tmp_path):
     """RMSprop keeps its step count on the CPU beside weights on a GPU; here on meta beside the CPU."""
     state = tiny_run(tmp_path, "--optimizer", "rmsprop").state
     first = next(state.model.parameters())
-    state.optimizer.state[first] = {"step": torch.zeros((), device="meta"), "square_avg": torch.zeros_like(first)}
+    state.optimizer.state[first] = {
+        "step": torch.zeros((), device="meta"),
+        "square_avg": torch.zeros_like(first),
+    }
     state.check_finite()

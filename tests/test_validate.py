@@ -24,7 +24,15 @@ PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
 def scored(photo_run, tmp_path_factory):
     """(folder, scores.json) of one call with everything switched on."""
     out = tmp_path_factory.mktemp("scored")
-    everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn", "--json", str(out / "copy.json")]
+    everything = [
+        "--image-sizes",
+        "24,32",
+        "--tta",
+        "flip",
+        "--recalibrate-bn",
+        "--json",
+        str(out / "copy.json"),
+    ]
     assert validate.main([str(photo_run), *PLAIN, *everything, "--out", str(out)]) == 0
     return out, json.loads((out / "scores.json").read_text())
 
@@ -56,7 +64,9 @@ def test_files_agree_with_each_other(scored):
     assert [float(row["recall"]) for row in per_class] == pytest.approx(matrix.diagonal() / 7, abs=1e-6)
     pairs = list(csv.DictReader((out / "confused_pairs.csv").open()))
     assert sum(int(pair["times"]) for pair in pairs) == 21 - matrix.trace()
-    assert 100 * np.mean([c["f1"] for c in numbers["per_class"]]) == pytest.approx(numbers["details_of"]["macro_f1"])
+    assert 100 * np.mean([c["f1"] for c in numbers["per_class"]]) == pytest.approx(
+        numbers["details_of"]["macro_f1"]
+    )
     assert 100 * numbers["calibration"]["ece"] == pytest.approx(numbers["details_of"]["ece"])
     for name in ("confusion.png", "reliability.png"):
         assert (out / name).stat().st_size > 10_000
@@ -81,7 +91,9 @@ def test_fewer_classes_keep_their_places(photos, photo_run, tmp_path, capsys):
     """owl alone is class 0 of its data and class 2 of the model."""
     data = copy_of(photos, tmp_path / "data", {"owl": "owl", "dog": "dog"})
     assert (
-        validate.main([str(photo_run), *PLAIN, "--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")])
+        validate.main(
+            [str(photo_run), *PLAIN, "--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")]
+        )
         == 0
     )
     said = capsys.readouterr()
@@ -106,7 +118,8 @@ def batches_of(photos, classes):
 def test_classes_the_model_does_not_know_are_refused(photos, photo_run, tmp_path):
     data = copy_of(photos, tmp_path / "data", {"cat": "cat", "dog": "=cow", "owl": "ape"})
     with pytest.raises(
-        DataError, match=r"does not know 2 of the data's 3 classes: =cow, ape \(it was trained on imagenet_1k: cat"
+        DataError,
+        match=r"does not know 2 of the data's 3 classes: =cow, ape \(it was trained on imagenet_1k: cat",
     ):
         validate.main([str(photo_run), *PLAIN, "--data-dir", str(data), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -142,9 +155,16 @@ def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monke
 def test_data_flags_come_from_the_checkpoint_unless_typed():
     saved = {"data_dir": "there", "dataset": "imagenet", "split": "official", "class_list": "", "allow_class_mismatch": True,
              "subset": True, "subset_size": 30}  # fmt: skip
-    config, typed = validate.flags.parse(validate.build_parser(), ["x.pt", "--no-subset", "--data-dir", "here"])
+    config, typed = validate.flags.parse(
+        validate.build_parser(), ["x.pt", "--no-subset", "--data-dir", "here"]
+    )
     found = rundir.with_saved_data(config, typed, saved)
-    assert (found.data_dir, found.subset, found.subset_size, found.allow_class_mismatch) == ("here", False, 30, True)
+    assert (found.data_dir, found.subset, found.subset_size, found.allow_class_mismatch) == (
+        "here",
+        False,
+        30,
+        True,
+    )
 
 
 # --- asking a model ---
@@ -164,7 +184,9 @@ def test_flip_averages_the_probabilities_of_both_pictures():
     assert both.exp().sum(1) == pytest.approx(torch.ones(4).numpy(), rel=1e-5)  # of probabilities, the log
     probabilities = (Colour()(images).softmax(1) + Colour()(images.flip(3)).softmax(1)) / 2
     assert found["m flip"].confidence == pytest.approx(probabilities.max(1).values.numpy(), rel=1e-5)
-    assert found["m flip"].losses == pytest.approx(-probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4)
+    assert found["m flip"].losses == pytest.approx(
+        -probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4
+    )
     assert found["m"].confidence == pytest.approx(Colour()(images).softmax(1).max(1).values.numpy())
 
 
@@ -179,7 +201,9 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
         found[0].running_var, torch.stack([x.transpose(0, 1).flatten(1).var(1) for x, _ in batches]).mean(0)
     )
     assert not any(module.training for module in found.modules()) and found[0].momentum == 0.1
-    assert torch.equal(model[0].running_mean, torch.zeros(3)) and torch.equal(found[2].weight, model[2].weight)
+    assert torch.equal(model[0].running_mean, torch.zeros(3)) and torch.equal(
+        found[2].weight, model[2].weight
+    )
     with pytest.raises(UsageError, match="no BatchNorm"):
         predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
@@ -213,4 +237,6 @@ def test_pictures_of_any_number_of_classes(num_classes, tmp_path):
 def test_a_perfect_model_has_pictures_too(tmp_path):
     matrix = np.diag([3, 4])
     figures.save(score_figures.confusion(matrix, ["a", "b"], [], "perfect"), tmp_path / "a.png")
-    figures.save(score_figures.reliability(calibration(np.ones(7), np.ones(7, bool)), "perfect"), tmp_path / "b.png")
+    figures.save(
+        score_figures.reliability(calibration(np.ones(7), np.ones(7, bool)), "perfect"), tmp_path / "b.png"
+    )

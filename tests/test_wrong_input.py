@@ -32,7 +32,9 @@ def refusal(tmp_path: Path, *arguments) -> UserError:
 
 
 def snapshot(directory: Path) -> dict[str, bytes]:
-    return {str(p): p.read_bytes() if p.is_file() and os.access(p, os.R_OK) else b"" for p in directory.rglob("*")}
+    return {
+        str(p): p.read_bytes() if p.is_file() and os.access(p, os.R_OK) else b"" for p in directory.rglob("*")
+    }
 
 
 def check(error: UserError, code: int, *words: str) -> None:
@@ -54,7 +56,9 @@ WRONG_NUMBERS += [
     ("--label-smoothing", "1"),
 ]
 WRONG_NUMBERS += [
-    (flag, v) for flag in ("--batch-size", "--epochs", "--subset-size", "--accumulate") for v in ("0", "-1", "1.5")
+    (flag, v)
+    for flag in ("--batch-size", "--epochs", "--subset-size", "--accumulate")
+    for v in ("0", "-1", "1.5")
 ]
 WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
                   ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
@@ -111,7 +115,9 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize("arguments, code, words", ARGUMENTS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+@pytest.mark.parametrize(
+    "arguments, code, words", ARGUMENTS, ids=lambda v: " ".join(v) if isinstance(v, tuple) else ""
+)
 def test_an_argument_that_cannot_work_is_refused(arguments, code, words, photos, tmp_path):
     check(refusal(tmp_path, "--data-dir", photos, *arguments), code, *words)
 
@@ -234,17 +240,29 @@ def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photo
             train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
         check(caught.value, 2, "in use by pid", str(os.getpid()), str(save_dir))
     lock.release()  # as the kernel does for a process that was killed
-    assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), "--stop-after", "1"]) == 0
+    assert (
+        train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), "--stop-after", "1"]) == 0
+    )
 
 
 def test_a_plain_second_run_and_one_refused_for_another_reason_leave_the_first_alone(photos, tmp_path):
     assert (
-        train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path / "run"), "--stop-after", "1"]) == 0
+        train.main(
+            [*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path / "run"), "--stop-after", "1"]
+        )
+        == 0
     )
     check(refusal(tmp_path, "--data-dir", photos), 2, "already holds a run", "--resume auto", "--overwrite")
     check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--batch-size", "100"), 2, "batch 100 > 72")
-    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--init-from", "missing.pt"), 4, "missing.pt")
-    check(refusal(tmp_path, "--resume", "auto", "--epochs", "1", "--lr", "9"), 4, "--lr was", "--allow-change lr")
+    check(
+        refusal(tmp_path, "--data-dir", photos, "--overwrite", "--init-from", "missing.pt"), 4, "missing.pt"
+    )
+    check(
+        refusal(tmp_path, "--resume", "auto", "--epochs", "1", "--lr", "9"),
+        4,
+        "--lr was",
+        "--allow-change lr",
+    )
 
 
 @pytest.mark.parametrize("variables, refused", [
@@ -267,7 +285,9 @@ def test_training_needs_no_network(photos, tmp_path, monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", offline)
     monkeypatch.setattr(socket, "getaddrinfo", offline)
-    assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path), "--stop-after", "1"]) == 0
+    assert (
+        train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path), "--stop-after", "1"]) == 0
+    )
 
 
 # Through the command line
@@ -297,7 +317,9 @@ def test_two_lines_on_stderr_and_no_traceback(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variables", [{"LANG": "C", "LC_ALL": "C"}, {"TZ": "Nowhere/Land"}, {"HOME": "/nonexistent"}])
+@pytest.mark.parametrize(
+    "variables", [{"LANG": "C", "LC_ALL": "C"}, {"TZ": "Nowhere/Land"}, {"HOME": "/nonexistent"}]
+)
 def test_odd_surroundings_do_not_matter(variables, photos, tmp_path):
     strange = tmp_path / "dätä \n$(touch x)"
     shutil.copytree(photos, strange)

@@ -96,7 +96,9 @@ def download(
             _transfer(wanted, watched)
             break
         except Interrupted as error:
-            lasting = reached - before > min(CHUNK, max(0, whole - before) // 100)  # a byte at a time never ends
+            lasting = reached - before > min(
+                CHUNK, max(0, whole - before) // 100
+            )  # a byte at a time never ends
             failures = 1 if lasting else failures + 1
             if failures >= tries or restarts >= tries:
                 again = f", and began anew {restarts} times" if restarts else ""
@@ -126,12 +128,16 @@ def check_url(url: str, wanted: Wanted, redirected_from: str | None = None) -> N
         raise UsageError(
             f"not an address to download from: {parts.scheme or 'no scheme'}://{parts.hostname or ''}", fix
         )
-    if parts.scheme == "https" or (wanted.allow_loopback and parts.hostname in ("127.0.0.1", "localhost", "::1")):
+    if parts.scheme == "https" or (
+        wanted.allow_loopback and parts.hostname in ("127.0.0.1", "localhost", "::1")
+    ):
         return
     if redirected_from is not None and (wanted.md5 is None or urlsplit(redirected_from).scheme == "https"):
         raise DataError(f"{wanted.shown} redirects to plain http", fix)
     if wanted.md5 is None:
-        raise UsageError(f"{wanted.shown} is plain http, and no official checksum is known for this file", fix)
+        raise UsageError(
+            f"{wanted.shown} is plain http, and no official checksum is known for this file", fix
+        )
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
@@ -232,7 +238,9 @@ def _transfer(wanted: Wanted, report: Report) -> None:
             _receive(wanted, response, start, report)
     except urllib.error.HTTPError as error:
         answer = f"the server answered {error.code} {error.reason.partition(chr(10))[0]}"
-        if error.code == 416 and start:  # nothing after what we have: whole if the sizes agree, else of another version
+        if (
+            error.code == 416 and start
+        ):  # nothing after what we have: whole if the sizes agree, else of another version
             if error.headers.get("Content-Range") == f"bytes */{start}":
                 return
             _forget(wanted)
@@ -278,7 +286,9 @@ def _forget(wanted: Wanted) -> None:
 def _receive(wanted: Wanted, response, start: int, report: Report) -> None:
     headers = response.headers
     if response.status == 206:
-        found = re.fullmatch(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", headers.get("Content-Range", ""))
+        found = re.fullmatch(
+            r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18})", headers.get("Content-Range", "")
+        )
         if not found or int(found[1]) != start or int(found[3]) != _note(wanted).get("size"):
             _forget(wanted)
             raise Interrupted("the server sent another part than the one asked for")
@@ -306,10 +316,13 @@ def _check_answer(wanted: Wanted, response, total: int | None) -> bytes:
     if response.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise DataError(f"{wanted.shown} comes re-encoded ({response.headers['Content-Encoding']})", fix)
     if total is None and wanted.size is None:
-        raise DataError(f"{wanted.shown}: the server does not say how long the file is", "use another address")
+        raise DataError(
+            f"{wanted.shown}: the server does not say how long the file is", "use another address"
+        )
     if None not in (total, wanted.size) and total != wanted.size:
         raise DataError(
-            f"{wanted.shown} has {total:,} bytes; the published file has {wanted.size:,}", "use another address"
+            f"{wanted.shown} has {total:,} bytes; the published file has {wanted.size:,}",
+            "use another address",
         )
     head = response.read(min(HEAD, total or HEAD))
     if not looks_like(wanted.path, head):
@@ -326,8 +339,10 @@ def looks_like(path: Path, head: bytes) -> bool:
 def _check_space(wanted: Wanted, needed: int) -> None:
     free = shutil.disk_usage(wanted.path.parent).free
     if free < needed:
-        raise ResourceError(f"{wanted.path.parent} has {free:,} bytes free; {needed:,} are still to come",
-                            "free some space or choose another --data-dir")  # fmt: skip
+        raise ResourceError(
+            f"{wanted.path.parent} has {free:,} bytes free; {needed:,} are still to come",
+            "free some space or choose another --data-dir",
+        )
 
 
 def _write_note(wanted: Wanted, note: dict) -> None:
@@ -352,7 +367,9 @@ def _append(wanted: Wanted, response, head: bytes, start: int, total: int, repor
             chunk = response.read1(CHUNK)
     if chunk:
         _forget(wanted)
-        raise DataError(f"{wanted.shown} sends more than the {total:,} bytes it announced", "use another address")
+        raise DataError(
+            f"{wanted.shown} sends more than the {total:,} bytes it announced", "use another address"
+        )
     if done < total:
         raise Interrupted(f"the transfer ended at {done:,} of {total:,} bytes")
 
@@ -368,11 +385,14 @@ def verify(path: Path, *, size: int | None, md5: str | None, report: Report = si
             digest.update(chunk)
             report("checking", file.tell(), actual)
     problem = (
-        f"has {actual:,} bytes; the published file has {size:,}" if size is not None and actual != size
-        else "is not an archive" if not looks
-        else f"has the checksum {digest.hexdigest()}; the published file has {md5}" if md5 and digest.hexdigest() != md5
+        f"has {actual:,} bytes; the published file has {size:,}"
+        if size is not None and actual != size
+        else "is not an archive"
+        if not looks
+        else f"has the checksum {digest.hexdigest()}; the published file has {md5}"
+        if md5 and digest.hexdigest() != md5
         else None
-    )  # fmt: skip
+    )
     if problem:
         bad = path.with_name(path.name.removesuffix(".part") + ".bad")
         os.replace(path, bad)

@@ -31,7 +31,12 @@ class TarSplit(Split):
     """Images inside one tar: (n,) offsets and sizes in bytes."""
 
     def __init__(
-        self, path: str, names: Sequence[str], labels: Sequence[int], offsets: Sequence[int], sizes: Sequence[int]
+        self,
+        path: str,
+        names: Sequence[str],
+        labels: Sequence[int],
+        offsets: Sequence[int],
+        sizes: Sequence[int],
     ):
         self.path, self.names, self.labels = path, Names(names), np.asarray(labels, np.int64)
         self.offsets, self.sizes = np.asarray(offsets, np.int64), np.asarray(sizes, np.int64)
@@ -50,7 +55,9 @@ class TarSplit(Split):
 
 
 def present(data_dir: str | os.PathLike) -> bool:
-    return os.path.isfile(os.path.join(data_dir, TRAIN)) and not os.path.isdir(os.path.join(data_dir, "train"))
+    return os.path.isfile(os.path.join(data_dir, TRAIN)) and not os.path.isdir(
+        os.path.join(data_dir, "train")
+    )
 
 
 def imagenet_tars(data_dir: str | os.PathLike) -> DatasetIndex:
@@ -66,8 +73,11 @@ def imagenet_tars(data_dir: str | os.PathLike) -> DatasetIndex:
     pictures = sorted(_val_images(val))
     unknown = [name for name, _, _ in pictures if label_of.get(_stem(name), -1) < 0]
     if unknown:
-        raise DataError(f"{len(unknown):,} validation images have no label among the {len(classes)} training classes, "
-                        f"such as {unknown[0]}", "check that the archives and the devkit belong together")  # fmt: skip
+        raise DataError(
+            f"{len(unknown):,} validation images have no label among the {len(classes)} training classes, "
+            f"such as {unknown[0]}",
+            "check that the archives and the devkit belong together",
+        )
     return DatasetIndex(
         name="imagenet_1k",
         classes=tuple(classes),
@@ -114,8 +124,17 @@ def _members(file, where: str, wanted: re.Pattern) -> list[tuple[str, int, int]]
                 if member.isreg() and not member.issparse() and wanted.fullmatch(name):
                     found.append((name, member.offset_data, member.size))
                 archive.members.clear()  # 1.28 million TarInfo objects are a gigabyte
-    except (tarfile.TarError, OSError, ValueError, KeyError, IndexError, EOFError, OverflowError, RecursionError,
-            MemoryError) as error:  # fmt: skip
+    except (
+        tarfile.TarError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        EOFError,
+        OverflowError,
+        RecursionError,
+        MemoryError,
+    ) as error:
         raise DataError(f"cannot read {where}: {error}", "download it again, and check its MD5") from error
     if not found:
         raise DataError(f"{where} holds no {wanted.pattern}", "is this the published archive?")

@@ -26,8 +26,19 @@ BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
 CHUNK = 1 << 20
 MAX_FILES = 3_000_000
 PLAIN, FOLDER, REMARK = "file", "folder", "remark"
-TAR_KINDS = {b"0": PLAIN, b"\0": PLAIN, b"5": FOLDER, b"1": "hard link", b"2": "symbolic link", b"3": "device",
-             b"4": "device", b"6": "pipe", b"L": "long name", b"x": REMARK, b"g": REMARK}  # fmt: skip
+TAR_KINDS = {
+    b"0": PLAIN,
+    b"\0": PLAIN,
+    b"5": FOLDER,
+    b"1": "hard link",
+    b"2": "symbolic link",
+    b"3": "device",
+    b"4": "device",
+    b"6": "pipe",
+    b"L": "long name",
+    b"x": REMARK,
+    b"g": REMARK,
+}
 
 
 @dataclass
@@ -91,7 +102,9 @@ def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
             or info.flag_bits & 1
             or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
         )
-        kind = "link, device, encrypted or oddly packed file" if special else FOLDER if info.is_dir() else PLAIN
+        kind = (
+            "link, device, encrypted or oddly packed file" if special else FOLDER if info.is_dir() else PLAIN
+        )
         if kind != PLAIN:
             yield Member(info.filename, kind, 0, archive.fp, 0)
             continue
@@ -111,9 +124,21 @@ def opened(path: Path) -> Iterator[Iterator[Member]]:
                 yield tar_members(stream)
     except DataError as error:
         raise DataError(f"{path}: {error.what}", error.fix) from error
-    except (EOFError, zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, NotImplementedError, ValueError, struct.error,
-            OverflowError, OSError) as error:  # fmt: skip
-        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # that: sought before the start
+    except (
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        gzip.BadGzipFile,
+        NotImplementedError,
+        ValueError,
+        struct.error,
+        OverflowError,
+        OSError,
+    ) as error:
+        if isinstance(error, OSError) and error.errno not in (
+            None,
+            errno.EINVAL,
+        ):  # that: sought before the start
             raise
         raise DataError(f"{path} is damaged: {error}", "fetch the archive again") from error
 
@@ -138,7 +163,9 @@ def unpack(
         if member.kind in (FOLDER, REMARK):
             continue  # folders are made for the files in them; remarks hold times and owners
         if member.kind != PLAIN:
-            raise DataError(f"holds a {member.kind} ({member.name})", "this is not the published archive: fetch that")
+            raise DataError(
+                f"holds a {member.kind} ({member.name})", "this is not the published archive: fetch that"
+            )
         target = place(member.name)
         if target is None:
             continue
@@ -163,9 +190,13 @@ def _write(path: Path, member: Member, new_folder: bool) -> None:
             while chunk := member.read(CHUNK):
                 file.write(chunk)
     except FileExistsError as error:
-        raise DataError(f"holds {member.name} twice", "this is not the published archive: fetch that") from error
+        raise DataError(
+            f"holds {member.name} twice", "this is not the published archive: fetch that"
+        ) from error
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}", "free some space and run it again") from error
+        raise ResourceError(
+            f"cannot write {path}: {error.strerror}", "free some space and run it again"
+        ) from error
 
 
 def unexpected(name: str) -> DataError:
