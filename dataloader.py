@@ -334,7 +334,8 @@ def get_dataloaders(
 
     No more workers than cores. Raises DataError where `data_path` does not hold the dataset.
     """
-    from base.flags import cores, parse_augment
+    from base.flags import parse_augment
+    from base.process import cores
     from sources.layouts import index as find
 
     index = find(dataset, data_path)

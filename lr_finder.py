@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from base import flags
+from base import flags, process
 from base.errors import DivergedError, ResourceError, UsageError, UserError, run
 
 EPILOG = """examples:
@@ -109,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
     if "lr" in typed.by_hand:  # a recipe may bring it
         raise UsageError("--lr would do nothing: it is what is looked for", "leave --lr out")
     notes = flags.refuse_idle(OWN, config, typed) + flags.check_train(config, typed)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process.world_size() > 1:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import layouts
 

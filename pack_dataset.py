@@ -62,7 +62,7 @@ def build_parser() -> flags.Parser:
         choices=("fail", "skip"),
         help="fail: pack the rest, list the bad ones, exit 3; skip: leave them out of the copy",
     )
-    add("--workers", type=flags.number(int, 1, 1024), default=flags.cores(), metavar="N", help="processes")
+    add("--workers", type=flags.number(int, 1, 1024), default=process.cores(), metavar="N", help="processes")
     add(
         "--verify",
         action="store_true",

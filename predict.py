@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from base import flags
+from base import flags, process
 from base.errors import DataError, UsageError, printable, run
 
 EPILOG = """examples:
@@ -152,7 +152,7 @@ def predict(config, model, facts: dict, paths: list[str], runtime):
     from dataloader import Loader, Order
     from sources.images import EvalTransform
 
-    workers = min(config.num_workers, flags.cores()) if len(paths) > config.batch_size else 0
+    workers = min(config.num_workers, process.cores()) if len(paths) > config.batch_size else 0
     if workers and (note := flags.workers_note(config.num_workers)):
         say(config, note)
     dataset = Pictures(paths, EvalTransform(facts["image_size"], facts["crop"]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from base import flags
 from base.errors import CheckpointError, run
+from base.process import is_main, say
 
 EPILOG = """examples:
   python train.py --epochs 90 --drop-path-rate 0.2          ImageNet in ./data/imagenet, the documents' recipe
@@ -189,16 +189,6 @@ def conclusion(built, config) -> str:
     on_disk = config.dataset.partition(":")[0] not in ("digits", "synthetic", "hf")
     data = f"--data-dir {config.data_dir}" if on_disk else f"--dataset {config.dataset}"
     return "\n".join([*lines, f"next: python validate.py {built.path('best')} {data}"])
-
-
-def say(text: str) -> None:
-    """Print on the first rank."""
-    if text and is_main():
-        print(text, flush=True)
-
-
-def is_main() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 def restore(built, saved: dict, config) -> None:

@@ -7,11 +7,10 @@ so the first line of the table is what training logged.
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from pathlib import Path
 
-from base import flags
+from base import flags, process
 from base.errors import DataError, UsageError, printable, run
 
 EPILOG = """examples:
@@ -63,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     rundir.check_checkpoint(config.checkpoint)
     if "data_dir" in typed:
         layouts.check_dir(config.data_dir)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if process.world_size() > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
     from analysis import predictions
     from base.device import init_runtime, memory_for
@@ -144,7 +143,7 @@ def scores_at(size: int, config, runtime, models: dict, facts: dict, index, posi
         "batch_size": config.batch_size,
         "device": runtime.device,
         "crop": facts["crop"],
-        "num_workers": min(config.num_workers, flags.cores()),
+        "num_workers": min(config.num_workers, process.cores()),
     }
     asked = dict(models)
     if config.recalibrate_bn:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from base import process
 from base.errors import DataError, ResourceError, UsageError, is_out_of_memory
 
 
@@ -102,8 +103,8 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
 
     Raises ResourceError for a device that is not there, UsageError for a name that is none.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)), ranks=world_size)
+    rank, world_size = process.rank(), process.world_size()
+    chosen = _choose_device(device, process.local_rank(), ranks=world_size)
     if world_size > 1 and not dist.is_initialized():
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         try:

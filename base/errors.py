@@ -14,6 +14,8 @@ import traceback
 from collections.abc import Callable
 from contextlib import redirect_stdout, suppress
 
+from base import process
+
 
 class UserError(Exception):
     """Something the user can mend: `what` says what and where, `fix` what to do about it."""
@@ -95,13 +97,8 @@ class Printable:
 def report(error: UserError) -> None:
     """Two lines on stderr: from the first rank, or from the one that alone knows of the error."""
     where = "error" if error.rank is None else f"error on rank {error.rank}"
-    if speaks() or error.rank is not None:
+    if process.is_main() or error.rank is not None:
         tell(f"{where}: {one_line(error.what)}\nfix: {error.fix}")
-
-
-def speaks() -> bool:
-    """True on the one process of a run that prints."""
-    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def tell(text: str) -> None:
@@ -146,7 +143,7 @@ def resource_error(error: BaseException) -> ResourceError | None:
         reason = f": {str(error).splitlines()[0]}" if str(error) else ""
         fix = "free memory, or ask for less: smaller batches, fewer --num-workers"
         lack = ResourceError(f"out of memory{reason}", fix)
-        lack.rank = int(os.environ.get("RANK", 0)) or None  # the others have theirs
+        lack.rank = process.rank() or None  # the others have theirs
         return lack
     if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE):
         return None
@@ -176,7 +173,7 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
         report(error)
         return error.exit_code
     except Stopped as stop:
-        if str(stop) and speaks():
+        if str(stop) and process.is_main():
             tell(str(stop))
         return stop.exit_code
     except KeyboardInterrupt:

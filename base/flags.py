@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from base import process
 from base.errors import UsageError
 
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic, hf:<name>"
@@ -618,29 +619,13 @@ def _recipes() -> str:
     )
 
 
-def check_ranks(variables: Mapping[str, str]) -> None:
-    """Refuse half of torchrun's variables: such a process would train alone and save nothing."""
-    ranks = {name: variables[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in variables}
-    whole = "RANK" in ranks and "WORLD_SIZE" in ranks
-    numbers = all(value.isdecimal() for value in ranks.values())
-    if numbers and (
-        (whole and int(ranks["RANK"]) < int(ranks["WORLD_SIZE"])) or all(map(_no_others, ranks.items()))
-    ):
-        return
-    shown = ", ".join(f"{name}={value}" for name, value in ranks.items())
-    raise UsageError(
-        f"the environment has {shown}, which is no whole set of ranks",
-        "start with torchrun, or unset these variables",
-    )
-
-
-def _no_others(variable: tuple[str, str]) -> bool:
-    return variable in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-
-
 def check_train(config: Any, typed: Given) -> list[str]:
     """Refuse what cannot work together (exit 2); return the notes worth printing."""
-    check_ranks(os.environ)
+    if ranks := process.incomplete_ranks():
+        raise UsageError(
+            f"the environment has {ranks}, which is no whole set of ranks",
+            "start with torchrun, or unset these variables",
+        )
     phases = len(config.resize_schedule)
     if not phases:
         raise UsageError(
@@ -732,7 +717,7 @@ def _own_parts(config: Any) -> Reason:
 def _sync_bn(config: Any) -> Reason:
     if config.arch in NO_BATCH_NORM:
         return f"{config.arch} has no BatchNorm"
-    return int(os.environ.get("WORLD_SIZE", 1)) == 1 and "there is one process (torchrun starts several)"
+    return process.world_size() == 1 and "there is one process (torchrun starts several)"
 
 
 def _split(config: Any) -> Reason:
@@ -922,14 +907,13 @@ def plain(config: Any) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items()}
 
 
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def workers_note(asked: int) -> str:
     """What is to be said where more loader processes are asked for than there are cores."""
-    return f"{asked} loader workers asked for, {cores()} cores: using {cores()}" if asked > cores() else ""
+    return (
+        f"{asked} loader workers asked for, {process.cores()} cores: using {process.cores()}"
+        if asked > process.cores()
+        else ""
+    )
 
 
 def data_args(config: Any) -> dict[str, Any]:

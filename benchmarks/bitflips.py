@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
-from base import flags
+from base import flags, process
 from benchmarks.goodput import bits
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
@@ -65,7 +65,7 @@ def build_parser() -> flags.Parser:
         help="flips, spread evenly over five kinds of memory",
     )
     add("--seed", type=flags.number(int, 0), default=0, metavar="N", help="of the flips")
-    add("--jobs", type=positive, default=flags.cores(), metavar="N", help="forks at a time")
+    add("--jobs", type=positive, default=process.cores(), metavar="N", help="forks at a time")
     add("--out", default="bitflips", metavar="DIR", help="bitflips.json")
     add("--table", default="", metavar="DIR", help="print the tables of DIR/bitflips.json and leave")
     return parser

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 import data_utils
 import ema
 import optim
-from base import flags
+from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
 from base.errors import UsageError
 from dataloader import Loader, eval_loader, train_loader
@@ -31,15 +30,9 @@ from sources.index import DatasetIndex, FileSplit, Split, SubsetSplit, balanced_
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, Step, TrainState, plan, smallest_piece
 
 
-def say(text: str) -> None:
-    """Print, on the first rank only."""
-    if text and os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
-
 def open_runtime(config) -> Runtime:
     runtime = init_runtime(config.device, config.amp, deterministic=config.deterministic)
-    say(unused_gpu(runtime.device))
+    process.say(unused_gpu(runtime.device))
     if config.sync_bn and runtime.device.type != "cuda":
         raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
     return _without_broken_bf16(runtime, config)
@@ -162,7 +155,7 @@ def build(
             "eval": rundir.eval_facts(index, phases[-1].image_size),
             **({"run": run} if run else {}),
         },
-        say=say,
+        say=process.say,
         name_of=index.train.name,
         slow_data_hint=packing_hint(config, index),
         early=EarlyStopping(config.early_stop_patience),
@@ -186,7 +179,7 @@ def packing_hint(config, index: DatasetIndex) -> str:
 
 def workers(config) -> int:
     """Loader processes per rank: never more than there are cores."""
-    return min(config.num_workers, flags.cores())
+    return min(config.num_workers, process.cores())
 
 
 def build_loader(config, index: DatasetIndex, runtime: Runtime, phase: Phase) -> Loader:

@@ -1,0 +1,48 @@
+"""This process: its rank among others, whether it prints, the cores it may use.
+
+Nothing else reads torchrun's variables.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main() -> bool:
+    """True on the one process of a run that prints and writes files."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+
+
+def say(text: str) -> None:
+    """Print on the main process; nothing for an empty text."""
+    if text and is_main():
+        print(text, flush=True)
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def incomplete_ranks() -> str:
+    """What is wrong with torchrun's variables, or ''. With half of them set, a process would train alone."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    if all(value.isdecimal() for value in given.values()):
+        complete = "RANK" in given and "WORLD_SIZE" in given
+        if (complete and rank() < world_size()) or all(alone[name] == value for name, value in given.items()):
+            return ""
+    return ", ".join(f"{name}={value}" for name, value in given.items())
