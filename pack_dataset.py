@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-from base import errors, flags
+from base import errors, flags, process
 from base.errors import DataError, ResourceError, UsageError
 
 NO_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
