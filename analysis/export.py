@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from base import files
-from base.errors import ResourceError, UsageError, UserError, printable
+from base.errors import ResourceError, UsageError, UserError, optional, printable
 from harness import checkpoint
-from harness.log import optional
 from models import build_model, describe_args
 from models.convert import to_torchvision
 
