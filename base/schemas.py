@@ -1,7 +1,7 @@
 """What the files of the project hold. Whoever reads one uses the value that comes out of `check` here.
 
-Checks are strict: a bool or '5' is not an int. Checkpoints and manifests may hold nothing unknown; rows, flags
-and env.json may, as long as it is plain. Import this only where a file is read: pydantic takes 0.1 s.
+Checks are strict: a bool or '5' is not an int. Checkpoints and manifests may hold nothing unknown; rows,
+flags and env.json may, as long as it is plain. Import this only where a file is read: pydantic takes 0.1 s.
 """
 
 import json
@@ -346,7 +346,7 @@ def read_json(path: Path | str, schema: Any, fix: str, missing: Any = None) -> A
     except OSError as error:
         if missing is not None and isinstance(error, FileNotFoundError):
             return missing
-        raise DataError(f"{path} cannot be read: {error.strerror}", fix) from None
+        raise DataError(f"{path} is unreadable: {error.strerror}", fix) from None
     return parse_json(text, schema, str(path), fix)
 
 
@@ -354,7 +354,7 @@ def parse_json(text: bytes, schema: Any, where: str, fix: str) -> Any:
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not valid JSON: {one_line(str(error))[:200]}", fix) from None
+        raise DataError(f"{where} is unreadable: {one_line(str(error))[:200]}", fix) from None
     return check(schema, value, where, DataError, fix)
 
 
