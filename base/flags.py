@@ -281,7 +281,7 @@ def to_argv(values: Mapping[str, Any]) -> list[str]:
             argv.append("--no-" + dashed(flag.name).removeprefix("--"))
         elif flag.kind in (bool, Switch):
             argv += [dashed(flag.name)] * bool(value)
-        elif value is not None:
+        elif value not in (None, "", ()):
             argv.append(f"{dashed(flag.name)}={typed_text(value, getattr(flag.kind, 'separator', ','))}")
     return argv
 
