@@ -101,8 +101,9 @@ def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_readmes_flag_table_is_the_parser():
-    table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", readme(), re.M)
+def test_the_flag_table_is_the_parser():
+    text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.M)
     found = {name: (default, text) for name, default, text in table}
     for action in flags.train_parser()._actions[1:]:  # the first is --help
         default, text = found.pop(action.option_strings[0])
@@ -135,6 +136,9 @@ def test_readmes_tree_names_every_file_and_no_other():
         )
 
 
-def test_every_link_of_readme_leads_somewhere():
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", readme()):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize(
+    "page", ["README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_link_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / page).read_text(encoding="utf-8")):
+        assert (ROOT / page).parent.joinpath(target).exists(), target
