@@ -1,4 +1,4 @@
-"""No idle flag: each one changes what its row of flags.TABLE names, or is refused; and what is refused changes nothing.
+"""No idle flag: each one changes what its row of flags.TABLE says, or is refused; and what is refused changes nothing.
 
 The pairs of a flag and a mode in which it is idle are quick; every flag in every mode is slow.
 """
@@ -148,9 +148,8 @@ def config_of(recipe: str, mode: str):
 def test_every_flag_has_a_row_and_a_test():
     actions = {action.dest for action in train.build_parser()._actions} - {"help"}
     assert {row.name for row in flags.TABLE} == actions == VALUES.keys() | WHOLE
-    assert {row.changes for row in flags.TABLE} == set(
-        "plan model trace processes output files resume".split()
-    )
+    changes = {"plan", "model", "trace", "processes", "output", "files", "resume"}
+    assert {row.changes for row in flags.TABLE} == changes
 
 
 @pytest.mark.parametrize(("name", "mode"), IDLE)

@@ -308,6 +308,25 @@ def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("usage: python train.py [flags]\n")
+        and max(map(len, said.split("examples:")[0].splitlines())) < 80
+    )
+    for words in (
+        "(above 0; default: 0.0003)",
+        "one of ce, bce",
+        "(at least 1; default: 90)",
+        "default: 64,128,224",
+    ):
+        assert words in " ".join(said.split())
+    assert "None" not in said and "SUPPRESS" not in said
+
+
 def test_two_lines_on_stderr_and_no_traceback(tmp_path):
     done = cli("--epochs", "0")
     assert done.returncode == 2 and done.stdout == ""
