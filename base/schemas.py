@@ -123,26 +123,14 @@ def all_or_nothing(**fields: Any) -> Any:
 # --- rows and checkpoints ---------------------------------------------------------------------------
 
 COLUMNS = {  # of metrics.jsonl
-    "epoch": Positive,
-    "image_size": Pixels | None,
-    "batch_size": Positive | None,
-    "lr": NotNegative | None,
-    "train_loss": float | None,
-    "train_top1": Percent | None,
-    "val_loss": float | None,
-    "val_top1": Percent | None,
-    "val_top5": Percent | None,
-    "ema_val_loss": float | None,
-    "ema_val_top1": Percent | None,
-    "ema_val_top5": Percent | None,
-    "better": Literal["ema", "raw"] | None,
-    "images_per_second": NotNegative | None,
-    "data_wait_percent": NotNegative | None,
-    "seconds": NotNegative | None,
-    "bad_steps": Count | None,
-    "bad_images": Count | None,
-    "best": bool | None,
-}
+    "epoch": Positive, "image_size": Pixels | None, "batch_size": Positive | None, "lr": NotNegative | None,
+    "train_loss": float | None, "train_top1": Percent | None,
+    "val_loss": float | None, "val_top1": Percent | None, "val_top5": Percent | None,
+    "ema_val_loss": float | None, "ema_val_top1": Percent | None, "ema_val_top5": Percent | None,
+    "better": Literal["ema", "raw"] | None, "images_per_second": NotNegative | None,
+    "data_wait_percent": NotNegative | None, "seconds": NotNegative | None, "bad_steps": Count | None,
+    "bad_images": Count | None, "best": bool | None,
+}  # fmt: skip
 # A row has every column after the check, None where the file has none.
 Row = Annotated[
     at_least(**optional(**COLUMNS) | {"epoch": Positive}),
@@ -263,18 +251,11 @@ Shard = exactly(rows=Count, bytes=Count, crc32=Crc32)
 Skipped = exactly(id=Count, name=Text, reason=Text)
 Part = exactly(images=Count, digest=Text, labels_bytes=Count, labels_crc32=Crc32, skipped=list[Skipped])
 PLAN = {
-    "format": Positive,
-    "name": FileName,
-    "classes": Names,
-    "class_names": Names | None,
-    "mean": Means,
-    "std": Deviations,
-    "native_size": Pixels | None,
-    "sides": Annotated[list[Pixels], Field(min_length=1)],
-    "quality": Annotated[int, Field(ge=1, le=100)],
-    "source": Fingerprint,
+    "format": Positive, "name": FileName, "classes": Names, "class_names": Names | None, "mean": Means,
+    "std": Deviations, "native_size": Pixels | None, "sides": Annotated[list[Pixels], Field(min_length=1)],
+    "quality": Annotated[int, Field(ge=1, le=100)], "source": Fingerprint,
     "shard_rows": exactly(train=Positive, val=Positive),
-}
+}  # fmt: skip
 Plan = exactly(**PLAN)  # packing.json
 Manifest = exactly(
     **PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]]
