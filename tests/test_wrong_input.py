@@ -1,4 +1,4 @@
-"""User errors: an exit code, one line that says what is wrong and where, one with the fix, nothing written."""
+"""User errors: an exit code, a line with what is wrong and where, a line with the fix, and nothing written."""
 
 import os
 import shutil
