@@ -158,6 +158,9 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+EVAL_CROP = 0.875  # share of the resized image's side that validation and prediction look at
+
+
 class EvalTransform:
     """Resize the short side to `image_size / crop`, take the centre: for validation and prediction.
 
@@ -165,7 +168,7 @@ class EvalTransform:
     what they are published with. Only the part of the image under the crop is resampled.
     """
 
-    def __init__(self, image_size: int, crop: float = 0.875):
+    def __init__(self, image_size: int, crop: float = EVAL_CROP):
         self.image_size, self.crop = image_size, crop
 
     def __call__(self, image: bytes | np.ndarray, name: str = "") -> np.ndarray:
@@ -201,7 +204,7 @@ class TrainTransform:
         steps: Sequence[tuple[str, int | None]],
         image_size: int,
         mean: Sequence[float],
-        crop: float = 0.875,
+        crop: float = EVAL_CROP,
     ):
         self.steps, self.image_size, self.crop = tuple(steps), image_size, crop
         self.mean = tuple(round(255 * m) for m in mean)
