@@ -87,11 +87,11 @@ def main(argv: list[str] | None = None) -> int:
 def _source(args):
     """The DatasetIndex to pack: the ILSVRC tars are read in place, all else as train.py reads it."""
     from sources.archives import tars
-    from sources.layouts import index
+    from sources.layouts import open_dataset
 
     if args.dataset == "imagenet" and tars.present(args.data_dir):
         return tars.imagenet_tars(args.data_dir)
-    return index(
+    return open_dataset(
         args.dataset,
         args.data_dir,
         split=args.split,

@@ -917,7 +917,7 @@ def workers_note(asked: int) -> str:
 
 
 def data_args(config: Any) -> dict[str, Any]:
-    """The data flags as `sources.layouts.index` takes them."""
+    """The data flags as `sources.layouts.open_dataset` takes them."""
     return {
         "dataset": config.dataset,
         "data_dir": config.data_dir,

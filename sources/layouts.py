@@ -1,4 +1,4 @@
-"""Every dataset we accept: `index` finds it by name in a folder. Decoding is elsewhere, and so is torch."""
+"""Every dataset we accept: `open_dataset` finds it by name in a folder. Decoding is elsewhere, and so is torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DATASETS = (
 TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
 
 
-def index(
+def open_dataset(
     dataset: str,
     data_dir: str | os.PathLike,
     *,
@@ -181,3 +181,6 @@ def recognise(dataset: str, data_dir: Path) -> str | None:
     if any(data_dir.glob("ILSVRC2012_img_*.tar")):
         return f"unpack the archives: python download_imagenet.py --method manual --data-dir {data_dir}"
     return None
+
+
+index = open_dataset  # the former name, until every caller has the new one

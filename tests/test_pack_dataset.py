@@ -16,7 +16,7 @@ from test_packed import make_folders
 import pack_dataset
 from base.errors import DataError, ResourceError, UsageError
 from sources import packing
-from sources.layouts import index
+from sources.layouts import open_dataset
 from sources.packed import open_packed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +100,7 @@ def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
 
 
 def test_a_line_cut_by_a_kill_or_one_that_is_no_record_is_no_obstacle(folders, tmp_path):
-    plan = packing.make_plan(index("imagenet", str(folders)), (16, 32), 90)
+    plan = packing.make_plan(open_dataset("imagenet", str(folders)), (16, 32), 90)
     shard = {"rows": 1, "bytes": 2, "crc32": 3}
     val = {"part": "val", "k": 0, "shards": {"val": shard}, "skipped": []}
     train = {"part": "train", "k": 1, "shards": {"train-16": shard, "train-32": shard}, "skipped": []}

@@ -16,7 +16,7 @@ from base.errors import DataError
 from sources import packed, packing
 from sources.images import decode
 from sources.index import ArraySplit, DatasetIndex
-from sources.layouts import index
+from sources.layouts import open_dataset
 from sources.packed import open_packed
 
 SIDES = (16, 32)
@@ -53,7 +53,7 @@ def out(packed_once, tmp_path):
 
 
 def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
-    source, copy = index("imagenet", str(folders)), index("imagenet", str(packed_once))
+    source, copy = open_dataset("imagenet", str(folders)), open_dataset("imagenet", str(packed_once))
     assert (copy.name, copy.classes, copy.mean, copy.std) == (
         source.name,
         source.classes,
@@ -70,7 +70,7 @@ def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_each_copy_is_the_image_with_that_short_side(folders, packed_once, side):
-    source = index("imagenet", str(folders)).train
+    source = open_dataset("imagenet", str(folders)).train
     copy = next(split for split in open_packed(packed_once).train.copies() if split.side == side)
     ids = np.random.default_rng(0).permutation(len(source))[:40]
     for original, small in zip(source.read(ids), copy.read(ids), strict=True):
@@ -284,7 +284,7 @@ def test_other_damage_has_clear_words(out, damage):
 
 
 def test_the_estimate_is_near_what_is_written(folders, packed_once):
-    source = index("imagenet", str(folders))
+    source = open_dataset("imagenet", str(folders))
     plan = packing.make_plan(source, SIDES, 90)
     needed = packing.estimate(source, plan, packing.groups_of(plan))
     for table in ("train-16", "train-32", "val"):
