@@ -37,7 +37,7 @@ class HubSplit(Split):
 
 
 def hub(dataset: str) -> DatasetIndex:
-    """Index `hf:<name>` or `hf:<name>:<configuration>`: a dataset of the hub, or a local folder in its format.
+    """Index `hf:<name>` or `hf:<name>:<configuration>`: a dataset of the hub, or a folder like one.
 
     The first use downloads it into Hugging Face's cache, with the token that `hf auth login` saved.
     """

@@ -167,7 +167,7 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     """
     rng = np.random.Generator(np.random.Philox(seed))
     shuffled = rng.permutation(len(labels))
-    # The rank of each sample within its class, in shuffled order: the lowest ranks come from all classes in turn.
+    # The rank of each sample within its class: the samples of lowest rank take the classes in turn.
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     ordered = labels[by_class]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
