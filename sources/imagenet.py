@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from sources.index import DatasetIndex, FileSplit, stratified_split
 
 Labels = Iterator[tuple[bytes, bytes]]  # (image name without ending, class)
 
+PARTS = {"train": ["train"], "val": ["val"]}  # the folders that hold class folders
 WORDNET_ID = re.compile(r"n\d{8}\b")
 HERE = Path(__file__).parent
 XML_BYTES = 1 << 20  # read of an annotation; real ones have a few hundred
@@ -32,7 +33,7 @@ TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of t
 def imagenet(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
     """Index class folders or the ILSVRC/Kaggle tree; with `class_list`, only those classes."""
     wanted = read_class_list(class_list) if class_list else None
-    return _index("imagenet_1k", data_dir, image_root(data_dir), ["train"], ["val"], wanted, **checks)
+    return _index("imagenet_1k", data_dir, image_root(data_dir), PARTS, wanted, **checks)
 
 
 def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
@@ -42,15 +43,14 @@ def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **ch
     a tree of up to 100 classes is used as it is.
     """
     wanted = read_class_list(class_list) if class_list else None
-    train, val = (
-        sorted(p.name for p in Path(data_dir).glob(x) if p.is_dir()) for x in ("train.X*", "val.X*")
-    )
+    train, val = (sorted(p.name for p in Path(data_dir).glob(f"{part}.X*") if p.is_dir()) for part in PARTS)
     if train:
-        return _index("imagenet100", data_dir, data_dir, train, val or ["val"], wanted, **checks)
+        parts = {"train": train, "val": val or ["val"]}
+        return _index("imagenet100", data_dir, data_dir, parts, wanted, **checks)
     root = image_root(data_dir)
     if wanted is None and folders.count_classes(os.path.join(root, "train")) > 100:
         wanted = read_class_list(HERE / "imagenet100.txt")
-    return _index("imagenet100", data_dir, root, ["train"], ["val"], wanted, **checks)
+    return _index("imagenet100", data_dir, root, PARTS, wanted, **checks)
 
 
 def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
@@ -92,24 +92,24 @@ def _index(
     name: str,
     data_dir: str,
     root: str,
-    train_folders: Sequence[str],
-    val_folders: Sequence[str],
+    parts: dict[str, list[str]],
     wanted: set[bytes] | None,
     **checks: bool,
 ) -> DatasetIndex:
-    for folder in (*train_folders, *val_folders):
+    for folder in (*parts["train"], *parts["val"]):
         if not os.path.isdir(os.path.join(root, folder)):
             raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", folders.ACCEPTED)
-    train = folders.list_classes(root, *train_folders, only=wanted)
+    train = folders.list_classes(root, *parts["train"], only=wanted)
     if missing := (wanted or set()) - train.by_class.keys():
         raise DataError(
             f"listed classes that are not in {os.path.abspath(root)}: {folders.every(sorted(missing))}",
             "correct the list (one class folder's name per line), or complete the data",
         )
-    if any(folders.count_classes(os.path.join(root, folder)) for folder in val_folders):
-        val = folders.list_classes(root, *val_folders, only=wanted)
+    if any(folders.count_classes(os.path.join(root, folder)) for folder in parts["val"]):
+        val = folders.list_classes(root, *parts["val"], only=wanted)
     else:
-        val = folders.list_labelled(root, val_folders[0], flat_val_labels(root, data_dir), only=wanted)
+        labels = flat_val_labels(root, data_dir)
+        val = folders.list_labelled(root, parts["val"][0], labels, only=wanted)
     index = folders.from_listings(name, train, val, **checks)
     names = human_names(index.classes, *_places(root, data_dir))
     return replace(index, class_names=names, notes=(*index.notes, *_count_notes(index)))

@@ -18,6 +18,7 @@ from PIL import Image
 from base.errors import DataError
 from sources import augment
 
+Steps = Sequence[tuple[str, int | None]]  # augmentations in order, each with its number: ("cutout", 8)
 EVAL_CROP = 0.875  # share of the resized image's side that validation and prediction look at
 # Only these parsers of Pillow run: an EPS or PSD file named .JPEG must not reach its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
@@ -186,18 +187,12 @@ def centre_crop(pixels: np.ndarray, size: int, short_side: int) -> np.ndarray:
 class TrainTransform:
     """Decode, crop and augment an image; the result depends only on the image and the key.
 
-    `steps` are ((name, argument or None), ...) from `flags.parse_augment`, applied in order after the crop:
-    `rrc` cuts a random box from the decoded image and resizes only that; `padcrop` shifts the image resized
-    to `image_size`; without either, the crop is `EvalTransform`'s. `mean`, in [0, 1], is the fill colour.
+    The crop always comes first: `rrc` cuts a random box from the decoded image and resizes only that;
+    `padcrop` shifts the image resized to `image_size`; with neither of them, the crop is `EvalTransform`'s.
+    `steps` come from `flags.parse_augment`. `mean`, of pixels in [0, 1], is the fill colour.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[tuple[str, int | None]],
-        image_size: int,
-        mean: Sequence[float],
-        crop: float = EVAL_CROP,
-    ):
+    def __init__(self, steps: Steps, image_size: int, mean: Sequence[float], crop: float = EVAL_CROP):
         crops = [step for step in steps if step[0] in ("rrc", "padcrop")]
         if len(crops) > 1:
             raise ValueError(f"at most one crop, not {' and '.join(name for name, _ in crops)}")
@@ -210,13 +205,13 @@ class TrainTransform:
     def __getstate__(self):
         return {**self.__dict__, "_operations": None, "_randomness": None}
 
-    def __call__(self, image: bytes | np.ndarray, key: tuple[int, int, int], name: str = "") -> np.ndarray:
+    def __call__(self, image: bytes | np.ndarray, key: tuple[int, int, int]) -> np.ndarray:
         """Return (image_size, image_size, 3) uint8; `key` is (seed, epoch, sample id). Raises `BadImage`."""
         if self._operations is None:
             self._randomness = augment.KeyedRandom()
             self._operations = [augment.build(*step, self.fill, self._randomness) for step in self.steps]
         draw = self._randomness.rekey(key)
-        pixels = self._cropped(decode(image, name), draw)
+        pixels = self._cropped(decode(image), draw)
         for operation in self._operations:
             pixels = operation(pixels, draw)
         return pixels

@@ -168,9 +168,7 @@ def _read(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
         return split.read(ids)
     except OSError as error:
         what = f"cannot read {error.filename or 'the data'}: {error.strerror or error}"
-        raise DataError(
-            what, "restore it and run the same command again; the data must not change"
-        ) from error
+        raise DataError(what, "restore it, then run the same command again") from error
 
 
 def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, quality: int) -> bytes:
