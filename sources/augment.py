@@ -148,36 +148,30 @@ def affine(
     return cv2.warpAffine(image, matrix, (w, h), flags=cv2.INTER_LINEAR, borderValue=tuple(fill))
 
 
-_WHEEL = (np.arange(180 + 256) % 180).astype(np.uint8)  # OpenCV's hue is in half degrees: 0 ... 179
-_ORDERS = tuple(itertools.permutations(range(4)))
-
-
 def _jitter_of(percent: int | None) -> Operation:
     """`jitter:10` is brightness, contrast and saturation 0.1 and hue 0.02, the documents' CIFAR recipe."""
-    *amounts, hue = JITTER if percent is None else (*[percent / 100] * 3, percent / 500)
+    *strengths, hue = JITTER if percent is None else (*[percent / 100] * 3, percent / 500)
 
     def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
-        factors = [1 + amount * (2 * draw() - 1) for amount in amounts]
-        return jitter(image, factors, hue * (2 * draw() - 1), _ORDERS[int(draw() * len(_ORDERS))])
+        amounts = [1 + strength * (2 * draw() - 1) for strength in strengths]
+        amounts.append(hue * (2 * draw() - 1))
+        return jitter(image, amounts, _ORDERS[int(draw() * len(_ORDERS))])
 
     return apply
 
 
-def jitter(image: np.ndarray, factors: Sequence[float], hue: float, order: Sequence[int]) -> np.ndarray:
-    """Change brightness, contrast, saturation by three `factors`, 1 being no change, and turn the hue.
+def jitter(image: np.ndarray, amounts: Sequence[float], order: Sequence[int] = (0, 1, 2, 3)) -> np.ndarray:
+    """Change brightness, contrast and saturation by factors and the hue by a share of the circle, in `order`.
 
-    `hue` is a share of the circle; `order` is a permutation of 0 ... 3, in which the four changes are made.
+    `amounts` are these four numbers; (1, 1, 1, 0) changes nothing.
     """
-    brightness, contrast, saturation = factors
-    changes = (
-        lambda x: cv2.convertScaleAbs(x, alpha=brightness),
-        lambda x: _contrast(x, contrast),
-        lambda x: _saturation(x, saturation),
-        lambda x: _hue(x, hue),
-    )
     for i in order:
-        image = changes[i](image)
+        image = _CHANGES[i](image, amounts[i])
     return image
+
+
+def _brightness(image: np.ndarray, factor: float) -> np.ndarray:
+    return cv2.convertScaleAbs(image, alpha=factor)
 
 
 def _contrast(image: np.ndarray, factor: float) -> np.ndarray:
@@ -198,6 +192,11 @@ def _hue(image: np.ndarray, shift: float) -> np.ndarray:
     table = _WHEEL[turn : turn + 256]
     cv2.insertChannel(cv2.LUT(cv2.extractChannel(hsv, 0), table), hsv, 0)  # six times as fast as indexing
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+_CHANGES = (_brightness, _contrast, _saturation, _hue)
+_ORDERS = tuple(itertools.permutations(range(4)))
+_WHEEL = (np.arange(180 + 256) % 180).astype(np.uint8)  # OpenCV's hue is in half degrees: 0 ... 179
 
 
 def dropout(image: np.ndarray, fill: Sequence[int], draw: Draw) -> np.ndarray:

@@ -152,11 +152,6 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
     images, folders = [], []
     prefix = os.path.join(folder, b"")
     for entry in scan(os.path.join(listing.root, folder)):
-        if is_image(entry.name) and entry.is_file(
-            follow_symlinks=False
-        ):  # nearly always, without a stat call
-            images.append(prefix + entry.name)
-            continue
         kind = _kind(entry)
         if kind == "folder":
             folders.append(entry)
