@@ -143,7 +143,7 @@ class PlainUnpickler(pickle.Unpickler):
             ("multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
             ("numeric", "_frombuffer"): _frombuffer,  # protocol 5
             ("_codecs", "encode"): self._latin1,  # protocols 0 to 2 have no bytes
-            ("__builtin__", "bytes"): lambda: b"",  # without its argument, which could ask for gigabytes
+            ("__builtin__", "bytes"): lambda: b"",  # takes no size, which could ask for gigabytes
         }
         found = known.get((core if module.startswith("numpy.") else module, name))
         if found is None:
