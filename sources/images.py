@@ -38,9 +38,7 @@ class BadImage(DataError):
     """An image that cannot be used; has its `name` and the `reason`."""
 
     def __init__(self, name: str, reason: str):
-        fix = (
-            "replace or delete it, or use --on-bad-image skip; pack_dataset.py --verify lists all bad images"
-        )
+        fix = "replace or delete it, or use --on-bad-image skip; pack_dataset.py --verify lists them all"
         super().__init__(f"bad image {name}: {reason}", fix)
         self.name, self.reason = name, reason
 
