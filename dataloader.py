@@ -336,9 +336,9 @@ def get_dataloaders(
     """
     from base.flags import parse_augment
     from base.process import cores
-    from sources.layouts import index as find
+    from sources.layouts import open_dataset
 
-    index = find(dataset, data_path)
+    index = open_dataset(dataset, data_path)
     if num_workers > cores():
         warnings.warn(
             f"{num_workers} loader workers asked for, {cores()} cores: using {cores()}", stacklevel=2

@@ -266,16 +266,16 @@ def unpack_to(
 
 def simple(dataset: str, data_dir: Path) -> None:
     """A dataset that needs no account (or, for hf:, the account of `hf auth login`)."""
-    from sources.layouts import index
+    from sources.layouts import open_dataset
 
     if dataset.startswith("hf:"):
-        found = index(dataset, data_dir)
+        found = open_dataset(dataset, data_dir)
         where = ""
     else:
         what = SIMPLE[dataset]
         if not (data_dir / what.folder).exists():
             unpack_simple(what, fetch(what.archive, what.archive.url, data_dir), data_dir)
-        found, where = index(dataset, data_dir), f" --data-dir {data_dir}"
+        found, where = open_dataset(dataset, data_dir), f" --data-dir {data_dir}"
         check_simple(what, (len(found.train), len(found.val)), data_dir)
     print(
         f"{len(found.train):,} + {len(found.val):,} images of {len(found.classes):,} classes. "

@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import layouts
 
-    index = layouts.index(**flags.data_args(config))
+    index = layouts.open_dataset(**flags.data_args(config))
     for note in filter(None, (*notes, *index.notes, flags.workers_note(config.num_workers))):
         print(note, flush=True)
     from harness import build

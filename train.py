@@ -64,7 +64,7 @@ def check(config, typed: flags.Given):
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
-    index = layouts.index(**flags.data_args(config))
+    index = layouts.open_dataset(**flags.data_args(config))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
     for note in (*notes, *index.notes):
         say(note)

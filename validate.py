@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     data = rundir.with_saved_data(config, typed, payload["config"])
     notes = flags.refuse_idle([row for row in flags.TABLE if row.name in rundir.DATA_FLAGS], data, typed)
-    index = layouts.index(**flags.data_args(data))
+    index = layouts.open_dataset(**flags.data_args(data))
     for note in filter(None, (*notes, *index.notes, flags.workers_note(config.num_workers))):
         screen(config)(note)
     index = dataclasses.replace(index, mean=facts["mean"], std=facts["std"])  # what the model is used to

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     from analysis import figures
     from sources import layouts
 
-    index = layouts.index(**flags.data_args(config))
+    index = layouts.open_dataset(**flags.data_args(config))
     made = picture(config, index)
     folder = Path(config.out) if config.out else Path(config.save_dir) / "plots"
     print(figures.save(made, folder / "batch.png"))

@@ -73,7 +73,7 @@ def open_subject(config, typed: frozenset[str], needs_data: bool = True) -> Subj
     device = init_runtime(config.device, "off").device
     index = None
     if needs_data:
-        index = layouts.index(**flags.data_args(rundir.with_saved_data(config, typed, payload["config"])))
+        index = layouts.open_dataset(**flags.data_args(rundir.with_saved_data(config, typed, payload["config"])))
         if list(index.classes) != list(facts["classes"]):
             raise DataError(
                 f"the model knows {len(facts['classes'])} classes, the data has {len(index.classes)} (or others)",

@@ -339,7 +339,7 @@ def workers_note(workers: int) -> str:
 
 
 def data_args(config: Any) -> dict[str, Any]:
-    """Return the data flags as `sources.layouts.index` takes them."""
+    """Return the data flags as `sources.layouts.open_dataset` takes them."""
     same = ("dataset", "data_dir", "split", "allow_class_mismatch")
     subset_size = config.subset_size if config.subset else None
     return {name: getattr(config, name) for name in same} | {

@@ -95,7 +95,7 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
 
     torch.set_num_threads(1)  # a fork has only the thread that forked
     config, _ = flags.parse(flags.build_parser("bitflips", "", groups=flags.TRAIN_GROUPS), RUN)
-    index = layouts.index(**flags.data_args(config))
+    index = layouts.open_dataset(**flags.data_args(config))
     runtime = build.open_runtime(config)
     run = build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), out)
     run.say = lambda text: None

@@ -123,8 +123,7 @@ def pack(source, sides: tuple[int, ...], out: Path):
     out.mkdir()
     records = packing.start(str(out), plan)
     for group in packing.groups_of(plan):
-        split = getattr(source, group.part)
-        records[group.part, group.k] = packing.write_group(split, plan, group, str(out), "skip")
+        records[group.part, group.k] = packing.write_group(source, plan, group, str(out), "skip")
     manifest = packing.finish(str(out), source, plan, records)
     mean = {
         name: sum(s["bytes"] for s in shards) / len(source.train)

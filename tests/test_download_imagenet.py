@@ -27,7 +27,7 @@ from base.errors import DataError, ResourceError, UsageError
 from download_imagenet import Archive, main
 from sources import fetch, folders, ilsvrc, unpack
 from sources.archives.fetch import Wanted, check_url, download
-from sources.layouts import index
+from sources.layouts import open_dataset
 
 BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # begins like a .gz file
 MD5 = hashlib.md5(BODY).hexdigest()
@@ -671,7 +671,7 @@ def small(monkeypatch):
 
 
 def is_arranged(data_dir):
-    found = index("imagenet", data_dir)
+    found = open_dataset("imagenet", data_dir)
     val = {found.val.name(i): found.val.labels[i] for i in range(6)}
     assert found.train.read([4]) == [b"n01443537 1"] and len(found.train) == 9
     return val == {f"val/{IDS[k]}/ILSVRC2012_val_{i:08d}.JPEG": k for i, k in enumerate(LABELS, start=1)}
@@ -868,7 +868,7 @@ def test_simple_fetches_tiny_imagenet(server, tmp_path, monkeypatch, capsys):
     small_simple(monkeypatch, server, "tiny-imagenet", zip_of(tiny_files()), (4, 2))
     arguments = ["--method", "simple", "--dataset", "tiny-imagenet", "--data-dir", str(tmp_path)]
     assert main(arguments) == 0 and main(arguments) == 0 and len(server.requests) == 1
-    found = index("tiny-imagenet", tmp_path)
+    found = open_dataset("tiny-imagenet", tmp_path)
     assert (len(found.train), len(found.val), len(found.classes)) == (4, 2, 2)
     assert not (tmp_path / "tiny-imagenet-200/test").exists()
     assert f"python train.py --dataset tiny-imagenet --data-dir {tmp_path}" in capsys.readouterr().out
@@ -901,7 +901,7 @@ def test_simple_fetches_cifar(server, tmp_path, monkeypatch):
     )
     small_simple(monkeypatch, server, "cifar100", data, (2, 2))
     assert main(["--method", "simple", "--dataset", "cifar100", "--data-dir", str(tmp_path)]) == 0
-    assert index("cifar100", tmp_path).classes == ("apple", "bear")
+    assert open_dataset("cifar100", tmp_path).classes == ("apple", "bear")
 
 
 def test_simple_explains_why_it_cannot_have_imagenet(capsys):

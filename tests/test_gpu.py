@@ -16,7 +16,7 @@ from base.flags import parse_augment
 from dataloader import train_loader
 from harness import preflight
 from models import build_model
-from sources.layouts import index as find
+from sources.layouts import open_dataset
 from train_utils import train_step
 
 pytestmark = pytest.mark.gpu
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path):
 
 
 def test_prefetched_batches_equal_those_of_the_cpu(photos):
-    data = find("imagenet", photos)
+    data = open_dataset("imagenet", photos)
     options = {
         "image_size": 48,
         "batch_size": 8,

@@ -25,7 +25,7 @@ def asked(capsys, *arguments):
 
 
 def test_the_answers_are_those_of_validation_bit_for_bit(photos, photo_run):
-    index = layouts.index("imagenet", photos)
+    index = layouts.open_dataset("imagenet", photos)
     models, payload = predictions.open_models(str(photo_run), "ema", CPU)
     facts, files = payload["eval"], [index.val.path(i) for i in range(len(index.val))]
     theirs = torch.cat([predictions.logits_of(models["ema"], images, CPU)

@@ -109,7 +109,7 @@ def batches_of(photos, classes):
     from dataloader import eval_loader
     from sources import layouts
 
-    index = layouts.index("imagenet", photos)
+    index = layouts.open_dataset("imagenet", photos)
     for images, labels in eval_loader(index.val, index, image_size=24, batch_size=64):
         keep = torch.isin(labels, torch.tensor(classes))
         yield images[keep], labels[keep]
