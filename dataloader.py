@@ -7,6 +7,7 @@ any number of workers, and gives what it would have given.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import signal
 import sys
@@ -14,7 +15,6 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -205,8 +205,7 @@ class Loader:
         device: torch.device | str = "cpu",
     ):
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
-        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1) * 255
-        self.scale = 1 / (torch.tensor(std, device=self.device).view(1, 3, 1, 1) * 255)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.waited, self.bad = 0.0, []
         self.batches = DataLoader(
             dataset,
@@ -224,7 +223,7 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
-        self.batches.worker_init_fn = partial(_init_worker, left_to_parent())
+        self.batches.worker_init_fn = functools.partial(_init_worker, left_to_parent())
         iterator = iter(self.batches)  # workers start here, not at the first batch
         if self.batches.num_workers:
             _started.add(iterator)
@@ -254,11 +253,8 @@ class Loader:
             yield images, labels
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        # Only CUDA's copies are pinned; Metal's, not waited for, read memory that is already used anew.
-        images, labels = (tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in batch)
-        # (n, H, W, 3) in memory is (n, 3, H, W) in channels_last: the permutation costs nothing.
-        images = images.permute(0, 3, 1, 2).float()
-        return images.sub_(self.mean).mul_(self.scale), labels
+        images, labels = batch
+        return normalise(images, self.mean, self.std, self.device), _copied(labels, self.device)
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         stream = torch.cuda.Stream(self.device)
@@ -278,6 +274,31 @@ class Loader:
         for tensor in batch:  # the allocator must not hand this memory out while the step still reads it
             tensor.record_stream(current)
         return batch
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | str
+) -> Tensor:
+    """Return images (N, H, W, 3) uint8 as (N, 3, H, W) float32 in channels_last on `device`, normalised.
+
+    `mean` and `std` are per channel, of pixels in [0, 1]: the result is (pixel / 255 - mean) / std.
+    """
+    device = torch.device(device)
+    offset, scale = _normalisation(tuple(mean), tuple(std), device)
+    # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last, so the permutation copies nothing.
+    return _copied(images, device).permute(0, 3, 1, 2).float().sub_(offset).mul_(scale)
+
+
+@functools.cache  # building them anew for each batch would make the host wait for a GPU
+def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What to subtract from pixels in [0, 255], and what to multiply the difference by."""
+    offset, divisor = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (mean, std))
+    return offset.to(device), (1 / divisor).to(device)
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    # Only CUDA's loaders pin memory. An unawaited copy to Metal would read memory that is reused already.
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def train_loader(
