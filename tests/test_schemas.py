@@ -251,7 +251,7 @@ def test_state_that_the_kernels_would_not_check_is_refused(name):
             *wrong,
             *([value.double(), value[None]] if isinstance(value, torch.Tensor) else [True, 1.0]),
         ]:
-            with pytest.raises(CheckpointError, match=f"parameter 0 has another {key}"):
+            with pytest.raises(CheckpointError, match=f"parameter 0 has a wrong {key}"):
                 optim.load_optimizer(optimizer, changed(saved, ("state", 0, key), new))
         with pytest.raises(CheckpointError, match="parameter 0 has"):
             optim.load_optimizer(optimizer, changed(saved, ("state", 0, key)))
