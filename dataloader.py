@@ -186,6 +186,18 @@ def end_workers() -> None:
     signal.signal(signal.SIGCHLD, reaper or signal.SIG_DFL)
 
 
+class Normalize:
+    """Turn pixels (n, H, W, 3) uint8 into (pixel / 255 - mean) / std, (n, 3, H, W) float32."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device: torch.device):
+        self.mean = torch.tensor(mean, device=device).view(1, 3, 1, 1) * 255
+        self.scale = 1 / (torch.tensor(std, device=device).view(1, 3, 1, 1) * 255)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        # (n, H, W, 3) in memory is (n, 3, H, W) in channels_last: the permutation costs nothing.
+        return pixels.permute(0, 3, 1, 2).float().sub_(self.mean).mul_(self.scale)
+
+
 class Loader:
     """Iterates float32 normalised images (n, 3, H, W) and int64 labels (n,) on `device`.
 
@@ -205,8 +217,7 @@ class Loader:
         device: torch.device | str = "cpu",
     ):
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
-        self.mean = torch.tensor(mean, device=self.device).view(1, 3, 1, 1) * 255
-        self.scale = 1 / (torch.tensor(std, device=self.device).view(1, 3, 1, 1) * 255)
+        self.normalize = Normalize(mean, std, self.device)
         self.waited, self.bad = 0.0, []
         self.batches = DataLoader(
             dataset,
@@ -256,9 +267,7 @@ class Loader:
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         # Only CUDA's copies are pinned; Metal's, not waited for, read memory that is already used anew.
         images, labels = (tensor.to(self.device, non_blocking=self.device.type == "cuda") for tensor in batch)
-        # (n, H, W, 3) in memory is (n, 3, H, W) in channels_last: the permutation costs nothing.
-        images = images.permute(0, 3, 1, 2).float()
-        return images.sub_(self.mean).mul_(self.scale), labels
+        return self.normalize(images), labels
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         stream = torch.cuda.Stream(self.device)

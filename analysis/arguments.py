@@ -1,12 +1,13 @@
 """Look inside a run or a model: one command each, `python -m analysis.<command> --help`.
 
 Commands: plots, gradcam, misclassified, batch, filters, loss_landscape, report. They share
-`subject` (a checkpoint and its data), `feature_maps` and `figures`; here are the flags they share.
+`predictions` (a model and its data), `feature_maps` and `figures`; here are the flags they share.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from base import flags
 
@@ -33,3 +34,8 @@ def parse(parser: flags.Parser, argv: list[str] | None):
     config, typed = flags.parse(parser, argv)
     rundir.check_checkpoint(config.checkpoint)
     return config, typed
+
+
+def out_dir(config) -> Path:
+    """--out, or plots/ beside the checkpoint."""
+    return Path(config.out) if config.out else Path(config.checkpoint).parent / "plots"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from analysis.arguments import add_checkpoint_args, parse
+from analysis.arguments import add_checkpoint_args, out_dir, parse
 from base import flags
 from base.errors import UsageError, run
 
@@ -31,16 +31,16 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     config, typed = parse(build_parser(), argv)
     from analysis import figures
-    from analysis.subject import check_ids, open_subject, out_dir
+    from analysis.predictions import check_ids, load_with_data
 
-    subject = open_subject(config, typed)
-    check_ids([config.id], len(subject.index.val), "--id")
-    pixels = subject.validation_pixels([config.id])
+    classifier = load_with_data(config, typed)
+    check_ids([config.id], len(classifier.index.val), "--id")
+    pixels = classifier.val_pixels([config.id])
     pictures = {
-        "kernels.png": kernels(subject),
-        "filtered.png": filtered(subject, pixels),
-        "feature_maps.png": feature_maps(subject, pixels),
-        "stride_padding.png": stride_padding(subject, pixels),
+        "kernels.png": kernels(classifier),
+        "filtered.png": filtered(classifier, pixels),
+        "feature_maps.png": feature_maps(classifier, pixels),
+        "stride_padding.png": stride_padding(classifier, pixels),
     }
     for name, made in pictures.items():
         print(figures.save(made, out_dir(config) / name))
@@ -69,15 +69,15 @@ def as_picture(kernel):
     return (255 * scaled).round().byte().permute(1, 2, 0).numpy()
 
 
-def kernels(subject):
+def kernels(classifier):
     """The first convolution's kernels as colour pictures, the strongest first."""
     from analysis import figures
 
-    weight = first_conv(subject.model).weight
+    weight = first_conv(classifier.model).weight
     chosen = strongest(weight, 64)
     captions = [f"{weight[k].norm().item():.2f}" for k in chosen]
     title = (
-        f"First-layer kernels of {subject.title}\n{len(chosen)} strongest of {len(weight)}, {weight.shape[2]} x "
+        f"First-layer kernels of {classifier.title}\n{len(chosen)} strongest of {len(weight)}, {weight.shape[2]} x "
         f"{weight.shape[3]} px, norm below; grey is 0, each scaled to its own range"
     )
     return figures.gallery(
@@ -85,25 +85,25 @@ def kernels(subject):
     )
 
 
-def filtered(subject, pixels):
+def filtered(classifier, pixels):
     """The strongest kernels beside what they make of the image, at stride 1."""
     from torch.nn import functional as F
 
     from analysis import figures
 
-    conv, image = first_conv(subject.model), subject.batch(pixels)
+    conv, image = first_conv(classifier.model), classifier.batch(pixels)
     chosen = strongest(conv.weight, 7)
     answers = F.conv2d(image, conv.weight[chosen], padding="same").detach().cpu().numpy()[0]
     above = [pixels[0], *(as_picture(conv.weight[k]) for k in chosen)]
     below = [pixels[0] @ [0.299, 0.587, 0.114], *answers]
     captions = ["brightness", *(f"{a.min():.1f} to {a.max():.1f}" for a in answers)]
-    title = f"Learned filters and their answer to an image (stride 1): {subject.title}\nrange below; blue low, yellow high"
+    title = f"Learned filters and their answer to an image (stride 1): {classifier.title}\nrange below; blue low, yellow high"
     return figures.strips(
         [(above, ["image", *(f"filter {k}" for k in chosen)]), (below, captions)], title=title
     )
 
 
-def feature_maps(subject, pixels):
+def feature_maps(classifier, pixels):
     """The most varied channels of the last map at every resolution."""
     import numpy as np
 
@@ -111,23 +111,23 @@ def feature_maps(subject, pixels):
     from analysis.feature_maps import stage_maps
 
     rows, names = [], []
-    for name, found in stage_maps(subject.model, subject.batch(pixels)).items():
+    for name, found in stage_maps(classifier.model, classifier.batch(pixels)).items():
         maps = found[0].float().cpu().numpy()  # (C, h, w)
         chosen = np.argsort(-maps.std(axis=(1, 2)), kind="stable")[:8]
         rows.append((list(maps[chosen]), [f"channel {k}" for k in chosen]))
         names.append(f"{figures.shorten(name, 14)}\n{maps.shape[1]} x {maps.shape[2]} px")
     rows.insert(0, ([pixels[0]], ["image"]))
-    title = f"Feature maps from the image to the head: {subject.title}\nthe channels that vary most; each in its own range"
+    title = f"Feature maps from the image to the head: {classifier.title}\nthe channels that vary most; each in its own range"
     return figures.strips(rows, title=title, side=1.35, names=["", *names])
 
 
-def stride_padding(subject, pixels):
+def stride_padding(classifier, pixels):
     """One learned filter at strides 1, 2, 3 and paddings 0, 1, 2: the answers and their sizes."""
     from torch.nn import functional as F
 
     from analysis import figures
 
-    conv, image = first_conv(subject.model), subject.batch(pixels)
+    conv, image = first_conv(classifier.model), classifier.batch(pixels)
     (k,) = strongest(conv.weight, 1)
     side, size = conv.weight.shape[-1], pixels.shape[1]
     rows = []

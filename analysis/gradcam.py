@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from analysis.arguments import add_checkpoint_args, parse
+from analysis.arguments import add_checkpoint_args, out_dir, parse
 from base import flags
 from base.errors import DataError, UsageError, run
 
@@ -51,32 +52,32 @@ def main(argv: list[str] | None = None) -> int:
     if "count" in typed and (config.ids or config.files):
         raise UsageError(f"--count would do nothing: --{ways[0]} names the images", "leave --count out")
     from analysis import figures
-    from analysis.subject import open_subject, out_dir
+    from analysis.predictions import load_with_data
 
-    subject = open_subject(config, typed, needs_data=not config.files)
+    classifier = load_with_data(config, typed, needs_data=not config.files)
     if config.image_size:
-        subject.facts["image_size"] = config.image_size
-    pixels, labels = choose(subject, config.misclassified, config.ids, config.files, config.count)
+        classifier = replace(classifier, image_size=config.image_size)
+    pixels, labels = choose(classifier, config.misclassified, config.ids, config.files, config.count)
     name = "gradcam_misclassified.png" if config.misclassified else "gradcam.png"
-    print(figures.save(picture(subject, pixels, labels, config.layer), out_dir(config) / name))
+    print(figures.save(picture(classifier, pixels, labels, config.layer), out_dir(config) / name))
     return 0
 
 
-def choose(subject, misclassified: bool, ids: tuple[int, ...], files: tuple[str, ...], count: int):
+def choose(classifier, misclassified: bool, ids: tuple[int, ...], files: tuple[str, ...], count: int):
     """The images to explain, (n, S, S, 3) uint8, and their labels, (n,), or None for files."""
-    from analysis.subject import check_ids, guesses, spread_ids
+    from analysis.predictions import check_ids, spread_ids
 
     if files:
-        return subject.pixels([read_file(name) for name in files], files), None
-    split = subject.index.val
+        return classifier.pixels([read_file(name) for name in files], files), None
+    split = classifier.index.val
     if misclassified:
-        wrong = guesses(subject).most_confident_errors()[:count]
+        wrong = classifier.predict_val().most_confident_errors()[:count]
         if not len(wrong):
             raise DataError("no validation image is misclassified", "leave --misclassified out")
         chosen = wrong
     else:
         chosen = check_ids(ids, len(split), "--ids") if ids else spread_ids(len(split), count)
-    return subject.validation_pixels(chosen), split.labels[chosen]
+    return classifier.val_pixels(chosen), split.labels[chosen]
 
 
 def read_file(name: str) -> bytes:
@@ -116,32 +117,32 @@ def grad_cam(model, layer, images, classes):
     return cam / peak.clamp_min(1e-12)
 
 
-def picture(subject, pixels, labels, layer_name: str):
+def picture(classifier, pixels, labels, layer_name: str):
     """The images (n, S, S, 3) uint8, the evidence for the guesses and, where some are wrong, for the truth."""
     import torch
 
     from analysis import figures
     from analysis.feature_maps import last_map, module_named
 
-    images = subject.batch(pixels)
-    layer_name = layer_name or last_map(subject.model, images[:1])
-    layer = module_named(subject.model, layer_name)
+    images = classifier.batch(pixels)
+    layer_name = layer_name or last_map(classifier.model, images[:1])
+    layer = module_named(classifier.model, layer_name)
     with torch.no_grad():
-        confidence, guess = subject.model(images).float().softmax(1).max(1)
-    names = [figures.shorten(name) for name in subject.names]
+        confidence, guess = classifier.model(images).float().softmax(1).max(1)
+    names = [figures.shorten(name) for name in classifier.names]
     guessed = [
         f"guess: {names[k]}\n{100 * p:.0f} % sure"
         for k, p in zip(guess.tolist(), confidence.tolist(), strict=True)
     ]
-    rows = [(overlay(pixels, grad_cam(subject.model, layer, images, guess).cpu().numpy()), guessed)]
+    rows = [(overlay(pixels, grad_cam(classifier.model, layer, images, guess).cpu().numpy()), guessed)]
     above = [""] * len(pixels)
     if labels is not None:
         above = [f"truth: {names[k]}" for k in labels.tolist()]
         truth = torch.as_tensor(labels, device=images.device)
         if (truth != guess).any():
-            maps = grad_cam(subject.model, layer, images, truth).cpu().numpy()
+            maps = grad_cam(classifier.model, layer, images, truth).cpu().numpy()
             rows.append((overlay(pixels, maps), [f"for: {names[k]}" for k in labels.tolist()]))
-    title = f"Grad-CAM of {layer_name}: {subject.title}\nbright: evidence for the class below, relative to the image's peak"
+    title = f"Grad-CAM of {layer_name}: {classifier.title}\nbright: evidence for the class below, relative to the image's peak"
     return figures.strips([(pixels, above), *rows], title=title)
 
 

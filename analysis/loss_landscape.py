@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from analysis.arguments import add_checkpoint_args, parse
+from analysis.arguments import add_checkpoint_args, out_dir, parse
 from base import flags
 from base.errors import run
 
@@ -66,19 +66,22 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
 
     from analysis import figures
-    from analysis.subject import open_subject, out_dir, spread_ids
+    from analysis.predictions import load_with_data, spread_ids
     from harness.rundir import write_json
 
-    subject = open_subject(config, typed)
-    ids = spread_ids(len(subject.index.val), config.samples)
-    images, labels = subject.batch(subject.validation_pixels(ids)), subject.index.val.labels[ids]
+    classifier = load_with_data(config, typed)
+    ids = spread_ids(len(classifier.index.val), config.samples)
+    images, labels = classifier.batch(classifier.val_pixels(ids)), classifier.index.val.labels[ids]
     steps = np.linspace(-config.reach, config.reach, config.points | 1)  # odd, so that the centre is a point
-    before = "random weights" if subject.payload["config"]["init_from"] else "before training"
-    models = {before: initial_model(subject.payload).to(subject.device), "after training": subject.model}
+    before = "random weights" if classifier.payload["config"]["init_from"] else "before training"
+    models = {
+        before: initial_model(classifier.payload).to(classifier.device),
+        "after training": classifier.model,
+    }
     losses = {}
     for name, model in models.items():
         losses[name] = landscape(model, images, labels, steps, config.batch_norm, config.seed, name)
-    title = f"Loss on {len(ids)} validation images around {subject.title}\n{TREATMENTS[config.batch_norm]}"
+    title = f"Loss on {len(ids)} validation images around {classifier.title}\n{TREATMENTS[config.batch_norm]}"
     folder = out_dir(config)
     print(figures.save(picture(losses, steps, title), folder / "loss_landscape.png"))
     write_json(

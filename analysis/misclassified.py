@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 
-from analysis.arguments import add_checkpoint_args, parse
+from analysis.arguments import add_checkpoint_args, out_dir, parse
 from base import flags
 from base.errors import UsageError, run
 
@@ -28,25 +29,29 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     config, typed = parse(build_parser(), argv)
     from analysis import figures
-    from analysis.subject import guesses, open_subject, out_dir
+    from analysis.predictions import load_with_data
 
-    subject = open_subject(config, typed)
-    found = guesses(subject)
+    classifier = load_with_data(config, typed)
+    found = classifier.predict_val()
     wrong = found.most_confident_errors()
     total = len(found.labels)
     if config.only:
-        label = label_of(config.only, subject.facts["classes"], subject.names)
+        label = label_of(config.only, classifier.classes, classifier.names)
         wrong = wrong[found.labels[wrong] == label]
         total = int((found.labels == label).sum())
-    title = f"Surest mistakes of {subject.title}\n{len(wrong)} of {total} validation images are misclassified"
+    title = (
+        f"Surest mistakes of {classifier.title}\n{len(wrong)} of {total} validation images are misclassified"
+    )
     folder = out_dir(config)
     if len(wrong):
         print(
-            figures.save(picture(subject, found, wrong[: config.count], title), folder / "misclassified.png")
+            figures.save(
+                picture(classifier, found, wrong[: config.count], title), folder / "misclassified.png"
+            )
         )
     else:
         print(f"no mistakes in {total} validation images")
-    print(write(subject, found, wrong, folder))
+    print(write(classifier, found, wrong, folder))
     return 0
 
 
@@ -58,30 +63,30 @@ def label_of(wanted: str, classes: list[str], names: list[str]) -> int:
     raise UsageError(f"--only {wanted}: no such class", f"there are {', '.join(names[:12])}, ...")
 
 
-def picture(subject, found, ids, title: str):
+def picture(classifier, found, ids, title: str):
     from analysis import figures
 
-    names = [figures.shorten(name, 22) for name in subject.names]
+    names = [figures.shorten(name, 22) for name in classifier.names]
     captions = [
-        f"is {names[found.labels[i]]}\nguess {names[found.guess[i]]}\n{100 * found.confidence[i]:.0f} % sure"
+        f"is {names[found.labels[i]]}\npredicted {names[found.predicted[i]]}\n{100 * found.confidence[i]:.0f} % sure"
         for i in ids
     ]
-    return figures.gallery(list(subject.validation_pixels(ids)), captions, title=title)
+    return figures.gallery(list(classifier.val_pixels(ids)), captions, title=title)
 
 
-def write(subject, found, wrong, folder):
+def write(classifier, found, wrong, folder):
     """Every mistake as JSON, for tables and for `analysis.report`."""
     from harness.rundir import write_json
 
-    classes = subject.facts["classes"]
+    classes = classifier.classes
     mistakes = [
         {
             "id": int(i),
-            "file": subject.index.val.name(int(i)),
+            "file": classifier.index.val.name(int(i)),
             "truth": classes[found.labels[i]],
-            "guess": classes[found.guess[i]],
+            "prediction": classes[found.predicted[i]],
             "confidence": round(float(found.confidence[i]), 4),
-            "truth_probability": round(float(found.truth[i]), 4),
+            "truth_probability": round(math.exp(-found.losses[i]), 4),
         }
         for i in wrong
     ]
