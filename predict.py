@@ -16,29 +16,38 @@ EPILOG = """examples:
   python predict.py checkpoints/best_resnet50_imagenet_1k.pt cat.jpg photos/
   python predict.py CHECKPOINT photos/ --csv predictions.csv       '-' is standard output
   python predict.py CHECKPOINT --export onnx --out exported"""
-IDLE = (
-    *(flags.Flag(name, "output", idle=lambda c: not c.images and "no image is named")
-      for name in ("top", "json", "csv", "batch_size", "num_workers")),
-    flags.Flag("out", "files", idle=lambda c: not c.export and "it needs --export"),
-)  # fmt: skip
+
+
+def no_images(config) -> str | bool:
+    return not config.images and "no image is named"
+
+
+# fmt: off
+PREDICTIONS = (
+    flags.Flag("weights", "trace", "Weights to use; falls back to raw if there is no EMA.",
+               ("ema", "raw"), "ema", "NAME"),
+    flags.Flag("top", "output", "Classes per image.", flags.positive, 5, "K", idle=no_images),
+    flags.Flag("json", "output", "Write predictions as JSON; '-' is standard output.", str, "", "FILE",
+               idle=no_images),
+    flags.Flag("csv", "output", "Write predictions as CSV; '-' is standard output.", str, "", "FILE",
+               idle=no_images),
+)
+EXPORT = (
+    flags.Flag("export", "files", "Write the model in this format, with a model card.",
+               ("", "onnx", "safetensors", "torchvision"), "", "FORMAT"),
+    flags.Flag("out", "files", "Output directory of the export; by default beside the checkpoint.",
+               str, "", "DIR", idle=lambda c: not c.export and "it needs --export"),
+)
+LOADING = [flags.Flag(name, "processes", idle=no_images) for name in ("batch_size", "num_workers")]
+# fmt: on
 
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("predict.py", "Predict the class of images.", EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, or folders of images.")
-    add = parser.add_argument_group("predictions").add_argument
-    help_text = "Weights to use; falls back to raw if there is no EMA."
-    add("--weights", default="ema", choices=("ema", "raw"), help=help_text)
-    add("--top", type=flags.positive, default=5, metavar="K", help="Classes per image.")
-    add("--json", default="", metavar="FILE", help="Write predictions as JSON; '-' is standard output.")
-    add("--csv", default="", metavar="FILE", help="Write predictions as CSV; '-' is standard output.")
-    add = parser.add_argument_group("export").add_argument
-    formats = ("", "onnx", "safetensors", "torchvision")
-    help_text = "Write the model as onnx, safetensors or torchvision, with a model card."
-    add("--export", default="", choices=formats, metavar="FORMAT", help=help_text)
-    help_text = "Output directory of the export. Empty: beside the checkpoint."
-    add("--out", default="", metavar="DIR", help=help_text)
+    flags.add_flags(parser, "predictions", PREDICTIONS)
+    flags.add_flags(parser, "export", EXPORT)
     flags.add_asking_args(parser)
     return parser
 
@@ -47,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
     if not (config.images or config.export):
         raise UsageError("no images given", "name image files or folders, or --export FORMAT")
-    flags.refuse_idle(IDLE, config, typed)
+    flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, typed)
     if config.json == config.csv == "-":
         raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
     from harness import rundir
@@ -106,7 +115,7 @@ def predict(classifier, paths: list[str], top: int, batch_size: int, num_workers
     from analysis.predictions import logits_of
     from base.progress import Progress
 
-    classes, names = classifier.classes, [str(name) for name in classifier.payload["eval"]["class_names"]]
+    classes, names = classifier.classes, classifier.payload["eval"]["class_names"]
     loader = classifier.loader(paths, batch_size, num_workers)
     found = []
     with Progress(len(loader), f"{len(paths)} images", unit="batches") as bar:

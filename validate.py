@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from base import flags, process
+from base import flags, idle, process
 from base.errors import DataError, UsageError, run, tell
 
 EPILOG = """examples:
@@ -23,35 +23,37 @@ CLASS_COLUMNS = ("class", "name", "precision", "recall", "f1", "support")
 PAIR_COLUMNS = ("truth", "prediction", "truth_name", "prediction_name", "times", "share")
 
 
+# fmt: off
+SCORES = (
+    flags.Flag("image_sizes", "trace", "Image sizes to test, by default the checkpoint's; details are written "
+               "for the first.", flags.listing(flags.pixels), (), "PX,PX,..."),
+    flags.Flag("tta", "trace", "Test-time augmentation: also average with the mirror image.",
+               ("none", "flip"), "none", "NAME"),
+    flags.Flag("recalibrate_bn", "trace",
+               f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."),
+    flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint.",
+               str, "", "DIR"),
+    flags.Flag("json", "output", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
+)
+# fmt: on
+
+
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("validate.py", "Score a checkpoint on its validation images.", EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
-    add = parser.add_argument_group("scores").add_argument
-    add(
-        "--image-sizes",
-        type=flags.listing(flags.number(int, 8, 4096)),
-        default=(),
-        metavar="PX,PX,...",
-        help="Image sizes to test; details are for the first. Empty: the checkpoint's size.",
-    )
-    add("--tta", default="none", choices=("none", "flip"), help="Also average with the mirror image.")
-    help_text = f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."
-    add("--recalibrate-bn", action="store_true", help=help_text)
-    help_text = "Output directory. Empty: validation/ beside the checkpoint."
-    add("--out", default="", metavar="DIR", help=help_text)
-    add("--json", default="", metavar="FILE", help="Copy of scores.json; '-' is standard output.")
+    flags.add_flags(parser, "scores", SCORES)
     flags.add_dataset_args(parser).description = "Flags that are not given come from the checkpoint."
     flags.add_asking_args(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
+    config, given = flags.parse(build_parser(), argv)
     from harness import rundir
     from sources import layouts
 
     rundir.check_checkpoint(config.checkpoint)
-    if "data_dir" in typed:
+    if "data_dir" in given:
         layouts.check_dir(config.data_dir)
     if process.world_size() > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
@@ -63,8 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     classifier = predictions.load(config.checkpoint, "both", runtime)
     sizes = config.image_sizes or (classifier.image_size,)
     check_architecture(classifier.payload["model_args"]["arch"], classifier.image_size, sizes, config)
-    index = open_dataset(config, typed, classifier.payload["config"], say)
-    classifier = replace(classifier, index=index)
+    classifier = predictions.open_data(classifier, config, given, say)
+    if note := flags.workers_note(config.num_workers):
+        say(note)
     labels = model_labels(classifier, say)
     results = []
     for size in sizes:
@@ -79,36 +82,20 @@ def check_architecture(arch: str, trained_at: int, sizes: tuple[int, ...], confi
     """Raise UsageError for what the architecture cannot do."""
     if arch == "vit_b_16" and set(sizes) != {trained_at}:
         raise UsageError(f"vit_b_16 works at {trained_at} px only", "leave --image-sizes out")
-    if config.recalibrate_bn and arch in flags.NO_BATCH_NORM:
+    if config.recalibrate_bn and arch in idle.NO_BATCH_NORM:
         raise UsageError(f"--recalibrate-bn would do nothing: {arch} has no BatchNorm", "leave it out")
-
-
-def open_dataset(config, typed: flags.Given, saved: dict, say):
-    """Open the dataset and print its notes. Data flags that were not typed are those of the run, `saved`."""
-    from harness import rundir
-    from sources import layouts
-
-    data = rundir.with_saved_data(config, typed, saved)
-    rows = [row for row in flags.TABLE if row.name in rundir.DATA_FLAGS]
-    notes = flags.refuse_idle(rows, data, typed)
-    index = layouts.open_dataset(**flags.data_args(data))
-    for note in (*notes, *index.notes, flags.workers_note(config.num_workers)):
-        if note:
-            say(note)
-    return index
 
 
 def model_labels(classifier, say) -> list[int]:
     """Return the model's label of each class of the data. Raises DataError for a class it does not know."""
     known = {name: label for label, name in enumerate(classifier.classes)}
     classes = classifier.index.classes
-    unknown = [name for name in classes if name not in known]
-    if unknown:
-        more = f" and {len(unknown) - 10} more" if len(unknown) > 10 else ""
+    if unknown := [name for name in classes if name not in known]:
+        some = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        trained_on = f"{classifier.payload['eval']['dataset']}: {', '.join(classifier.classes[:5])}, ..."
         raise DataError(
-            f"the model does not know {len(unknown)} of the data's {len(classes)} classes: "
-            f"{', '.join(unknown[:10])}{more} (it was trained on {classifier.payload['eval']['dataset']}: "
-            f"{', '.join(classifier.classes[:5])}, ...)",
+            f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {some} "
+            f"(it was trained on {trained_on})",
             "name the data it was trained on: --dataset NAME --data-dir DIR",
         )
     if len(classes) < len(known):
@@ -240,7 +227,7 @@ def write_tables(classifier, matrix, per_class: list, pairs: list, out: Path) ->
     """Write the CSV files; return their rows as scores.json holds them."""
     from base import files
 
-    classes, names = classifier.classes, [str(name) for name in classifier.payload["eval"]["class_names"]]
+    classes, names = classifier.classes, classifier.payload["eval"]["class_names"]
     class_rows = [(classes[label], names[label], *scores) for label, *scores in per_class]
     pair_rows = [(classes[i], classes[j], names[i], names[j], times, share) for i, j, times, share in pairs]
     for name, columns, rows in (

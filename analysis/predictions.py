@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class Classifier:
     @property
     def names(self) -> list[str]:
         """Short readable class names, in label order."""
-        return [str(name).split(",")[0] for name in self.payload["eval"]["class_names"]]
+        return [name.split(",")[0] for name in self.payload["eval"]["class_names"]]
 
     @property
     def title(self) -> str:
@@ -93,7 +93,7 @@ class Classifier:
             Order(len(source), batch_size, shuffle=False),
             mean=self.payload["eval"]["mean"],
             std=self.payload["eval"]["std"],
-            num_workers=min(num_workers, process.cores()),
+            num_workers=min(num_workers, process.cores()) if len(source) > batch_size else 0,
             device=self.device,
         )
 
@@ -104,22 +104,31 @@ class Classifier:
             return predict({self.weights: self.model}, bar.over(loader), self.runtime)[self.weights]
 
 
-def load_with_data(config, typed: frozenset[str], needs_data: bool = True) -> Classifier:
-    """Load the checkpoint and the dataset that a command names.
+def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Classifier:
+    """Load the checkpoint and the dataset that a command of this folder names.
 
-    Data flags that were not typed come from the checkpoint. Raises CheckpointError, and DataError if the
-    dataset's classes are not the model's.
+    Raises CheckpointError, and DataError if the dataset's classes are not the model's.
     """
     classifier = load(config.checkpoint, config.weights, init_runtime(config.device, "off"))
     if not needs_data:
         return classifier
-    data = rundir.with_saved_data(config, typed, classifier.payload["config"])
-    index = layouts.open_dataset(**flags.data_args(data))
-    if list(index.classes) != list(classifier.classes):
+    classifier = open_data(classifier, config, given)
+    if list(classifier.index.classes) != list(classifier.classes):
+        known, found = len(classifier.classes), len(classifier.index.classes)
         raise DataError(
-            f"the model has {len(classifier.classes)} classes, the data has {len(index.classes)} (or others)",
+            f"the model has {known} classes, the data has {found} (or others)",
             "name the data the model was trained on: --dataset NAME --data-dir DIR",
         )
+    return classifier
+
+
+def open_data(classifier: Classifier, config, given: flags.Given, say=process.say) -> Classifier:
+    """Return the classifier with the dataset; data flags that were not given come from the checkpoint."""
+    data = rundir.with_saved_data(config, given, classifier.payload["config"])
+    notes = flags.refuse_idle(flags.DATASET, data, given)
+    index = layouts.open_dataset(**flags.data_args(data))
+    for note in (*notes, *index.notes):
+        say(note)
     return replace(classifier, index=index)
 
 
@@ -140,7 +149,7 @@ def load(path: str, weights: str, runtime: Runtime) -> Classifier:
 
 
 class ImageFiles:
-    """Maps a `dataloader.Batch` to images (n, S, S, 3) uint8, positions (n,) and [(position, reason)] of bad files.
+    """Maps a `dataloader.Batch` to images (n, S, S, 3) uint8, positions (n,), and bad [(position, reason)].
 
     A black image takes the place of a bad one, so that the others of its batch are still predicted.
     """
@@ -171,24 +180,6 @@ class Predictions:
     losses: np.ndarray  # (n,) cross-entropy against the label
     hits: np.ndarray  # (n, 2) bool: the label is in the top 1, in the top 5
 
-    @classmethod
-    def from_logits(cls, logits: Tensor, labels: Tensor) -> Predictions:
-        """logits (n, K) float32, labels (n,)"""
-        classes = torch.arange(logits.shape[1], device=logits.device)
-        numbers = logits.nan_to_num(-torch.inf)
-        # The lowest of equal logits: argmax does not promise it on every device.
-        is_largest = numbers == numbers.amax(1, keepdim=True)
-        predicted = torch.where(is_largest, classes, len(classes)).amin(1)
-        confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        columns = (labels, predicted, confidence, losses, hits(logits, labels))
-        return cls(*(column.cpu().numpy() for column in columns))
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Predictions]) -> Predictions:
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)}
-        return cls(**{name: np.concatenate(arrays) for name, arrays in columns.items()})
-
     def most_confident_errors(self) -> np.ndarray:
         """Positions of the misclassified images, the most confident prediction first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
@@ -206,15 +197,30 @@ def predict(
 
     With `flip`, add predictions averaged with those for the mirror image, under "<name> flip".
     """
-    parts: dict[str, list[Predictions]] = {}
+    parts: dict[str, list] = {}
     for images, labels in batches:
         for name, model in models.items():
             logits = logits_of(model, images, runtime)
-            parts.setdefault(name, []).append(Predictions.from_logits(logits, labels))
+            parts.setdefault(name, []).append(_predicted(logits, labels))
             if flip:
                 logits = flipped_logits(model, images, logits, runtime)
-                parts.setdefault(f"{name} flip", []).append(Predictions.from_logits(logits, labels))
-    return {name: Predictions.concatenate(batches) for name, batches in parts.items()}
+                parts.setdefault(f"{name} flip", []).append(_predicted(logits, labels))
+    return {
+        name: Predictions(*(torch.cat(column).numpy() for column in zip(*rows, strict=True)))
+        for name, rows in parts.items()
+    }
+
+
+def _predicted(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """logits (n, K), labels (n,) -> the fields of `Predictions`, on the CPU."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    numbers = logits.nan_to_num(-torch.inf)
+    # The lowest of equal logits: argmax does not promise it on every device.
+    largest = numbers == numbers.amax(1, keepdim=True)
+    predicted = torch.where(largest, classes, len(classes)).amin(1)
+    confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return [column.cpu() for column in (labels, predicted, confidence, losses, hits(logits, labels))]
 
 
 @torch.no_grad()
