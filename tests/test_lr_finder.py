@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +17,8 @@ import ema
 import lr_finder
 import optim
 import train
-from analysis.lr_curve import Divergence, longest_descent, smooth, suggest
+from analysis.lr_suggestion import Divergence, longest_descent, smooth, suggest
+from base import flags
 from base.device import Runtime
 from base.errors import DivergedError, UsageError
 from sources.generated import digits
@@ -150,12 +152,8 @@ def test_bf16_finds_what_fp32_finds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_a_gpu(tmp_path, amp):
-    assert (
-        lr_finder.main(
-            [*DIGITS, "--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]
-        )
-        == 0
-    )
+    arguments = ["--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]
+    assert lr_finder.main([*DIGITS, *arguments]) == 0
     assert json.loads((tmp_path / "lr_finder.json").read_text())["suggestion"]
 
 
@@ -218,9 +216,8 @@ def test_noise_around_almost_nothing_is_no_divergence():
 def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     arguments = [*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr-scale", "sqrt",
                  "--save-dir", str(tmp_path / "a run")]  # fmt: skip
-    assert (
-        lr_finder.main([*arguments, "--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]) == 0
-    )
+    more = ["--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]
+    assert lr_finder.main([*arguments, *more]) == 0
     found = json.loads((tmp_path / "out" / "lr_finder.json").read_text())
     assert (found["phase"], found["image_size"], found["batch_size"]) == (3, 24, 16)
     assert len(found["lrs"]) == len(found["losses"]) > 30 and found["flags"]["arch"] == "resnet_tiny"
@@ -241,24 +238,9 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     # In this process: starting two others takes seconds and shows nothing more.
     here = SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=train.main(command[2:])))
     monkeypatch.setattr(lr_finder, "subprocess", here)
-    arguments = [
-        "--mode",
-        "accuracy",
-        "--trials",
-        "2",
-        "--trial-epochs",
-        "1",
-        "--start-lr",
-        "1e-3",
-        "--end-lr",
-        "1e-2",
-    ]
-    assert (
-        lr_finder.main(
-            [*DIGITS, *arguments, "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
-        )
-        == 0
-    )
+    arguments = "--mode accuracy --trials 2 --trial-epochs 1 --start-lr 1e-3 --end-lr 1e-2 --phase 2".split()
+    more = ["--phase-mix", "on,off,on", "--out", str(tmp_path)]
+    assert lr_finder.main([*DIGITS, *arguments, *more]) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
     assert found["lrs"] == pytest.approx([1e-3, 1e-2]) and found["suggestion"] in found["lrs"]
     assert all(0 <= accuracy <= 100 for accuracy in found["accuracies"])
@@ -266,44 +248,35 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"lr_finder.json", "lr_finder.png"}
 
 
-def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(tmp_path):
-    arguments = [
-        *DIGITS,
-        "--phase-mix",
-        "on,off,on",
-        "--phase-epochs",
-        "1,1,1",
-        "--lr-scale",
-        "sqrt",
-        "--no-ema",
-        "--amp",
-        "off",
-    ]
-    parser = lr_finder.flags.build_parser("train.py", "", "", lr_finder.flags.TRAIN_GROUPS)
-    run, _ = lr_finder.flags.parse(parser, arguments)
-    config = lr_finder.flags.make_config({**lr_finder.flags.plain(run), "trial_epochs": 2})
+@pytest.mark.parametrize("more", ["", "--schedule cosine --warmup-epochs 1"])
+def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
+    arguments = "--phase-mix on,off,on --phase-epochs 1,1,1 --lr-scale sqrt --no-ema --amp off".split()
+    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
+    run, _ = flags.parse(parser, [*DIGITS, *arguments, *more.split()])
+    config = flags.make_config({**flags.plain(run), "trial_epochs": 2})
     phase = SimpleNamespace(image_size=16, batch_size=8, mix=False)
-    (tmp_path / "recipe.yaml").write_text(lr_finder.trial_recipe(config, phase))
-    trial, typed = lr_finder.flags.parse(parser, ["--config", str(tmp_path / "recipe.yaml")])
-    lr_finder.flags.check_train(trial, typed)
-    was, now = lr_finder.flags.plain(run), lr_finder.flags.plain(trial)
+    trial, given = flags.parse(parser, flags.to_argv(lr_finder.trial_flags(config, phase)))
+    flags.check_train(trial, given)
+    was, now = flags.plain(run), flags.plain(trial)
     differ = {name for name, value in now.items() if value != was[name]}
-    assert differ == {"epochs", "resize_schedule", "batch_size", "phase_batch_sizes", "phase_epochs", "phase_mix", "lr_scale",
-                      "config"}  # fmt: skip
-    assert (trial.epochs, trial.resize_schedule, trial.batch_size, trial.phase_mix, trial.ema) == (
-        2,
-        (16,),
-        8,
-        (False,),
-        False,
-    )
+    wanted = {
+        "epochs",
+        "resize_schedule",
+        "batch_size",
+        "phase_batch_sizes",
+        "phase_epochs",
+        "phase_mix",
+        "lr_scale",
+    }
+    assert differ == wanted | ({"warmup_epochs"} if more else set())
+    assert (trial.epochs, trial.resize_schedule, trial.batch_size) == (2, (16,), 8)
+    assert (trial.phase_mix, trial.ema, trial.warmup_epochs) == ((False,), False, 0.4 if more else 5.0)
 
 
 def test_a_training_that_diverges_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
     codes = iter([0, 5])
-    monkeypatch.setattr(
-        lr_finder, "subprocess", SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
-    )
+    here = SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
+    monkeypatch.setattr(lr_finder, "subprocess", here)
     arguments = [*DIGITS, "--mode", "accuracy", "--trials", "2", "--out", str(tmp_path)]
     assert lr_finder.main(arguments) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
@@ -318,9 +291,8 @@ class Done:
     stderr = "noise\nerror: no memory\nfix: buy some\n"
 
     def __init__(self, returncode, command):
-        from pathlib import Path
-
-        self.returncode, run_dir = returncode, Path(command[-1])
+        (run_dir,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--save-dir="))
+        self.returncode = returncode
         run_dir.mkdir()
         (run_dir / "metrics.jsonl").write_text('{"epoch": 1, "val_top1": 40.0, "val_loss": 1.0}\n')
 
@@ -346,5 +318,5 @@ def test_a_loss_that_is_never_finite_is_an_error(tmp_path, monkeypatch):
 def test_a_recipe_of_train_py_serves_here_too(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("plot: true\nbatch-size: 8\n")
-    config, _ = lr_finder.flags.parse(lr_finder.build_parser(), ["--config", str(recipe)])
+    config, _ = flags.parse(lr_finder.build_parser(), ["--config", str(recipe)])
     assert config.batch_size == 8

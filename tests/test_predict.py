@@ -1,4 +1,4 @@
-"""predict.py: the pixels of validation, every bad image named, the answers as table, JSON and CSV."""
+"""predict.py: the pixels of validation, every bad image named, predictions as table, JSON and CSV."""
 
 import csv
 import io
@@ -24,21 +24,19 @@ def asked(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_answers_are_those_of_validation_bit_for_bit(photos, photo_run):
+def test_predictions_are_those_of_validation_bit_for_bit(photos, photo_run):
     index = layouts.open_dataset("imagenet", photos)
-    models, payload = predictions.open_models(str(photo_run), "ema", CPU)
-    facts, files = payload["eval"], [index.val.path(i) for i in range(len(index.val))]
-    theirs = torch.cat([predictions.logits_of(models["ema"], images, CPU)
-                        for images, _ in eval_loader(index.val, index, image_size=24, batch_size=64)])  # fmt: skip
-
-    class Config:
-        num_workers, batch_size, top = 0, 64, 3
-
-    found, bad = predict.predict(Config, models["ema"], facts, files, CPU)
-    assert not bad and [path for path, *_ in found] == files
-    best = theirs.softmax(1).topk(3)
-    assert torch.equal(torch.tensor([p for _, p, _ in found], dtype=torch.float32), best.values)
-    assert [c for *_, c in found] == best.indices.tolist()
+    classifier = predictions.load(str(photo_run), "ema", CPU)
+    ((images, _),) = eval_loader(index.val, index, image_size=24, batch_size=64)
+    best = predictions.logits_of(classifier.model, images, CPU).softmax(1).topk(3)
+    files = [index.val.path(i) for i in range(len(index.val))]
+    found, bad = predict.predict(classifier, files, top=3, batch_size=64, num_workers=0)
+    assert not bad and [image["file"] for image in found] == files
+    rows = [image["predictions"] for image in found]
+    probabilities = torch.tensor([[each["probability"] for each in row] for row in rows])
+    assert torch.equal(probabilities, best.values)
+    labels = [[classifier.classes.index(each["class"]) for each in row] for row in rows]
+    assert labels == best.indices.tolist()
 
 
 def test_files_folders_and_flags_in_any_order(photos, photo_run, capsys):
