@@ -25,7 +25,8 @@ PAIR_COLUMNS = ("truth", "prediction", "truth_name", "prediction_name", "times",
 
 # fmt: off
 SCORES = (
-    flags.Flag("image_sizes", "trace", "Image sizes to test, by default the checkpoint's; the first gets details.", flags.listing(flags.pixels), (), "PX,PX,..."),
+    flags.Flag("image_sizes", "trace", "Image sizes to test, by default the checkpoint's.",
+               flags.listing(flags.pixels), (), "PX,PX,..."),
     flags.Flag("tta", "trace", "Test-time augmentation: also average with the mirror image.",
                ("none", "flip"), "none", "NAME"),
     flags.Flag("recalibrate_bn", "trace",

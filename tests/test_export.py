@@ -27,8 +27,8 @@ def untrained(arch, **more):
     model = build_model(**args)
     model.train()(torch.randn(8, 3, 32, 32))
     names = ["a", "b|c", "<script>", "d\x1b", "e"]
-    facts = {"dataset": "x", "classes": names, "class_names": names, "mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32,
-             "crop": 0.875}  # fmt: skip
+    facts = {"dataset": "x", "classes": names, "class_names": names, "image_size": 32, "crop": 0.875}
+    facts |= {"mean": [0.5] * 3, "std": [0.2] * 3}
     config = {"lr": 0.1, "seed": 0}
     payload = {"model_args": args, "eval": facts, "rows": [], "config": config, "commit": "abc"}
     return predictions.Classifier({"raw": model.eval()}, payload, CPU, 32)

@@ -25,8 +25,11 @@ from sources.generated import digits
 from train_utils import BatchNormBuffers, StepOptions, TrainState, train_step
 
 CPU = torch.device("cpu")
-DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "160", "--arch", "resnet_tiny", "--num-workers", "0",
-          "--device", "cpu", "--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,16"]  # fmt: skip
+DIGITS = [
+    *("--dataset", "digits", "--subset", "--subset-size", "160", "--arch", "resnet_tiny"),
+    *("--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,16"),
+    *("--num-workers", "0", "--device", "cpu"),
+]
 
 
 def pixels(split):
@@ -144,8 +147,11 @@ def test_nan_ends_the_test_at_once_and_is_not_part_of_the_curve():
 
 
 def test_bf16_finds_what_fp32_finds():
-    found = [suggest(*lr_finder.range_test(*prepared(convnet, "adamw", amp=amp, mix=False), Batches(), 1e-6, 10, 60)[:2])["valley"]
-             for amp in (None, torch.bfloat16)]  # fmt: skip
+    found = []
+    for amp in (None, torch.bfloat16):
+        run = prepared(convnet, "adamw", amp=amp, mix=False)
+        rates, losses, _ = lr_finder.range_test(*run, Batches(), 1e-6, 10, 60)
+        found.append(suggest(rates, losses)["valley"])
     assert 1 / 2 < found[0] / found[1] < 2
 
 
@@ -214,8 +220,10 @@ def test_noise_around_almost_nothing_is_no_divergence():
 
 
 def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
-    arguments = [*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr-scale", "sqrt",
-                 "--save-dir", str(tmp_path / "a run")]  # fmt: skip
+    arguments = [
+        *(*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0"),
+        *("--lr-scale", "sqrt", "--save-dir", str(tmp_path / "a run")),
+    ]
     more = ["--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]
     assert lr_finder.main([*arguments, *more]) == 0
     found = json.loads((tmp_path / "out" / "lr_finder.json").read_text())
@@ -238,9 +246,9 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     # In this process: starting two others takes seconds and shows nothing more.
     here = SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=train.main(command[2:])))
     monkeypatch.setattr(lr_finder, "subprocess", here)
-    arguments = "--mode accuracy --trials 2 --trial-epochs 1 --start-lr 1e-3 --end-lr 1e-2 --phase 2".split()
-    more = ["--phase-mix", "on,off,on", "--out", str(tmp_path)]
-    assert lr_finder.main([*DIGITS, *arguments, *more]) == 0
+    arguments = ["--mode", "accuracy", "--trials", "2", "--trial-epochs", "1", "--start-lr", "1e-3"]
+    arguments += ["--end-lr", "1e-2", "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
+    assert lr_finder.main([*DIGITS, *arguments]) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
     assert found["lrs"] == pytest.approx([1e-3, 1e-2]) and found["suggestion"] in found["lrs"]
     assert all(0 <= accuracy <= 100 for accuracy in found["accuracies"])
@@ -250,7 +258,7 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("more", ["", "--schedule cosine --warmup-epochs 1"])
 def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
-    arguments = "--phase-mix on,off,on --phase-epochs 1,1,1 --lr-scale sqrt --no-ema --amp off".split()
+    arguments = ["--phase-mix", "on,off,on", "--phase-epochs", "1,1,1", "--lr-scale", "sqrt", "--no-ema"]
     parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
     run, _ = flags.parse(parser, [*DIGITS, *arguments, *more.split()])
     config = flags.make_config({**flags.plain(run), "trial_epochs": 2})
@@ -259,16 +267,8 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
     flags.check_train(trial, given)
     was, now = flags.plain(run), flags.plain(trial)
     differ = {name for name, value in now.items() if value != was[name]}
-    wanted = {
-        "epochs",
-        "resize_schedule",
-        "batch_size",
-        "phase_batch_sizes",
-        "phase_epochs",
-        "phase_mix",
-        "lr_scale",
-    }
-    assert differ == wanted | ({"warmup_epochs"} if more else set())
+    wanted = {"epochs", "resize_schedule", "batch_size", "lr_scale", *(["warmup_epochs"] if more else [])}
+    assert differ == wanted | {"phase_batch_sizes", "phase_epochs", "phase_mix"}
     assert (trial.epochs, trial.resize_schedule, trial.batch_size) == (2, (16,), 8)
     assert (trial.phase_mix, trial.ema, trial.warmup_epochs) == ((False,), False, 0.4 if more else 5.0)
 
@@ -298,9 +298,11 @@ class Done:
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"), (["--num-iter", "2"], "num-iter"),
+    (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"),
+    (["--num-iter", "2"], "num-iter"),
     (["--lr", "1"], "--lr would do nothing"), (["--trials", "3"], "--trials would do nothing"),
-    (["--mode", "accuracy", "--num-iter", "20"], "--num-iter would do nothing"), (["--cycles", "3"], "--cycles would do nothing"),
+    (["--mode", "accuracy", "--num-iter", "20"], "--num-iter would do nothing"),
+    (["--cycles", "3"], "--cycles would do nothing"),
     (["--resume", "auto"], "--resume"), (["--phas", "1"], "--phas"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, tmp_path):

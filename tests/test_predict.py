@@ -73,9 +73,10 @@ def test_bad_images_are_named_and_the_others_answered(photos, photo_run, tmp_pat
     for name, content in zip(names, [b"no image", data, data, data[:300]], strict=True):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "empty").mkdir()
+    images = [str(tmp_path), str(tmp_path / "none.jpg"), str(tmp_path / "empty")]
+    where = ["--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")]
     with pytest.raises(DataError, match="4 of 6 images") as error:
-        predict.main([str(photo_run), str(tmp_path), str(tmp_path / "none.jpg"), str(tmp_path / "empty"), *PLAIN,
-                      "--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")])  # fmt: skip
+        predict.main([str(photo_run), *images, *PLAIN, *where])
     assert error.value.exit_code == 3
     said = capsys.readouterr().err
     for words in (
@@ -102,16 +103,17 @@ def test_workers_answer_alike(photos, photo_run, tmp_path, capsys):
     (tmp_path / "b.jpg").write_bytes(b"")
     outputs = []
     for workers in (0, 2):
+        more = ["--json", "-", "--batch-size", "4", "--num-workers", str(workers)]
         with pytest.raises(DataError):
-            predict.main([str(photo_run), str(tmp_path), str(photos / "val"), *PLAIN, "--json", "-", "--batch-size", "4",
-                          "--num-workers", str(workers)])  # fmt: skip
+            predict.main([str(photo_run), str(tmp_path), str(photos / "val"), *PLAIN, *more])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and json.loads(outputs[0])["bad"][0]["reason"] == "the file is empty"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"), (["a.jpg", "--export", "pdf"], "--export"),
-    (["a.jpg", "--out", "x"], "--out would do nothing"), (["--export", "onnx", "--top", "3"], "--top would do nothing"),
+    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"),
+    (["a.jpg", "--export", "pdf"], "--export"), (["a.jpg", "--out", "x"], "--out would do nothing"),
+    (["--export", "onnx", "--top", "3"], "--top would do nothing"),
     (["a.jpg", "--top", "0"], "--top"), (["a.jpg", "--weight", "raw"], "--weight"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, photo_run):

@@ -14,6 +14,7 @@ from torch import nn
 import validate
 from analysis import figures, predictions, score_figures
 from analysis.scores import calibration, confused_pairs, confusion
+from base import flags
 from base.device import Runtime
 from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from dataloader import eval_loader
@@ -28,15 +29,8 @@ PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
 def scored(photo_run, tmp_path_factory):
     """(folder, scores.json) of one call with everything switched on."""
     out = tmp_path_factory.mktemp("scored")
-    everything = [
-        "--image-sizes",
-        "24,32",
-        "--tta",
-        "flip",
-        "--recalibrate-bn",
-        "--json",
-        str(out / "copy.json"),
-    ]
+    everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn"]
+    everything += ["--json", str(out / "copy.json")]
     assert validate.main([str(photo_run), *PLAIN, *everything, "--out", str(out)]) == 0
     return out, json.loads((out / "scores.json").read_text())
 
@@ -154,18 +148,12 @@ def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monke
 
 
 def test_data_flags_come_from_the_checkpoint_unless_typed():
-    saved = {"data_dir": "there", "dataset": "imagenet", "split": "official", "class_list": "", "allow_class_mismatch": True,
-             "subset": True, "subset_size": 30}  # fmt: skip
-    config, typed = validate.flags.parse(
-        validate.build_parser(), ["x.pt", "--no-subset", "--data-dir", "here"]
-    )
-    found = rundir.with_saved_data(config, typed, saved)
-    assert (found.data_dir, found.subset, found.subset_size, found.allow_class_mismatch) == (
-        "here",
-        False,
-        30,
-        True,
-    )
+    saved = {"data_dir": "there", "dataset": "imagenet", "split": "official", "class_list": ""}
+    saved |= {"allow_class_mismatch": True, "subset": True, "subset_size": 30}
+    typed = ["x.pt", "--no-subset", "--data-dir", "here"]
+    found = rundir.with_saved_data(*flags.parse(validate.build_parser(), typed), saved)
+    assert (found.data_dir, found.subset) == ("here", False)
+    assert (found.subset_size, found.allow_class_mismatch) == (30, True)
 
 
 # --- predicting ---
