@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from base import flags, process
@@ -52,23 +53,15 @@ FINDER = (
     flags.Flag("out", "files", "Output directory; by default --save-dir.", str, "", "DIR"),
 )
 # fmt: on
-TRAINING = {
-    "data": flags.DATASET + flags.LOADING,
-    "model": flags.MODEL,
-    "phases": flags.PHASES,
-    "optimization": flags.OPTIMIZATION,
-    "device": flags.DEVICE,
-    "run": [flag for flag in flags.RUN if flag.name in ("save_dir", "config", "debug")],
-}
+SHARED = [flag for flag in flags.RUN if flag.name in ("save_dir", "config", "debug")]
+add_finder_args = partial(flags.add_flags, title="range test", flags=FINDER)
+add_shared_args = partial(flags.add_flags, title="run", flags=SHARED)
+GROUPS = (add_finder_args, *flags.TRAIN_GROUPS[:-1], add_shared_args)
 
 
 def build_parser() -> flags.Parser:
     description = "Find a learning rate for a run, with that run's own flags."
-    parser = flags.build_parser("lr_finder.py", description, EPILOG)
-    flags.add_flags(parser, "range test", FINDER)
-    for title, group in TRAINING.items():
-        flags.add_flags(parser, title, group)
-    return parser
+    return flags.build_parser("lr_finder.py", description, EPILOG, GROUPS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,7 +291,7 @@ def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
 def training_command(argv: list[str] | None, lr: float) -> str:
     """Return the command line of train.py for `lr`: the one given here without the flags of this command."""
     own = flags.Parser(prog="lr_finder.py", add_help=False)
-    flags.add_flags(own, "range test", FINDER)
+    add_finder_args(own)
     _, rest = own.parse_known_args(argv)
     return shlex.join(["python", "train.py", *rest, "--lr", f"{lr:.2g}"])
 
@@ -309,38 +302,40 @@ def draw(found: dict, suggestions: dict[str, float]):
 
     made = figures.figure(7.5, 4.6)
     axis = figures.axes(made, 1, 1)[0, 0]
-    (draw_accuracy if found["mode"] == "accuracy" else draw_loss)(axis, found, figures)
+    if found["mode"] == "accuracy":
+        measured = found["ended"]
+        draw_accuracies(axis, found["lrs"], found["accuracies"], figures)
+    else:
+        measured = "one step at each rate"
+        draw_losses(axis, found["lrs"], found["losses"], figures)
     for k, (name, lr) in enumerate(suggestions.items()):
         axis.axvline(lr, **figures.line_style(k + 1), label=f"{name}: {lr:.1e}")
     phase = f"phase {found['phase']}: {found['image_size']} px, batch {found['batch_size']}"
-    measured = found["ended"] if found["mode"] == "accuracy" else "one step at each rate"
     title = f"LR range test of {found['flags']['arch']}, {phase}\n{measured}"
     axis.set(xscale="log", xlabel="learning rate", title=title)
     axis.legend()
     return made
 
 
-def draw_loss(axis, found: dict, figures) -> None:
+def draw_losses(axis, lrs: list[float], losses: list[float], figures) -> None:
     from analysis.lr_suggestion import smooth
 
-    losses, curve = found["losses"], smooth(found["losses"])
-    axis.plot(found["lrs"], losses, ".", color="0.6", markersize=4, label="loss of each step")
-    axis.plot(found["lrs"], curve, color=figures.BLUE, linewidth=2, label="smoothed")
+    curve = smooth(losses)
+    axis.plot(lrs, losses, ".", color="0.6", markersize=4, label="loss of each step")
+    axis.plot(lrs, curve, color=figures.BLUE, linewidth=2, label="smoothed")
     # An explosion at the end would flatten the rest into a line.
     fall = curve[0] - curve.min()
     top = curve[0] + max(0.6 * fall, 0.1 * abs(curve[0]))
-    axis.set_ylim(min(curve.min(), *losses) - 0.1 * fall, top)
-    axis.set_ylabel("training loss")
+    axis.set(ylabel="training loss", ylim=(min(curve.min(), *losses) - 0.1 * fall, top))
 
 
-def draw_accuracy(axis, found: dict, figures) -> None:
-    accuracies = [math.nan if value is None else value for value in found["accuracies"]]
-    diverged = [lr for lr, value in zip(found["lrs"], found["accuracies"], strict=True) if value is None]
-    axis.plot(found["lrs"], accuracies, "o-", color=figures.BLUE, label="validation top-1")
+def draw_accuracies(axis, lrs: list[float], accuracies: list[float | None], figures) -> None:
+    diverged = [lr for lr, accuracy in zip(lrs, accuracies, strict=True) if accuracy is None]
+    heights = [math.nan if accuracy is None else accuracy for accuracy in accuracies]
+    axis.plot(lrs, heights, "o-", color=figures.BLUE, label="validation top-1")
     if diverged:
         axis.plot(diverged, [0] * len(diverged), "x", color=figures.BLACK, label="diverged")
-    axis.set_ylim(bottom=0)
-    axis.set_ylabel("validation top-1 (%)")
+    axis.set(ylabel="validation top-1 (%)", ylim=(0, None))
 
 
 if __name__ == "__main__":
