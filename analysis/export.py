@@ -19,10 +19,9 @@ from torch import Tensor
 
 from analysis.predictions import Classifier
 from base import files
-from base.errors import UsageError, UserError, printable
+from base.errors import UsageError, UserError, optional, printable
 from base.flags import dashed
 from harness import checkpoint
-from harness.log import optional
 from models import build_model, describe_args
 from models.convert import to_torchvision
 

@@ -27,9 +27,9 @@ def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dic
 
     ignored: flags that `parser` may lack; a recipe may hold --plot, which lr_finder.py does not have
     """
-    known = {action.dest for action in parser._actions} - {"config", "help"}
+    known = {action.dest for action in parser._actions}
     texts = read_yaml(path)
-    if unknown := [name for name in texts if name not in known and name not in ignored]:
+    if unknown := [name for name in texts if name not in known.union(ignored) - {"config", "help"}]:
         raise UsageError(f"--config {path}: unknown key {unknown[0].replace('_', '-')[:80]!r}", KEYS)
     try:
         values = from_file(parser, {name: value for name, value in texts.items() if name in known})
@@ -79,7 +79,7 @@ def _problem(node: yaml.Node) -> str:
         return "is neither a value nor a list of values"
     if tag == "null":
         return "has no value"
-    return "" if tag in PLAIN_TAGS else f"holds a {tag}"
+    return "" if tag in PLAIN_TAGS else f"holds a {tag[:80]}"
 
 
 def _read_text(path: str) -> str:

@@ -127,8 +127,8 @@ PHASES = (
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
     Flag("resize_schedule", "plan", "Image size of each phase.",
          listing(pixels), (64, 128, 224), "PX,PX,..."),
-    Flag("phase_epochs", "plan", "Epochs of each phase, scaled to add up to --epochs; by default 30,20,40 for "
-         "three phases, else equal parts.",
+    Flag("phase_epochs", "plan", "Epochs of each phase, scaled to add up to --epochs; by default 30,20,40 "
+         "for three phases, else equal parts.",
          listing(positive), None, "N,N,...",
          idle=lambda c: idle.one_phase(c) or (c.epochs == 1 and "the last phase gets the only epoch")),
     Flag("phase_batch_sizes", "plan", "Global batch size of each phase.", listing(positive), None, "N,N,..."),
@@ -281,7 +281,7 @@ def to_argv(values: Mapping[str, Any]) -> list[str]:
             argv.append("--no-" + dashed(flag.name).removeprefix("--"))
         elif flag.kind in (bool, Switch):
             argv += [dashed(flag.name)] * bool(value)
-        elif value is not None:
+        elif value not in (None, "", ()):
             argv.append(f"{dashed(flag.name)}={typed_text(value, getattr(flag.kind, 'separator', ','))}")
     return argv
 

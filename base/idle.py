@@ -10,8 +10,8 @@ A flag that is given shows in what its row of the table says it changes, or it i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 from base import process
 from base.errors import UsageError
@@ -19,15 +19,6 @@ from base.parser import dashed
 from base.phases import used_phases
 
 Reason = str | bool | None  # a false one: the flag has an effect
-
-
-class Row(Protocol):
-    """What is asked of a flag here; `flags.Flag` has it."""
-
-    name: str
-    changes: str
-    idle: Callable[[Any], Reason]  # why it can have no effect under a config: it is refused
-    unused: Callable[[Any], Reason]  # the same, but only noted
 
 
 class Given(frozenset):
@@ -41,23 +32,23 @@ def never(config: Any) -> Reason:
     return None
 
 
-def refuse_idle(rows: Iterable[Row], config: Any, given: Given) -> list[str]:
-    """Return notes on flags that are given and unused. Raises UsageError for those without effect.
+def refuse_idle(flags: Iterable[Any], config: Any, given: Given) -> list[str]:
+    """Return notes on those of `flags` (`Flag`s) that are given but unused. Raises UsageError for idle ones.
 
     A flag from a file is refused only if the file alone leaves it without effect: the command line may
     override what the flag depends on.
     """
     by_hand, by_file, notes = {}, {}, []
-    for row in rows:
-        if row.name not in given:
+    for flag in flags:
+        if flag.name not in given:
             continue
-        if reason := row.unused(config):
-            notes.append(f"note: {dashed(row.name)} is not used: {reason}")
-        if reason := why_idle(row, config):
-            if row.name in given.by_hand:
-                by_hand[dashed(row.name)] = reason
-            elif why_idle(row, given.file):
-                by_file[dashed(row.name).removeprefix("--")] = reason
+        if reason := flag.unused(config):
+            notes.append(f"note: {dashed(flag.name)} is not used: {reason}")
+        if reason := why_idle(flag, config):
+            if flag.name in given.by_hand:
+                by_hand[dashed(flag.name)] = reason
+            elif why_idle(flag, given.file):
+                by_file[dashed(flag.name).removeprefix("--")] = reason
     for found, where in ((by_hand, ""), (by_file, f"--config {getattr(config, 'config', '')}: ")):
         if found:
             what = "; ".join(f"{name} would do nothing: {reason}" for name, reason in found.items())
@@ -65,15 +56,15 @@ def refuse_idle(rows: Iterable[Row], config: Any, given: Given) -> list[str]:
     return notes
 
 
-def why_idle(row: Row, config: Any) -> Reason:
+def why_idle(flag: Any, config: Any) -> Reason:
     """Return why the flag can have no effect under `config`; false if it has one."""
-    if getattr(config, "summary", False) and row.changes in ("trace", "processes"):
+    if getattr(config, "summary", False) and flag.changes in ("trace", "processes"):
         return "--summary runs no step"
-    if row.changes == "files":
+    if flag.changes == "files":
         for name in ("summary", "dry_run"):
             if getattr(config, name, False):
                 return f"{dashed(name)} writes nothing"
-    return row.idle(config)
+    return flag.idle(config)
 
 
 # --- reasons that more than one flag has, or that take more than a line -----------------------------

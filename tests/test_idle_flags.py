@@ -1,4 +1,4 @@
-"""No idle flag: each one changes what its row of flags.TABLE names, or is refused; and what is refused changes nothing.
+"""No idle flag: each one changes what its row of flags.TABLE says, or is refused; and what is refused changes nothing.
 
 The pairs of a flag and a mode in which it is idle are quick; every flag in every mode is slow.
 """
@@ -13,6 +13,7 @@ from test_options import OPTIONS
 import train
 from base import flags
 from base.errors import UsageError
+from base.idle import never
 
 RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, resize-schedule: [8, 16, 24],
              batch-size: 16, num-workers: 0, device: cpu, amp: off, seed: 6}"""  # what a mode idles of it is let go
@@ -132,11 +133,8 @@ def judge(recipe: str, name: str, mode: str) -> bool:
             f"{name} works under {mode!r}"
         )
     else:
-        noted = any(
-            row.note and flags.why_idle(row, config_of(recipe, mode))
-            for row in flags.TABLE
-            if row.name == name
-        )
+        (row,) = (row for row in flags.TABLE if row.name == name)
+        noted = row.unused(config_of(recipe, mode))
         assert noted or any(one != plain for one in found), (
             f"{name} does nothing under {mode!r} and is not refused"
         )
@@ -150,15 +148,8 @@ def config_of(recipe: str, mode: str):
 def test_every_flag_has_a_row_and_a_test():
     actions = {action.dest for action in train.build_parser()._actions} - {"help"}
     assert {row.name for row in flags.TABLE} == actions == VALUES.keys() | WHOLE
-    assert {row.changes for row in flags.TABLE} == {
-        "plan",
-        "model",
-        "trace",
-        "processes",
-        "output",
-        "files",
-        "resume",
-    }
+    changes = {"plan", "model", "trace", "processes", "output", "files", "resume"}
+    assert {row.changes for row in flags.TABLE} == changes
 
 
 @pytest.mark.parametrize(("name", "mode"), IDLE)
@@ -167,18 +158,10 @@ def test_a_flag_that_can_change_nothing_is_refused(name, mode, recipe):
 
 
 def test_every_predicate_is_met_by_a_mode():
-    tried = {name for name, _ in IDLE} | {
-        "momentum",
-        "data_dir",
-        "use_blurpool",
-        "head",
-        "stem",
-        "init_from",
-        "save_dir",
-        "dry_run",
-    }
-    never = flags.Row("", "").idle.__code__.co_code
-    assert {row.name for row in flags.TABLE if row.idle.__code__.co_code != never} <= tried
+    tried = {name for name, _ in IDLE} | {"use_blurpool", "head", "stem", "init_from", "save_dir", "dry_run"}
+    assert {row.name for row in flags.TABLE if row.idle is not never} <= tried
+    noted = {row.name for row in flags.TABLE if row.unused is not never}
+    assert noted == {"momentum", "data_dir", "drop_path_rate"}  # tested below
 
 
 def refusal(*arguments) -> str:
@@ -227,12 +210,10 @@ def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
              "debug": "--debug"}.get(name) or (VALUES.get(name) or [""])[0]  # fmt: skip
     unseen = {"--summary": ("trace", "processes", "files"), "--dry-run": ("files",)}
     for look_at, idle in unseen.items():
-        said = refusal(*typed.split(), look_at) if name not in ("summary", "dry_run", "config") else ""
-        expected = (
-            row.changes in idle and name not in ("momentum", "drop_path_rate")
-        ) or "would do nothing" in refusal(*typed.split())
-        if name not in ("momentum", "drop_path_rate", "save_dir"):
-            assert (flags.dashed(name) in said) == bool(expected), (look_at, said)
+        if name not in ("summary", "dry_run", "config", "save_dir"):
+            expected = row.changes in idle or "would do nothing" in refusal(*typed.split())
+            said = refusal(*typed.split(), look_at)
+            assert (flags.dashed(name) in said) == expected, (look_at, said)
 
 
 def test_a_value_given_twice_over_counts_as_given_and_one_error_names_them_all():

@@ -180,7 +180,7 @@ def test_a_list_that_holds_itself_is_refused_and_not_walked_through():
     knot: list = []
     for _ in range(100):
         knot = [knot, knot]  # 2 ** 100 of them, if one were to look
-    with pytest.raises(CheckpointError, match="resize_schedule is of a wrong type"):
+    with pytest.raises(CheckpointError, match="resize_schedule has the wrong type"):
         rundir.check_saved({"resize_schedule": knot})
 
 
@@ -211,9 +211,10 @@ def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, 
 
 def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
     def main(argv):
+        flags.parse(train.build_parser(), argv)
         raise errors.DataError("no data", "get some")
 
-    for argv, shown in ((["train.py"], False), (["train.py", "--debug"], True)):
+    for argv, shown in ((["train.py", "--debug"], True), (["train.py"], False)):
         monkeypatch.setattr(sys, "argv", argv)
         assert errors.run(main) == 3
         assert ("Traceback" in capsys.readouterr().err) == shown

@@ -58,6 +58,16 @@ def test_a_recipe_is_parsed_planned_and_built(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_config_survives_the_way_to_a_command_line_and_back(path):
+    config = parsed(
+        "--config", path, "--save-every", "15min", "--no-ema-ramp", "--phase-epochs", "3,1,2", "--plot"
+    )[0]
+    values = flags.plain(config)
+    again, given = flags.parse(train.build_parser(), flags.to_argv(values))
+    assert flags.plain(again) == values and {"lr", "save_every", "ema_ramp", "plot"} <= given
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_names_its_source_and_the_curve_to_expect(path):
     comments = "".join(line for line in path.read_text().splitlines() if line.startswith("#"))
     assert "Source:" in comments or "arxiv.org" in comments

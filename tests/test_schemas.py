@@ -130,7 +130,7 @@ def test_every_field_of_a_checkpoint_deleted_or_made_wrong_is_refused(payload, r
 @pytest.mark.parametrize("at, new, words", [
     (("eval", "crop"), 0, r"eval.crop should be greater than 0, not 0"), (("model_args", "weights"), "x", "unknown model_args.weights"),
     (("config",), {"x": {"y": 1}}, "config.x should be a plain value"), (("rows",), [5], "rows.0 should be a valid dictionary, not 5"),
-    (("eval", "classes"), ["a"], "other numbers of classes"), (("best", "epoch"), 3, "best epoch 3 after its last row, 2"),
+    (("eval", "classes"), ["a"], "different numbers of classes"), (("best", "epoch"), 3, "best epoch 3 after its last row, 2"),
     (("ema",), {"num_updates": 1}, "ema lacks shadow"), (("step",), 4, "2 finished epochs and step 4"), (("step",), 2**60, "step"),
     (("model", "conv1.weight"), torch.zeros(8, 3, 7, 7).half(), "model.conv1.weight is .*float16, it should be .*float32"),
     (("new\x1b[31m\n",), 1, r"unknown new\\x1b\[31m\\n"),

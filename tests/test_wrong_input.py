@@ -67,7 +67,7 @@ WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed
 
 @pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
 def test_a_number_out_of_range_is_refused_with_the_range(flag, value, tmp_path):
-    check(refusal(tmp_path, f"{flag}={value}"), 2, flag, "is not a", "number in ")
+    check(refusal(tmp_path, f"{flag}={value}"), 2, flag, "must be a ", "number, ")
 
 
 ARGUMENTS = [
@@ -77,19 +77,19 @@ ARGUMENTS = [
     (("--augment", "flip,wrong"), 2, ["unknown augmentation 'wrong'"]),
     (("--augment", "padcrop"), 2, ["needs a size"]),
     (("--phase-mix", "on,maybe"), 2, ["neither on nor off"]),
-    (("--augment", "rrc,padcrop:4"), 2, ["rrc and padcrop", "cropped once"]),
+    (("--augment", "rrc,padcrop:4"), 2, ["rrc and padcrop", "only one crop"]),
     (("--augment", "padcrop:100"), 2, ["padcrop:100 leaves nothing of an image of 16 px", "padcrop:15"]),
     (("--augment", "cutout:32"), 2, ["cutout:32 leaves nothing", "cutout:31"]),
-    (("--augment", "jitter:101"), 2, ["101 is not a"]),
-    (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "1000000]"]),  # a decay of 1
-    (("--epochs", "9" * 5000), 2, ["--epochs", "1000000000]"]),
+    (("--augment", "jitter:101"), 2, ["from 1 to 100", "got 101"]),
+    (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "at most 1,000,000"]),  # a decay of 1
+    (("--epochs", "9" * 5000), 2, ["--epochs", "1,000,000,000"]),
     (("--dataset", "synthetic:size=100000"), 2, ["'size=100000'", "size up to 4,096"]),
     (("--dataset", "synthetic:train=" + "9" * 5000), 2, ["train=999", "train up to 100,000,000"]),
     (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is no size"]),
     (("--dataset", "synthetic:classes=-1"), 2, ["'classes=-1'"]),
     (("--dataset", "synthetic:colour=3"), 2, ["'colour=3'"]),
-    (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' has a NUL"]),
-    (("--init-from", "a\udcff"), 2, ["--init-from 'a\\udcff' has a NUL or bytes"]),
+    (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' contains a NUL"]),
+    (("--init-from", "a\udcff"), 2, ["--init-from 'a\\udcff' contains a NUL or bytes"]),
     (("--resize-schedule", ","), 2, ["empty"]),
     (("--phase-batch-sizes", "8,8"), 2, ["2 entries", "1 phases"]),
     (("--subset-size", "20"), 2, ["--subset-size would do nothing", "--subset"]),
@@ -294,7 +294,7 @@ def test_training_needs_no_network(photos, tmp_path, monkeypatch):
 
 
 def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
-    code = ("import sys, errors, train\n"
+    code = ("import sys\nimport train\nfrom base import errors\n"
             "sys.argv = ['train.py', *{arguments!r}]\n"
             "try:\n    code = errors.run(train.main)\n"
             "except SystemExit as exit:\n    code = exit.code\n"
@@ -306,6 +306,25 @@ def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
                               text=True, env=environment())  # fmt: skip
         assert wanted in done.stdout.splitlines()[-1], (done.stdout[-300:], done.stderr)
     assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("usage: python train.py [flags]\n")
+        and max(map(len, said.split("examples:")[0].splitlines())) < 80
+    )
+    for words in (
+        "(above 0; default: 0.0003)",
+        "one of ce, bce",
+        "(at least 1; default: 90)",
+        "default: 64,128,224",
+    ):
+        assert words in " ".join(said.split())
+    assert "None" not in said and "SUPPRESS" not in said
 
 
 def test_two_lines_on_stderr_and_no_traceback(tmp_path):
