@@ -180,7 +180,7 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     found = json.loads((tmp_path / "misclassified.json").read_text())
     confidences = [m["confidence"] for m in found["mistakes"]]
     assert found["images"] == 10 and confidences == sorted(confidences, reverse=True)
-    assert all(m["truth"] != m["guess"] for m in found["mistakes"])
+    assert all(m["truth"] != m["prediction"] for m in found["mistakes"])
 
 
 def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
@@ -193,7 +193,9 @@ def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
         gradcam.main([str(tmp_path / "nothing.pt")])
     with pytest.raises(UsageError, match="there are 10 images"):
         gradcam.main([str(trained), *out, "--ids", "10"])
-    with pytest.raises(UsageError, match="would do nothing"):
+    with pytest.raises(UsageError, match="not allowed with"):
+        gradcam.main([str(trained), *out, "--ids", "1", "--misclassified"])
+    with pytest.raises(UsageError, match="no effect"):
         gradcam.main([str(trained), *out, "--ids", "1", "--count", "4"])
     with pytest.raises(UsageError, match="no such class"):
         misclassified.main([str(trained), *out, "--only", "unicorn"])
