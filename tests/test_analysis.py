@@ -12,9 +12,16 @@ from base.errors import DataError, ResourceError, UsageError
 
 
 def row(epoch: int, size: int = 32, batch: int = 64, **values) -> dict:
-    return {"epoch": epoch, "image_size": size, "batch_size": batch, "lr": 1e-3, "train_loss": 2.0, "train_top1": 50.0,
-            "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0, "ema_val_loss": None, "ema_val_top1": None,
-            "ema_val_top5": None, "best": False, **values}  # fmt: skip
+    scores = {
+        "train_loss": 2.0,
+        "train_top1": 50.0,
+        "val_loss": 1.5,
+        "val_top1": 40.0 + epoch,
+        "val_top5": 80.0,
+    }
+    averaged = {"ema_val_loss": None, "ema_val_top1": None, "ema_val_top5": None}
+    place = {"epoch": epoch, "image_size": size, "batch_size": batch, "lr": 1e-3}
+    return {**place, **scores, **averaged, "best": False, **values}
 
 
 def write_run(folder, rows: list[dict]):
@@ -99,8 +106,12 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
     assert runs.unusual_flags(found) == tie  # neither value is usual
     assert runs.unusual_flags([found[0], *found])[:2] == [{}, {}]
     changed = runs.changed_flags(found[1].config)
-    assert changed == {"lr": ("0.2", "0.0003"), "epochs": ("2", "90"), "resize_schedule": ("32", "64,128,224"),
-                         "ema": ("off", "on")}  # fmt: skip
+    assert changed == {
+        "lr": ("0.2", "0.0003"),
+        "epochs": ("2", "90"),
+        "resize_schedule": ("32", "64,128,224"),
+        "ema": ("off", "on"),
+    }
 
 
 def test_a_config_that_is_no_json_is_an_error_that_names_it(tmp_path):

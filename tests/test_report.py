@@ -18,10 +18,11 @@ VOID = {"meta", "img", "br"}
 
 
 def row(epoch: int, **values) -> dict:
-    return {"epoch": epoch, "image_size": 32 if epoch < 3 else 48, "batch_size": 64, "lr": 1e-3, "train_loss": 2.0,
-            "train_top1": 51.0, "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0, "ema_val_loss": 1.4,
-            "ema_val_top1": 41.25 + epoch, "ema_val_top5": 81.0, "images_per_second": 1234.0, "data_wait_percent": 1.0,
-            "seconds": 1800.0, "bad_steps": 0, "best": False, "better": "ema", **values}  # fmt: skip
+    place = {"epoch": epoch, "image_size": 32 if epoch < 3 else 48, "batch_size": 64, "lr": 1e-3}
+    raw = {"train_loss": 2.0, "train_top1": 51.0, "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0}
+    averaged = {"ema_val_loss": 1.4, "ema_val_top1": 41.25 + epoch, "ema_val_top5": 81.0}
+    speed = {"images_per_second": 1234.0, "data_wait_percent": 1.0, "seconds": 1800.0, "bad_steps": 0}
+    return {**place, **raw, **averaged, **speed, "best": False, "better": "ema", **values}
 
 
 @pytest.fixture
@@ -40,10 +41,11 @@ def make_run(folder, *, name: str = "owl", lr: float = 0.1):
     (folder / "env.json").write_text(
         json.dumps({"torch": "2.x", "device": name, "command": f"train.py {name}"})
     )
-    scores = {"results": [{"image_size": 48, "weights": "ema", "bn": "trained", "tta": "none", "top1": 44.25, "top5": 81.0,
-                           "loss": 1.4, "macro_f1": 43.9, "ece": 2.5}],
-              "per_class": [{"class": "n1", "name": name, "precision": 0.5, "recall": 0.25, "f1": 0.3, "support": 4}],
-              "confused_pairs": [{"truth_name": name, "guess_name": "dog", "times": 3, "share": 0.75}]}  # fmt: skip
+    result = {"image_size": 48, "weights": "ema", "bn": "trained", "tta": "none", "top1": 44.25, "top5": 81.0}
+    result |= {"loss": 1.4, "macro_f1": 43.9, "ece": 2.5}
+    one_class = {"class": "n1", "name": name, "precision": 0.5, "recall": 0.25, "f1": 0.3, "support": 4}
+    pair = {"truth_name": name, "guess_name": "dog", "times": 3, "share": 0.75}
+    scores = {"results": [result], "per_class": [one_class], "confused_pairs": [pair]}
     (folder / "validation" / "scores.json").write_text(json.dumps(scores))
     for path in (
         folder / "validation" / "confusion.png",
@@ -155,8 +157,9 @@ def test_a_studys_directory_is_reported_from_its_files(tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
     figures.save(figures.figure(1, 1), folder / "curves.png")
-    (folder / "summary.md").write_text("# A <b>study\n\nWhat?\n\n| v | top-1 |\n|---|---|\n| **a** | `--lr 1` |\n\n"
-                                       "![curves](curves.png)\n\n- one\n- two **bold**\n")  # fmt: skip
+    table = "| v | top-1 |\n|---|---|\n| **a** | `--lr 1` |"
+    text = f"# A <b>study\n\nWhat?\n\n{table}\n\n![curves](curves.png)\n\n- one\n- two **bold**\n"
+    (folder / "summary.md").write_text(text)
     (folder / "summary.csv").write_text("variant,seed\na,0\n")
     reader = Reader(written(folder, out=tmp_path / "r.html"))
     assert reader.tags.count("img") == 1 and reader.tags.count("li") == 2 and reader.tags.count("table") == 2
