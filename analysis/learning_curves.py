@@ -24,24 +24,11 @@ class Panel:
     columns: dict[str, str]  # column -> label in the legend
 
 
-TOP1 = Panel(
-    "Top-1 accuracy",
-    "top-1 accuracy (%)",
-    {
-        "train_top1": "training sample, no augmentation",
-        "val_top1": "validation, raw weights",
-        "ema_val_top1": "validation, EMA weights",
-    },
-)
-LOSS = Panel(
-    "Loss",
-    "cross-entropy (nats)",
-    {
-        "train_loss": "training, mixed targets",
-        "val_loss": "validation, raw weights",
-        "ema_val_loss": "validation, EMA weights",
-    },
-)
+RAW, EMA = "validation, raw weights", "validation, EMA weights"
+TOP1_LINES = {"train_top1": "training sample, no augmentation", "val_top1": RAW, "ema_val_top1": EMA}
+LOSS_LINES = {"train_loss": "training, mixed targets", "val_loss": RAW, "ema_val_loss": EMA}
+TOP1 = Panel("Top-1 accuracy", "top-1 accuracy (%)", TOP1_LINES)
+LOSS = Panel("Loss", "cross-entropy (nats)", LOSS_LINES)
 LR = Panel("Learning rate", "learning rate at the end of the epoch", {"lr": "learning rate"})
 SPEED = Panel("Training speed", "images per second", {"images_per_second": "images per second"})
 STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (figures.VERMILLION, "-")}
