@@ -127,7 +127,7 @@ def as_typed(flag: str, value) -> str:
 def idle_in(chosen: dict[str, str | None]) -> set[str]:
     """What `chosen` names in vain: train.py would refuse it, and lets it go where a recipe brings it."""
     config, _ = flags.parse(flags.train_parser(), as_list(chosen))
-    return {row.name.replace("_", "-") for row in flags.TABLE if not row.note and flags.why_idle(row, config)}
+    return {name.replace("_", "-") for name in flags.idle_flags(config)}
 
 
 def grid(defaults: dict[str, str], **values: tuple[str, ...]) -> tuple[Variant, ...]:

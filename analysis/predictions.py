@@ -140,7 +140,7 @@ def load(path: str, weights: str, runtime: Runtime) -> Classifier:
 
 
 class ImageFiles:
-    """Maps a `dataloader.Batch` to (images (n, S, S, 3) uint8, positions (n,), bad files as (position, reason)).
+    """Maps a `dataloader.Batch` to images (n, S, S, 3) uint8, positions (n,) and [(position, reason)] of bad files.
 
     A black image takes the place of a bad one, so that the others of its batch are still predicted.
     """

@@ -73,12 +73,11 @@ def check_exists(path: Path) -> None:
 
 def listing(runs) -> str:
     """Return the runs as an aligned text table with the flags in which each is not like most others."""
-    from analysis.runs import SCORE_COLUMNS, shown, unusual_flags
+    from analysis.runs import SCORE_COLUMNS, unusual_flags
 
     rows = [[*SCORE_COLUMNS, "flags that differ"]]
     for one, unusual in zip(runs, unusual_flags(runs), strict=True):
-        typed = [f"{flags.dashed(name)} {shown(value)}" for name, value in unusual.items()]
-        rows.append([*one.scores(), " ".join(typed)])
+        rows.append([*one.scores(), " ".join(flags.to_argv(unusual))])
     widths = [max(len(row[k]) for row in rows) for k in range(len(SCORE_COLUMNS))]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
 

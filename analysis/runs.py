@@ -142,6 +142,6 @@ def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
 
 def changed_flags(config: dict) -> dict[str, tuple[str, str]]:
     """Return {flag: (value, default)} of the flags that affect training and are not at their default."""
-    values = {name: (shown(config.get(name)), shown(v)) for name, v in flags.train_defaults().items()}
+    values = {name: (shown(config.get(name)), shown(v)) for name, v in flags.defaults().items()}
     known = [name for name in config if name in values and name not in flags.FREE_ON_RESUME]
     return {name: values[name] for name in known if values[name][0] != values[name][1]}

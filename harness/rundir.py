@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from base import process
+from base.config_file import from_file
 from base.errors import CheckpointError, ResourceError, UsageError
-from base.flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
+from base.flags import FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
 
 KINDS = ("last", "best", "prev_last", "prev_best")
 FILES = (
@@ -421,7 +422,7 @@ def check_saved(saved: dict) -> dict:
             "update this repository",
         )
     try:
-        values = train_defaults() | from_file(parser, saved, exact=True)
+        values = defaults() | from_file(parser, saved, exact=True)
     except UsageError as error:
         raise CheckpointError(
             f"malformed flags in the checkpoint: {error.what}", "use a checkpoint that train.py wrote"

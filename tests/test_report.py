@@ -192,7 +192,7 @@ def test_the_list_names_each_runs_score_and_what_sets_it_apart(run_dir, tmp_path
     assert report.main(["--list", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["first", "4/4", "44.25", "3", "2.00"]
-    assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr", "0.5"]
+    assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr=0.5"]
 
 
 def test_what_is_missing_or_older_than_the_checkpoint_is_made_and_nothing_else(
