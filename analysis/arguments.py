@@ -19,7 +19,7 @@ def checkpoint_parser(name: str, description: str, epilog: str) -> flags.Parser:
     weights = "Weights to use; falls back to raw if there is no EMA."
     add("--weights", default="ema", choices=("ema", "raw"), help=weights)
     add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.DEBUG.add_to(parser)
     flags.add_dataset_args(parser)
     return parser
 

@@ -139,10 +139,10 @@ def validation(run: RunFiles) -> Markup:
 
 def class_tables(scores: dict) -> Markup:
     """Return the most confused pairs beside the hardest classes, with all classes folded away if many."""
-    pairs = [
-        [pair["truth_name"], pair["guess_name"], pair["times"], f"{100 * pair['share']:.1f}"]
-        for pair in scores["confused_pairs"][:MOST_ROWS]
-    ]
+    pairs = []
+    for pair in scores["confused_pairs"][:MOST_ROWS]:
+        predicted = pair.get("prediction_name", pair.get("guess_name", "?"))  # guess_name: of older files
+        pairs.append([pair["truth_name"], predicted, pair["times"], f"{100 * pair['share']:.1f}"])
     header = ["truth", "prediction", "times", "% of its class"]
     confused = table(header, pairs, "Most confused pairs")
     rows = []

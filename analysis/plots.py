@@ -20,7 +20,7 @@ def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.plots", "Draw the learning curves of one or more runs.", EPILOG)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="Directory that train.py wrote.")
     parser.add_argument("--out", default="", metavar="DIR", help="Output directory. Default: RUN_DIR/plots.")
-    parser.add_argument("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.DEBUG.add_to(parser)
     return parser
 
 

@@ -33,7 +33,7 @@ def build_parser() -> flags.Parser:
     add("--data-dir", default="", metavar="DIR", help=data_dir)
     device = "Device for the pictures: auto, cpu, cuda, cuda:1 or mps."
     add("--device", default="auto", metavar="NAME", help=device)
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.DEBUG.add_to(parser)
     return parser
 
 
