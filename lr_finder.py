@@ -300,8 +300,8 @@ def draw(found: dict, suggestions: dict[str, float]):
     """Draw the measurements over the rate, with the suggestions marked."""
     from analysis import figures
 
-    made = figures.figure(7.5, 4.6)
-    axis = figures.axes(made, 1, 1)[0, 0]
+    fig = figures.figure(7.5, 4.6)
+    axis = figures.axes(fig, 1, 1)[0, 0]
     if found["mode"] == "accuracy":
         measured = found["ended"]
         draw_accuracies(axis, found["lrs"], found["accuracies"], figures)
@@ -314,7 +314,7 @@ def draw(found: dict, suggestions: dict[str, float]):
     title = f"LR range test of {found['flags']['arch']}, {phase}\n{measured}"
     axis.set(xscale="log", xlabel="learning rate", title=title)
     axis.legend()
-    return made
+    return fig
 
 
 def draw_losses(axis, lrs: list[float], losses: list[float], figures) -> None:

@@ -29,8 +29,8 @@ def confusion(matrix: np.ndarray, names: Sequence[str], pairs: Sequence[Pair], t
     counts = np.add.reduceat(np.add.reduceat(matrix, starts, 0), starts, 1)
     support = counts.sum(1, keepdims=True)
     percent = 100 * np.divide(counts, support, out=np.zeros(counts.shape), where=support > 0)
-    made = figures.figure(14, 8.2, title)
-    axis, bars = figures.axes(made, 1, 2, width_ratios=(1.75, 1))[0]
+    fig = figures.figure(14, 8.2, title)
+    axis, bars = figures.axes(fig, 1, 2, width_ratios=(1.75, 1))[0]
     # A square-root scale: mistakes are a few percent, the diagonal is nearly 100.
     image = axis.imshow(percent, cmap=figures.MAP, norm=PowerNorm(0.5, 0, 100), aspect="equal")
     axis.grid(False)
@@ -46,9 +46,9 @@ def confusion(matrix: np.ndarray, names: Sequence[str], pairs: Sequence[Pair], t
     if len(present) <= MAX_COUNTS:
         _write_counts(axis, matrix, percent)
     ticks = (0, 1, 5, 10, 25, 50, 75, 100)
-    made.colorbar(image, ax=axis, label="share of the true class (%)", ticks=ticks, shrink=0.75)
+    fig.colorbar(image, ax=axis, label="share of the true class (%)", ticks=ticks, shrink=0.75)
     _list_pairs(bars, names, pairs[:MAX_PAIRS])
-    return made
+    return fig
 
 
 def _write_counts(axis, matrix: np.ndarray, percent: np.ndarray) -> None:
@@ -76,8 +76,8 @@ def _list_pairs(axis, names: Sequence[str], pairs: Sequence[Pair]) -> None:
 
 def reliability(calibration: Calibration, title: str) -> Figure:
     """Draw accuracy over confidence, and how often each confidence occurs."""
-    made = figures.figure(6.4, 6.6, title)
-    top, bottom = figures.axes(made, 2, 1, height_ratios=(3, 1), sharex=True)[:, 0]
+    fig = figures.figure(6.4, 6.6, title)
+    top, bottom = figures.axes(fig, 2, 1, height_ratios=(3, 1), sharex=True)[:, 0]
     left, width = 100 * calibration.edges[:-1], 100 * np.diff(calibration.edges)
     bars = {"width": width, "align": "edge", "edgecolor": "white"}
     accuracy = 100 * np.nan_to_num(calibration.accuracy)
@@ -88,8 +88,8 @@ def reliability(calibration: Calibration, title: str) -> Figure:
     top.plot([0, 100], [0, 100], "--", color=figures.BLACK, label="perfect calibration")
     top.set(ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
     top.set_title(f"expected calibration error {100 * calibration.ece:.1f} %")
-    made.legend(loc="outside lower center", ncols=3, fontsize=8)
+    fig.legend(loc="outside lower center", ncols=3, fontsize=8)
     share = 100 * calibration.count / max(1, calibration.count.sum())
     bottom.bar(left, share, color=figures.ORANGE, **bars)
     bottom.set(xlabel="confidence: probability of the predicted class (%)", ylabel="images (%)")
-    return made
+    return fig
