@@ -339,18 +339,10 @@ def workers_note(workers: int) -> str:
 
 
 def data_args(config: Any) -> dict[str, Any]:
-<<<<<<< HEAD
-    """The data flags as `sources.layouts.open_dataset` takes them."""
-    return {
-        "dataset": config.dataset,
-        "data_dir": config.data_dir,
-        "split": config.split,
-=======
-    """Return the data flags as `sources.layouts.index` takes them."""
+    """Return the data flags as `sources.layouts.open_dataset` takes them."""
     same = ("dataset", "data_dir", "split", "allow_class_mismatch")
     subset_size = config.subset_size if config.subset else None
     return {name: getattr(config, name) for name in same} | {
->>>>>>> ae6ea3704dd86583526e757339186af04ec4b0fe
         "class_list": config.class_list or None,
         "subset_size": subset_size,
     }
