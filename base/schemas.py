@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     ConfigDict,
     Field,
     InstanceOf,
@@ -314,7 +315,10 @@ _ENV = optional(
 Env = Annotated[at_least(**_ENV), AfterValidator(_all_plain)]
 StudyRun = at_least(**optional(status=Text, flags=list[Text]))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
-ConfusedPair = at_least(truth_name=Text, guess_name=Text, times=Count, share=NotNegative)
+Prediction = Annotated[
+    Text, Field(validation_alias=AliasChoices("prediction_name", "guess_name"))
+]  # the former name
+ConfusedPair = at_least(truth_name=Text, prediction_name=Prediction, times=Count, share=NotNegative)
 # scores.json of validate.py, as much of it as a report shows
 Scores = at_least(results=list[Config], per_class=list[ClassScore], confused_pairs=list[ConfusedPair])
 LabelNames = dict[Text, Any]  # Kaggle's Labels.json

@@ -14,7 +14,7 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
     "base": 0,
     **dict.fromkeys(("data_utils", "ema", "optim", "sources", "models", "harness.interrupts"), 1),
     **dict.fromkeys(
-        ("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_curve"), 1
+        ("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_suggestion"), 1
     ),
     **dict.fromkeys(("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log"), 2),
     **dict.fromkeys(("loop", "analysis.predictions", "analysis.export"), 3),
