@@ -73,13 +73,13 @@ def add_shared_args(parser: argparse.ArgumentParser) -> None:
 
 
 OWN = (
-    flags.Row(
+    flags.Flag(
         "num_iter",
         "trace",
-        lambda c: c.mode == "accuracy" and "--mode accuracy counts --trials and --trial-epochs",
+        idle=lambda c: c.mode == "accuracy" and "--mode accuracy counts --trials and --trial-epochs",
     ),
-    flags.Row("trials", "trace", lambda c: c.mode == "loss" and "it needs --mode accuracy"),
-    flags.Row("trial_epochs", "trace", lambda c: c.mode == "loss" and "it needs --mode accuracy"),
+    flags.Flag("trials", "trace", idle=lambda c: c.mode == "loss" and "it needs --mode accuracy"),
+    flags.Flag("trial_epochs", "trace", idle=lambda c: c.mode == "loss" and "it needs --mode accuracy"),
 )
 
 TRAINING = (
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
     low, high = rate_limits(config)
     # The parts below may ask for any of train.py's flags; those that are no flags here have their defaults.
-    config = flags.make_config({**flags.train_defaults(), **flags.plain(config)})
+    config = flags.make_config({**flags.defaults(), **flags.plain(config)})
     if "lr" in typed.by_hand:  # a recipe may bring it
         raise UsageError("--lr would do nothing: it is what is looked for", "leave --lr out")
     notes = flags.refuse_idle(OWN, config, typed) + flags.check_train(config, typed)
@@ -305,7 +305,7 @@ def trial_recipe(config, phase) -> str:
     """The run's flags as a recipe for one short phase of it."""
     import yaml
 
-    defaults = flags.train_defaults()
+    defaults = flags.defaults()
     values = {name: value for name, value in flags.plain(config).items() if name in defaults}
     values |= {
         "epochs": config.trial_epochs,

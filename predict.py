@@ -19,9 +19,9 @@ EPILOG = """examples:
 
 
 IDLE = (
-    *(flags.Row(name, "output", lambda c: not c.images and "no image is named")
+    *(flags.Flag(name, "output", idle=lambda c: not c.images and "no image is named")
       for name in ("top", "json", "csv", "batch_size", "num_workers")),
-    flags.Row("out", "files", lambda c: not c.export and "it needs --export"),
+    flags.Flag("out", "files", idle=lambda c: not c.export and "it needs --export"),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
-from base import flags, process
+from base import flags, idle, process
 from base.errors import DataError, UsageError, printable, run
 
 EPILOG = """examples:
@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     models, payload = predictions.open_models(config.checkpoint, "both", runtime)
     facts = payload["eval"]
     sizes = check_sizes(config.image_sizes or (facts["image_size"],), payload)
-    if config.recalibrate_bn and payload["model_args"]["arch"] in flags.NO_BATCH_NORM:
+    if config.recalibrate_bn and payload["model_args"]["arch"] in idle.NO_BATCH_NORM:
         raise UsageError(
             "--recalibrate-bn would do nothing: the model has no BatchNorm", "leave --recalibrate-bn out"
         )

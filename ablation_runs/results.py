@@ -101,8 +101,8 @@ def paired(
     """Compare two {seed: score} over the seeds they share; None if there is no such seed.
 
     Pairing removes what a seed does to both: initial weights, order, augmentation. The standard deviation
-    counts as at least `resolution` (one validation image): three seeds that happen to differ by the same number
-    of images do not prove that there is no noise.
+    counts as at least `resolution` (one validation image): three seeds that happen to differ by the same
+    number of images do not prove that there is no noise.
     """
     seeds = sorted(scores.keys() & baseline.keys())
     if not seeds:
@@ -219,7 +219,7 @@ def effects(runs: list[Result], study: Study, column: str) -> list[Effect]:
 
 
 def main_effect(flag: str, k: int, cells: dict[tuple, np.ndarray], within: float) -> Effect:
-    """Return the effect of the k-th flag on `cells`, {values of all flags: scores}; `within`: see `effects`."""
+    """Return the effect of the k-th flag; `cells` and `within` are those of `effects`."""
     groups: dict[str, list[float]] = {}
     for values, scores in cells.items():
         groups.setdefault(values[k], []).extend(scores)
@@ -227,10 +227,8 @@ def main_effect(flag: str, k: int, cells: dict[tuple, np.ndarray], within: float
     mean, free, steps = everything.mean(), len(everything) - len(cells), len(groups) - 1
     total = float(((everything - mean) ** 2).sum())
     between = sum(len(group) * float((np.mean(group) - mean) ** 2) for group in groups.values())
-    p = (
-        float(fdtrc(steps, free, (between / steps) / (within / free)))
-        if free and within > 0 and steps
-        else None
-    )
+    p = None
+    if free and within > 0 and steps:
+        p = float(fdtrc(steps, free, (between / steps) / (within / free)))
     means = {value: float(np.mean(group)) for value, group in groups.items()}
     return Effect(flag, means, between / total if total else 0.0, p)

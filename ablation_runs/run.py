@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from ablation_runs import studies
-from ablation_runs.study import PRESETS, Flags, Run, to_argv
+from ablation_runs.study import PRESETS, Flags, Run
 from base import errors, files, flags
 from base.errors import UsageError
 
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         for study in studies.STUDIES.values():
             print(f"{study.name:<32} {len(study.variants):>3} variants  {study.question}")
         return 0
-    runs = chosen_runs(args, overrides(words[end + 1 :]))
+    runs = chosen_runs(args, train_parser().given(words[end + 1 :]))
     jobs = [Job(run, Path(args.out) / run.study / run.name, args.data_dir) for run in runs]
     if args.dry_run:
         for job in jobs:
@@ -86,12 +86,6 @@ def main(argv: list[str] | None = None) -> int:
         where = ["--runs", args.out] if args.out != RUNS else []
         print(f"next: {shlex.join(['python', '-m', 'ablation_runs.report', args.study, *preset, *where])}")
     return code
-
-
-def overrides(words: list[str]) -> Flags:
-    """Return the train.py flags typed after `--`."""
-    config, given = flags.parse(flags.train_parser(), words)
-    return {name: getattr(config, name) for name in sorted(given.by_hand)}
 
 
 def chosen_runs(args, extra: Flags) -> list[Run]:
@@ -114,7 +108,7 @@ class Job:
         data = from_root(Path(data_dir)) if data_dir else f"data/{dataset}"
         if "data_dir" in values or dataset.partition(":")[0] not in ("digits", "synthetic"):
             values["data_dir"] = values.get("data_dir", "{data}").replace("{data}", data)
-        self.arguments = to_argv(values | {"save_dir": from_root(directory), "resume": "auto"})
+        self.arguments = flags.to_argv(values | {"save_dir": from_root(directory), "resume": "auto"})
 
     def command(self) -> str:
         return shlex.join(["python", "train.py", *self.arguments])
@@ -125,13 +119,18 @@ class Job:
 
         fix = "delete it to start the run again"
         record = schemas.read_json(self.directory / "run.json", schemas.StudyRun, fix, missing={})
-        if record and what_trains(record.get("flags", [])) != what_trains(to_argv(self.run.flags)):
+        if record and what_trains(record.get("flags", [])) != what_trains(flags.to_argv(self.run.flags)):
             return "changed"
         return record.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 
     def record(self, status: str, code: int) -> None:
         run = self.run
-        content = {"study": run.study, "variant": run.variant, "seed": run.seed, "flags": to_argv(run.flags)}
+        content = {
+            "study": run.study,
+            "variant": run.variant,
+            "seed": run.seed,
+            "flags": flags.to_argv(run.flags),
+        }
         files.write_json(self.directory / "run.json", content | {"status": status, "exit_code": code})
 
 

@@ -18,7 +18,8 @@ TINY_20_TITLE = "20 classes of Tiny ImageNet, 100 training and 10 validation ima
 TINY_IMAGENET_01 = Study(
     name="tiny_imagenet_01",
     source="000",
-    question="Which ResNet-50: plain, pre-activation or convolutional head? What do augmentation, MixUp and AMP add?",
+    question="Plain, pre-activation, convolutional head: which is best? What do augmentation, MixUp, AMP "
+    "add?",
     base=TINY_IMAGENET | {"head": "linear", "augment": "none", "amp": "off"} | UNREGULARIZED,
     variants={
         "plain": {},
@@ -29,8 +30,9 @@ TINY_IMAGENET_01 = Study(
         "mixed-precision": {"amp": "bf16"},
     },
     published="The basic architecture with a convolutional last layer was best. The LR finder needs tuning.",
-    notes="Find the learning rate with `python lr_finder.py --dataset tiny-imagenet --resize-schedule 64`, then "
-    "pass it on: `python -m ablation_runs.run tiny_imagenet_01 ... -- --lr SUGGESTION`. The default is 1e-3.\n"
+    notes="Find the learning rate with `python lr_finder.py --dataset tiny-imagenet --resize-schedule 64`, "
+    "then pass it on: `python -m ablation_runs.run tiny_imagenet_01 ... -- --lr SUGGESTION`. The default is "
+    "0.001.\n"
     "After global pooling, a 1x1 convolution and a linear layer compute the same function, and here both "
     "start from the same weights: with one seed, `plain` and `conv-head` differ by rounding only.",
 )
@@ -49,10 +51,10 @@ TINY_IMAGENET_02 = Study(
         "drop-path": {"drop_path_rate": 0.2},
         "all": {"resize_schedule": [64, 128, 224], "cutmix_alpha": 1, "drop_path_rate": 0.2},
     },
-    published="Progressive resizing and CutMix with MixUp raise accuracy by about 10 points; "
-    "stochastic depth makes the gap between training and test accuracy very small.",
-    notes="Progressive resizing changes three things at once: the training size, the validation size and the "
-    "batch size. `last-size-only` is the control: it uses the last size and batch size from the first epoch on.",
+    published="Progressive resizing and CutMix with MixUp raise accuracy by about 10 points; stochastic "
+    "depth makes the gap between training and test accuracy very small.",
+    notes="Progressive resizing changes three things at once: the training size, the validation size and "
+    "the batch size. `last-size-only` is the control: it uses the last size and batch size from the start.",
     cpu=TINY_20 | {"resize_schedule": [20]},
     cpu_variants={
         "progressive": {"resize_schedule": [20, 24, 32]},
@@ -87,7 +89,7 @@ TINY_IMAGENET_03 = Study(
 IMAGENET100_ARCHITECTURES = Study(
     name="imagenet100_architectures",
     source="001",
-    question="How far do five architectures get on ImageNet-100 in 10 epochs (CNNs) or 5 to 6 (transformers)?",
+    question="How far do five architectures get on ImageNet-100 in 10 epochs (transformers: 5 or 6)?",
     base={"dataset": "imagenet100", "batch_size": 128, "resize_schedule": [224], "epochs": 10}
     | {"early_stop_patience": 3, "augment": "basic", "lr": 1e-3}
     | UNREGULARIZED,
@@ -100,7 +102,7 @@ IMAGENET100_ARCHITECTURES = Study(
     },
     published="ResNet was best, closely followed by Swin, then EfficientNet. ViT needs longer training; "
     "MobileNet is efficient and comparable to larger models.",
-    notes="The budgets differ, as in the document: this ranks what a few GPU hours buy, not the architectures.",
+    notes="The budgets differ, as in the document: this ranks what some GPU hours buy, not architectures.",
 )
 
 EFFICIENTNET_SIZE_AUGMENTATION = Study(
@@ -124,7 +126,7 @@ EFFICIENTNET_SIZE_AUGMENTATION = Study(
 TINY_IMAGENET_RESNET18 = Study(
     name="tiny_imagenet_resnet18",
     source="003",
-    question="ResNet-18 on a 70/30 split of Tiny ImageNet: cyclic or plateau learning rate, and does L1 help?",
+    question="ResNet-18 on a 70/30 split of Tiny ImageNet: cyclic or plateau schedule, and does L1 help?",
     base=TINY_IMAGENET
     | {"split": "70-30", "arch": "resnet18", "stem": "small", "head": "linear", "epochs": 50}
     | {"augment": "padcrop:8,flip,cutout:16", "optimizer": "sgd", "momentum": 0.9, "nesterov": True}
@@ -136,9 +138,9 @@ TINY_IMAGENET_RESNET18 = Study(
         "triangular2+l1": {"schedule": "triangular2", "cycles": 3, "l1": 1e-6},
         "onecycle": {"schedule": "onecycle"},
     },
-    published="61.52 % (train 91.19 %) at epoch 50, with both schedules at once; 50 % was reached at epoch 16.",
-    notes="The 33,000 validation images are drawn from the training and validation sets together: the scores "
-    "cannot be compared with those on the official validation set.",
+    published="61.52 % (train 91.19 %) at epoch 50, with both schedules at once; 50 % at epoch 16.",
+    notes="The 33,000 validation images are drawn from the training and validation sets together: the "
+    "scores cannot be compared with those on the official validation set.",
     commands=(
         "python -m analysis.misclassified {best} --data-dir {data}",
         "python -m analysis.gradcam {best} --data-dir {data}",
@@ -155,7 +157,7 @@ RESTARTS = {"schedule": "restarts", "cycles": 3}
 CIFAR100_RESNET34 = Study(
     name="cifar100_resnet34",
     source="004",
-    question="ResNet-34 on CIFAR-100: the document's code (Adam, OneCycle) or its text (SGD, restarts, mixing)?",
+    question="ResNet-34 on CIFAR-100: the document's code (Adam, OneCycle) or text (SGD, restarts, mixing)?",
     recipe=CIFAR,
     variants={
         "loop": {},
@@ -188,8 +190,8 @@ SENSITIVITY_GRID = Study(
         weight_decay=("0", "1e-4", "1e-3"),
         clip_norm=("0", "0.1", "1"),
     ),
-    notes="30 epochs instead of 120, because 27 combinations with three seeds are 81 runs. `clip-norm` limits "
-    "each gradient value; 0 turns clipping off.",
+    notes="30 epochs instead of 120, because 27 combinations with three seeds are 81 runs. `clip-norm` "
+    "limits each gradient value; 0 turns clipping off.",
 )
 
 AUGMENTATION = Study(
@@ -221,8 +223,8 @@ OPTIMIZERS = Study(
         "adamw": {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.05},
         "lamb": {"optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02},
     },
-    notes="Each optimizer has one learning rate and weight decay, not tuned: a low score judges this setting, "
-    "not the optimizer.",
+    notes="Each optimizer has one learning rate and weight decay, not tuned: a low score judges this "
+    "setting, not the optimizer.",
 )
 
 SCHEDULES = Study(
@@ -265,9 +267,10 @@ RESIZE_SCHEDULES = Study(
         "160": {"resize_schedule": [160], "epochs": 38, "batch_size": 128},
         "224": {"resize_schedule": [224], "epochs": 20, "batch_size": 128},
     },
-    notes="Each variant is scored at its own last size. `python validate.py CHECKPOINT --image-sizes 224` scores "
-    "them all at one size.\n"
-    "The batch size stays the same at all sizes: halving it, as document 002 does, would be a second change.",
+    notes="Each variant is scored at its own last size. `python validate.py CHECKPOINT --image-sizes 224` "
+    "scores them all at one size.\n"
+    "The batch size stays the same at all sizes: halving it, as document 002 does, would be a second "
+    "change.",
 )
 
 DROP_PATH_RATE = Study(
@@ -291,8 +294,9 @@ EMA = Study(
     published="The first EMA attempt failed (accuracy stuck at 0.5 %) because its decay was badly tuned; "
     "later EMA weights scored better in validation. Decay 0.9999.",
     published_scores={"plain-0.9999": "0.5 %: the first attempt, stuck at chance"},
-    notes="After n steps a plain average still holds a share decay^n of the random initial weights: at 0.9999, "
-    "90 % after 1,000 steps and 31 % after 11,700 steps (30 epochs of Tiny ImageNet at batch size 256).\n"
+    notes="After n steps a plain average still holds a share decay^n of the random initial weights: at "
+    "0.9999, 90 % after 1,000 steps and 31 % after 11,700 steps (30 epochs of Tiny ImageNet at batch size "
+    "256).\n"
     "The average does not affect training: with the same seed, the raw weights of all variants are equal.",
     cpu=TINY_20 | {"resize_schedule": [32]},
     cpu_variants={"half-life": {"ema_half_life": 0.25}},

@@ -1,10 +1,12 @@
-"""What a study is: a question, base flags, variants that change some of them, and seeds. The data is in studies.py.
+"""What a study is: a question, base flags, variants that change some of them, and seeds.
 
-Flags are dictionaries, {"mixup_alpha": 0.2, "ema": False}, with the names and values of train.py's flags.
+Flags are dictionaries, {"mixup_alpha": 0.2, "ema": False}, with the names and values of train.py's flags. The
+studies themselves are in studies.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -74,25 +76,27 @@ class Study:
     def directory(self, preset: str) -> str:
         return self.name if preset == "full" else f"{self.name}-{preset}"
 
-    def runs(
-        self, preset: str = "full", seeds: tuple[int, ...] = (), extra: Flags | None = None
-    ) -> list[Run]:
+    def runs(self, preset: str = "full", seeds: Sequence[int] = (), extra: Flags | None = None) -> list[Run]:
         """Return every variant with every seed, seed by seed: an unfinished study can still be compared."""
         if preset == "cpu" and not self.cpu:
             raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
         return [
-            Run(self.directory(preset), variant, seed, self.flags(variant, preset, extra) | {"seed": seed})
+            Run(self.directory(preset), variant, seed, self.flags_of(variant, preset, extra) | {"seed": seed})
             for seed in seeds or self.seeds
             for variant in self.variants
         ]
 
-    def flags(self, variant: str, preset: str = "full", extra: Flags | None = None) -> Flags:
+    def flags_of(self, variant: str, preset: str = "full", extra: Flags | None = None) -> Flags:
         """Return the flags of `variant`; `extra` overrides the base, but not what the variant is about."""
         base = self.base | CPU | self.cpu if preset == "cpu" else self.base
         chosen = base | (extra or {}) | self.own_flags(variant, preset)
         values = recipe_flags(self.recipe) | chosen if self.recipe else chosen
         values = smoke(values) if preset == "smoke" else values
-        idle = idle_flags(values) - chosen.keys() if self.recipe else ()
+        if not self.recipe:
+            return values
+        # Some of the recipe's flags may have no effect now, and train.py would refuse them in a command.
+        config, _ = flags.parse(flags.train_parser(), flags.to_argv(values))
+        idle = flags.idle_flags(config) - chosen.keys()
         return {name: value for name, value in values.items() if name not in idle}
 
     def own_flags(self, variant: str, preset: str) -> Flags:
@@ -102,18 +106,12 @@ class Study:
 
 def recipe_flags(name: str) -> Flags:
     """Return a recipe's flags, to be spelled out in the command; the runner sets the data directory."""
-    values = flags.read_recipe(flags.train_parser(), str(RECIPES / f"{name}.yaml"))
-    return {flag: value for flag, value in values.items() if flag != "data_dir"}
-
-
-def idle_flags(values: Flags) -> set[str]:
-    """Return the flags without effect: train.py ignores them in a recipe, but refuses them in a command."""
-    config, _ = flags.parse(flags.train_parser(), to_argv(values))
-    return {row.name for row in flags.TABLE if not row.note and flags.why_idle(row, config)}
+    config, given = flags.parse(flags.train_parser(), [f"--config={RECIPES / name}.yaml"])
+    return {flag: getattr(config, flag) for flag in given - {"config", "data_dir"}}
 
 
 def smoke(values: Flags) -> Flags:
-    """Return flags for the same run in a second or two: generated data, small images, batches and networks."""
+    """Return flags for the same run in a second or two: generated data, small images and networks."""
     small = {name: value for name, value in values.items() if name not in SMOKE_DROPS}
     sizes = small.get("resize_schedule", (64, 128, 224))
     arch = small.get("arch", "resnet50")
@@ -134,18 +132,5 @@ def grid(baseline: dict[str, str], **values: tuple[str, ...]) -> dict[str, Flags
     """
     combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     combinations.sort(key=lambda chosen: chosen != baseline)
-    return {
-        "_".join(f"{flag.replace('_', '-')}={value}" for flag, value in c.items()): c for c in combinations
-    }
-
-
-def to_argv(values: Flags) -> list[str]:
-    """Return {"lr": 0.1, "ema": False} as words: ["--lr", "0.1", "--no-ema"]."""
-    words = []
-    for name, value in values.items():
-        if isinstance(value, bool):
-            words.append(flags.dashed(name if value else f"no_{name}"))
-        else:
-            items = value if isinstance(value, list | tuple) else [value]
-            words += [flags.dashed(name), ",".join(map(str, items))]
-    return words
+    names = ["_".join(f"{flag.replace('_', '-')}={value}" for flag, value in c.items()) for c in combinations]
+    return dict(zip(names, combinations, strict=True))

@@ -8,17 +8,17 @@ import numpy as np
 
 from ablation_runs import results
 from ablation_runs.results import BETTER, NOISE, UNKNOWN, WORSE, Difference, Result, Verdict
-from ablation_runs.study import Study, to_argv
-from base import files
+from ablation_runs.study import Study
+from base import files, flags
 
-VARIANT_HEADER = ("variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap", "top-1 difference")
-VARIANT_HEADER += ("gap difference", "images/s", "minutes", "published")
+VARIANT_HEADER = ("variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap")
+VARIANT_HEADER += ("top-1 difference", "gap difference", "images/s", "minutes", "published")
 CSV_SCORES = ("train_top1", "val_top1", "val_top5", "ema_val_top1", "gap")
 WEIGHTS = {"val_top1": "raw weights", "ema_val_top1": "EMA weights"}
 HOW_TO_READ = (
-    "Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is training "
-    "minus validation top-1. Differences are to the first variant, paired by seed, with a 95 % t interval; 'better' and 'worse' hold "
-    "after Holm's correction for the number of variants."
+    "Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is "
+    "training minus validation top-1. Differences are to the first variant, paired by seed, with a 95 % t "
+    "interval; 'better' and 'worse' hold after Holm's correction for the number of variants."
 )
 
 
@@ -47,8 +47,8 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
         own = [run for run in runs if run.variant == variant]
         if not own:
             continue
-        flags = " ".join(to_argv(study.own_flags(variant, preset)))
-        row = [f"**{variant}**", f"`{flags}`" if flags else "base", count_seeds(own)]
+        words = " ".join(flags.to_argv(study.own_flags(variant, preset)))
+        row = [f"**{variant}**", f"`{words}`" if words else "base", count_seeds(own)]
         for column in ("val_top1", "ema_val_top1", "train_top1", "gap"):
             row.append(spread(results.by_seed(runs, variant, column)))
         row.append(difference(scores.get(variant)))

@@ -145,10 +145,7 @@ def apart(runs: Sequence[RunFiles]) -> list[dict[str, str]]:
 
 def untypical_flags(config: dict) -> dict[str, tuple[str, str]]:
     """flag -> (its value, the default), of those that change what is learned and are not the default."""
-    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
-    defaults = {
-        a.dest: list(a.default) if isinstance(a.default, tuple) else a.default for a in parser._actions
-    }
+    defaults = flags.plain(flags.make_config(flags.defaults()))
     return {
         name: (shown(value), shown(defaults[name]))
         for name, value in config.items()

@@ -155,6 +155,9 @@ def resource_error(error: BaseException) -> ResourceError | None:
     )
 
 
+debug = False  # show tracebacks: the parser sets it where it meets --debug
+
+
 def run(main: Callable[[list[str] | None], int | None]) -> int:
     """Call `main()` and return the exit code; a traceback only with --debug or for our own bugs."""
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
@@ -168,7 +171,7 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
         sys.stdout.flush()  # here, where a closed pipe is not a traceback
         return code
     except UserError as error:
-        if "--debug" in sys.argv:
+        if debug:
             traceback.print_exc()
         report(error)
         return error.exit_code
@@ -183,7 +186,7 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
         return 0
     except (OSError, RuntimeError, MemoryError) as error:
         known = resource_error(error)
-        if known is None or "--debug" in sys.argv:
+        if known is None or debug:
             raise
         report(known)
         return known.exit_code
