@@ -34,27 +34,28 @@ def draw(runs: list[Result], study: Study, preset: str, out: Path) -> list[Path]
 
 def curves(runs: list[Result], study: Study, column: str, title: str):
     """Draw one panel per variant with all variants in grey, or one panel per flag with a line per value."""
-    background = [
-        curve([run for run in runs if run.variant == variant], column) for variant in study.variants
-    ]
+    means = [curve(results.of_variant(runs, variant), column) for variant in study.variants]
     panels = {name: lines for name, lines in panel_lines(runs, study).items() if any(lines.values())}
-    if not any(background) or not panels:
+    if not any(means) or not panels:
         return None
+    chance = results.chance(runs) if column != "lr" else None
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
     fig = figures.figure(max(7, 2.8 * columns), 1.4 + 2.2 * rows, title)
     axes = figures.axes(fig, rows, columns, sharex=True, sharey=True)
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
-        for epochs, mean, _, _ in filter(None, background):
+        for epochs, mean, _, _ in filter(None, means):
             axis.plot(epochs, mean, color="0.8", lw=1)
         draw_lines(axis, lines, column)
         axis.set_title(name, fontsize=9)
-        if column != "lr" and (chance := results.chance(runs)):
+        if chance:
             axis.axhline(chance, color=figures.BLACK, lw=1, ls=":")
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].locator_params(axis="x", integer=True)
-    fig.supxlabel("epoch\ngrey: mean of each variant; band: worst to best seed; dotted: chance", fontsize=9)
+    key = ["grey: mean of each variant", "" if study.grid else "band: worst to best seed"]
+    key = "; ".join(filter(None, [*key, "dotted: chance" if chance else ""]))
+    fig.supxlabel(f"epoch\n{key}", fontsize=9)
     fig.supylabel(LABELS[column], fontsize=9)
     return fig
 
@@ -62,16 +63,12 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
 def panel_lines(runs: list[Result], study: Study) -> dict[str, dict[str, list[Result]]]:
     """Return {title of a panel: {label of a line: its runs}}."""
     if not study.grid:
-        return {name: {name: [run for run in runs if run.variant == name]} for name in study.variants}
-    panels = {flag: {value: [] for value in values_of(flag, study)} for flag in study.grid}
-    for run in runs:
-        for flag in study.grid if run.status == "done" else ():
-            panels[flag][study.variants[run.variant][flag]].append(run)
+        return {variant: {variant: results.of_variant(runs, variant)} for variant in study.variants}
+    panels = {flag: {value: [] for value in study.grid_values(flag)} for flag in study.grid}
+    for run in [run for run in runs if run.status == "done"]:
+        for flag, lines in panels.items():
+            lines[study.variants[run.variant][flag]].append(run)
     return panels
-
-
-def values_of(flag: str, study: Study) -> list[str]:
-    return sorted({flags[flag] for flags in study.variants.values()}, key=float)
 
 
 def curve(runs: list[Result], column: str) -> tuple[np.ndarray, ...] | None:
@@ -125,41 +122,25 @@ def differences(runs: list[Result], study: Study, title: str):
 
 def heat_maps(runs: list[Result], study: Study, title: str):
     """Draw the mean score over every two flags of a grid, on one colour scale."""
-    pairs = list(combinations(study.grid, 2))
-    maps = [mean_scores(runs, study, down, across) for down, across in pairs]
-    known = [scores[np.isfinite(scores)] for scores in maps]
-    if not any(map(len, known)):
+    scores = results.grid_scores(runs, study, study.metric).mean(axis=-1) if study.grid else np.ma.array([])
+    if not scores.count():
         return None
-    low, high = np.concatenate(known).min(), np.concatenate(known).max()
-    fig = figures.figure(
-        1.5 + 3.2 * len(pairs), 3.6, f"{title}\nlast epoch, mean over seeds and the other flags"
-    )
+    pairs = list(combinations(range(len(study.grid)), 2))
+    maps = [scores.mean(axis=tuple(set(range(scores.ndim)) - {*pair})) for pair in pairs]
+    low, high = min(map(np.min, maps)), max(map(np.max, maps))
+    title = f"{title}\nlast epoch, mean over seeds and the other flags"
+    fig = figures.figure(1.5 + 3.2 * len(pairs), 3.6, title)
     axes = figures.axes(fig, 1, len(pairs))[0]
-    for axis, (down, across), scores in zip(axes, pairs, maps, strict=True):
+    for axis, pair, scores in zip(axes, pairs, maps, strict=True):
+        down, across = (study.grid[k] for k in pair)
         image = axis.imshow(scores, cmap=figures.MAP, vmin=low, vmax=high, aspect="auto")
         axis.set(xlabel=across.replace("_", " "), ylabel=down.replace("_", " "))
-        axis.set_xticks(range(scores.shape[1]), values_of(across, study))
-        axis.set_yticks(range(scores.shape[0]), values_of(down, study))
+        axis.set_xticks(range(scores.shape[1]), study.grid_values(across))
+        axis.set_yticks(range(scores.shape[0]), study.grid_values(down))
         axis.grid(False)
         for (row, column), score in np.ndenumerate(scores):
             ink = "white" if score < (low + high) / 2 else "black"  # low values are dark in this colour map
-            axis.text(column, row, f"{score:.1f}", ha="center", va="center", color=ink)
+            text = "" if np.ma.is_masked(score) else f"{score:.1f}"
+            axis.text(column, row, text, ha="center", va="center", color=ink)
     fig.colorbar(image, ax=axes, label="top-1 (%)")
     return fig
-
-
-def mean_scores(runs: list[Result], study: Study, down: str, across: str) -> np.ndarray:
-    """Return the mean score at every pair of values of two flags; NaN where no run has finished."""
-    scores = {}
-    for variant, flags in study.variants.items():
-        own = list(results.by_seed(runs, variant, study.metric).values())
-        scores.setdefault((flags[down], flags[across]), []).extend([np.mean(own)] if own else [])
-    return np.array(
-        [
-            [
-                np.mean(scores[row, column]) if scores[row, column] else np.nan
-                for column in values_of(across, study)
-            ]
-            for row in values_of(down, study)
-        ]
-    )

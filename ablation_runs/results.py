@@ -6,8 +6,9 @@ is selected by the score that is reported.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,13 @@ def read_run(path: Path, variant: str) -> Result:
     return Result(variant, seed, record.get("status", "unfinished"), rows, env, path)
 
 
-def by_seed(runs: Iterable[Result], variant: str, column: str) -> dict[int, float]:
+def of_variant(runs: list[Result], variant: str) -> list[Result]:
+    return [run for run in runs if run.variant == variant]
+
+
+def by_seed(runs: list[Result], variant: str, column: str) -> dict[int, float]:
     """Return {seed: final score} of the finished runs of `variant`."""
-    scores = {run.seed: run.score(column) for run in runs if run.variant == variant}
+    scores = {run.seed: run.score(column) for run in of_variant(runs, variant)}
     return {seed: score for seed, score in scores.items() if score is not None}
 
 
@@ -182,6 +187,17 @@ def at_chance(runs: list[Result], study: Study) -> list[str]:
     return found
 
 
+def grid_scores(runs: list[Result], study: Study, column: str) -> np.ma.MaskedArray:
+    """Return a grid's final scores with an axis per flag and one for the seeds; missing scores are masked."""
+    scores = {}
+    for variant, own in study.variants.items():
+        scores[tuple(own[flag] for flag in study.grid)] = list(by_seed(runs, variant, column).values())
+    values = [study.grid_values(flag) for flag in study.grid]
+    seeds = max(map(len, scores.values()))
+    cells = [scores[cell] + [np.nan] * (seeds - len(scores[cell])) for cell in product(*values)]
+    return np.ma.masked_invalid(np.array(cells, float).reshape(*map(len, values), seeds))
+
+
 @dataclass(frozen=True)
 class Effect:
     """One flag of a grid: the mean score at each of its values, and whether they differ beyond the noise."""
@@ -203,32 +219,20 @@ def effects(runs: list[Result], study: Study, column: str) -> list[Effect]:
     Empty for an incomplete grid: the sums of squares add up only if every combination has the same number of
     finished runs.
     """
-    cells = {}
-    for variant, own in study.variants.items():
-        scores = by_seed(runs, variant, column).values()
-        cells[tuple(own[flag] for flag in study.grid)] = np.array(list(scores))
-    sizes = {len(scores) for scores in cells.values()}
-    if not study.grid or len(sizes) != 1 or 0 in sizes:
+    if not study.grid or not (scores := grid_scores(runs, study, column)).size or scores.mask.any():
         return []
-    within = sum(float(scores.var()) * len(scores) for scores in cells.values())
-    found = [main_effect(flag, k, cells, within) for k, flag in enumerate(study.grid)]
+    scores, seeds = scores.data, scores.shape[-1]
+    total = ((scores - scores.mean()) ** 2).sum()
+    within, free = scores.var(axis=-1).sum() * seeds, scores.size - scores.size // seeds
+    found = []
+    for k, flag in enumerate(study.grid):
+        means = scores.mean(axis=tuple(axis for axis in range(scores.ndim) if axis != k))
+        between, steps, p = means.var() * scores.size, len(means) - 1, None
+        if free and within > 0 and steps:
+            p = float(fdtrc(steps, free, (between / steps) / (within / free)))
+        values = dict(zip(study.grid_values(flag), means.tolist(), strict=True))
+        found.append(Effect(flag, values, float(between / total) if total else 0.0, p))
     if all(effect.p is not None for effect in found):
         adjusted = holm([effect.p for effect in found])
         found = [replace(effect, p=p) for effect, p in zip(found, adjusted, strict=True)]
     return sorted(found, key=lambda effect: -effect.share)
-
-
-def main_effect(flag: str, k: int, cells: dict[tuple, np.ndarray], within: float) -> Effect:
-    """Return the effect of the k-th flag; `cells` and `within` are those of `effects`."""
-    groups: dict[str, list[float]] = {}
-    for values, scores in cells.items():
-        groups.setdefault(values[k], []).extend(scores)
-    everything = np.concatenate(list(cells.values()))
-    mean, free, steps = everything.mean(), len(everything) - len(cells), len(groups) - 1
-    total = float(((everything - mean) ** 2).sum())
-    between = sum(len(group) * float((np.mean(group) - mean) ** 2) for group in groups.values())
-    p = None
-    if free and within > 0 and steps:
-        p = float(fdtrc(steps, free, (between / steps) / (within / free)))
-    means = {value: float(np.mean(group)) for value, group in groups.items()}
-    return Effect(flag, means, between / total if total else 0.0, p)

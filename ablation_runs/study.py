@@ -99,6 +99,9 @@ class Study:
         idle = flags.idle_flags(config) - chosen.keys()
         return {name: value for name, value in values.items() if name not in idle}
 
+    def grid_values(self, flag: str) -> list[str]:
+        return sorted({own[flag] for own in self.variants.values()}, key=float)
+
     def own_flags(self, variant: str, preset: str) -> Flags:
         own = self.variants[variant]
         return self.cpu_variants.get(variant, own) if preset == "cpu" else own

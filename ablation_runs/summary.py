@@ -44,8 +44,7 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
     gaps = {v.variant: v for v in results.verdicts(runs, study, "gap")}
     rows = []
     for variant in study.variants:
-        own = [run for run in runs if run.variant == variant]
-        if not own:
+        if not (own := results.of_variant(runs, variant)):
             continue
         words = " ".join(flags.to_argv(study.own_flags(variant, preset)))
         row = [f"**{variant}**", f"`{words}`" if words else "base", count_seeds(own)]

@@ -298,7 +298,7 @@ for epoch in range(done + 1, 4):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A study of three variants and two seeds with a stand-in for train.py; returns the runner's arguments."""
+    """A study of three variants and two seeds with a stand-in for train.py; the runner's arguments."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     variants = {"low": {"lr": 1}, "mid": {"lr": 2}, "high": {"lr": 3}}
@@ -454,8 +454,8 @@ def test_a_grids_curves_have_a_panel_for_each_flag_and_its_heat_maps_one_scale()
     lines = plots.panel_lines(runs, which)
     assert {flag: [*values] for flag, values in lines.items()} == {"lr": ["1", "2"], "wd": ["0", "5"]}
     assert all(len(own) == 6 for values in lines.values() for own in values.values())
-    assert plots.mean_scores(runs, which, "wd", "lr").tolist() == [[51, 59], [51, 59]]
-    assert np.isnan(plots.mean_scores(runs[3:], which, "wd", "lr")[0, 0])
+    scores = results.grid_scores(runs[1:], which, "val_top1")
+    assert scores.mask.sum() == 1 and scores.mean(-1).tolist() == [[51.5, 51], [59, 59]]
     (heat_map, _) = plots.heat_maps(runs, which, "title").axes
     assert heat_map.images[0].get_clim() == (51, 59)
     fig = plots.curves(runs, which, "val_top1", "title")
