@@ -75,9 +75,8 @@ def curve(runs: list[Result], column: str) -> tuple[np.ndarray, ...] | None:
     """Return the epochs that all runs have with their mean, lowest and highest values; None without any."""
     series = [[row.get(column) for row in run.rows] for run in runs if run.rows]
     epochs = min(map(len, series), default=0)
-    values = np.array(
-        [row[:epochs] for row in series], float
-    )  # None, an epoch without validation, becomes NaN
+    # An epoch without validation has None, which becomes NaN.
+    values = np.array([scores[:epochs] for scores in series], float)
     shown = np.flatnonzero(np.isfinite(values).all(0)) if epochs else np.array([], int)
     if not len(shown):
         return None

@@ -15,7 +15,6 @@ import numpy as np
 from scipy.special import fdtrc, stdtr, stdtrit
 
 from ablation_runs.study import Study
-from base import schemas
 from harness.log import read_metrics
 
 LEVEL = 0.95
@@ -68,6 +67,8 @@ def load(directory: Path, study: Study) -> list[Result]:
 
 
 def read_run(path: Path, variant: str) -> Result:
+    from base import schemas
+
     fix = "delete it, or run the study again"
     record = schemas.read_json(path / "run.json", schemas.StudyRun, fix, missing={})
     env = schemas.read_json(path / "env.json", schemas.Env, fix, missing={})

@@ -12,6 +12,7 @@ import sys
 import time
 from argparse import ArgumentTypeError
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -124,13 +125,7 @@ class Job:
         return record.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 
     def record(self, status: str, code: int) -> None:
-        run = self.run
-        content = {
-            "study": run.study,
-            "variant": run.variant,
-            "seed": run.seed,
-            "flags": flags.to_argv(run.flags),
-        }
+        content = asdict(self.run) | {"flags": flags.to_argv(self.run.flags)}
         files.write_json(self.directory / "run.json", content | {"status": status, "exit_code": code})
 
 
