@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _source(args):
     """The DatasetIndex to pack: the ILSVRC tars are read in place, all else as train.py reads it."""
-    from sources import tars
+    from sources.archives import tars
     from sources.layouts import index
 
     if args.dataset == "imagenet" and tars.present(args.data_dir):
