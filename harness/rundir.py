@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from base import process
 from base.errors import CheckpointError, ResourceError, UsageError
 from base.flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
 
@@ -493,3 +494,58 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return head + ("+" if changes else "")
+
+
+def restore(built, saved: dict, config) -> None:
+    """Take over a checkpoint's state; refuse one that this run cannot go on from."""
+    import optim
+
+    check_precision(saved["precision"], built.runtime.precision, config.allow_change)
+    process.say(check_fingerprint(saved["fingerprint"], built.metadata["fingerprint"], config.allow_change))
+    same_plan = saved["total_steps"] == built.metadata["total_steps"]
+    check_model_args(saved["model_args"], built.metadata["model_args"])
+    if not same_plan:
+        saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
+    flags_then = saved["config"]
+    if not optim.keeps_alike(
+        config.optimizer, config.momentum, flags_then.get("optimizer"), flags_then.get("momentum")
+    ):
+        process.say("note: another optimizer than the checkpoint's: it starts without its state")
+        saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
+    built.state.load_state_dict(saved)
+    if same_plan:
+        check_position(built)
+    else:
+        replan(built)
+    if built.runtime.any_rank(built.state.step) != built.state.step:
+        raise CheckpointError(
+            "the ranks found different checkpoints", "let all of them see the same --save-dir"
+        )
+
+
+def check_position(built) -> None:
+    """Raises CheckpointError where the resumed step does not lie in the epoch after the last row."""
+    from train_utils import phase_of
+
+    state, epoch, epochs = built.state, len(built.state.rows) + 1, built.epochs
+    phase = phase_of(built.phases, min(epoch, epochs))
+    first = phase.step_before(epoch)
+    last = first + phase.steps_per_epoch if epoch <= epochs else first
+    if epoch > epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
+        raise CheckpointError(
+            f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
+            f"({state.schedule.position} of its schedule): no place in this run",
+            "use a checkpoint that train.py wrote",
+        )
+
+
+def replan(run) -> None:
+    """After an allowed change of the plan: finished epochs count, the rest follows the new one."""
+    from train_utils import phase_of
+
+    epoch = len(run.state.rows) + 1
+    run.state.step = sum(phase.steps for phase in run.phases)
+    if epoch <= run.epochs:
+        run.state.step = phase_of(run.phases, epoch).step_before(epoch)
+    run.state.start_epoch()
+    run.state.schedule.seek(run.state.step)
