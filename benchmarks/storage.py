@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         row, spectra[size, side, quality] = measure(photographs, size, side, quality)
         rows.append(row)
         line = f"{size:>5} {side:>5} {quality:>7} {row['kilobytes']:>6.1f} {row['decode_us']:>9.0f} "
-        line += f"{row['psnr']:>8.1f} {row['psnr_worst_tenth']:>10.1f} {row['power_mid']:>15.2f} {row['power_high']:>5.2f}"
-        print(line, flush=True)
+        line += f"{row['psnr']:>8.1f} {row['psnr_worst_tenth']:>10.1f} "
+        print(line + f"{row['power_mid']:>15.2f} {row['power_high']:>5.2f}", flush=True)
     files.write_json(args.json, rows)
     draw(spectra, Path(args.json).with_suffix(".png"))
     return 0
