@@ -1,4 +1,4 @@
-"""The best possible goodput against a simulation of the kills, what is read from the log, and a run in miniature."""
+"""Goodput: the best possible against a simulation of the kills, reading the log, and a run in miniature."""
 
 import json
 import random
