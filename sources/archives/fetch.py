@@ -173,15 +173,13 @@ def _http_error(file: RemoteFile, error: urllib.error.HTTPError, start: int) -> 
 
 
 def _receive(file: RemoteFile, response: http.client.HTTPResponse, start: int, bar: Progress) -> None:
-    first = b""
-    if response.status == 206:
-        sent = response.headers.get("Content-Range", "")
-        if not re.fullmatch(rf"bytes {start}-\d+/{file.size}", sent):
-            file.discard()
-            raise Interrupted("the server sent another range than the one requested")
-    else:  # 200: the whole file, because the server ignores ranges or has a new version
+    sent = response.headers.get("Content-Range", "")
+    if response.status != 206:  # the whole file, because the server ignores ranges or has a new version
         start = 0
-        first = _first_bytes(file, response)
+    elif not re.fullmatch(rf"bytes {start}-\d+/{file.size}", sent):
+        file.discard()
+        raise Interrupted("the server sent another range than the one requested")
+    first = b"" if start else _first_bytes(file, response)
     free = shutil.disk_usage(file.path.parent).free
     if free < file.size - start:
         problem = f"{free:,} bytes are free in {file.path.parent}; {file.size - start:,} are still to come"
