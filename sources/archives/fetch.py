@@ -49,13 +49,9 @@ class RemoteFile:
     md5: str
     restarts: int = field(default=0, init=False)  # how often the bytes received so far had to be discarded
 
-    @property
-    def part(self) -> Path:
-        return self.path.with_name(self.path.name + ".part")
-
-    @property
-    def note(self) -> Path:
-        return self.path.with_name(self.path.name + ".part.json")
+    def __post_init__(self):
+        self.part = self.path.with_name(self.path.name + ".part")
+        self.note = self.path.with_name(self.path.name + ".part.json")
 
     @property
     def received(self) -> int:
@@ -205,14 +201,10 @@ def _first_bytes(file: RemoteFile, response: http.client.HTTPResponse) -> bytes:
         problem = f"has {response.length:,} bytes; the published file has {file.size:,}"
         raise DataError(f"{file.address} {problem}", "use another URL")
     first = response.read(min(HEAD, file.size))
-    if not _has_magic(file.path.suffix, first):
+    offset, magic = MAGIC.get(file.path.suffix, (0, b""))
+    if first[offset : offset + len(magic)] != magic:
         raise DataError(f"{file.address} does not start like a {file.path.suffix} file", fix)
     return first
-
-
-def _has_magic(suffix: str, first: bytes) -> bool:
-    offset, magic = MAGIC.get(suffix, (0, b""))
-    return first[offset : offset + len(magic)] == magic
 
 
 def _append(file: RemoteFile, response: http.client.HTTPResponse, chunk: bytes, bar: Progress) -> None:
@@ -237,26 +229,26 @@ def _append(file: RemoteFile, response: http.client.HTTPResponse, chunk: bytes, 
 
 
 def verify(path: Path, size: int, md5: str) -> None:
-    """Check type, size and checksum of a whole file. If one is wrong, rename it to <name>.bad; DataError."""
+    """Check the size and checksum of a whole file. If one is wrong, rename it to <name>.bad; DataError."""
     name, actual = path.name.removesuffix(".part"), path.stat().st_size
-    digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file, Progress(actual >> 20, f"checking {name}", unit="MB") as bar:
-        has_magic = _has_magic(Path(name).suffix, file.read(HEAD))
-        file.seek(0)
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            bar.update((file.tell() >> 20) - bar.count)
     if actual != size:
         problem = f"has {actual:,} bytes; the published file has {size:,}"
-    elif not has_magic:
-        problem = f"is not a {Path(name).suffix} file"
-    elif digest.hexdigest() != md5:
-        problem = f"has the checksum {digest.hexdigest()}; the published file has {md5}"
+    elif (found := _md5(path, f"checking {name}")) != md5:
+        problem = f"has the checksum {found}; the published file has {md5}"
     else:
         return
     bad = path.with_name(name + ".bad")
     os.replace(path, bad)
     raise DataError(f"{name} {problem}; it was renamed to {bad}", "download it again")
+
+
+def _md5(path: Path, title: str) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file, Progress(path.stat().st_size >> 20, title, unit="MB") as bar:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            bar.update((file.tell() >> 20) - bar.count)
+    return digest.hexdigest()
 
 
 # --- connections: http and https only, few redirects, no patience for a server that only drips ---
