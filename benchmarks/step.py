@@ -11,7 +11,7 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from base import files, flags
@@ -49,10 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     batches = args.batch_sizes or [BATCHES.get(size, max(1, 2**20 // size**2)) for size in args.sizes]
     if len(batches) != len(args.sizes):
-        what = f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes"
-        raise UsageError(what, "give one for each size")
+        problem = f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes"
+        raise UsageError(problem, "give one for each size")
     from base.device import environment, init_runtime
-    from benchmarks.step_loops import LOOPS, Setting, project, variants
     from harness import rundir
 
     runtime = init_runtime(args.device, args.amp)
@@ -62,22 +61,31 @@ def main(argv: list[str] | None = None) -> int:
     print("{device}, {cores} cores, {threads} threads, torch {torch}".format(**provenance))
     print(HEADER, flush=True)
     rows = []
-
-    def add(found: list[dict]) -> None:
-        print("".join(f"{table_row(row)}\n" for row in found), end="", flush=True)
-        rows.extend(row | provenance for row in found)
+    for found in comparisons(args, batches, runtime):
+        print("\n".join(map(table_row, found)), flush=True)
+        rows += [row | provenance for row in found]
         if args.json:  # written as they come: hours of timing must not be lost to the last variant
             files.write_json(args.json, rows)
-
-    for size, batch_size in zip(args.sizes, batches, strict=True):
-        setting = Setting(args.arch, size, batch_size, runtime)
-        add(compare({name: (loop, setting) for name, loop in LOOPS.items()}, args.rounds, args.steps))
-        for name, changed in variants(setting).items() if args.variants else ():
-            pair = {"project": (project, setting), name: (project, changed)}
-            add(variant_row(compare(pair, args.rounds, args.steps)))
     if args.json:
         draw(rows, Path(args.json).with_suffix(".png"))
     return 0
+
+
+def comparisons(args, batches: list[int], runtime) -> Iterator[list[dict]]:
+    """Yield the rows of all loops, then those of the variants that are available, for each image size."""
+    from benchmarks.step_loops import LOOPS, Setting, project, variants
+
+    for size, batch_size in zip(args.sizes, batches, strict=True):
+        setting = Setting(args.arch, size, batch_size, runtime)
+        yield compare({name: (loop, setting) for name, loop in LOOPS.items()}, args.rounds, args.steps)
+        for name, changed in variants(setting).items() if args.variants else ():
+            pair = {"project": (project, setting), name: (project, changed)}
+            rows = compare(pair, args.rounds, args.steps)
+            if len(rows) == 2:
+                default, variant = rows
+                names = {"loop": "project", "variant": name, "base_batch_size": batch_size}
+                faster = variant["images_per_second"] / default["images_per_second"]
+                yield [variant | names | {"times_faster_than_default": faster}]
 
 
 def compare(loops: dict[str, tuple], rounds: int, steps: int | None) -> list[dict]:
@@ -117,16 +125,6 @@ def compare(loops: dict[str, tuple], rounds: int, steps: int | None) -> list[dic
             row[f"cpu_times_{other}"] = cpu[name] / cpu[other]
         rows.append(row)
     return rows
-
-
-def variant_row(rows: list[dict]) -> list[dict]:
-    """Return the row of a variant beside the default's, or nothing if the variant is not available."""
-    if len(rows) == 1:
-        return []
-    default, variant = rows
-    faster = variant["images_per_second"] / default["images_per_second"]
-    names = {"loop": "project", "variant": variant["loop"], "base_batch_size": default["batch_size"]}
-    return [variant | names | {"times_faster_than_default": faster}]
 
 
 def warmed_up(make: Callable[[], Callable], device) -> tuple[Callable, int | None]:

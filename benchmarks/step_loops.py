@@ -32,13 +32,13 @@ class Setting:
     image_size: int
     batch_size: int
     runtime: Runtime
-    flags: tuple[str, ...] = ()  # of train.py, besides its defaults
+    options: tuple[str, ...] = ()  # flags of train.py, besides its defaults
     memory_format: torch.memory_format = torch.channels_last
 
     def config(self):
-        options = ["--arch", self.arch, "--resize-schedule", str(self.image_size)]
-        options += ["--batch-size", str(self.batch_size), *self.flags]
-        return flags.parse(flags.build_parser("train.py", "", "", flags.TRAIN_GROUPS), options)[0]
+        argv = ["--arch", self.arch, "--resize-schedule", str(self.image_size)]
+        argv += ["--batch-size", str(self.batch_size), *self.options]
+        return flags.parse(flags.build_parser("train.py", "", "", flags.TRAIN_GROUPS), argv)[0]
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         seed_everything(0)
@@ -59,7 +59,7 @@ def project(setting: Setting) -> Callable[[], object]:
 
 def no_ema(setting: Setting) -> Callable[[], object]:
     """train.py's step with --no-ema; beside `bare` it shows what mixing, clipping, guard, schedule cost."""
-    return project(replace(setting, flags=(*setting.flags, "--no-ema")))
+    return project(replace(setting, options=(*setting.options, "--no-ema")))
 
 
 def no_guard(setting: Setting) -> Callable[[], object]:
@@ -172,8 +172,8 @@ def variants(setting: Setting) -> dict[str, Setting]:
         if dtype != runtime.amp_dtype
     }
     found["nchw"] = replace(setting, memory_format=torch.contiguous_format)
-    found["compile"] = replace(setting, flags=("--compile",))
-    found["blurpool"] = replace(setting, flags=("--use-blurpool",))
+    found["compile"] = replace(setting, options=("--compile",))
+    found["blurpool"] = replace(setting, options=("--use-blurpool",))
     for factor in (0.5, 2, 4):
         batch_size = math.ceil(setting.batch_size * factor)
         found[f"batch {batch_size}"] = replace(setting, batch_size=batch_size)
