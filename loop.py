@@ -367,16 +367,6 @@ def tell(run: Run, text: str) -> None:
         run.stop.received = run.stop.received or signal.SIGHUP
 
 
-def replan(run: Run) -> None:
-    """After an allowed change of the plan: finished epochs count, the rest follows the new one."""
-    epoch = len(run.state.rows) + 1
-    run.state.step = sum(phase.steps for phase in run.phases)
-    if epoch <= run.epochs:
-        run.state.step = phase_of(run.phases, epoch).step_before(epoch)
-    run.state.start_epoch()
-    run.state.schedule.seek(run.state.step)
-
-
 ROW_HEADER = " epoch   px batch       lr  train loss  top-1 |  val loss  top-1  top-5 |   ema  top-1  top-5 |   img/s  wait    time"
 
 

@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
-from base import flags
-from base.errors import CheckpointError, run
+from base import flags, process
+from base.errors import run
 from base.process import is_main, say
 
 EPILOG = """examples:
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     from harness.log import check_trackers
     from sources import layouts
 
-    held = rundir.look(config.save_dir)
-    saved = rundir.find_resume(config.resume, held, say)
+    found = rundir.scan(config.save_dir)
+    saved = rundir.find_checkpoint(config.resume, found)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
@@ -45,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     if config.summary or config.dry_run:
         return look_only(config, index)
     if is_main():
-        rundir.check(held, resuming=bool(config.resume), overwrite=config.overwrite)
-    return train(config, index, held, saved)
+        rundir.check(found, resuming=bool(config.resume), overwrite=config.overwrite)
+    return train(config, index, found, saved)
 
 
 def look_only(config, index) -> int:
@@ -61,38 +61,36 @@ def look_only(config, index) -> int:
     return 0
 
 
-def train(config, index, held, saved: dict | None) -> int:
+def train(config, index, found, saved: dict | None) -> int:
     """Build the run, take over a checkpoint if there is one, and only then write to the save directory."""
     import loop
     from base.device import lost_ranks_named
     from dataloader import end_workers
     from harness import build, preflight, rundir
 
-    save_dir, name = held.path, rundir.checkpoint_name(config.arch, index.name)
-    who = rundir.identity(held, config.resume, saved)
-    if who.begins:
-        rundir.check_foreign(held, name)
+    save_dir, name = found.path, rundir.checkpoint_name(config.arch, index.name)
+    identity = rundir.identify(found, config.resume, saved, name)
     runtime = build.open_runtime(config)
     with lost_ranks_named(runtime):
         phases = build.make_plan(config, index, runtime.world_size)
-        built = build.build(config, index, runtime, phases, save_dir, who.run)
+        built = build.build(config, index, runtime, phases, save_dir, identity.id)
         if saved:
-            restore(built, saved, config)
+            rundir.restore(built, saved, config)
         elif config.init_from:
-            start_from(built, config)
+            build.start_from(built, config)
         if built.finished and not loop.best_is_lost(built):
-            where = Path(config.resume).parent if who.begins else save_dir
+            where = Path(config.resume).parent if identity.is_new else save_dir
             say(f"this run is complete: {len(built.state.rows)} epochs in {where}")
             return 0
-        former = [path for path in held.checkpoints if path in held.files or not who.begins]
+        former = [path for path in found.checkpoints if path in found.files or not identity.is_new]
         preflight.check_resources(built, build.workers(config), former)
-        lock = rundir.claim(held, overwrite=config.overwrite, checkpoint=name) if runtime.is_main else None
+        lock = rundir.acquire(found, overwrite=config.overwrite, checkpoint=name) if runtime.is_main else None
         try:
-            with rundir.vanishing_named(save_dir):
-                if saved and not rundir.lies_in(config.resume, save_dir):
-                    move_in(built, saved, config.resume, who)
+            with rundir.explain_removal(save_dir):
+                if saved and not rundir.resumes_in_place(config.resume, save_dir):
+                    move_in(built, saved, config.resume, identity)
                 (saved or {}).clear()  # taken over: its tensors would lie in memory for the whole run
-                fit(config, index, built, who)
+                fit(config, index, built, identity)
         finally:
             end_workers()
             if lock:
@@ -100,18 +98,18 @@ def train(config, index, held, saved: dict | None) -> int:
     return 0
 
 
-def move_in(built, saved: dict, resume: str, who) -> None:
+def move_in(built, saved: dict, resume: str, identity) -> None:
     """A run that goes on in another directory has its checkpoints there before it trains."""
     import loop
     from harness import rundir
 
-    if who.begins:
+    if identity.is_new:
         loop.save(built, "last")
     if built.runtime.is_main and not loop.best_is_lost(built):
-        say(rundir.carry_best(saved, resume, built.path("best"), who.run))
+        rundir.copy_best(saved, resume, built.path("best"), identity.id)
 
 
-def fit(config, index, built, who) -> None:
+def fit(config, index, built, identity) -> None:
     """Write down what the run is, and train."""
     import loop
     from base import files
@@ -127,14 +125,14 @@ def fit(config, index, built, who) -> None:
             environment(runtime)
             | {
                 "command": " ".join(sys.argv),
-                "commit": rundir.commit(),
+                "commit": process.commit(),
                 "num_train": len(index.train),
                 "num_val": len(index.val),
                 "num_classes": len(index.classes),
-                "run": who.run,
+                "run": identity.id,
                 "checkpoint": built.file_name,
             }
-            | ({"parent": who.parent} if who.parent else {})
+            | ({"parent": identity.parent} if identity.parent else {})
         )
         files.write_json(save_dir / "config.json", flags.plain(config))
         files.write_json(save_dir / "env.json", facts)
@@ -150,7 +148,7 @@ def fit(config, index, built, who) -> None:
     if not gc.isenabled():
         gc.freeze()
         gc.enable()
-    with built.stop.installed(), preflight.out_of_memory_named(built):
+    with built.stop.installed(), preflight.explain_out_of_memory(built):
         try:
             loop.fit(built, log)
         except loop.Finished as reached:
@@ -189,63 +187,6 @@ def conclusion(built, config) -> str:
     on_disk = config.dataset.partition(":")[0] not in ("digits", "synthetic", "hf")
     data = f"--data-dir {config.data_dir}" if on_disk else f"--dataset {config.dataset}"
     return "\n".join([*lines, f"next: python validate.py {built.path('best')} {data}"])
-
-
-def restore(built, saved: dict, config) -> None:
-    """Take over a checkpoint's state; refuse one that this run cannot go on from."""
-    import optim
-    from harness import rundir
-    from loop import replan
-
-    rundir.check_precision(saved["precision"], built.runtime.precision, config.allow_change)
-    say(rundir.check_fingerprint(saved["fingerprint"], built.facts["fingerprint"], config.allow_change))
-    same_plan = saved["total_steps"] == built.facts["total_steps"]
-    rundir.check_model_args(saved["model_args"], built.facts["model_args"])
-    if not same_plan:
-        saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    flags_then = saved["config"]
-    if not optim.keeps_alike(
-        config.optimizer, config.momentum, flags_then.get("optimizer"), flags_then.get("momentum")
-    ):
-        say("note: another optimizer than the checkpoint's: it starts without its state")
-        saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
-    built.state.load_state_dict(saved)
-    if same_plan:
-        check_position(built)
-    else:
-        replan(built)
-    if built.runtime.any_rank(built.state.step) != built.state.step:
-        raise CheckpointError(
-            "the ranks found different checkpoints", "let all of them see the same --save-dir"
-        )
-
-
-def check_position(built) -> None:
-    """Raises CheckpointError where the resumed step does not lie in the epoch after the last row."""
-    from train_utils import phase_of
-
-    state, epoch, epochs = built.state, len(built.state.rows) + 1, built.epochs
-    phase = phase_of(built.phases, min(epoch, epochs))
-    first = phase.step_before(epoch)
-    last = first + phase.steps_per_epoch if epoch <= epochs else first
-    if epoch > epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
-        raise CheckpointError(
-            f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
-            f"({state.schedule.position} of its schedule): no place in this run",
-            "use a checkpoint that train.py wrote",
-        )
-
-
-def start_from(built, config) -> None:
-    """--init-from: other weights instead of random ones."""
-    from harness import build
-
-    build.take_weights(config.init_from, built.state.model, config.reset_head)
-    built.state.ema = build.build_ema(config, built.state.model, built.phases)
-    say(
-        f"starting from the weights of {config.init_from}"
-        + (", with a new head" if config.reset_head else "")
-    )
 
 
 class Curves:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from base import flags
+from base import flags, process
 from base.errors import UsageError, UserError, run
 
 EPILOG = """examples:
@@ -98,9 +98,7 @@ def command(argv: list[str] | None) -> str:
 
 
 def provenance(facts: dict) -> dict:
-    from harness import rundir
-
-    return {"commit": rundir.commit()} | {
+    return {"commit": process.commit()} | {
         k: facts[k] for k in ("device", "cores", "threads", "torch", "cuda", "python")
     }
 

@@ -22,7 +22,7 @@ from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
 from base.errors import UsageError
 from dataloader import Loader, eval_loader, train_loader
-from harness import rundir
+from harness import checkpoint, rundir
 from loop import Run
 from models import build_model, set_drop_path_rate
 from models.summary import smallest_norm_map
@@ -150,9 +150,9 @@ def build(
             "config": flags.plain(config),
             "precision": runtime.precision,
             "fingerprint": index.fingerprint(),
-            "commit": rundir.commit(),
+            "commit": process.commit(),
             "total_steps": sum(p.steps for p in phases),
-            "eval": rundir.eval_facts(index, phases[-1].image_size),
+            "eval": checkpoint.eval_settings(index, phases[-1].image_size),
             **({"run": run} if run else {}),
         },
         say=process.say,
@@ -264,10 +264,17 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
 
 def take_weights(path: str, model: torch.nn.Module, reset_head: bool) -> None:
     """--init-from: other weights instead of random ones."""
-    from harness import checkpoint
     from models.convert import adapt_state_dict
 
     model.load_state_dict(adapt_state_dict(checkpoint.read(path), model, reset_head))
+
+
+def start_from(run: Run, config) -> None:
+    """--init-from: begin with other weights instead of random ones."""
+    take_weights(config.init_from, run.state.model, config.reset_head)
+    run.state.ema = build_ema(config, run.state.model, run.phases)
+    head = ", with a new head" if config.reset_head else ""
+    process.say(f"starting from the weights of {config.init_from}{head}")
 
 
 def lr_factor(how: str, phase: Phase, first: Phase) -> float:
