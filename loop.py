@@ -1,7 +1,6 @@
-"""The run over its epochs: train, score, log, save, stop. `fit` is progressive resizing, whole.
+"""The training loop: phases, epochs, batches; then scoring, the best epoch, saving.
 
-What is trained and on what is decided in train.py; here it arrives as values. One epoch and one step
-are in train_utils.
+A run is a `Run`, plain values that harness/build.py makes from the flags. `fit` trains it.
 """
 
 from __future__ import annotations
@@ -11,66 +10,75 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from base.device import Runtime
 from base.errors import Stopped
+from base.process import say
 from base.progress import Eta, Progress, duration
-from dataloader import Loader
+from data_utils import BatchMixer
+from dataloader import Loader, eval_loader, train_loader
 from harness import checkpoint
 from harness.interrupts import Interrupted, StopSignals
-from harness.log import MetricLogger
-from sources.index import Split
+from harness.log import MetricLogger, format_row
+from models import set_drop_path_rate
+from sources.index import DatasetIndex, Split
 from train_utils import (
     EarlyStopping,
     EvalResult,
     Phase,
-    Step,
+    StepOptions,
     TrainState,
+    check_diverged,
     evaluate,
     phase_of,
-    train_one_epoch,
+    train_step,
 )
 
-SLOW_DATA = 10  # percent of an epoch's time, and seconds: below either, waiting is not worth a word
+SLOW_DATA = 10  # percent of an epoch and seconds: less waiting than either is not reported
 
 
 class Finished(Exception):
-    """--stop-after was reached: saved, nothing went wrong."""
+    """--stop-after was reached: the run is saved and nothing went wrong."""
 
 
 @dataclass
 class Run:
-    """A training run: its state, its plan, and how to make what each phase needs."""
+    """A training run: its state and plan, the data, and what is saved where and when."""
 
     state: TrainState
     phases: tuple[Phase, ...]
     runtime: Runtime
+    # data
+    index: DatasetIndex
+    train_sample: Split  # scored for train_top1: under MixUp the training loss says nothing about the gap
+    augment: tuple[tuple[str, int | None], ...]
+    num_workers: int
+    on_bad_image: str
+    # steps
+    options: StepOptions
+    mixers: dict[bool, BatchMixer]  # for `Phase.mix`
+    drop_path_rate: float
+    compiled: bool
+    # validation and checkpoints
     save_dir: Path
     file_name: str  # of checkpoints, after last_ and best_
-    val: Split
-    train_sample: Split  # clean training accuracy: under MixUp the training loss says nothing about the gap
-    make_loader: Callable[[Phase], Loader]
-    make_eval: Callable[[Split, Phase], Loader]
-    make_step: Callable[[Phase], Step]
-    facts: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
-    say: Callable[[str], None] = print
-    name_of: Callable[[int], str] = str  # a training sample's name
-    slow_data_hint: str = ""  # said once, if training waits for data
-    bad_sample_said: bool = False  # that images of the training sample are bad
-    early: EarlyStopping = field(default_factory=lambda: EarlyStopping(None))
+    metadata: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
+    early: EarlyStopping
     eval_every: int = 1
     save_every: tuple[float, str] = (1, "ep")
     stop_after: int | None = None
-    after_epoch: Callable[[], None] = lambda: None
+    data_hint: str = ""  # printed once if training waits for data
+    bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
 
     def __post_init__(self):
-        self.eta = Eta(self.phases, len(self.val))
+        self.eta = Eta(self.phases, len(self.index.val))
         self.last_save = time.monotonic()
 
     @property
@@ -82,74 +90,93 @@ class Run:
         return len(self.state.rows) >= self.epochs or self.early.should_stop(self.state.best["waited"])
 
     @property
-    def judged_by(self) -> str:
-        """The score that picks the best checkpoint."""
+    def best_by(self) -> str:
+        """The score that selects the best checkpoint."""
         return "val_top1" if self.state.ema.module is None else "ema_val_top1"
 
     def path(self, kind: str) -> Path:
         return self.save_dir / f"{kind}_{self.file_name}"
 
+    def is_scored(self, epoch: int) -> bool:
+        return epoch % self.eval_every == 0 or epoch == self.epochs
+
+    def is_saved(self, epoch: int) -> bool:
+        """Whether --save-every, or the end of the run, saves `epoch` whatever its score."""
+        every, unit = self.save_every
+        return unit == "min" or epoch % every == 0 or epoch == self.epochs
+
 
 def fit(run: Run, log: MetricLogger) -> None:
-    """Train through the phases that are left; raises `Stopped` once a stop signal was honoured.
+    """Train the epochs that are left. Raises Stopped after a stop signal, Finished at --stop-after.
 
-    An epoch whose steps are all taken but which has no row yet was stopped before it was scored.
+    An epoch with all its steps taken but no row was stopped before it was scored.
     """
     if best_is_lost(run):
         save(run, "last")
         save(run, "best")
-    if run.finished:
-        return
     for phase in run.phases:
-        if phase.last_epoch <= len(run.state.rows):
-            continue  # finished before the restart
-        loader, how = run.make_loader(phase), run.make_step(phase)
-        for epoch in range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1):
-            if train_epoch(run, phase, epoch, loader, how) and is_scored(run, epoch) and is_saved(run, epoch):
-                save(run, "last")  # whatever happens in scoring, the epoch is kept; saved anew with its row
+        epochs = range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1)
+        if run.finished or not epochs:
+            continue
+        loader, options = start_phase(run, phase)
+        for epoch in epochs:
+            if (
+                train_epoch(run, phase, epoch, loader, options)
+                and run.is_scored(epoch)
+                and run.is_saved(epoch)
+            ):
+                save(run, "last")  # keeps the epoch whatever happens in scoring; saved again with its row
             finish_epoch(run, score_epoch(run, phase, epoch), log)
             if run.finished:
-                return
+                break
 
 
-def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, how: Step) -> bool:
-    """The steps of `epoch` that are left: all of them, or those after a mid-epoch stop. Whether there were any."""
-    start = run.state.step - phase.step_before(epoch)
-    if start == 0:
+def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
+    """Return the batches and step options of `phase`: progressive resizing happens here.
+
+    A phase sets the image size and the batch size, and whether to mix and to drop paths.
+    """
+    set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
+    if run.compiled:
+        torch._dynamo.reset()  # one static shape per phase
+    loader = train_loader(
+        run.index,
+        image_size=phase.image_size,
+        batch_size=phase.batch_size,
+        augment=run.augment,
+        seed=run.options.seed,
+        num_workers=run.num_workers,
+        device=run.runtime.device,
+        rank=run.runtime.rank,
+        world_size=run.runtime.world_size,
+        on_bad_image=run.on_bad_image,
+    )
+    return loader, dataclasses.replace(run.options, mixer=run.mixers[phase.mix])
+
+
+def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: StepOptions) -> bool:
+    """Take the steps of `epoch` that are left; return whether there were any.
+
+    All of them, unless the run resumes in the middle of the epoch.
+    """
+    done = run.state.step - phase.step_before(epoch)
+    if done == 0:
         run.state.start_epoch()
-    if start >= phase.steps_per_epoch:
+    if done >= phase.steps_per_epoch:
         return False
-    loader.order.seek(epoch, start)
-    with Progress(
-        phase.steps_per_epoch,
-        f"{epoch:>3}/{run.epochs} {phase.image_size} px",
-        unit="steps",
-        initial=start,
-        enabled=run.runtime.is_main,
-    ) as bar:
-        between = Between(run, phase, epoch, loader, bar)
-        train_one_epoch(run.state, how, interruptible(run, loader), between)
-    if between.back_offs:
-        tell(
-            run,
-            f"note: {between.back_offs} steps of epoch {epoch} overflowed under fp16 and were passed over; "
-            f"the scale is {run.state.scaler.get_scale():g} now",
-        )
+    loader.order.seek(epoch, done)
+    run.state.model.train()
+    with Meter(run, phase, epoch, loader) as meter:
+        for images, labels in interruptible(run, loader):
+            loss, finite = train_step(run.state, options, images, labels)
+            meter.count(loss, finite, len(images) * run.runtime.world_size)
+            save_or_stop(run)
+            check_diverged(run.state)
     return True
 
 
-def is_scored(run: Run, epoch: int) -> bool:
-    return epoch % run.eval_every == 0 or epoch == run.epochs
-
-
-def is_saved(run: Run, epoch: int) -> bool:
-    """Whether `epoch` is saved whatever its score: by --save-every, and at the end."""
-    every, unit = run.save_every
-    return unit == "min" or epoch % every == 0 or epoch == run.epochs
-
-
 def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """The batches of `loader`; a stop signal does not wait for one, which a stuck disk may never send."""
+    """Yield the batches of `loader`; a stop signal does not wait for one that a stuck disk may never send."""
     batches, batch = iter(loader), None
     while True:
         try:
@@ -166,26 +193,46 @@ def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         yield batch
 
 
-class Between:
-    """What happens between two steps: the books, the bar, a timed save, a stop."""
+class Meter:
+    """Counts the steps of an epoch: the sums for its row, the progress bar, warnings about bad steps."""
 
-    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, bar: Progress):
-        self.run, self.phase, self.epoch, self.loader, self.bar = run, phase, epoch, loader, bar
-        self.clock, self.waited, self.bad = time.perf_counter(), 0.0, 0
-        self.images, self.seconds, self.back_offs = 0, 0.0, 0
+    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader):
+        self.run, self.phase, self.epoch, self.loader = run, phase, epoch, loader
+        self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0
+        self.images, self.seconds, self.overflows = 0, 0.0, 0
+        title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
+        done = run.state.step - phase.step_before(epoch)
+        self.bar = Progress(
+            phase.steps_per_epoch, title, unit="steps", initial=done, enabled=run.runtime.is_main
+        )
 
-    def __call__(self, images: int, finite: bool) -> None:
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+        if self.overflows and exception[0] is None:
+            tell(
+                self.run,
+                f"note: {self.overflows} steps of epoch {self.epoch} overflowed in fp16 and were skipped; "
+                f"the scale is now {self.run.state.scaler.get_scale():g}",
+            )
+
+    def count(self, loss: float, finite: bool, images: int) -> None:
         run, sums, now = self.run, self.run.state.epoch_sums, time.perf_counter()
-        sums["seconds"] += now - self.clock
-        sums["waited"] += self.loader.waited - self.waited
-        sums["bad_images"] += len(self.loader.bad) - self.bad
-        self.images, self.seconds = self.images + images, self.seconds + now - self.clock
-        self.clock, self.waited, self.bad = now, self.loader.waited, len(self.loader.bad)
-        run.eta.observe_training(self.phase.image_size, self.images, self.seconds)
-        if not finite and run.state.bad_in_a_row:
+        if finite:
+            sums["loss"] += loss * images
+            sums["images"] += images
+        else:
+            sums["bad_steps"] += 1
             self.report_bad_step()
-        elif not finite:
-            self.back_offs += 1  # no fault of the images: said once an epoch
+        seconds, self.clock = now - self.clock, now
+        sums["seconds"] += seconds
+        sums["waited"] += self.loader.waited - self.waited
+        sums["bad_images"] += len(self.loader.bad) - self.bad_images
+        self.waited, self.bad_images = self.loader.waited, len(self.loader.bad)
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+        run.eta.observe_training(self.phase.image_size, self.images, self.seconds)
         left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
         self.bar.update(
             1,
@@ -193,42 +240,35 @@ class Between:
             f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
             f"{left} left",
         )
-        save_or_stop(run, self.bar)
 
     def report_bad_step(self) -> None:
-        state, phase, order = self.run.state, self.phase, self.loader.order
-        step = state.step - 1 - phase.step_before(self.epoch)
-        ids = order.ids(self.epoch)[step * phase.batch_size : (step + 1) * phase.batch_size]
-        names = listed([self.run.name_of(int(i)) for i in ids[:9]])
-        tell(
-            self.run,
-            f"WARNING: step {state.step} was not finite and was passed over; its {len(ids)} images: {names}",
-        )
+        if not self.run.state.bad_in_a_row:  # an overflow, which is no fault of the images
+            self.overflows += 1
+            return
+        position = self.run.state.step - 1 - self.phase.step_before(self.epoch)
+        first = position * self.phase.batch_size
+        ids = self.loader.order.ids(self.epoch)[first : first + self.phase.batch_size]
+        names = listed([self.run.index.train.name(int(i)) for i in ids[:9]])
+        what = f"step {self.run.state.step} was not finite and was skipped; its {len(ids)} images: {names}"
+        tell(self.run, f"WARNING: {what}")
 
 
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-
-def save_or_stop(run: Run, bar: Progress | None = None) -> None:
-    """Between two steps or batches: a save that is due by the clock, a stop signal, --stop-after."""
+def save_or_stop(run: Run) -> None:
+    """Between two steps or batches: save if it is time, and stop on a signal or at --stop-after."""
     every, unit = run.save_every
-    timed = unit == "min"
-    due = timed and run.runtime.any_rank(int(time.monotonic() - run.last_save >= 60 * every))
+    due = unit == "min" and run.runtime.any_rank(int(time.monotonic() - run.last_save >= 60 * every))
     stopping = run.runtime.any_rank(run.stop.received)
     reached = run.stop_after is not None and run.state.step >= run.stop_after
     if due or stopping or reached:
         save(run, "last")
-    if not (stopping or reached):
-        return
-    if bar:
-        bar.close()
-    go_on = f"stopped at step {run.state.step:,}; go on with: python train.py --save-dir {run.save_dir} --resume auto"
-    raise Stopped(stopping, go_on) if stopping else Finished(go_on)
+    if stopping or reached:
+        command = f"python train.py --save-dir {run.save_dir} --resume auto"
+        text = f"Stopped at step {run.state.step:,}. To continue: {command}"
+        raise Stopped(stopping, text) if stopping else Finished(text)
 
 
 def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
-    """The epoch's row: training sums, and raw and EMA weights scored together in one pass over val."""
+    """Return the row of `epoch`: its sums, and its scores if it is scored."""
     started, sums, state = time.perf_counter(), run.state.epoch_sums, run.state
     row = {
         "epoch": epoch,
@@ -237,15 +277,16 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         "lr": state.schedule.last_lr,
         "train_loss": sums["loss"] / sums["images"] if sums["images"] else None,
         "train_top1": None,
+        **{f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")},
+        "better": None,
     }
-    row |= {f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")} | {
-        "better": None
-    }
-    if is_scored(run, epoch):
-        row |= scores(run, phase)
+    left_out = 0
+    if run.is_scored(epoch):
+        scores, left_out = score(run, phase)
+        row |= scores
         run.eta.observe_validation(phase.image_size, time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
-    seconds, left_out = sums["seconds"], row.pop("bad_images", 0)
+    seconds = sums["seconds"]
     return row | {
         "images_per_second": sums["images"] / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
@@ -256,91 +297,99 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
     }
 
 
-def scores(run: Run, phase: Phase) -> dict:
-    """Of the row: val_* and ema_val_* over the validation set, train_top1 over the training sample.
+def score(run: Run, phase: Phase) -> tuple[dict, int]:
+    """Score raw and EMA weights in one pass over val, and the raw ones on the training sample.
 
-    And bad_images: those of the sample, which `make_eval` leaves out where training replaces them.
+    Return the columns of the row and the number of bad training images that were left out.
     """
+    model, average = run.state.model, run.state.ema.module
+    models = {"val": model} | ({} if average is None else {"ema_val": average})
+    results, _ = evaluate_split(run, models, run.index.val, phase)
+    train, bad = evaluate_split(run, {"train": model}, run.train_sample, phase)
+    if bad and not run.bad_sample_reported:
+        run.bad_sample_reported = True
+        tell(run, f"note: train_top1 leaves out {len(bad)} of {len(run.train_sample)} images: {listed(bad)}")
+    row = {"train_top1": train["train"].top1 if train["train"].num_samples else None}
+    for kind, result in results.items():
+        row |= {f"{kind}_{name}": getattr(result, name) for name in ("loss", "top1", "top5")}
+    if average is not None:
+        row["better"] = "ema" if row["ema_val_top1"] > row["val_top1"] else "raw"
+    return row, len(bad)
 
-    def between_batches(count: int) -> None:
+
+def evaluate_split(
+    run: Run, models: dict[str, nn.Module], split: Split, phase: Phase
+) -> tuple[dict[str, EvalResult], list[str]]:
+    """Score `models` at the phase's size; return the results and the names of bad images left out."""
+
+    def stop_if_asked(count: int) -> None:
         if run.runtime.any_rank(run.stop.received):
             save_or_stop(run)
 
-    averaged = run.state.ema.module
-    models = {"val": run.state.model} | ({} if averaged is None else {"ema_val": averaged})
+    loader = eval_batches(run, split, phase)
+    return evaluate(models, interruptible(run, loader), run.runtime, stop_if_asked), loader.bad
 
-    def scored(models: dict, split: Split) -> tuple[dict[str, EvalResult], list[str]]:
-        loader = run.make_eval(split, phase)
-        return evaluate(models, interruptible(run, loader), run.runtime, between_batches), loader.bad
 
-    results, _ = scored(models, run.val)
-    clean, bad = scored({"train": run.state.model}, run.train_sample)
-    if bad and not run.bad_sample_said:
-        run.bad_sample_said = True
-        tell(
-            run,
-            f"note: train_top1 leaves out {len(bad)} of {len(run.train_sample)} images, which are bad: {listed(bad)}",
-        )
-    row = {"train_top1": clean["train"].top1 if clean["train"].num_samples else None, "bad_images": len(bad)}
-    for kind, result in results.items():
-        row |= {
-            f"{kind}_{f.name}": getattr(result, f.name)
-            for f in dataclasses.fields(EvalResult)
-            if f.name != "num_samples"
-        }
-    if averaged is not None:
-        row["better"] = "ema" if row["ema_val_top1"] > row["val_top1"] else "raw"
-    return row
+def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:
+    """Return `split` at the phase's size. A bad validation image is always an error."""
+    return eval_loader(
+        split,
+        run.index,
+        image_size=phase.image_size,
+        batch_size=max(64, phase.batch_size),
+        num_workers=run.num_workers,
+        device=run.runtime.device,
+        rank=run.runtime.rank,
+        world_size=run.runtime.world_size,
+        on_bad_image="fail" if split is run.index.val else run.on_bad_image,
+    )
 
 
 def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
-    """Decide whether this is the best epoch, log its row, and save."""
-    row["best"] = judge(run, row)
+    """Decide whether the epoch is the best so far, log its row, and save."""
+    row["best"] = is_best(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
-    log.log(
-        row
-    )  # before it is saved: a resumed run cuts what it has too much, but cannot add a row that is lost
-    if row["best"] or run.finished or is_saved(run, row["epoch"]):
+    log.log(row)  # before saving: a resumed run can cut surplus rows but cannot restore a lost one
+    if row["best"] or run.finished or run.is_saved(row["epoch"]):
         save(run, "last")
     if row["best"]:
         save(run, "best")
     tell(run, format_row(row))
     waited = row["data_wait_percent"] or 0
-    if run.slow_data_hint and waited > SLOW_DATA and waited / 100 * row["seconds"] > SLOW_DATA:
-        tell(run, f"note: {waited:.0f} % of the time went into waiting for data. {run.slow_data_hint}")
-        run.slow_data_hint = ""
-    run.after_epoch()
+    if run.data_hint and waited > SLOW_DATA and waited / 100 * row["seconds"] > SLOW_DATA:
+        tell(run, f"note: {waited:.0f} % of the time was spent waiting for data. {run.data_hint}")
+        run.data_hint = ""
+    log.draw(now=run.finished)
 
 
-def judge(run: Run, row: dict) -> bool:
-    """Whether this epoch is the best so far; ties keep the earlier.
+def is_best(run: Run, row: dict) -> bool:
+    """Return whether this epoch has the best score so far; ties keep the earlier one.
 
-    At the last size only, and past two thirds of the run: what an early end would miss. With
-    --early-stop-patience the end may be any, so from the first epoch at that size on.
+    Only epochs at the last size compete, past two thirds of the run. With --early-stop-patience
+    any epoch may be the last one, so all epochs at that size do.
     """
-    score, best = row[run.judged_by], run.state.best
-    early = run.early.patience is not None
-    if (
-        score is None
-        or row["epoch"] < run.phases[-1].first_epoch
-        or not (early or 3 * row["epoch"] > 2 * run.epochs)
-    ):
+    score, best, epoch = row[run.best_by], run.state.best, row["epoch"]
+    late = run.early.patience is not None or 3 * epoch > 2 * run.epochs
+    if score is None or epoch < run.phases[-1].first_epoch or not late:
         return False
     if math.isfinite(score) and score > best["score"]:
-        run.state.best = {"score": score, "epoch": row["epoch"], "waited": 0}
+        run.state.best = {"score": score, "epoch": epoch, "waited": 0}
         return True
     run.state.best = best | {"waited": best["waited"] + 1}
     return False
 
 
 def save(run: Run, kind: str) -> None:
-    """Write last_*, or give the last_* just written the name best_* as well. Raises DivergedError for a ruined state."""
+    """Write last_*, or give the last_* just written the name best_* as well.
+
+    Raises DivergedError if the state is not finite.
+    """
     if kind == "last":
-        run.state.check_finite()  # on every rank: they hold the same state, and end together
+        run.state.check_finite()  # on every rank: all hold the same state and end together
     if run.runtime.is_main:
         if kind == "last":
-            checkpoint.save(run.path("last"), run.facts | run.state.state_dict())
+            checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
         else:
             checkpoint.link(run.path("last"), run.path(kind))
     run.last_save = time.monotonic()
@@ -348,7 +397,7 @@ def save(run: Run, kind: str) -> None:
 
 
 def best_is_lost(run: Run) -> bool:
-    """Whether a run was killed between saving its best epoch as last_* and giving that file its second name."""
+    """Return whether the run was killed after saving its best epoch as last_* and before naming it best_*."""
     state, best, last = run.state, run.path("best"), run.path("last")
     if not (state.rows and state.rows[-1]["best"]):
         return False
@@ -359,44 +408,13 @@ def best_is_lost(run: Run) -> bool:
 
 
 def tell(run: Run, text: str) -> None:
-    """Say it. An output that is gone (a closed pipe, a lost terminal) is a stop signal, not an error."""
+    """Print `text`. An output that is gone (a closed pipe or terminal) is a stop signal, not an error."""
     try:
-        run.say(text)
+        say(text)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         run.stop.received = run.stop.received or signal.SIGHUP
 
 
-ROW_HEADER = " epoch   px batch       lr  train loss  top-1 |  val loss  top-1  top-5 |   ema  top-1  top-5 |   img/s  wait    time"
-
-
-def format_row(row: dict) -> str:
-    """One aligned line per epoch."""
-
-    def show(name: str, spec: str, width: int) -> str:
-        value = row[name]
-        return f"{'-':>{width}}" if value is None else format(value, f">{width}{spec}")
-
-    cells = [
-        show("epoch", "d", 6),
-        show("image_size", "d", 4),
-        show("batch_size", "d", 5),
-        show("lr", ".2e", 8),
-        show("train_loss", ".4f", 11),
-        show("train_top1", ".2f", 6),
-        "|",
-        show("val_loss", ".4f", 9),
-        show("val_top1", ".2f", 6),
-        show("val_top5", ".2f", 6),
-        "|",
-        show("ema_val_loss", ".3f", 5),
-        show("ema_val_top1", ".2f", 6),
-        show("ema_val_top5", ".2f", 6),
-        "|",
-        show("images_per_second", ",.0f", 7),
-        show("data_wait_percent", ".0f", 4) + "%",
-        f"{duration(row['seconds']):>7}",
-    ]
-    return (
-        " ".join(cells) + (f"  {row['better']}" if row["better"] else "") + ("  best" if row["best"] else "")
-    )
+def listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

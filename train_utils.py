@@ -1,7 +1,7 @@
-"""The training loop and what it is made of: phases, the state, one step, one epoch, evaluation.
+"""What the loop is made of: phases and their plan, the training state, one step, one evaluation.
 
-Nothing here reads flags, opens files or prints; `train.py` decides those and passes values in.
-Epochs are 1-based everywhere, as in the log.
+Nothing here knows a flag, opens a file or prints. Epochs count from 1, as in the log; a step is an
+optimizer step.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +19,25 @@ from torch.nn import functional as F
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError, UsageError
 from base.flags import phase_batches, share_epochs
-from data_utils import hits
-from optim import clip_gradients, load_optimizer
+from data_utils import hits, l1_penalty
+from optim import Schedule, clip_gradients, load_optimizer
+
+MAX_BAD_STEPS = 10  # in a row, before the run is given up
+
+
+# --- the plan ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A run of epochs at one image size; both ends are inclusive."""
+    """Consecutive epochs at one image size; both ends are inclusive."""
 
     first_epoch: int
     last_epoch: int
     image_size: int
-    batch_size: int  # global, i.e. summed over ranks
+    batch_size: int  # global: summed over ranks
     steps_per_epoch: int
-    first_step: int  # optimizer steps of all phases before this one
+    first_step: int  # optimizer steps of all earlier phases
     mix: bool = True  # MixUp, CutMix and drop-path
 
     @property
@@ -43,7 +49,7 @@ class Phase:
         return self.epochs * self.steps_per_epoch
 
     def step_before(self, epoch: int) -> int:
-        """Optimizer steps of the run before `epoch` of this phase begins."""
+        """Return the optimizer steps taken before `epoch` of this phase begins."""
         return self.first_step + (epoch - self.first_epoch) * self.steps_per_epoch
 
 
@@ -58,31 +64,25 @@ def plan(
     phase_mix: Sequence[bool] | None = None,
     world_size: int = 1,
 ) -> tuple[Phase, ...]:
-    """The one plan of a run: the loader, the schedule, the ETA and --dry-run all read it.
+    """Return the phases of a run. The loader, the schedule, the ETA and --dry-run all read this plan.
 
-    `batch_size` is the first phase's, halved at every size step unless `phase_batch_sizes` says
-    otherwise. Raises UsageError where a phase cannot fill a batch.
+    `batch_size` is that of the first phase and is halved at each size, unless `phase_batch_sizes` is
+    given. Raises UsageError if a phase cannot fill a batch or the ranks cannot share it equally.
     """
     batches = phase_batch_sizes or phase_batches(batch_size, len(sizes))
     mixes = phase_mix or [True] * len(sizes)
+    lengths = share_epochs(epochs, phase_epochs, len(sizes))
     phases, first_epoch, first_step = [], 1, 0
-    for size, batch, mix, length in zip(
-        sizes, batches, mixes, share_epochs(epochs, phase_epochs, len(sizes)), strict=True
-    ):
+    for size, batch, mix, length in zip(sizes, batches, mixes, lengths, strict=True):
         if length == 0:
             continue
-        # Floor, because the train loader drops the last partial batch.
-        steps = num_samples // batch
+        steps = num_samples // batch  # floor: the training loader drops the last partial batch
         if steps == 0:
-            raise UsageError(
-                f"batch {batch} > {num_samples} training images (at {size} px)",
-                f"give --batch-size {max(1, num_samples)} or less",
-            )
+            what = f"batch size {batch} at {size} px is larger than the {num_samples} training images"
+            raise UsageError(what, f"use --batch-size {max(1, num_samples)} or less")
         if batch % world_size:
-            raise UsageError(
-                f"the global batch {batch} (at {size} px) does not divide by {world_size} ranks",
-                "give a --batch-size or --phase-batch-sizes that does",
-            )
+            what = f"the global batch size {batch} at {size} px is not divisible by {world_size} ranks"
+            raise UsageError(what, "choose a --batch-size or --phase-batch-sizes that is")
         phases.append(Phase(first_epoch, first_epoch + length - 1, size, batch, steps, first_step, mix))
         first_epoch, first_step = first_epoch + length, first_step + length * steps
     return tuple(phases)
@@ -92,52 +92,65 @@ def phase_of(phases: Sequence[Phase], epoch: int) -> Phase:
     return next(phase for phase in phases if phase.first_epoch <= epoch <= phase.last_epoch)
 
 
+# --- the state --------------------------------------------------------------------------------------
+
+
 @dataclass
 class TrainState:
     """Everything that must survive a restart, and nothing else.
 
-    No RNG state: every draw is recomputed from (seed, step). `step` counts optimizer steps of the
-    plan, `rows` has one row per finished and scored epoch; together they are the position.
+    There is no RNG state: every random draw is recomputed from (seed, step). `step` counts the
+    optimizer steps of the plan and `rows` holds one row per scored epoch; together they are the position.
     """
 
-    model: nn.Module  # always the plain module: DDP and compile wrap the forward beside it
+    model: nn.Module  # always the plain module: DDP and compile wrap its forward beside it
     optimizer: torch.optim.Optimizer
-    schedule: object
+    schedule: Schedule
     scaler: torch.amp.GradScaler
-    ema: object
+    ema: object  # ema.EMA or ema.NoEMA
     step: int = 0
-    epoch_sums: dict = field(default_factory=dict)  # of the epoch under way
-    bad_in_a_row: int = 0  # steps that were not finite, and that a lower fp16 scale cannot mend
-    # The best epoch, and the validations since then.
+    epoch_sums: dict = field(default_factory=dict)  # of the current epoch
+    bad_in_a_row: int = 0  # non-finite steps that a lower fp16 scale cannot mend
     best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "waited": 0})
     rows: list = field(default_factory=list)
+
+    PARTS = ("model", "optimizer", "schedule", "scaler", "ema")
+    VALUES = ("step", "epoch_sums", "bad_in_a_row", "best", "rows")
 
     def __post_init__(self):
         self.start_epoch()
 
     def start_epoch(self) -> None:
-        self.epoch_sums = {
-            "loss": 0.0,
-            "images": 0,
-            "seconds": 0.0,
-            "waited": 0.0,
-            "bad_steps": 0,
-            "bad_images": 0,
-        }
-
-    PARTS = ("model", "optimizer", "schedule", "scaler", "ema")
-    VALUES = ("step", "epoch_sums", "bad_in_a_row", "best", "rows")
+        self.epoch_sums = dict(loss=0.0, images=0, seconds=0.0, waited=0.0, bad_steps=0, bad_images=0)
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
         return parts | {name: getattr(self, name) for name in self.VALUES}
 
+    def load_state_dict(self, state: dict) -> None:
+        """Restore a checkpoint. Raises CheckpointError if its tensors do not fit this run."""
+        from base.schemas import check_tensors
+
+        check_tensors(state["model"], self.model.state_dict(), "the checkpoint's model")
+        if self.ema.module is not None and "shadow" in state["ema"]:
+            check_tensors(state["ema"]["shadow"], self.ema.module.state_dict(), "the checkpoint's ema.shadow")
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        load_optimizer(self.optimizer, state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if state["scaler"]:  # empty unless the run used fp16
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
+        # Older files have other counters: unknown ones are dropped, missing ones start at zero.
+        for mine, saved in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
+            mine.update({name: saved[name] for name in mine if name in saved})
+
     @torch.no_grad()
     def check_finite(self) -> None:
-        """Raise DivergedError where a weight, an average, a statistic or the optimizer's memory is NaN or infinite.
+        """Raise DivergedError if a weight, an average, a statistic or the optimizer state is not finite.
 
-        A step can be finite in loss and gradient and still ruin weights: through the optimizer's memory, or
-        memory that fails. Asked before every save, so that no ruined state takes the place of a sound one.
+        A step can have a finite loss and gradient and still ruin the weights, through the optimizer
+        state or failing memory. Called before every save, so a ruined state never replaces a sound one.
         """
         optimizer = {
             f"parameter {k}, {name}": value
@@ -145,11 +158,8 @@ class TrainState:
             for name, value in state.items()
             if isinstance(value, Tensor)
         }
-        parts = {
-            "weights": self.model.state_dict(),
-            "optimizer": optimizer,
-            "average": {} if self.ema.module is None else self.ema.module.state_dict(),
-        }
+        average = {} if self.ema.module is None else self.ema.module.state_dict()
+        parts = {"weights": self.model.state_dict(), "optimizer state": optimizer, "EMA weights": average}
         for part, tensors in parts.items():
             # Scalars are counters, which some optimizers keep on the CPU beside weights on a GPU.
             values = {
@@ -161,37 +171,17 @@ class TrainState:
             ):
                 continue
             name = next(name for name, value in values.items() if not value.isfinite().all())
-            raise DivergedError(
-                f"the {part} ({name}) held values that are not finite after step {self.step}; nothing was saved",
-                "the checkpoint before is clean: go on from it with --resume auto; if it comes again, lower --lr",
-            )
-
-    def load_state_dict(self, state: dict) -> None:
-        """Take over a checkpoint. Raises CheckpointError where its tensors are not what this run's would be."""
-        from base.schemas import check_tensors
-
-        check_tensors(state["model"], self.model.state_dict(), "the checkpoint's model")
-        if self.ema.module is not None and "shadow" in state["ema"]:
-            check_tensors(state["ema"]["shadow"], self.ema.module.state_dict(), "the checkpoint's ema.shadow")
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        if state["scaler"]:  # empty unless the run was in fp16; without, it starts anew
-            self.scaler.load_state_dict(state["scaler"])
-        self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
-        # Older files have other counters: what this run does not count is dropped, what they lack starts at nothing.
-        for mine, theirs in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
-            mine.update({name: theirs[name] for name in mine if name in theirs})
+            what = f"the {part} ({name}) are not finite after step {self.step}; nothing was saved"
+            raise DivergedError(what, "continue from the last checkpoint with --resume auto, or lower --lr")
 
 
-MAX_BAD_STEPS = 10  # in a row, before a run is given up
+# --- one step ---------------------------------------------------------------------------------------
 
 
 class BatchNormBuffers:
-    """The running statistics: copied before a forward, put back after a bad one, averaged over ranks.
+    """The running statistics: copied before a forward, restored after a bad step, averaged over ranks.
 
-    One NaN in a batch poisons them for ever, even where the optimizer step is skipped.
+    One NaN in a batch would poison them forever, even if the optimizer step is skipped.
     """
 
     def __init__(self, model: nn.Module):
@@ -212,24 +202,20 @@ class BatchNormBuffers:
 
     @torch.no_grad()
     def average(self, runtime: Runtime) -> None:
-        """Give all ranks the mean, at every step: so any rank's state is the run's state."""
+        """Give every rank the mean after each step, so that any rank's state is the run's state."""
         if runtime.world_size > 1 and self.averaged:
             flat = torch.cat([buffer.flatten() for buffer in self.averaged])
-            parts = (
-                runtime.sum_over_ranks(flat)
-                .div_(runtime.world_size)
-                .split([b.numel() for b in self.averaged])
-            )
-            torch._foreach_copy_(
-                self.averaged, [p.view_as(b) for p, b in zip(parts, self.averaged, strict=True)]
-            )
+            flat = runtime.sum_over_ranks(flat).div_(runtime.world_size)
+            means = flat.split([buffer.numel() for buffer in self.averaged])
+            means = [mean.view_as(buffer) for mean, buffer in zip(means, self.averaged, strict=True)]
+            torch._foreach_copy_(self.averaged, means)
 
 
 @dataclass
-class Step:
-    """How a step is taken; everything here is a value, the same for the whole phase."""
+class StepOptions:
+    """What a step needs besides the state and a batch; constant within a phase."""
 
-    forward: Callable[[Tensor], Tensor]  # the model, or DDP or compile around it
+    forward: Callable[[Tensor], Tensor]  # the model, or DDP or torch.compile around it
     mixer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     loss: Callable[[Tensor, Tensor], Tensor]
     runtime: Runtime
@@ -237,47 +223,71 @@ class Step:
     seed: int
     clip: tuple[str, float] = ("norm", 1.0)
     accumulate: int = 1
-    penalty: Callable[[nn.Module], Tensor] | None = None
+    l1: float = 0.0  # weight of the L1 penalty
 
 
-def train_step(state: TrainState, how: Step, images: Tensor, labels: Tensor) -> tuple[float, bool]:
-    """One optimizer step on images (N, 3, H, W) and labels (N,): (mean loss, whether the step was finite).
+def train_step(state: TrainState, options: StepOptions, images: Tensor, labels: Tensor) -> tuple[float, bool]:
+    """Take one optimizer step on images (N, 3, H, W) and labels (N,); return (mean loss, step was finite).
 
-    The gradient norm and the loss are read together, the step's only host sync. If they are not
-    finite nothing moves: BatchNorm buffers go back, optimizer and EMA are passed over. The plan's
-    step counts all the same, so that a resumed run does not meet the batch again. A step that is
-    neither finite nor counted in `bad_in_a_row` overflowed under fp16, and the scale was lowered.
+    The loss and the gradient norm are read together: the only host sync of a step. If either is not
+    finite, nothing moves: BatchNorm statistics are restored, and the optimizer and EMA are skipped. The
+    step still counts, so a resumed run does not meet the same batch again; `bad_in_a_row` counts it too,
+    unless it was an fp16 overflow that lowered the scale.
     """
-    # Mixing and drop-path descend from this line, so a step is a function of (state, batch, seed).
-    seed_everything(how.seed, state.step, how.runtime.rank)
-    images, targets = how.mixer(images, labels)
-    how.buffers.take()
+    # Mixing and drop-path draw from this seed, which makes a step a function of (state, batch, seed).
+    seed_everything(options.seed, state.step, options.runtime.rank)
+    images, targets = options.mixer(images, labels)
+    options.buffers.take()
     state.optimizer.zero_grad(set_to_none=True)
-    loss = backward(state, how, images, targets)
+    loss = backward(state, options, images, targets)
     # A disabled scaler passes everything through, so fp32, bf16 and fp16 share these lines.
     state.scaler.unscale_(state.optimizer)  # clip real gradients, not scaled ones
-    norm = clip_gradients(state.model.parameters(), *how.clip)
-    how.buffers.average(how.runtime)
-    loss = how.runtime.sum_over_ranks(loss) / how.runtime.world_size
+    norm = clip_gradients(state.model.parameters(), *options.clip)
+    options.buffers.average(options.runtime)
+    loss = options.runtime.sum_over_ranks(loss) / options.runtime.world_size
     loss, norm = torch.stack([loss, norm.to(loss)]).tolist()
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.ema.update()
-    else:  # not even the scaler's own skip: fused SGD would make its momentum of uninitialised memory
-        how.buffers.restore()
+    else:  # do not rely on the scaler to skip: fused SGD would leave uninitialised momentum
+        options.buffers.restore()
     state.bad_in_a_row = 0 if finite or lower_scale(state.scaler, loss) else state.bad_in_a_row + 1
     state.schedule.step()
     state.step += 1
     return loss, finite
 
 
-def lower_scale(scaler: torch.amp.GradScaler, loss: float) -> bool:
-    """After a step that was not finite: halve the fp16 scale if that may help; whether it may.
+def backward(state: TrainState, options: StepOptions, images: Tensor, targets: Tensor) -> Tensor:
+    """Accumulate the gradients of the batch's mean loss in `options.accumulate` pieces; return that loss."""
+    losses = []
+    pieces = list(zip(images.chunk(options.accumulate), targets.chunk(options.accumulate), strict=True))
+    for k, (part, wanted) in enumerate(pieces):  # `smallest_piece` knows how chunk cuts
+        last = k == len(pieces) - 1
+        no_sync = getattr(options.forward, "no_sync", nullcontext)  # DDP: exchange gradients once
+        with nullcontext() if last else no_sync():
+            with options.runtime.autocast():
+                logits = options.forward(part)
+            # In float32, outside autocast. Weighted by its share: the last piece may be smaller.
+            loss = options.loss(logits, wanted) * (len(part) / len(images))
+            if last and options.l1:
+                loss = loss + options.l1 * l1_penalty(state.model.parameters())
+            state.scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
-    It cannot where the loss itself is not finite, nor at a scale of 1, where gradients overflow by
-    themselves. So from 65536 there are 16 back-offs at most in a row, and then bad steps.
+
+def smallest_piece(images: int, accumulate: int) -> int:
+    """Return the images in the last and smallest piece that `backward` cuts from a batch of `images`."""
+    return (images - 1) % math.ceil(images / accumulate) + 1
+
+
+def lower_scale(scaler: torch.amp.GradScaler, loss: float) -> bool:
+    """Halve the fp16 scale after a bad step if that may help; return whether it may.
+
+    It cannot help if the loss itself is not finite, or at a scale of 1, where the gradients overflow
+    by themselves. So from 65536 there are at most 16 reductions in a row before steps count as bad.
     """
     before = scaler.get_scale()
     scaler.update()
@@ -287,62 +297,21 @@ def lower_scale(scaler: torch.amp.GradScaler, loss: float) -> bool:
     return False
 
 
-def backward(state: TrainState, how: Step, images: Tensor, targets: Tensor) -> Tensor:
-    """Accumulate gradients of the batch's mean loss, in `how.accumulate` pieces; return that loss (scalar)."""
-    losses = []
-    pieces = list(zip(images.chunk(how.accumulate), targets.chunk(how.accumulate), strict=True))
-    for k, (part, wanted) in enumerate(pieces):  # `smallest_piece` knows how chunk cuts
-        last = k == len(pieces) - 1
-        no_sync = getattr(how.forward, "no_sync", nullcontext)  # DDP: exchange gradients once
-        with nullcontext() if last else no_sync():
-            with how.runtime.autocast():
-                logits = how.forward(part)
-            # Outside autocast, in float32; and each piece by its own share: the last one may be smaller.
-            loss = how.loss(logits, wanted) * (len(part) / len(images))
-            if last and how.penalty:
-                loss = loss + how.penalty(state.model)
-            state.scaler.scale(loss).backward()
-        losses.append(loss.detach())
-    return torch.stack(losses).sum()
+def check_diverged(state: TrainState) -> None:
+    """Raise DivergedError after `MAX_BAD_STEPS` bad steps in a row."""
+    if state.bad_in_a_row >= MAX_BAD_STEPS:
+        scale = f", fp16 scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
+        lr = f"learning rate {state.schedule.last_lr:.2e}{scale}"
+        what = f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} ({lr})"
+        fix = "lower --lr (lr_finder.py suggests one) or try --amp off; the last checkpoint is intact"
+        raise DivergedError(what, fix)
 
 
-def smallest_piece(images: int, accumulate: int) -> int:
-    """Images in the smallest of the pieces that `backward` cuts a batch of `images` into: the last one."""
-    return (images - 1) % math.ceil(images / accumulate) + 1
+# --- one evaluation ---------------------------------------------------------------------------------
 
 
-def train_one_epoch(
-    state: TrainState,
-    how: Step,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    after_step: Callable[[int, bool], None],
-) -> None:
-    """Train on every batch; sums go into `state.epoch_sums`.
-
-    `after_step(images in the batch, finite)` reports, saves and stops the run (by raising).
-    """
-    state.model.train()
-    for images, labels in batches:
-        loss, finite = train_step(state, how, images, labels)
-        count = len(images) * how.runtime.world_size
-        if finite:
-            state.epoch_sums["loss"] += loss * count
-            state.epoch_sums["images"] += count
-        else:
-            state.epoch_sums["bad_steps"] += 1
-        after_step(count, finite)
-        if state.bad_in_a_row >= MAX_BAD_STEPS:
-            scale = f", fp16 scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
-            raise DivergedError(
-                f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} "
-                f"at lr {state.schedule.last_lr:.2e}{scale}",
-                "lower --lr (run lr_finder.py), or try --amp off; the last checkpoint is from before and clean",
-            )
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    loss: float  # cross-entropy against hard labels, per sample
+class EvalResult(NamedTuple):
+    loss: float  # cross-entropy without label smoothing
     top1: float  # percent
     top5: float
     num_samples: int
@@ -357,37 +326,37 @@ def evaluate(
 ) -> dict[str, EvalResult]:
     """Score every model on every sample of `batches`, each counted once, in one pass over the data.
 
-    Sums are divided once, at the end: a mean of per-batch means gives the samples of a short last
-    batch too much weight, and so does a mean over ranks.
+    Sums are divided once, at the end: a mean of batch means would give the samples of a short last
+    batch too much weight, and so would a mean over ranks.
     """
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    # loss, top-1, top-5, samples; float64 counts exactly (MPS has none: float32 does up to 2**24)
+    # Loss, top-1, top-5, samples. float64 counts exactly (MPS has none: float32 does up to 2**24).
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-    totals = {name: torch.zeros(4, device=runtime.device, dtype=dtype) for name in models}
+    sums = {name: torch.zeros(4, device=runtime.device, dtype=dtype) for name in models}
     try:
         for images, labels in batches:
-            for name, model in models.items() if len(labels) else ():  # all left out, or the other ranks'
+            for name, model in models.items() if len(labels) else ():  # this rank may have no share
                 with runtime.autocast():
                     logits = model(images).float()  # (N, K)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 count = torch.tensor([len(labels)], device=runtime.device)
-                totals[name] += torch.cat([loss[None], hits(logits, labels).sum(0), count]).to(dtype)
+                sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0), count]).to(dtype)
             after_batch(len(labels))
     finally:
         for name, model in models.items():
             model.train(was_training[name])
-    results = {}
-    for name, sums in totals.items():
-        loss, top1, top5, n = runtime.sum_over_ranks(sums).tolist()
-        of = n or math.nan  # every image may have been left out
-        results[name] = EvalResult(loss / of, 100 * top1 / of, 100 * top5 / of, int(n))
-    return results
+    return {name: _result(*runtime.sum_over_ranks(total).tolist()) for name, total in sums.items()}
+
+
+def _result(loss: float, top1: float, top5: float, samples: float) -> EvalResult:
+    n = samples or math.nan  # every image may have been left out
+    return EvalResult(loss / n, 100 * top1 / n, 100 * top5 / n, int(samples))
 
 
 class EarlyStopping:
-    """Says when the score that picks the best checkpoint has not improved for `patience` validations."""
+    """Stop once the score that selects the best checkpoint has not improved for `patience` validations."""
 
     def __init__(self, patience: int | None):
         self.patience = patience

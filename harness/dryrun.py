@@ -18,14 +18,15 @@ from torch import Tensor
 
 from base.device import MIB, Runtime
 from base.errors import ResourceError
+from base.process import say
 from base.progress import duration
 from harness import build, checkpoint
 from harness.preflight import checkpoint_bytes, out_of_memory_named, tensor_bytes
-from loop import Run
+from loop import Run, eval_batches, start_phase
 from models import build_model
 from models.summary import count_macs, count_params, format_table
 from sources.index import DatasetIndex
-from train_utils import Phase, Step, evaluate, train_one_epoch
+from train_utils import Phase, StepOptions, check_diverged, evaluate, train_step
 
 SECONDS = 2.0  # of timed steps at each size, where one takes less
 
@@ -82,7 +83,7 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
     with tempfile.TemporaryDirectory() as folder:
         run = build.build(config, index, runtime, phases, Path(folder))
         if config.init_from:
-            build.take_weights(config.init_from, run.state.model, config.reset_head)
+            build.load_init_from(run, config)
         print("\n".join(describe(run, config, index)), flush=True)
         hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
         print(try_checkpoint(run), flush=True)
@@ -127,7 +128,7 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
     device = run.runtime.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    loader, how = run.make_loader(phase), run.make_step(phase)
+    loader, how = start_phase(run, phase)
     loader.order.seek(phase.first_epoch)
     run.state.step = phase.first_step
     run.state.schedule.seek(phase.first_step)
@@ -137,33 +138,36 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
         itertools.repeat(loader)
     )  # it goes on with the next epoch by itself
     with out_of_memory_named(run):
-        train_one_epoch(
-            run.state,
-            how,
-            timed(itertools.islice(endless, phase.steps), training, device, seconds),
-            lambda images, finite: None,
-        )
+        run.state.model.train()
+        losses, bad = [], 0
+        for images, labels in timed(itertools.islice(endless, phase.steps), training, device, seconds):
+            loss, finite = train_step(run.state, how, images, labels)
+            losses, bad = losses + [loss] * finite, bad + (not finite)
+            check_diverged(run.state)
         averaged = run.state.ema.module
         models = {"val": run.state.model} | ({} if averaged is None else {"ema": averaged})
-        evaluate(models, timed(run.make_eval(run.val, phase), validation, device, seconds / 2), run.runtime)
-    sums = run.state.epoch_sums
+        evaluate(
+            models,
+            timed(eval_batches(run, run.index.val, phase), validation, device, seconds / 2),
+            run.runtime,
+        )
     print(
         f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({training.batches} steps timed, "
-        f"loss {sums['loss'] / max(1, sums['images']):.3f}), {validation.per_second:>8,.1f} img/s validation, "
+        f"loss {sum(losses) / max(1, len(losses)):.3f}), {validation.per_second:>8,.1f} img/s validation, "
         f"memory {memory_of(run, phase, how)}",
         flush=True,
     )
-    if sums["bad_steps"]:
+    if bad:
         searching = run.state.scaler.is_enabled() and not run.state.bad_in_a_row
-        run.say(
-            f"{'note' if searching else 'WARNING'}: {sums['bad_steps']} steps at {phase.image_size} px were not finite"
+        say(
+            f"{'note' if searching else 'WARNING'}: {bad} steps at {phase.image_size} px were not finite"
             + (", as fp16 looks for its scale" if searching else "")
         )
     validations = sum(
         epoch % run.eval_every == 0 or epoch == run.epochs
         for epoch in range(phase.first_epoch, phase.last_epoch + 1)
     )
-    images = len(run.val) + len(run.train_sample) / len(
+    images = len(run.index.val) + len(run.train_sample) / len(
         models
     )  # the training sample is scored with one model
     return (
@@ -172,14 +176,14 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
     )
 
 
-def memory_of(run: Run, phase: Phase, how: Step) -> str:
+def memory_of(run: Run, phase: Phase, how: StepOptions) -> str:
     if run.runtime.device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
         return f"{peak / MIB:,.0f} MiB of {total / MIB:,.0f}"
     return f"about {estimated_memory(run, phase, how) / MIB:,.0f} MiB"
 
 
-def estimated_memory(run: Run, phase: Phase, how: Step) -> int:
+def estimated_memory(run: Run, phase: Phase, how: StepOptions) -> int:
     """Bytes of weights, gradients, optimizer, average, batch, and what the forward keeps for the backward."""
     model, images = run.state.model, math.ceil(phase.batch_size / run.runtime.world_size)
     fixed = checkpoint_bytes(run) + tensor_bytes(model.parameters())
@@ -189,7 +193,7 @@ def estimated_memory(run: Run, phase: Phase, how: Step) -> int:
     return int(fixed + activations + 2 * images * 3 * phase.image_size**2 * 4)
 
 
-def saved_bytes(run: Run, how: Step, images: int, image_size: int) -> int:
+def saved_bytes(run: Run, how: StepOptions, images: int, image_size: int) -> int:
     """Bytes that autograd keeps from a forward of `images` images, the parameters themselves not counted."""
     weights = {p.data_ptr() for p in run.state.model.parameters()}
     storages: dict[int, int] = {}
@@ -213,7 +217,7 @@ def saved_bytes(run: Run, how: Step, images: int, image_size: int) -> int:
 def try_checkpoint(run: Run) -> str:
     """Write the state, read it back, compare every tensor. Raises ResourceError where they differ."""
     path, started = run.path("last"), time.perf_counter()
-    payload = run.facts | run.state.state_dict()
+    payload = run.metadata | run.state.state_dict()
     checkpoint.save(path, payload)
     back = checkpoint.load(path)
     if not _same(payload, {name: back[name] for name in payload}):

@@ -1,4 +1,4 @@
-"""Stop signals: the loop finishes its step, saves and stops; workers leave them to their parent."""
+"""Stop signals: the loop finishes its step, saves and stops; loader workers leave them to their parent."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ STOP_SIGNALS = [
 
 
 class Interrupted(BaseException):
-    """A stop signal came while nothing was under way. Not an Exception: no code between may take it for an error."""
+    """A stop signal that arrived while the loop was waiting for data.
+
+    Not an Exception, so that no handler in between swallows it.
+    """
 
 
 class StopSignals:
-    """Remembers the first stop signal; the loop asks `received` after every step.
+    """Remembers the first stop signal; the loop reads `received` after every step.
 
-    A second signal ends the process at once: checkpoints are renamed into place, so the previous
-    one is whole. Repeated within a second it counts once: torchrun hands on what a scheduler may
-    have sent to the ranks already. SIGHUP stays ignored where it was (nohup).
+    A second signal ends the process at once, which is safe: checkpoints are renamed into place. One that
+    repeats within a second counts once, since torchrun forwards what a scheduler may have sent to the
+    ranks already. SIGHUP stays ignored if it was (nohup).
     """
 
     SAME = 1.0  # seconds
@@ -32,7 +35,7 @@ class StopSignals:
     def __init__(self):
         self.received, self.since = 0, 0.0
         self.process = os.getpid()
-        self.waiting = False  # for data, between two steps: an `Interrupted` breaks nothing
+        self.waiting = False  # for data, between two steps, where `Interrupted` breaks nothing
 
     def _remember(self, number: int, frame) -> None:
         if os.getpid() != self.process:
@@ -43,7 +46,7 @@ class StopSignals:
             return
         self.received, self.since = int(number), time.monotonic()
         with suppress(OSError):  # the terminal may be what went away
-            os.write(2, b"\nstopping after this step (again: at once)\n")
+            os.write(2, b"\nFinishing this step, then saving. Press Ctrl-C again to quit now.\n")
         if self.waiting:
             raise Interrupted
 
@@ -61,17 +64,18 @@ class StopSignals:
 
 
 def left_to_parent() -> list[int]:
-    """The signals that a worker started now ignores: its parent gets them too, and ends it when it has done with it.
+    """Return the signals that a worker started now must ignore, because its parent handles them.
 
-    Ctrl-C always, it reaches the whole process group; the others while `StopSignals` are installed, whose
-    step needs its workers. Without them SIGTERM must end a worker: that is how multiprocessing does it at exit.
+    SIGINT always: Ctrl-C reaches the whole process group. The others only while `StopSignals` are
+    installed, whose last step needs its workers; otherwise SIGTERM has to end a worker, because that is
+    how multiprocessing ends it at exit.
     """
-    in_charge = isinstance(getattr(signal.getsignal(signal.SIGTERM), "__self__", None), StopSignals)
-    return STOP_SIGNALS if in_charge else [signal.SIGINT]
+    handler = signal.getsignal(signal.SIGTERM)
+    return STOP_SIGNALS if isinstance(getattr(handler, "__self__", None), StopSignals) else [signal.SIGINT]
 
 
 def die_with_parent() -> None:
-    """On Linux, ask the kernel to kill this process when its parent dies: no orphans after SIGKILL."""
+    """On Linux, have the kernel kill this process when its parent dies: no orphans after SIGKILL."""
     if sys.platform == "linux":
         import ctypes
 

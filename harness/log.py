@@ -1,6 +1,6 @@
-"""Scores and their log: counting hits, and metrics.jsonl, which every plot and table reads.
+"""The log of a run: one row per epoch, in metrics.jsonl, on the terminal, and in the trackers asked for.
 
-TensorBoard and Weights & Biases are copies for those who ask; the file is always there.
+Plots, tables and reports read metrics.jsonl. This module never imports torch.
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ import importlib
 import json
 import math
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from base import files
 from base.errors import DataError, UsageError
-
-if TYPE_CHECKING:
-    pass  # plots and tables of runs read metrics.jsonl without torch: seconds for every picture
+from base.process import say
+from base.progress import duration
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    """The rows of a run, oldest first. Raises DataError where there are none, or where a line is no row."""
+    """Return the rows of a run, oldest first. Raises DataError if there are none or a line is malformed."""
     from base import schemas
 
     path = Path(run_dir) / "metrics.jsonl"
@@ -33,29 +35,18 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = schemas.parse_json(
-                line, schemas.Row, f"{path} line {number}", "delete the line, or resume the run"
+            fix = "delete the line, or resume the run"
+            rows.append(
+                files.without_nan(schemas.parse_json(line, schemas.Row, f"{path} line {number}", fix))
             )
         except DataError:
-            if number == len(
-                lines
-            ):  # nothing, or a line cut short by a full disk or a kill; the checkpoint has the row
-                break
-            raise
-        rows.append(_finite(row))
+            if number < len(lines):
+                raise  # only the last line may be empty or cut short, by a kill or a full disk
     return rows
 
 
-def _finite(row: dict) -> dict:
-    """JSON has no NaN: a value that is not finite is None."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in row.items()
-    }
-
-
 def optional(package: str, needed_for: str):
-    """Import `package`. Raises UsageError: how to install it, or why it does not import although it is there."""
+    """Import `package`. Raises UsageError with the install command, or with the reason it does not import."""
     top = package.partition(".")[0]
     name = "tensorboard" if needed_for == "--tensorboard" else top
     try:
@@ -64,17 +55,15 @@ def optional(package: str, needed_for: str):
         if error.name in (package, top, name):
             raise UsageError(f"{needed_for} needs the {name} package", f"pip install {name}") from None
         cause: Exception = error
-    except Exception as error:  # whatever the code of others does when it does not fit the rest
+    except Exception as error:  # a broken package can raise anything
         cause = error
     said = (str(cause).strip() or "no reason given").splitlines()[0]
-    raise UsageError(
-        f"{needed_for}: the {name} package is there but does not import: {type(cause).__name__}: {said}",
-        f"mend it, as with pip install --force-reinstall {name}",
-    ) from cause
+    what = f"{needed_for}: {name} is installed but cannot be imported: {type(cause).__name__}: {said}"
+    raise UsageError(what, f"reinstall it: pip install --force-reinstall {name}") from cause
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises UsageError where a tracker asked for cannot be imported: before anything is written."""
+    """Raise UsageError if a tracker cannot be imported, before anything is written."""
     if tensorboard:
         optional("torch.utils.tensorboard", "--tensorboard")
     if wandb:
@@ -82,7 +71,10 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 class MetricLogger:
-    """Appends one JSON object per epoch to metrics.jsonl, and to the trackers asked for."""
+    """Appends one JSON object per epoch to metrics.jsonl, and to the trackers asked for.
+
+    A resumed run continues from `rows`, those of its checkpoint; later rows in the file are cut.
+    """
 
     def __init__(
         self,
@@ -93,30 +85,30 @@ class MetricLogger:
         tensorboard: bool = False,
         wandb_project: str = "",
         config: dict | None = None,
+        plot: bool = False,
     ):
-        self.path, self.enabled, self.tensorboard, self.wandb = run_dir / "metrics.jsonl", enabled, None, None
+        self.run_dir, self.path, self.enabled = run_dir, run_dir / "metrics.jsonl", enabled
+        self.plot, self.plotted = plot and enabled, -math.inf
+        self.tensorboard = self.wandb = None
         if not enabled:
             return
         if tensorboard:
             module = optional("torch.utils.tensorboard", "--tensorboard")
-            purge = rows[-1]["epoch"] + 1 if rows else 0
-            self.tensorboard = module.SummaryWriter(run_dir / "tensorboard", purge_step=purge)
+            next_epoch = rows[-1]["epoch"] + 1 if rows else 0
+            self.tensorboard = module.SummaryWriter(run_dir / "tensorboard", purge_step=next_epoch)
         if wandb_project:
             self.wandb = optional("wandb", "--wandb")
             self.wandb.init(
-                project=wandb_project, config=config, dir=run_dir, id=_run_id(run_dir), resume="allow"
+                project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow"
             )
-        # A resumed run goes on from its checkpoint: rows that were logged after it are cut.
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(_line(row) for row in rows), encoding="utf-8")
-        os.replace(partial, self.path)
+        files.write(self.path, "".join(_line(row) for row in rows))
 
     def log(self, row: dict) -> None:
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:  # reopened per row: a crash loses nothing
+        with self.path.open("a", encoding="utf-8") as file:  # reopened for each row: a crash loses nothing
             file.write(_line(row))
-        numbers = {k: v for k, v in row.items() if isinstance(v, int | float) and v is not None}
+        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, row["epoch"])
@@ -124,20 +116,61 @@ class MetricLogger:
         if self.wandb:
             self.wandb.log(numbers, step=row["epoch"])
 
+    def draw(self, now: bool = False) -> None:
+        """Draw the learning curves if --plot was given: at most once a minute, unless `now`.
+
+        In another process and from the run's files, so that a failing plot cannot end a run.
+        """
+        if not self.plot or not (now or time.monotonic() - self.plotted >= 60):
+            return
+        self.plotted = time.monotonic()
+        command = [sys.executable, "-m", "analysis.plots", str(self.run_dir.resolve())]
+        repository = Path(__file__).resolve().parent.parent
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+        if done.returncode:
+            say(f"WARNING: no plots: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+
     def close(self) -> None:
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
 
-
-def _run_id(run_dir: Path) -> str:
-    """One id per run directory, so that a resumed run goes on in the same W&B run."""
-    path = run_dir / "wandb_id"
-    if not path.exists():
-        path.write_text(os.urandom(8).hex())
-    return path.read_text()
+    def _wandb_id(self) -> str:
+        """Return the id of this directory's W&B run, so that a resumed run continues it."""
+        path = self.run_dir / "wandb_id"
+        if not path.exists():
+            path.write_text(os.urandom(8).hex())
+        return path.read_text()
 
 
 def _line(row: dict) -> str:
-    return json.dumps(_finite(row)) + "\n"
+    return json.dumps(files.without_nan(row)) + "\n"
+
+
+ROW_HEADER = (
+    " epoch   px batch       lr  train loss  top-1 |  val loss  top-1  top-5 |   ema  top-1  top-5 "
+    "|   img/s  wait    time"
+)
+COLUMNS = (  # name, width, format
+    ("epoch", 6, "d"), ("image_size", 4, "d"), ("batch_size", 5, "d"), ("lr", 8, ".2e"),
+    ("train_loss", 11, ".4f"), ("train_top1", 6, ".2f"), "|",
+    ("val_loss", 9, ".4f"), ("val_top1", 6, ".2f"), ("val_top5", 6, ".2f"), "|",
+    ("ema_val_loss", 5, ".3f"), ("ema_val_top1", 6, ".2f"), ("ema_val_top5", 6, ".2f"), "|",
+    ("images_per_second", 7, ",.0f"), ("data_wait_percent", 4, ".0f"),
+)  # fmt: skip
+
+
+def format_row(row: dict) -> str:
+    """Return the row of one epoch as a line that is aligned with `ROW_HEADER`."""
+    cells = []
+    for column in COLUMNS:
+        if column == "|":
+            cells.append(column)
+            continue
+        name, width, spec = column
+        cells.append(f"{'-':>{width}}" if row[name] is None else f"{row[name]:>{width}{spec}}")
+    words = [row["better"] or "", "best" if row["best"] else ""]
+    return (
+        " ".join(cells) + f"% {duration(row['seconds']):>7}" + "".join(f"  {word}" for word in words if word)
+    )

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from base.device import MIB, memory_words
 from base.errors import ResourceError, is_out_of_memory
+from base.process import say
 from dataloader import PREFETCH
-from loop import Run
-from train_utils import Phase, Step
+from loop import Run, start_phase
+from train_utils import Phase, StepOptions
 
 KEPT_CHECKPOINTS = 5  # last_*, best_*, their prev_* and the one being written
 
@@ -28,7 +29,7 @@ def check_resources(run: Run, workers: int, former: Iterable[Path] = ()) -> None
     """Raise ResourceError now for what would end the run hours later; warn about shared memory."""
     if run.runtime.is_main:
         check_disk(run, former)
-        run.say(shared_memory_warning(run.phases, workers))
+        say(shared_memory_warning(run.phases, workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
 
@@ -91,7 +92,7 @@ def check_step_memory(run: Run) -> None:
     Raises ResourceError with a batch that fits.
     """
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
-    how = run.make_step(phase)
+    _, how = start_phase(run, phase)
     at_once = math.ceil(phase.batch_size / run.runtime.world_size / how.accumulate)
 
     def attempt(images: int) -> None:
@@ -112,7 +113,7 @@ def room_beside(run: Run, phase: Phase) -> int:
     return coming + 3 * images  # as it was before mixing, and the next one, which prefetching has there twice
 
 
-def try_step(run: Run, how: Step, phase: Phase, images: int) -> None:
+def try_step(run: Run, how: StepOptions, phase: Phase, images: int) -> None:
     """Forward and backward of `images` blank images, in training mode; everything is put back after it."""
     model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
     # Not through DDP: a rank without memory would leave the others waiting.
@@ -121,7 +122,7 @@ def try_step(run: Run, how: Step, phase: Phase, images: int) -> None:
         how.buffers.take()
         try:
             model.train()
-            side, classes = phase.image_size, run.facts["model_args"]["num_classes"]
+            side, classes = phase.image_size, run.metadata["model_args"]["num_classes"]
             blank = torch.zeros(images, 3, side, side, device=device).contiguous(
                 memory_format=torch.channels_last
             )

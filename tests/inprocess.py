@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+import loop
 import train
 from base import flags
 from base.errors import UserError
@@ -72,7 +73,7 @@ def look(make_config: Callable) -> tuple:
 
 def trace(run: Run, phase, count: int = 2) -> list:
     """(loss, lr, weights, averaged weights) after each of the first steps of `phase`."""
-    loader, how, state = run.make_loader(phase), run.make_step(phase), run.state
+    (loader, how), state = loop.start_phase(run, phase), run.state
     workers, compiled = loader.batches.num_workers, how.forward is not state.model
     seen = [workers, compiled]
     loader.order.seek(phase.first_epoch)

@@ -505,7 +505,7 @@ def test_the_best_is_the_first_with_the_highest_finite_score(scores, best, tmp_p
     run = tiny_run(tmp_path, "--epochs", 9, "--phase-epochs", "1,1,7")
     for epoch, score in enumerate(scores, 7):
         row_ = row(epoch, score)
-        row_["best"] = loop.judge(run, row_)
+        row_["best"] = loop.is_best(run, row_)
         run.state.rows.append(row_)
     assert run.state.best["epoch"] == (best + 6 if best else 0)
     assert [r["epoch"] for r in run.state.rows if r["best"]][-1:] == [best + 6][: bool(best)]
@@ -514,9 +514,13 @@ def test_the_best_is_the_first_with_the_highest_finite_score(scores, best, tmp_p
 def test_the_best_survives_a_resume_with_worse_epochs(tmp_path, monkeypatch):
     flags = ("--epochs", "6", "--phase-epochs", "1,1,4")
     scores = {5: 90.0, 6: 10.0}
-    real = loop.scores
-    monkeypatch.setattr(loop, "scores", lambda run, phase: {
-        **real(run, phase), "ema_val_top1": scores.get(len(run.state.rows) + 1, 0.0)})  # fmt: skip
+    real = loop.score
+
+    def scored(run, phase):
+        row, bad = real(run, phase)
+        return row | {"ema_val_top1": scores.get(len(run.state.rows) + 1, 0.0)}, bad
+
+    monkeypatch.setattr(loop, "score", scored)
     per_epoch = 5
     main(*TINY, *flags, "--save-dir", tmp_path, "--stop-after", 5 * per_epoch + 1)
     (best,) = tmp_path.glob("best_*.pt")

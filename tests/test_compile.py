@@ -4,6 +4,7 @@ import pytest
 import torch
 from inprocess import tiny_run
 
+import loop
 from base.device import seed_everything
 from train_utils import train_step
 
@@ -15,7 +16,7 @@ def losses(run) -> list[float]:
     found = []
     run.state.model.train()
     for phase in run.phases:
-        loader, how = run.make_loader(phase), run.make_step(phase)
+        loader, how = loop.start_phase(run, phase)
         loader.order.seek(phase.first_epoch)
         for _, (images, labels) in zip(range(2), loader, strict=False):
             found.append(train_step(run.state, how, images, labels)[0])
@@ -39,7 +40,7 @@ def test_compiled_drop_path_reads_its_seed_anew(tmp_path):
     for name, value in run.state.model.named_parameters():
         if "bn" in name and name.endswith("weight"):
             value.data.fill_(1.0)  # a branch that starts as nothing would hide that it is dropped
-    forward = run.make_step(run.phases[0]).forward
+    forward = loop.start_phase(run, run.phases[0])[1].forward
     images = torch.randn(16, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     run.state.model.train()
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from inprocess import TINY, tiny_run
 
+import loop
 import train
 from base import flags
 from harness import dryrun
@@ -61,7 +62,7 @@ def test_the_warm_up_is_not_timed():
 def test_the_estimate_counts_what_autograd_keeps(tmp_path):
     run = tiny_run(tmp_path)
     run.state.model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 2, 1))
-    how = run.make_step(run.phases[0])
+    how = loop.start_phase(run, run.phases[0])[1]
     # each convolution keeps its input, the ReLU its output, which is the second convolution's input
     assert dryrun.saved_bytes(run, how, 4, 8) == 4 * 4 * 8 * 8 * (3 + 5)
 

@@ -9,6 +9,7 @@ from inprocess import tiny_run
 from runs import digest
 from test_options import fitted
 
+import loop
 from base.device import seed_everything
 from base.errors import ResourceError
 from base.flags import parse_augment
@@ -83,7 +84,7 @@ def test_every_precision_trains(tmp_path, amp):
 def test_fp16_that_overflows_backs_off_and_moves_nothing(tmp_path):
     run = tiny_run(tmp_path, *LEARNS, "--amp", "fp16")
     run.state.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
-    how, (images, labels) = run.make_step(run.phases[0]), batch_of(run)
+    how, (images, labels) = loop.start_phase(run, run.phases[0])[1], batch_of(run)
     run.state.model.train()
     before, scale = tensors(run.state), run.state.scaler.get_scale()
     _, fine = train_step(run.state, how, images, labels)
@@ -98,7 +99,7 @@ def test_fp16_that_overflows_backs_off_and_moves_nothing(tmp_path):
 
 def test_a_step_that_is_not_finite_moves_nothing(tmp_path):
     run = tiny_run(tmp_path, *LEARNS, "--amp", "bf16")
-    how, (images, labels) = run.make_step(run.phases[0]), batch_of(run)
+    how, (images, labels) = loop.start_phase(run, run.phases[0])[1], batch_of(run)
     run.state.model.train()
     train_step(run.state, how, images, labels)
     before, average = tensors(run.state), copy.deepcopy(run.state.ema.module.state_dict())
@@ -162,7 +163,7 @@ def test_a_later_phase_that_does_not_fit_is_found_at_the_start(tmp_path):
 
 def test_memory_that_runs_out_in_training_is_named(tmp_path):
     run = tiny_run(tmp_path, *GPU, "--resize-schedule", "512", "--phase-batch-sizes", "32", "--amp", "off")
-    how = run.make_step(run.phases[0])
+    how = loop.start_phase(run, run.phases[0])[1]
     with (
         memory_limited_to(100),
         pytest.raises(ResourceError, match="512 px, batch 32"),

@@ -20,7 +20,7 @@ from analysis.lr_curve import Divergence, longest_descent, smooth, suggest
 from base.device import Runtime
 from base.errors import DivergedError, UsageError
 from sources.generated import digits
-from train_utils import BatchNormBuffers, Step, TrainState, train_step
+from train_utils import BatchNormBuffers, StepOptions, TrainState, train_step
 
 CPU = torch.device("cpu")
 DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "160", "--arch", "resnet_tiny", "--num-workers", "0",
@@ -64,7 +64,7 @@ def prepared(net, optimizer, lr=1e-3, steps=1000, amp=None, mix=True):
     schedule = optim.Schedule(made, "onecycle", peak_lr=lr, total_steps=steps)
     state = TrainState(model, made, schedule, torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())
     mixer = data_utils.BatchMixer(10, 0.2 * mix, 1.0 * mix, 0.1 * mix)
-    return state, Step(
+    return state, StepOptions(
         model, mixer, data_utils.LOSSES["ce"], Runtime(CPU, amp), BatchNormBuffers(model), seed=0
     )
 

@@ -132,18 +132,18 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
     path = str(next((tmp_path / "former").glob("last_*.pt")))
     config = config_of("--init-from", path)
     run = built(config, tmp_path)
-    train.start_from(run, config)
+    build.load_init_from(run, config)
     assert hashed(run.state.model) == hashed(run.state.ema.module) == hashed(former.state.model)
     assert run.state.step == 0 and not run.state.optimizer.state
 
     other = config_of("--init-from", path, "--dataset", "synthetic:classes=7,train=40,val=7,size=8")
     with pytest.raises(UserError):
-        train.start_from(built(other, tmp_path), other)
+        build.load_init_from(built(other, tmp_path), other)
     reset = config_of(
         "--init-from", path, "--reset-head", "--dataset", "synthetic:classes=7,train=40,val=7,size=8"
     )
     run = built(reset, tmp_path)
-    train.start_from(run, reset)
+    build.load_init_from(run, reset)
     assert torch.equal(run.state.model.conv1.weight, former.state.model.conv1.weight)
     assert run.state.model.fc.weight.shape[0] == 7
 
@@ -252,7 +252,7 @@ def fitted(arguments: list[str], save_dir: Path, resume: bool = False) -> loop.R
     config = config_of(*arguments)
     run = built(config, save_dir)
     if resume:
-        train.restore(run, checkpoint.load(next(save_dir.glob("last_*.pt"))), config)
+        rundir.restore(run, checkpoint.load(next(save_dir.glob("last_*.pt"))), config)
     try:
         loop.fit(run, MetricLogger(save_dir, run.state.rows))
     except loop.Finished:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from inprocess import tiny_run
 
+import loop
 from base import errors
 from base.device import memory_for
 from base.errors import ResourceError
@@ -73,7 +74,7 @@ def test_full_shared_memory_is_warned_of_with_the_flag_to_lower(run, tmp_path, m
 
 def test_the_trial_step_leaves_no_trace(run):
     before, grown = copy.deepcopy(run.state.state_dict()), torch.random.get_rng_state()
-    how = run.make_step(run.phases[-1])
+    how = loop.start_phase(run, run.phases[-1])[1]
     run.state.model.eval()
     preflight.try_step(run, how, run.phases[-1], 8)
     assert not run.state.model.training

@@ -19,7 +19,7 @@ from ablation_runs import results
 from analysis import report, runs
 from base import errors, schemas
 from base.errors import CheckpointError, DataError
-from harness import checkpoint
+from harness import checkpoint, rundir
 from sources import packed
 
 FOREIGN = [None, "5", True, 1.5, -50, 10**30, float("nan"), [], {}, [[[]]], "\x1b[31m\nred"]
@@ -110,7 +110,7 @@ def mutations(payload):
 
 def judge(payload, run, path) -> None:
     built, config = run
-    train.restore(built, schemas.check_checkpoint(payload, path), config)
+    rundir.restore(built, schemas.check_checkpoint(payload, path), config)
 
 
 def test_every_field_of_a_checkpoint_deleted_or_made_wrong_is_refused(payload, run, tmp_path):

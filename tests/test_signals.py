@@ -33,7 +33,7 @@ STATES = {
     "harness.checkpoint._write_and_prove:1": 5,
     "harness.checkpoint._move_into_place:2": 5,  # with its row
     "harness.checkpoint._move_into_place:4": 10,
-    "harness.build.build_loader:2": 5,  # at the change of size
+    "loop.start_phase:2": 5,  # at the change of size
     "metrics.MetricLogger.log:2": 10,
 }
 
@@ -115,7 +115,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     said = log.read_text()
     assert code == (130 if number == INT else 143), said
     assert "Traceback" not in said
-    assert said.count("stopping after this step") == 1, said
+    assert said.count("Finishing this step") == 1, said
     assert f"go on with: python train.py --save-dir {save_dir} --resume auto" in said
     assert payload(save_dir)["step"] == STATES[state]
     assert resumed(save_dir) == straight

@@ -15,7 +15,15 @@ import optim
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError
 from models import build_model
-from train_utils import BatchNormBuffers, EvalResult, Step, TrainState, evaluate, train_one_epoch, train_step
+from train_utils import (
+    BatchNormBuffers,
+    EvalResult,
+    StepOptions,
+    TrainState,
+    check_diverged,
+    evaluate,
+    train_step,
+)
 
 CPU = Runtime(torch.device("cpu"))
 STEPS, CLASSES = 20, 5
@@ -37,7 +45,7 @@ def make(
     state = TrainState(model, optimizer, schedule, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler),
                        ema.EMA(model, 0.99))  # fmt: skip
     mixer = data_utils.BatchMixer(CLASSES, *alphas, 0.1)
-    how = Step(model, mixer, data_utils.LOSSES["ce"], CPU, BatchNormBuffers(model), seed=7, clip=clip,
+    how = StepOptions(model, mixer, data_utils.LOSSES["ce"], CPU, BatchNormBuffers(model), seed=7, clip=clip,
                accumulate=accumulate)  # fmt: skip
     return state, how
 
@@ -139,7 +147,7 @@ def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces):
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         state = TrainState(model, optimizer, optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
                            torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())  # fmt: skip
-        how = Step(model, data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1), data_utils.LOSSES["ce"], CPU,
+        how = StepOptions(model, data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1), data_utils.LOSSES["ce"], CPU,
                    BatchNormBuffers(model), 7, ("norm", 0.0), accumulate)  # fmt: skip
         train_step(state, how, *batches(1)[0])
         grads.append([p.grad.clone() for p in model.parameters()])
@@ -178,11 +186,20 @@ def flat(value):
     return {k: flat(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def train_on(state, how, data) -> list[bool]:
+    """The steps as loop.py takes them: which of them were finite."""
+    seen = []
+    for images, labels in data:
+        seen.append(train_step(state, how, images, labels)[1])
+        check_diverged(state)
+    return seen
+
+
 def test_some_bad_steps_in_a_row_end_the_run():
     state, how = make(torch.float32)
     poisoned = [(images * float("nan"), labels) for images, labels in batches(12, dtype=torch.float32)]
     with pytest.raises(DivergedError, match="10 steps in a row"):
-        train_one_epoch(state, how, poisoned, lambda count, finite: None)
+        train_on(state, how, poisoned)
     assert all(torch.isfinite(v).all() for v in state.model.state_dict().values() if v.is_floating_point())
 
 
@@ -251,11 +268,8 @@ def overflowing_above(state, limit: float) -> None:
 def test_a_scale_that_is_too_large_is_found_by_halves_and_costs_nothing_but_steps():
     state, how = scaled("sgd", fused=True, scale=65536.0)
     overflowing_above(state, 4.0)
-    said = []
-    train_one_epoch(state, how, batches(20, dtype=torch.float32), lambda count, finite: said.append(finite))
-    assert said == [False] * 14 + [True] * 6
+    assert train_on(state, how, batches(20, dtype=torch.float32)) == [False] * 14 + [True] * 6
     assert state.scaler.get_scale() == 4.0 and state.bad_in_a_row == 0
-    assert state.epoch_sums["bad_steps"] == 14 and state.epoch_sums["images"] == 6 * 8
 
 
 @pytest.mark.parametrize("scale, steps", [(65536.0, 16 + 10), (2.0**40, 40 + 10), (1.0, 10), (0.0, 10)])
@@ -264,8 +278,8 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(scale, steps):
     overflowing_above(state, -1.0)
     before = bits(state)
     with pytest.raises(DivergedError, match=r"10 steps in a row were not finite.*fp16 scale 1"):
-        train_one_epoch(state, how, batches(190, dtype=torch.float32), lambda count, finite: None)
-    assert state.step == steps == state.epoch_sums["bad_steps"]
+        train_on(state, how, batches(190, dtype=torch.float32))
+    assert state.step == steps
     assert bits(state) == before
 
 

@@ -79,7 +79,7 @@ def judged(run, scores: dict[int, float]) -> list[int]:
         if run.finished:
             break
         row = {"epoch": epoch, "ema_val_top1": score}
-        found += [epoch] if loop.judge(run, row) else []
+        found += [epoch] if loop.is_best(run, row) else []
         run.state.rows.append(row)
     return found
 
@@ -113,32 +113,32 @@ def test_without_patience_the_best_is_past_two_thirds_and_nothing_stops(tmp_path
 
 
 def overflowing(tmp_path, until: float, *arguments: object):
-    run, said = tiny_run(tmp_path, *arguments), []
-    run.state.scaler, run.say = torch.amp.GradScaler("cpu", enabled=True), said.append
+    run = tiny_run(tmp_path, *arguments)
+    run.state.scaler = torch.amp.GradScaler("cpu", enabled=True)
     run.state.model.fc.weight.register_hook(lambda g: g * (math.inf if run.state.step < until else 1))
-    return run, said
+    return run
 
 
-def test_back_offs_are_counted_in_their_epoch_and_said_once(tmp_path):
-    run, said = overflowing(tmp_path, 3)
+def test_overflows_are_counted_in_their_epoch_and_said_once(tmp_path, capsys):
+    run = overflowing(tmp_path, 3)
     loop.fit(run, MetricLogger(tmp_path))
+    said = capsys.readouterr().out.splitlines()
     assert [row["bad_steps"] for row in run.state.rows] == [3, 0, 0]
     assert [line for line in said if "fp16" in line] == [
-        "note: 3 steps of epoch 1 overflowed under fp16 and were passed over; the scale is 8192 now"]  # fmt: skip
+        "note: 3 steps of epoch 1 overflowed in fp16 and were skipped; the scale is now 8192"
+    ]
     assert not any("WARNING" in line for line in said)  # no fault of the images
 
 
-def test_back_offs_without_end_end_the_run_with_a_clean_checkpoint(tmp_path):
-    run, said = overflowing(
-        tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8
-    )
+def test_overflows_without_end_end_the_run_with_a_clean_checkpoint(tmp_path, capsys):
+    run = overflowing(tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
     with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\n"):
         loop.fit(run, MetricLogger(tmp_path))
     saved = payload(tmp_path)
     assert saved["step"] == 25 and saved["optimizer"]["state"] == {}
     assert all(torch.equal(before[name], value) for name, value in saved["model"].items())
-    assert sum("WARNING: step" in line for line in said) == 10
+    assert capsys.readouterr().out.count("WARNING: step") == 10
 
 
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
