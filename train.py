@@ -104,7 +104,7 @@ def prepare(config, index, runtime, directory, saved: dict | None):
         say(f"This run is complete: {len(run.state.rows)} epochs in {where}.")
         return None, identity
     former = [path for path in directory.checkpoints if path in directory.files or not identity.is_new]
-    preflight.check_resources(run, run.num_workers, former)
+    preflight.check_resources(run, former)
     return run, identity
 
 

@@ -147,10 +147,8 @@ def _write_failed(path: Path, error: Exception) -> ResourceError:
     # torch wraps the OSError of a failed write.
     number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
     reason = os.strerror(number) if number else "the write failed"
-    return ResourceError(
-        f"cannot write {path}: {reason} ({free}); earlier checkpoints are intact",
-        "free some space, or continue elsewhere: --resume PATH --save-dir NEW",
-    )
+    what = f"cannot write {path}: {reason} ({free}); earlier checkpoints are intact"
+    return ResourceError(what, "free some space, or continue elsewhere: --resume PATH --save-dir NEW")
 
 
 def find_damage(path: Path, only: str = "") -> str:
@@ -199,10 +197,8 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=values_only and not is_legacy)
     except pickle.UnpicklingError as error:
         lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line]
-        raise CheckpointError(
-            f"refused {path}: it contains code, not only tensors ({''.join(lines[:1])[:160]})",
-            "use a file of plain tensors from a source you trust",
-        ) from None
+        what = f"refused {path}: it contains code, not only tensors ({''.join(lines[:1])[:160]})"
+        raise CheckpointError(what, "use a file of plain tensors from a source you trust") from None
     except Exception as error:  # torch raises many kinds for a malformed archive
         raise CheckpointError(
             f"unreadable checkpoint {path}: {type(error).__name__}", _siblings(path)
@@ -222,16 +218,13 @@ def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     payload = read(path, values_only=values_only)
     schema = dict.get(payload, "schema") if isinstance(payload, dict) else None
     if type(schema) is not int:
-        raise CheckpointError(
-            f"{path} holds weights only, not the state of a run",
-            "use --init-from to start a new run from these weights",
-        )
+        what = f"{path} holds weights only, not the state of a run"
+        raise CheckpointError(what, "use --init-from to start a new run from these weights")
     if schema > SCHEMA:
         unknown = ", ".join(sorted(map(str, dict.keys(payload) - schemas.Checkpoint.__annotations__.keys())))
         fields = f" and has unknown fields: {one_line(unknown)[:200]}" if unknown else ""
-        raise CheckpointError(
-            f"{path} has schema {schema}{fields}; this version reads up to {SCHEMA}", "update this repository"
-        )
+        what = f"{path} has schema {schema}{fields}; this code reads up to {SCHEMA}"
+        raise CheckpointError(what, "update this repository")
     return schemas.check_checkpoint(payload, Path(path))
 
 
@@ -259,10 +252,8 @@ def newest(
         except CheckpointError as error:
             skipped.append(error.what)
     if skipped:
-        raise CheckpointError(
-            f"no intact checkpoint in {directory}: {'; '.join(skipped)}",
-            "restore a copy, or start anew in another --save-dir",
-        )
+        what = f"no intact checkpoint in {directory}: {'; '.join(skipped)}"
+        raise CheckpointError(what, "restore a copy, or start anew in another --save-dir")
     return None, None, []
 
 
@@ -292,9 +283,8 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
         model = build_model(**payload["model_args"])
     except (UserError, RuntimeError, ValueError, TypeError) as error:
         reason = one_line(str(error).splitlines()[0])
-        raise CheckpointError(
-            f"{path} describes a model that cannot be built: {reason}", "use a checkpoint that train.py wrote"
-        ) from error
+        what = f"{path} describes a model that cannot be built: {reason}"
+        raise CheckpointError(what, "use a checkpoint that train.py wrote") from error
     own, averaged = model.state_dict(), payload["ema"].get("shadow")
     schemas.check_tensors(payload["model"], own, f"{path}: model")
     if averaged is not None:

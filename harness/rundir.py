@@ -138,10 +138,10 @@ def check_checkpoint(path: str) -> None:
 
 
 def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
-    """Return the contents of the checkpoint to resume from; None to start a new run.
+    """Load the checkpoint to resume from; return None to start a new run.
 
-    resume: the flag: "" for a new run; a path, which is loaded or refused; or "auto", the newest intact
-        checkpoint of the run in `save_dir`, or a new run if it has none.
+    resume: a path, which is loaded or refused; or "auto": the newest intact checkpoint of the run in
+        `save_dir`, or a new run if it has none; or "": a new run
     """
     if not resume or (resume == "auto" and not save_dir.path.is_dir()):
         return None
@@ -178,13 +178,9 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     saved = parse_saved_flags(saved)
     fixed = sorted(typed - FREE_ON_RESUME - allowed)
     if changed := [name for name in fixed if given[name] != saved[name]]:
-        listed = "; ".join(
-            f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed
-        )
-        raise CheckpointError(
-            f"these flags would change the resumed run: {listed}",
-            f"leave them out, or accept the change with --allow-change {','.join(changed)}",
-        )
+        values = [f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed]
+        fix = f"leave them out, or accept the change with --allow-change {','.join(changed)}"
+        raise CheckpointError(f"these flags would change the resumed run: {'; '.join(values)}", fix)
     return make_config(saved | {name: given[name] for name in START_FLAGS | typed})
 
 
@@ -202,10 +198,8 @@ def parse_saved_flags(saved: dict) -> dict:
     try:
         values = train_defaults() | from_file(train_parser(), saved, exact=True)
     except UsageError as error:
-        raise CheckpointError(
-            f"malformed flags in the checkpoint: {error.what}",
-            "use a checkpoint that train.py wrote; if it is newer than this code, update the code",
-        ) from None
+        fix = "use a checkpoint that train.py wrote; if it is newer than this code, update the code"
+        raise CheckpointError(f"malformed flags in the checkpoint: {error.what}", fix) from None
     return plain(make_config(values))
 
 
@@ -236,16 +230,15 @@ def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str
             run_id = save_dir.run_id or saved_id or secrets.token_hex(8)
             return RunIdentity(run_id, save_dir.parent, is_new=False)
         if save_dir:
-            raise UsageError(
-                f"{save_dir.path} holds {_called(save_dir.run_id)}, but {resume} is of {_called(saved_id)}",
-                "use an empty --save-dir, or resume the run it holds with --resume auto",
+            ours, other = (
+                f"run {name}" if name else "a run without an id" for name in (save_dir.run_id, saved_id)
             )
+            fix = "use an empty --save-dir, or resume the run it holds with --resume auto"
+            raise UsageError(f"{save_dir.path} holds {ours}, but {resume} is of {other}", fix)
     wanted = [save_dir.path / name for name in (*FILES, *checkpoint_files(checkpoint))]
     if foreign := [p.name for p in wanted if _lstat(p) and p not in save_dir.files]:
-        raise UsageError(
-            f"{save_dir.path} holds {', '.join(foreign)}, which no run recorded there has written",
-            "move them away, or use another --save-dir",
-        )
+        what = f"{save_dir.path} holds {', '.join(foreign)}, which no run recorded there has written"
+        raise UsageError(what, "move them away, or use another --save-dir")
     kept = save_dir.run_id if resume and not saved else ""  # killed before its first checkpoint
     return RunIdentity(kept or secrets.token_hex(8), saved_id)
 
@@ -253,10 +246,6 @@ def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str
 def resumes_in_place(resume: str, directory: Path) -> bool:
     """Whether the checkpoint to resume from lies in `directory`."""
     return resume == "auto" or (directory.is_dir() and Path(resume).parent.samefile(directory))
-
-
-def _called(run_id: str) -> str:
-    return f"run {run_id}" if run_id else "a run without an id"
 
 
 # Resuming: the state
@@ -271,28 +260,20 @@ def restore(run, saved: dict, config) -> None:
 
     state, metadata, allowed = run.state, run.metadata, config.allow_change
     if saved["precision"] != run.runtime.precision and "amp" not in allowed:
-        raise CheckpointError(
-            f"the run was trained in {saved['precision']} and would continue in {run.runtime.precision}",
-            "set --amp as before, or accept the change with --allow-change amp",
-        )
+        what = f"the run was trained in {saved['precision']} and would continue in {run.runtime.precision}"
+        raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
     _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
-    then, now = (
-        ", ".join(f"{name} {values['model_args'].get(name)}" for name in MODEL_ARGS)
-        for values in (saved, metadata)
-    )
-    if then != now:
-        raise CheckpointError(
-            f"the checkpoint's model is {then}; this run's is {now}",
-            "start a new run from its weights with --init-from and --reset-head",
-        )
+    args, own_args = saved["model_args"], metadata["model_args"]
+    if changed := [
+        f"{k} {args.get(k)} then, {own_args[k]} now" for k in MODEL_ARGS if args.get(k) != own_args[k]
+    ]:
+        fix = "start a new run from its weights with --init-from and --reset-head"
+        raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
     same_plan = saved["total_steps"] == metadata["total_steps"]
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    before = saved["config"]
-    same_slots = optim.keeps_alike(
-        config.optimizer, config.momentum, before.get("optimizer"), before.get("momentum")
-    )
-    if not same_slots:
+    before = (saved["config"].get("optimizer"), saved["config"].get("momentum"))
+    if not optim.keeps_alike(config.optimizer, config.momentum, *before):
         say("note: the optimizer differs from the checkpoint's and starts without its state")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
@@ -312,10 +293,8 @@ def _check_data(saved: dict, current: dict, allowed: tuple[str, ...]) -> None:
             count = f"num_{part}"
             changes.append(f"the {words} ({saved.get(count)} then, {current[count]} now)")
     if changes and not ("data" in allowed and saved.get("num_classes") == current["num_classes"]):
-        raise CheckpointError(
-            f"this is not the data that the run was trained on; changed: {', '.join(changes)}",
-            "use the same data, or accept the change with --allow-change data",
-        )
+        what = f"this is not the data that the run was trained on; changed: {', '.join(changes)}"
+        raise CheckpointError(what, "use the same data, or accept the change with --allow-change data")
     say(f"note: the data changed: {', '.join(changes)}" if changes else "")
 
 
@@ -324,11 +303,9 @@ def _check_position(run) -> None:
     state, epoch = run.state, len(run.state.rows) + 1
     first, last = _steps_before(run.phases, epoch), _steps_before(run.phases, epoch + 1)
     if epoch > run.epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
-        raise CheckpointError(
-            f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
-            f"({state.schedule.position} of its schedule), which is not a position in this run",
-            "use a checkpoint that train.py wrote",
-        )
+        position = f"step {state.step} ({state.schedule.position} of its schedule)"
+        what = f"the checkpoint has {len(state.rows)} finished epochs but {position}"
+        raise CheckpointError(what, "use a checkpoint that train.py wrote")
 
 
 def _start_next_epoch(run) -> None:
@@ -379,10 +356,9 @@ def check(save_dir: SaveDir, *, resuming: bool, overwrite: bool) -> None:
         reason = "it is read-only" if parent.is_dir() else f"{parent} is a file"
         raise ResourceError(f"cannot write to --save-dir {path}: {reason}", "use a writable directory")
     if save_dir and not (resuming or overwrite):
-        raise UsageError(
-            f"{path} already holds a run ({(save_dir.checkpoints or save_dir.files)[0].name})",
-            "continue it with --resume auto, replace it with --overwrite, or use another --save-dir",
-        )
+        what = f"{path} already holds a run ({(save_dir.checkpoints or save_dir.files)[0].name})"
+        fix = "continue it with --resume auto, replace it with --overwrite, or use another --save-dir"
+        raise UsageError(what, fix)
     if (path / ".lock").exists():
         _lock(path).release()
 
@@ -407,10 +383,8 @@ def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> File
         lock = _lock(path)
         try:
             if scan(str(path)).signature != save_dir.signature:
-                raise UsageError(
-                    f"another run changed {path} while this one started",
-                    "see what it holds, then start again",
-                )
+                what = f"another run changed {path} while this one started"
+                raise UsageError(what, "see what it holds, then start again")
             _sign(lock)
             _test_writing(path)
             for file in (*(save_dir.files if overwrite else ()), *(path / name for name in partials)):
@@ -444,10 +418,8 @@ def explain_removal(directory: Path) -> Iterator[None]:
     except (OSError, ResourceError, RuntimeError) as error:
         if directory.is_dir():
             raise
-        raise ResourceError(
-            f"{directory} was removed, or its disk was, while the run was writing to it",
-            "restore it and use --resume auto, or start again",
-        ) from error
+        what = f"{directory} was removed, or its disk was, while the run was writing to it"
+        raise ResourceError(what, "restore it and use --resume auto, or start again") from error
 
 
 def _lock(directory: Path) -> FileLock:
@@ -462,10 +434,8 @@ def _lock(directory: Path) -> FileLock:
         holder = ""
         with suppress(OSError):
             holder = Path(lock.lock_file).read_text(encoding="utf-8", errors="replace")[:80].strip()
-        raise UsageError(
-            f"{directory} is in use by {holder or 'another process'}",
-            "wait for it, or use another --save-dir",
-        ) from None
+        what = f"{directory} is in use by {holder or 'another process'}"
+        raise UsageError(what, "wait for it, or use another --save-dir") from None
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
@@ -474,10 +444,7 @@ def _lock(directory: Path) -> FileLock:
 
 
 def _sign(lock: FileLock) -> None:
-    """Write who holds the lock, for the message that a second run gets."""
+    """Write who holds the lock, for the message that a second run gets; Windows refuses to write to it."""
     flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-    with (
-        suppress(OSError),
-        open(os.open(lock.lock_file, flags), "w") as file,
-    ):  # Windows refuses: it is locked
+    with suppress(OSError), open(os.open(lock.lock_file, flags), "w") as file:
         file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")
