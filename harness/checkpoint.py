@@ -26,12 +26,6 @@ SCHEMA = 1
 ATTEMPTS = 3  # at writing, in case the disk recovers
 
 
-def crash_point(name: str) -> None:
-    """Kill the process if the environment variable CRASH_POINT is `name`: the tests' power cut."""
-    if os.environ.get("CRASH_POINT") == name:
-        os.kill(os.getpid(), 9)
-
-
 def save(path: Path, payload: dict) -> None:
     """Write `payload` and the schema to `path`; the file that was there becomes prev_<name>.
 
@@ -133,6 +127,12 @@ def link(source: Path, target: Path) -> None:
         raise _write_failed(target, error) from error
 
 
+def crash_point(name: str) -> None:
+    """Kill the process if the environment variable CRASH_POINT is `name`: the tests' power cut."""
+    if os.environ.get("CRASH_POINT") == name:
+        os.kill(os.getpid(), 9)
+
+
 def _is_io_error(error: Exception) -> bool:
     # torch reports a failed write as a RuntimeError of its zip writer.
     writer = ("PytorchStreamWriter", "inline_container")
@@ -163,10 +163,8 @@ def find_damage(path: Path, only: str = "") -> str:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 return "it holds compressed entries, which torch never writes"
-            if any(
-                entry.external_attr & 0x10 for entry in entries
-            ):  # torch would return uninitialised memory
-                return "it holds a directory, which torch never writes"
+            if any(entry.external_attr & 0x10 for entry in entries):
+                return "it holds a directory, for which torch would return uninitialised memory"
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 return "its entries are larger than the file"
             for entry in entries:
@@ -187,12 +185,12 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}", _siblings(path))
+        raise CheckpointError(f"no checkpoint at {path}", _alternatives(path))
     with path.open("rb") as file:
         is_legacy = file.read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
     damage = "" if is_legacy else find_damage(path, "data.pkl" if values_only else "")
     if damage:
-        raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _siblings(path))
+        raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _alternatives(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=values_only and not is_legacy)
     except pickle.UnpicklingError as error:
@@ -200,15 +198,14 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
         what = f"refused {path}: it contains code, not only tensors ({''.join(lines[:1])[:160]})"
         raise CheckpointError(what, "use a file of plain tensors from a source you trust") from None
     except Exception as error:  # torch raises many kinds for a malformed archive
-        raise CheckpointError(
-            f"unreadable checkpoint {path}: {type(error).__name__}", _siblings(path)
-        ) from error
+        what = f"unreadable checkpoint {path}: {type(error).__name__}"
+        raise CheckpointError(what, _alternatives(path)) from error
 
 
-def _siblings(path: Path) -> str:
+def _alternatives(path: Path) -> str:
     found = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if path.parent.is_dir() else []
-    others = f"choose another file in {path.parent}: {', '.join(found)}"
-    return others if found else "leave out --resume to start a new run"
+    others = f"use another file in {path.parent}: {', '.join(found)}"
+    return others if found else "use another file, or leave out --resume to start a new run"
 
 
 def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
