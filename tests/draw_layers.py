@@ -1,0 +1,65 @@
+"""Draw docs/pictures/layers.png, the modules in their layers: `python tests/draw_layers.py`."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from test_house import LAYERS, ROOT, imports, layer, modules
+
+TITLES = ("base", "leaves", "parts", "the loop", "around it", "commands")
+COLOURS = ("#9aa5b1", "#4c9f70", "#2a7fb8", "#c0392b", "#8e5ea2", "#b8860b")
+
+
+def node(name: str) -> str:
+    """Return the box that module `name` is drawn in: itself if it has a layer of its own, else its package."""
+    if name.startswith("analysis.") and layer(name) == 1:
+        return "analysis/figures, scores"
+    if name in LAYERS and layer(name):
+        return name.replace(".", "/")
+    return name.split(".")[0]
+
+
+def boxes() -> dict[str, int]:
+    return {node(name): layer(name) for name in modules() if layer(name) or node(name) == "base"}
+
+
+def arrows() -> set[tuple[str, str]]:
+    """Return the imports between boxes, without those of base and of empty packages."""
+    found = {(node(a), node(b)) for a, path in modules().items() for b in imports(a, path) if layer(b)}
+    return {(a, b) for a, b in found if a != b and a != "base"}
+
+
+def places(nodes: dict[str, int], pairs: set[tuple[str, str]]) -> dict[str, tuple[float, int]]:
+    """Return (x, layer) for each box; boxes stand near those they import."""
+    x = {}
+    for level in range(6):
+        row = [name for name, where in sorted(nodes.items()) if where == level]
+        below = {name: [x[b] for a, b in pairs if a == name and b in x] for name in row}
+        row.sort(key=lambda name: sum(below[name]) / len(below[name]) if below[name] else 0.5)
+        x |= {name: (k + 0.5) / len(row) for k, name in enumerate(row)}
+    return {name: (x[name], nodes[name]) for name in nodes}
+
+
+def main() -> None:
+    pairs = arrows()
+    place = places(boxes(), pairs)
+    figure, axis = plt.subplots(figsize=(14, 6.5))
+    for a, b in sorted(pairs):
+        (x, y), (u, v) = place[a], place[b]
+        bend = "arc3,rad=0.25" if y == v else "arc3,rad=0.04"
+        style = dict(
+            arrowstyle="-|>", color=COLOURS[y], alpha=0.3 if y == 5 else 0.6, lw=0.9, shrinkA=12, shrinkB=12
+        )
+        axis.annotate("", (u, v), (x, y), arrowprops=style | {"connectionstyle": bend})
+    for name, (x, y) in place.items():
+        box = dict(boxstyle="round,pad=0.35", facecolor="white", edgecolor=COLOURS[y], lw=1.4)
+        axis.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
+    for level, title in enumerate(TITLES):
+        axis.text(-0.02, level, title, ha="right", va="center", fontsize=9, color=COLOURS[level])
+    axis.set(xlim=(-0.1, 1), ylim=(-0.5, 5.5), title="An arrow is an import; all modules import base")
+    axis.axis("off")
+    figure.savefig(ROOT / "docs" / "pictures" / "layers.png", dpi=90, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()
