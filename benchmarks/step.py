@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from base import files, flags
+from base import files, flags, process
 from base.errors import UsageError, UserError, run
 
 EPILOG = """examples:
@@ -52,11 +52,10 @@ def main(argv: list[str] | None = None) -> int:
         problem = f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes"
         raise UsageError(problem, "give one for each size")
     from base.device import environment, init_runtime
-    from harness import rundir
 
     runtime = init_runtime(args.device, args.amp)
     provenance = {name: value for name, value in environment(runtime).items() if name in PROVENANCE}
-    provenance["commit"] = rundir.commit()
+    provenance["commit"] = process.commit()
     provenance["command"] = " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
     print("{device}, {cores} cores, {threads} threads, torch {torch}".format(**provenance))
     print(HEADER, flush=True)

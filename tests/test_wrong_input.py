@@ -229,14 +229,14 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError) as caught:
-        rundir.claim(rundir.look(str(tmp_path / "run")), overwrite=False)
+        rundir.acquire(rundir.scan(str(tmp_path / "run")), overwrite=False)
     check(caught.value, 6, "No space left", str(tmp_path / "run"))
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
 def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
     save_dir = tmp_path / "run"
-    lock = rundir.claim(rundir.look(str(save_dir)), overwrite=False)
+    lock = rundir.acquire(rundir.scan(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
         with pytest.raises(UserError) as caught:
             train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
