@@ -11,10 +11,8 @@ from ablation_runs.results import BETTER, NOISE, UNKNOWN, WORSE, Difference, Res
 from ablation_runs.study import Study
 from base import files, flags
 
-VARIANT_HEADER = ("variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap")
-VARIANT_HEADER += ("top-1 difference", "gap difference", "images/s", "minutes", "published")
 CSV_SCORES = ("train_top1", "val_top1", "val_top5", "ema_val_top1", "gap")
-WEIGHTS = {"val_top1": "raw weights", "ema_val_top1": "EMA weights"}
+METRICS = {"val_top1": "top-1", "ema_val_top1": "EMA top-1"}
 HOW_TO_READ = (
     "Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is "
     "training minus validation top-1. Differences are to the first variant, paired by seed, with a 95 % t "
@@ -55,7 +53,9 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
         row.append(average([run.images_per_second for run in own], ",.0f"))
         row.append(average([run.minutes for run in own], ".1f"))
         rows.append([*row, study.published_scores.get(variant, "-")])
-    return table(VARIANT_HEADER, rows)
+    header = ["variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap"]
+    header += [f"{METRICS[study.metric]} difference", "gap difference", "images/s", "minutes", "published"]
+    return table(header, rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -98,10 +98,9 @@ def conclusion(study: Study, runs: list[Result]) -> str:
     baseline, sentences = next(iter(study.variants)), []
     verdicts = results.verdicts(runs, study, study.metric)
     for v, d in [(v, v.difference) for v in verdicts if v.word in (BETTER, WORSE)]:
-        evidence = f"{WEIGHTS[study.metric]}; 95 % interval {d.low:+.1f} to {d.high:+.1f}, {d.n} seeds"
-        sentences.append(
-            f"**{v.variant}** is {v.word} than {baseline} by {abs(d.mean):.1f} points of top-1 ({evidence})."
-        )
+        size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
+        evidence = f"95 % interval {d.low:+.1f} to {d.high:+.1f}, {d.n} seeds"
+        sentences.append(f"**{v.variant}** is {v.word} than {baseline} by {size} ({evidence}).")
     if noise := [v.variant for v in verdicts if v.word == NOISE]:
         names = listed(noise) if len(noise) <= 8 else f"the other {len(noise)} variants"
         sentences.append(f"No conclusion about {names}: the difference to {baseline} is within the noise.")
@@ -115,7 +114,7 @@ def conclusion(study: Study, runs: list[Result]) -> str:
             size = f"{abs(v.difference.mean):.1f} points {word}"
             sentences.append(f"The gap between training and validation is {size} with {v.variant}.")
     effects = results.effects(runs, study, study.metric)
-    if matter := [dashed(e.flag) for e in effects if e.p is not None and e.p < 1 - results.LEVEL]:
+    if matter := [flags.dashed(e.flag) for e in effects if e.p is not None and e.p < 1 - results.LEVEL]:
         sentences.append(f"Flags that matter beyond the noise, most important first: {listed(matter)}.")
     if broken := sorted({f"{run.variant} ({run.status})" for run in runs if run.status != "done"}):
         sentences.append(f"Not every run finished: {listed(broken)}.")
@@ -124,10 +123,6 @@ def conclusion(study: Study, runs: list[Result]) -> str:
 
 def listed(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def dashed(flag: str) -> str:
-    return flag.replace("_", "-")
 
 
 def ema_table(study: Study, runs: list[Result]) -> str:
@@ -147,7 +142,9 @@ def effect_table(study: Study, runs: list[Result]) -> str:
     for effect in results.effects(runs, study, study.metric):
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
         p = "-" if effect.p is None else f"{effect.p:.3f}"
-        rows.append([dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p])
+        rows.append(
+            [flags.dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p]
+        )
     header = ["flag", "mean top-1 at each value", "best - worst", "share of variance", "p (F test, Holm)"]
     return table(header, rows) if rows else ""
 

@@ -443,7 +443,7 @@ def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, c
             (folder / "run.json").write_text(json.dumps({"status": "done"}))
     assert report.main([which.name, "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "Flags that matter beyond the noise, most important first: clip-norm." in text
+    assert "Flags that matter beyond the noise, most important first: --clip-norm." in text
     pictures = {path.name: path.stat().st_size for path in (tmp_path / which.name).glob("*.png")}
     assert pictures.keys() == {"curves.png", "differences.png", "heat_maps.png"}
     assert min(pictures.values()) > 5000
@@ -452,14 +452,14 @@ def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, c
 def test_a_grids_curves_have_a_panel_for_each_flag_and_its_heat_maps_one_scale():
     which, runs = grid_results(lambda f, s: 50 + 8 * (f["lr"] == "2") + s)
     lines = plots.panel_lines(runs, which)
-    assert {flag: [*values] for flag, values in lines.items()} == {"lr": ["1", "2"], "wd": ["0", "5"]}
+    assert {flag: [*values] for flag, values in lines.items()} == {"--lr": ["1", "2"], "--wd": ["0", "5"]}
     assert all(len(own) == 6 for values in lines.values() for own in values.values())
     scores = results.grid_scores(runs[1:], which, "val_top1")
     assert scores.mask.sum() == 1 and scores.mean(-1).tolist() == [[51.5, 51], [59, 59]]
     (heat_map, _) = plots.heat_maps(runs, which, "title").axes
     assert heat_map.images[0].get_clim() == (51, 59)
     fig = plots.curves(runs, which, "val_top1", "title")
-    assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == ["lr", "wd"]
+    assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == ["--lr", "--wd"]
 
 
 def test_a_report_without_runs_names_the_command(tmp_path):
