@@ -55,7 +55,7 @@ def build_parser() -> flags.Parser:
         choices=("best", "all", "none"),
         help="Checkpoints to keep of a finished run.",
     )
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.DEBUG.add_to(parser)
     return parser
 
 
