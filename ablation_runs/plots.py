@@ -101,20 +101,19 @@ def draw_lines(axis, lines: dict[str, list[Result]], column: str) -> None:
 
 def differences(runs: list[Result], study: Study, title: str):
     """Draw each variant's paired difference to the baseline with its interval."""
-    verdicts = [v for v in results.verdicts(runs, study, study.metric) if v.difference]
-    if not verdicts:
+    found = {name: d for name, d in results.compare(runs, study, study.metric).items() if d}
+    if not found:
         return None
-    longest = max(len(v.variant) for v in verdicts)
-    fig = figures.figure(7 + 0.06 * longest, 2 + 0.36 * len(verdicts), title)
+    fig = figures.figure(7 + 0.06 * max(map(len, found)), 2 + 0.36 * len(found), title)
     axis = figures.axes(fig, 1, 1)[0, 0]
-    for k, verdict in enumerate(verdicts):
-        d, fill = verdict.difference, figures.BLUE if verdict.word in (BETTER, WORSE) else "white"
+    for k, d in enumerate(found.values()):
+        fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
         if d.low is not None:
             axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=2)
         axis.plot(d.mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=7)
     axis.axvline(0, color=figures.BLACK, lw=1)
-    axis.set_yticks(range(len(verdicts)), [v.variant for v in verdicts])
-    axis.set_ylim(len(verdicts) - 0.5, -0.5)
+    axis.set_yticks(range(len(found)), found)
+    axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel(
         f"difference in points of top-1 (better →)\nto {next(iter(study.variants))}\n"
         "line: 95 % interval over seeds; hollow: within the noise"

@@ -159,7 +159,7 @@ def test_only_seeds_that_both_have_are_paired():
 def test_one_pair_has_no_interval_and_no_verdict():
     d = results.paired({0: 99.0}, {0: 1.0})
     assert (d.mean, d.low, d.p) == (98.0, None, None)
-    assert results.verdict_word(d, d.p) == results.UNKNOWN
+    assert d.verdict == results.UNKNOWN
 
 
 def test_equal_differences_are_not_certainty():
@@ -261,10 +261,10 @@ def test_many_comparisons_ask_for_more():
     variants = {"a": {}} | {f"v{k}": {"lr": k} for k in range(1, 21)}
     scores = {f"v{k}": (50, 50.2, 49.8) for k in range(2, 21)} | {"a": (50, 50, 50), "v1": (51.4, 52.0, 52.6)}
     runs = made(**scores)
-    alone = results.verdicts(runs, Study("s", "?", {"a": {}, "v1": {"lr": 1}}), "val_top1")
-    among = results.verdicts(runs, Study("s", "?", variants), "val_top1")
-    assert alone[0].word == results.BETTER and among[0].word == results.NOISE
-    assert alone[0].difference == among[0].difference
+    alone = results.compare(runs, Study("s", "?", {"a": {}, "v1": {"lr": 1}}), "val_top1")["v1"]
+    among = results.compare(runs, Study("s", "?", variants), "val_top1")["v1"]
+    assert alone.verdict == results.BETTER and among.verdict == results.NOISE
+    assert (alone.mean, alone.p) == (among.mean, among.p)
 
 
 def test_one_seed_and_failed_runs_conclude_nothing():
@@ -353,6 +353,11 @@ def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monk
     assert "mid-seed0: the existing run has other flags; delete" in capsys.readouterr().out
 
 
+def test_a_flag_of_an_older_version_makes_it_another_run():
+    assert run.what_trains(["--lr", "1e-3", "--subset"]) == run.what_trains(["--lr=0.001", "--subset"])
+    assert run.what_trains(["--lr=0.001", "--gone=1"]) is None
+
+
 def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
     run.main([*fake, "--seeds", "0"])
     assert run.main([*fake, "--seeds", "0", "--", "--num-workers", "3", "--device", "cuda:1"]) == 0
@@ -410,6 +415,15 @@ sys.exit(run.main(sys.argv[1:]))
     assert subprocess.run(command, capture_output=True, timeout=30).returncode == 0
     assert starts(tmp_path) == {"low-seed0": 2, "mid-seed0": 1}
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_stop_signal_reaches_a_run_that_is_just_starting(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TRAIN", tmp_path / "slow.py")
+    run.TRAIN.write_text("import time; time.sleep(60)")
+    stopping = run.Stopping()
+    stopping(signal.SIGTERM)
+    with open(tmp_path / "log.txt", "w") as log:
+        assert run.launch([], log, stopping) == -signal.SIGTERM
 
 
 def test_list_names_every_study(capsys):
