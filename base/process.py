@@ -1,4 +1,4 @@
-"""This process: its rank, whether it prints, the cores it may use. Nothing else reads torchrun's variables."""
+"""This process: its rank, whether it prints, its cores. Nothing else reads torchrun's variables."""
 
 from __future__ import annotations
 
