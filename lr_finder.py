@@ -17,7 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from base import flags, process
@@ -54,9 +53,7 @@ FINDER = (
 )
 # fmt: on
 SHARED = [flag for flag in flags.RUN if flag.name in ("save_dir", "config", "debug")]
-add_finder_args = partial(flags.add_flags, title="range test", flags=FINDER)
-add_shared_args = partial(flags.add_flags, title="run", flags=SHARED)
-GROUPS = (add_finder_args, *flags.TRAIN_GROUPS[:-1], add_shared_args)
+GROUPS = {"range test": FINDER} | flags.TRAIN_GROUPS | {"run": SHARED}
 
 
 def build_parser() -> flags.Parser:
@@ -291,7 +288,7 @@ def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
 def training_command(argv: list[str] | None, lr: float) -> str:
     """Return the command line of train.py for `lr`: the one given here without the flags of this command."""
     own = flags.Parser(prog="lr_finder.py", add_help=False)
-    add_finder_args(own)
+    flags.add_flags(own, "range test", FINDER)
     _, rest = own.parse_known_args(argv)
     return shlex.join(["python", "train.py", *rest, "--lr", f"{lr:.2g}"])
 

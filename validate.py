@@ -42,8 +42,8 @@ def build_parser() -> flags.Parser:
     parser = flags.build_parser("validate.py", "Score a checkpoint on its validation images.", EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
     flags.add_flags(parser, "scores", SCORES)
-    flags.add_dataset_args(parser).description = "Flags that are not given come from the checkpoint."
-    flags.add_asking_args(parser)
+    flags.add_flags(parser, "data", flags.DATASET).description = "Flags that are not given come from the checkpoint."
+    flags.add_flags(parser, "device", flags.ASKING)
     return parser
 
 
