@@ -35,7 +35,7 @@ _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker other than a
 
 
 class BadImage(DataError):
-    """An image that cannot be used: its `name` and the `reason`, which goes into a packed dataset's digest."""
+    """An image that cannot be used: its `name` and the `reason`, which enters the digest of packed data."""
 
     def __init__(self, name: str, reason: str):
         fix = "replace or delete it, or use --on-bad-image skip; pack_dataset.py --verify lists them all"
