@@ -200,7 +200,7 @@ def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple
 
     # `work` holds the whole dataset: a worker gets it when it starts (by fork on Linux), not with each job.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work, os.getpid()))
     again = "and run the same command again: it continues where it was"
     try:
         futures = {pool.submit(_run, job): job for job in jobs}
@@ -218,7 +218,7 @@ def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple
 _work: Callable  # of this worker process
 
 
-def _init_worker(work: Callable) -> None:
+def _init_worker(work: Callable, parent: int) -> None:
     """Prepare a worker, which leaves Ctrl-C to its parent and ends with it."""
     import cv2
 
@@ -228,6 +228,8 @@ def _init_worker(work: Callable) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    if os.getppid() != parent:  # it died before, and this worker would hold the lock for ever
+        os._exit(1)
     cv2.setNumThreads(0)
 
 
