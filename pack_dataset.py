@@ -1,4 +1,5 @@
 """Pack a dataset for progressive training: store every image resized once for each training size.
+The ILSVRC2012 tars in --data-dir are read in place.
 
 `python pack_dataset.py --data-dir data/imagenet --out data/imagenet-packed`, then
 `python train.py --data-dir data/imagenet-packed`. The same command continues an interrupted run.
@@ -18,27 +19,29 @@ from functools import partial
 
 from base import errors, flags, process
 from base.errors import DataError, ResourceError, UsageError
+from base.flags import Flag
 from base.progress import Progress
+
+# fmt: off
+PACKING = (
+    Flag("out", "files", "Output directory; required unless --verify is given.", str, "", "DIR"),
+    Flag("stored_sides", "files", "Short sides in px of the stored training images; the default is for "
+         "training at 64, 128 and 224 px.",
+         flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,..."),
+    Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q"),
+    Flag("on_bad_image", "files", "fail packs the good images, lists the bad ones and exits with 3; skip "
+         "leaves the bad ones out.", ("fail", "skip"), "fail", "ACTION"),
+    Flag("workers", "processes", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
+    Flag("verify", "output", "Decode all images, check packed shards, and write nothing."),
+    flags.DEBUG,
+)
+# fmt: on
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="pack_dataset.py", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    side, percent, count = flags.number(int, 8, 4096), flags.number(int, 1, 100), flags.number(int, 1, 1024)
-    add("--data-dir", default="./data/imagenet", metavar="DIR", help="Dataset, or the ILSVRC2012 tars.")
-    add("--dataset", default="imagenet", metavar="NAME", help="Dataset, as for train.py.")
-    add("--split", default="official", choices=("official", "70-30"), help="`70-30` is for tiny-imagenet.")
-    add("--class-list", default="", metavar="FILE", help="Pack only the classes listed in this file.")
-    add("--allow-class-mismatch", action="store_true", help="Accept validation data that lacks some classes.")
-    add("--out", default="", metavar="DIR", help="Output directory; required unless --verify is given.")
-    text = "Short sides in px to store training images at; the default is for training at 64, 128 and 224 px."
-    add("--stored-sides", type=flags.listing(side), default=(96, 192, 320), metavar="LIST", help=text)
-    add("--quality", type=percent, default=90, metavar="Q", help="JPEG quality of the resized images.")
-    text = "`fail` packs the rest, lists the bad images and exits with 3; `skip` leaves them out."
-    add("--on-bad-image", default="fail", choices=("fail", "skip"), help=text)
-    add("--workers", type=count, default=process.cores(), metavar="N", help="Number of processes.")
-    add("--verify", action="store_true", help="Decode all images, check packed shards, and write nothing.")
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.add_flags(parser, "data", [flag for flag in flags.DATASET if not flag.name.startswith("subset")])
+    flags.add_flags(parser, "packing", PACKING)
     return parser
 
 
