@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from base import errors, flags, process
@@ -82,10 +82,11 @@ def pack(index, out: str, sides: Sequence[int], quality: int, workers: int, on_b
         missing = [group for group in groups if (group.part, group.k) not in records]
         if missing:
             _check_disk(packing.estimate(index, plan, missing), out)
-        total, left = (sum(len(group.ids) for group in some) for some in (groups, missing))
+        images = sum(len(group.ids) for group in groups)
+        done = images - sum(len(group.ids) for group in missing)
         write = partial(packing.write_group, index, plan, out=out, on_bad_image=on_bad_image)
         bad = []
-        with Progress(total, "packing", unit="images", initial=total - left) as progress:
+        with Progress(images, "packing", unit="images", initial=done) as progress:
             for group, record in in_processes(write, missing, workers):
                 if "bad" in record:
                     bad += [{"part": group.part, **image} for image in record["bad"]]
@@ -106,15 +107,13 @@ def _locked(out: str) -> Iterator[None]:
 
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        for attempt in range(20):  # the workers of a killed packing take a moment to end
-            try:
+        for _ in range(20):  # the workers of a killed packing take a moment to end
+            with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if attempt == 19:
-                    what = f"another packing is running in {os.path.abspath(out)}"
-                    raise UsageError(what, "wait for it to end") from None
-                time.sleep(0.1)
+            time.sleep(0.1)
+        else:
+            raise UsageError(f"another packing is running in {os.path.abspath(out)}", "wait for it to end")
         yield
     finally:
         os.close(descriptor)
