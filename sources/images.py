@@ -155,9 +155,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-CROP = 0.875  # the part of the resized image's short side that evaluation looks at
-
-
 class EvalTransform:
     """Resize the short side to `image_size / crop` px and take the centre: for validation and prediction.
 
