@@ -44,7 +44,8 @@ LOADING = [flags.Flag(name, "processes", idle=no_images) for name in ("batch_siz
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("predict.py", "Predict the class of images.", EPILOG)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
+    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, or folders of images.")
     flags.add_flags(parser, "predictions", PREDICTIONS)
     flags.add_flags(parser, "export", EXPORT)

@@ -40,7 +40,8 @@ SCORES = (
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("validate.py", "Score a checkpoint on its validation images.", EPILOG)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
+    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
     flags.add_flags(parser, "scores", SCORES)
     flags.add_dataset_args(parser).description = "Flags that are not given come from the checkpoint."
     flags.add_asking_args(parser)
