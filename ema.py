@@ -1,7 +1,6 @@
-"""An exponential moving average of a model's weights, scored and saved beside the model.
+"""An exponential moving average (EMA) of a model's weights, scored and saved beside the model.
 
-How often it moves is the training loop's business; who evaluates it, `train_utils`'. Nothing
-here knows about files.
+`train_utils` decides when it is updated and evaluated; nothing here knows about files.
 """
 
 from __future__ import annotations
@@ -17,27 +16,26 @@ from base.errors import CheckpointError
 
 
 def decay_for_half_life(steps: float) -> float:
-    """The decay under which a weight's share in the average halves every `steps` updates."""
+    """Return the decay that halves a weight's share in the average every `steps` updates."""
     if not steps > 0:
-        raise ValueError(f"a half-life is a positive number of steps, got {steps}")
+        raise ValueError(f"a half-life must be a positive number of steps, got {steps}")
     return 0.5 ** (1.0 / steps)
 
 
 class EMA:
-    """A shadow of `model`, moved a little towards it after every optimizer step.
+    """A shadow of `model` that moves a little towards it after every optimizer step.
 
     Floating-point parameters and buffers (BatchNorm's statistics) are averaged,
 
         shadow = decay * shadow + (1 - decay) * model
 
-    and integer buffers (its counters) copied. With `ramp`, update n = 1, 2, ... uses
-    min(decay, (1 + n) / (10 + n)). Without, it is the plain formula from the start: a decay of
-    0.9999 then still holds 90 % of the *random initial* weights after a thousand steps, and
-    validation sits at chance.
+    and integer buffers (BatchNorm's counters) are copied. With `ramp`, update n = 1, 2, ... uses the
+    decay min(decay, (1 + n) / (10 + n)). Without it, a decay of 0.9999 still holds 90 % of the *random
+    initial* weights after a thousand steps, and validation stays at chance.
 
-    `module` is the shadow as a model of its own, in eval mode, so that raw and averaged weights
-    can be scored in one pass. It shares no memory with `model`, and follows it to new values but
-    not to another device: make the EMA after `model.to(device)`, before DDP or compile.
+    `module` is the shadow as a model of its own, in eval mode, so that raw and averaged weights can be
+    scored in one pass. It shares no memory with `model` and follows its values, but not to another
+    device: create the EMA after `model.to(device)`, before DDP or compile.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, ramp: bool = True):
@@ -45,20 +43,21 @@ class EMA:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.ramp, self.num_updates = decay, ramp, 0
+        # Each pair: the shadow's slots and the live model's, in the same order.
         self._averaged = [_slots(m, floating=True) for m in (self.module, model)]
         self._copied = [_slots(m, floating=False) for m in (self.module, model)]
         self._backup: list[Tensor] | None = None
 
     def decay_at(self, update: int) -> float:
-        """The decay that update number `update` (1, 2, ...) uses."""
+        """Return the decay of update number `update` (1, 2, ...)."""
         return min(self.decay, (1 + update) / (10 + update)) if self.ramp else self.decay
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow; call it once after every optimizer step."""
+        """Move the shadow towards the model; call this once after every optimizer step."""
         self._refuse_while_applied("update")
         self.num_updates += 1
-        # One call for all tensors: one by one, a ResNet-50 would take 267 kernel launches a step.
+        # One call for all tensors: one by one, a ResNet-50 would need 267 kernel launches a step.
         shadow, live = map(_read, self._averaged)
         torch._foreach_lerp_(shadow, live, 1.0 - self.decay_at(self.num_updates))
         _copy(*self._copied)
@@ -67,9 +66,7 @@ class EMA:
     def apply_shadow(self) -> None:
         """Put the averaged values into the live model; `restore` brings its own back, bit for bit."""
         self._refuse_while_applied("apply_shadow")
-        shadow, live = (
-            averaged + copied for averaged, copied in zip(self._averaged, self._copied, strict=True)
-        )
+        shadow, live = (a + c for a, c in zip(self._averaged, self._copied, strict=True))
         self._backup = [value.detach().clone() for value in _read(live)]
         _copy(live, shadow)
 
@@ -77,14 +74,14 @@ class EMA:
     def restore(self) -> None:
         """Undo `apply_shadow`."""
         if self._backup is None:
-            raise RuntimeError("EMA.restore() without apply_shadow() before it")
+            raise RuntimeError("EMA.restore() was called without apply_shadow() before it")
         live = self._averaged[1] + self._copied[1]
         torch._foreach_copy_(_read(live), self._backup)
         self._backup = None
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """`with ema.averaged(): evaluate(model)`: the live weights come back even after an error."""
+        """Use as `with ema.averaged(): evaluate(model)`; the live weights return even after an error."""
         self.apply_shadow()
         try:
             yield
@@ -92,28 +89,24 @@ class EMA:
             self.restore()
 
     def state_dict(self) -> dict:
-        """{"shadow": tensors keyed like the model's state dict, "num_updates": int}; not copies."""
+        """Return {"shadow": the shadow's state dict (no copies), "num_updates": int}."""
         return {"shadow": self.module.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned; the tensors are copied in."""
+        """Copy in what `state_dict` returned. Raises CheckpointError if it came from a run without EMA."""
         if "shadow" not in state:
-            raise CheckpointError(
-                "the checkpoint holds no averaged weights: it was written by a run without EMA",
-                "continue with --no-ema",
-            )
+            what = "the checkpoint holds no averaged weights: it was written by a run without EMA"
+            raise CheckpointError(what, "continue with --no-ema")
         self.module.load_state_dict(state["shadow"])
         self.num_updates = state["num_updates"]
 
     def _refuse_while_applied(self, call: str) -> None:
         if self._backup is not None:
-            raise RuntimeError(
-                f"EMA.{call}() while the model holds the averaged weights: call restore() first"
-            )
+            raise RuntimeError(f"EMA.{call}(): the model holds the averaged weights, call restore() first")
 
 
 class NoEMA:
-    """EMA switched off: the same methods, which do nothing. `module` is None: nothing to score."""
+    """EMA switched off: the same methods do nothing, and `module` is None, so nothing is scored."""
 
     module = None
     num_updates = 0
@@ -132,17 +125,17 @@ class NoEMA:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """An average that the checkpoint may hold is left there."""
+        """Ignore an average that the checkpoint may hold."""
 
 
 Slot = tuple[dict[str, Tensor], str]
 
 
 def _slots(model: nn.Module, floating: bool) -> list[Slot]:
-    """Where each floating-point (or each integer) tensor of `model` hangs, once each.
+    """Return where each floating-point (or each integer) tensor of `model` is stored, once each.
 
-    Places, not tensors: `model.to()` puts new buffers in the same places. Kept in a list because
-    walking the modules of a ResNet-50 takes about a millisecond, and this is needed at every step.
+    Places, not tensors: `model.to()` puts new buffers in the same places. Kept in a list, because
+    every step needs it and walking the modules of a ResNet-50 takes about a millisecond.
     """
     slots: dict[int, Slot] = {}
     for module in model.modules():
@@ -158,5 +151,5 @@ def _read(slots: list[Slot]) -> list[Tensor]:
 
 
 def _copy(to: list[Slot], source: list[Slot]) -> None:
-    if to:  # a model without BatchNorm has no counters, and foreach refuses an empty list
+    if to:  # foreach refuses an empty list, and a model without BatchNorm has no counters
         torch._foreach_copy_(_read(to), _read(source))

@@ -21,7 +21,7 @@ from base.device import Runtime, init_runtime
 from base.errors import DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
-from dataloader import Batch, BatchDataset, Loader, Normalize, Order
+from dataloader import Batch, BatchDataset, Loader, Order, normalise
 from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import BadImage, EvalTransform
@@ -82,8 +82,8 @@ class Classifier:
 
     def batch(self, pixels: np.ndarray) -> Tensor:
         """Return pixels (n, S, S, 3) uint8 as the model's input (n, 3, S, S), on the device."""
-        normalize = Normalize(self.payload["eval"]["mean"], self.payload["eval"]["std"], self.device)
-        return normalize(torch.from_numpy(pixels).to(self.device))
+        mean, std = self.payload["eval"]["mean"], self.payload["eval"]["std"]
+        return normalise(torch.from_numpy(pixels), mean, std, self.device)
 
     def loader(self, source: Split | Sequence[str], batch_size: int = 64, num_workers: int = 0) -> Loader:
         """Return batches, in order: (images, labels) of a split, or (images, positions) of image files."""

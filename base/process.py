@@ -6,6 +6,7 @@ Nothing else reads torchrun's variables.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def rank() -> int:
@@ -46,3 +47,18 @@ def incomplete_ranks() -> str:
         if (complete and rank() < world_size()) or all(alone[name] == value for name, value in given.items()):
             return ""
     return ", ".join(f"{name}={value}" for name, value in given.items())
+
+
+def commit() -> str:
+    """Return the git commit of this code, with + if files were changed since; empty outside a clone."""
+    import subprocess  # not needed behind --help
+
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head + ("+" if changes else "")

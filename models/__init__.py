@@ -1,7 +1,6 @@
-"""The architectures by name: what `--arch` can choose, built from plain values.
+"""The architectures that `--arch` can name, built from plain values.
 
-A checkpoint stores the arguments of `build_model`, so every tool rebuilds the model it was. Layers,
-blocks and torchvision's models live in the modules beside this file.
+A checkpoint stores the arguments of `build_model`, so every tool can rebuild the model it holds.
 """
 
 from __future__ import annotations
@@ -12,19 +11,12 @@ from torch import nn
 
 from base.errors import UsageError
 
-from . import torchvision_zoo
+from . import model, torchvision_zoo
 from .layers import BLURPOOL_NOTICE, set_drop_path_rate
-from .model import preact_resnet50, resnet18, resnet34, resnet50, resnet_tiny
 
 __all__ = ["ARCHS", "build_model", "describe_args", "notes", "set_drop_path_rate"]
 
-RESNETS = {
-    "resnet50": resnet50,
-    "resnet34": resnet34,
-    "resnet18": resnet18,
-    "preact_resnet50": preact_resnet50,
-    "resnet_tiny": resnet_tiny,
-}
+RESNETS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny")
 ARCHS = (*RESNETS, *torchvision_zoo.ZOO)
 
 
@@ -38,34 +30,33 @@ def build_model(
     stem: str = "imagenet",
     image_sizes: Sequence[int] = (),
 ) -> nn.Module:
-    """The named architecture with random weights: images (N, 3, H, W) -> logits (N, num_classes).
+    """Return `arch` with random weights: images (N, 3, H, W) -> logits (N, num_classes).
 
-    head, stem, drop_path_rate: see `models.model.ResNet`; torchvision's models bring their own head
-    image_sizes: the sides in px the run will use; ViT-B/16 is built for exactly one
+    drop_path_rate, head, stem: see `models.model.ResNet`; torchvision's models bring their own head
+    image_sizes:                image sides in px that the run uses; ViT-B/16 is built for exactly one
 
-    Raises UsageError for a name that is unknown and for options the architecture has no place for.
+    Raises UsageError for an unknown name and for options that the architecture does not have.
     """
     if arch in RESNETS:
-        return RESNETS[arch](num_classes, drop_path_rate, use_blurpool, head, stem)
+        return getattr(model, arch)(num_classes, drop_path_rate, use_blurpool, head, stem)
     if arch not in ARCHS:
         raise UsageError(f"there is no architecture {arch!r}", f"choose one of {', '.join(ARCHS)}")
     if use_blurpool or stem != "imagenet":
         option = "--use-blurpool" if use_blurpool else "--stem"
-        raise UsageError(f"{option} is for the ResNets, {arch} has no place for it", f"leave {option} out")
-    model = torchvision_zoo.build(arch, num_classes, image_sizes)
-    set_drop_path_rate(model, drop_path_rate)
-    return model
+        raise UsageError(f"{option} works with the ResNets only, not with {arch}", f"leave {option} out")
+    network = torchvision_zoo.build(arch, num_classes, image_sizes)
+    set_drop_path_rate(network, drop_path_rate)
+    return network
 
 
 def notes(use_blurpool: bool) -> list[str]:
-    """What the user should be told about this choice; one line each, to be printed by the caller."""
+    """Return what to tell the user about this choice, one line each."""
     return [BLURPOOL_NOTICE] if use_blurpool else []
 
 
 def describe_args(model_args: dict) -> str:
-    """`build_model`'s arguments in words, such as "resnet50+blurpool, 1000 classes"."""
-    name = model_args["arch"]
-    name += "+blurpool" if model_args.get("use_blurpool") else ""
+    """Describe `build_model`'s arguments, for example "resnet50+blurpool, 1000 classes"."""
+    blur = "+blurpool" if model_args.get("use_blurpool") else ""
     stem = model_args.get("stem", "imagenet")
-    name += "" if stem == "imagenet" else f", {stem} stem"
-    return f"{name}, {model_args['num_classes']} classes"
+    stem = "" if stem == "imagenet" else f", {stem} stem"
+    return f"{model_args['arch']}{blur}{stem}, {model_args['num_classes']} classes"

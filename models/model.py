@@ -1,13 +1,13 @@
-"""ResNet-18, -34, -50 and the pre-activation ResNet-50, with torchvision's state-dict keys.
+"""ResNet-18, -34, -50 and a pre-activation ResNet-50, with torchvision's state-dict keys.
 
-Paper: https://arxiv.org/abs/1512.03385, with the stride of a bottleneck on its 3x3 convolution as in
-torchvision. Choosing among architectures by name belongs to `models.build_model`.
+Deep residual learning, https://arxiv.org/abs/1512.03385. As in torchvision, a bottleneck strides in
+its 3x3 convolution. `models.build_model` chooses among the architectures by name.
 """
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,19 +16,15 @@ from base.errors import UsageError
 
 from .layers import Blur, DropPath, set_drop_path_rate
 
-relu = functools.partial(F.relu, inplace=True)
+relu = partial(F.relu, inplace=True)
 
 
 def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
 
 
-def blur_if(wanted: bool, channels: int) -> nn.Module:
-    return Blur(channels) if wanted else nn.Identity()
-
-
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; antialiased as in antialiased-cnns: blur in front of the second."""
+    """Two 3x3 convolutions; with BlurPool, a strided block blurs before the second."""
 
     expansion = 1
 
@@ -38,7 +34,7 @@ class BasicBlock(nn.Module):
         # torchvision strides the first convolution; the blur comes behind it and takes over the stride.
         self.conv1 = conv(in_channels, width, 3, 1 if blurred else stride)
         self.bn1 = nn.BatchNorm2d(width)
-        self.blur = blur_if(blurred, width)
+        self.blur = Blur(width) if blurred else nn.Identity()
         self.conv2 = conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
         self.downsample = downsample(in_channels, width, stride, blurred)
@@ -49,12 +45,12 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(self.blur(out)))
         return relu(self.drop_path(out, self.downsample(x)))
 
-    def silence(self) -> None:
+    def zero_init_last(self) -> None:
         nn.init.zeros_(self.bn2.weight)
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1; antialiased as in antialiased-cnns: blur between the last two."""
+    """1x1, 3x3 and 1x1 convolutions; with BlurPool, a strided block blurs before the last."""
 
     expansion = 4
 
@@ -65,7 +61,7 @@ class Bottleneck(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, 1 if blurred else stride)
         self.bn2 = nn.BatchNorm2d(width)
-        self.blur = blur_if(blurred, width)
+        self.blur = Blur(width) if blurred else nn.Identity()
         self.conv3 = conv(width, width * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
         self.downsample = downsample(in_channels, width * self.expansion, stride, blurred)
@@ -77,14 +73,14 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(self.blur(out)))
         return relu(self.drop_path(out, self.downsample(x)))
 
-    def silence(self) -> None:
+    def zero_init_last(self) -> None:
         nn.init.zeros_(self.bn3.weight)
 
 
 class PreActBottleneck(nn.Module):
-    """Bottleneck whose norms and ReLUs come before its convolutions (https://arxiv.org/abs/1603.05027).
+    """Bottleneck with norm and ReLU before each convolution (https://arxiv.org/abs/1603.05027).
 
-    Nothing nonlinear lies on the skip: no ReLU after the sum, and projections take the raw input.
+    The skip connection stays linear: no ReLU after the sum, and projections take the raw input.
     """
 
     expansion = 4
@@ -97,7 +93,7 @@ class PreActBottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv2 = conv(width, width, 3, 1 if blurred else stride)
         self.bn3 = nn.BatchNorm2d(width)
-        self.blur = blur_if(blurred, width)
+        self.blur = Blur(width) if blurred else nn.Identity()
         self.conv3 = conv(width, width * self.expansion, 1)
         self.downsample = downsample(in_channels, width * self.expansion, stride, blurred, norm=False)
         self.drop_path = DropPath()
@@ -108,14 +104,14 @@ class PreActBottleneck(nn.Module):
         out = self.conv3(self.blur(relu(self.bn3(out))))
         return self.drop_path(out, self.downsample(x))
 
-    def silence(self) -> None:
-        nn.init.zeros_(self.conv3.weight)  # no norm closes this branch: its last layer takes that part
+    def zero_init_last(self) -> None:
+        nn.init.zeros_(self.conv3.weight)  # this branch ends in a convolution, not in a norm
 
 
 def downsample(
     in_channels: int, out_channels: int, stride: int, blurred: bool, norm: bool = True
 ) -> nn.Module:
-    """The shortcut: the input itself where shapes agree, else a 1x1 projection."""
+    """Return the shortcut: the identity where shapes agree, else a 1x1 projection."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     layers = OrderedDict()
@@ -127,35 +123,27 @@ def downsample(
     return nn.Sequential(layers)
 
 
-class LinearHead(nn.Linear):
-    """The classifier as a linear layer on pooled features (N, C, 1, 1)."""
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return super().forward(pooled.flatten(1))
-
-
 class ResNet(nn.Module):
-    """Stem, four stages of blocks, mean, classifier.
+    """Stem, four stages of blocks, mean over the map, classifier.
 
     block:          BasicBlock, Bottleneck or PreActBottleneck
-    depths:         blocks per stage
-    drop_path_rate: of the last block; the blocks before it follow the linear rule from 0
-    head:           "conv" (1x1 convolution) or "linear"; the weights differ by a reshape only
-    stem:           "imagenet" (7x7 stride 2, pool), "small" (3x3, no pool, for images of about 32 px) or
+    depths:         blocks in each stage
+    drop_path_rate: drop probability of the last block; it grows linearly from 0 at the first
+    head:           "conv" (1x1 convolution) or "linear"; their weights differ by a reshape only
+    stem:           "imagenet" (7x7 stride 2, pool), "small" (3x3, no pool; for images of about 32 px) or
                     "d" (three 3x3 in place of the 7x7, https://arxiv.org/abs/1812.01187)
-    base_width:     channels of the first stage, doubled at each of the others
+    base_width:     channels of the first stage; each later stage doubles them
     """
 
     def __init__(
         self,
         block: type[nn.Module],
         depths: tuple[int, ...],
-        *,
-        num_classes: int,
-        drop_path_rate: float,
-        use_blurpool: bool,
-        head: str,
-        stem: str,
+        num_classes: int = 1000,
+        drop_path_rate: float = 0.2,
+        use_blurpool: bool = False,
+        head: str = "conv",
+        stem: str = "imagenet",
         base_width: int = 64,
     ):
         super().__init__()
@@ -171,21 +159,21 @@ class ResNet(nn.Module):
                 blocks.append(block(channels, width, stride, use_blurpool))
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-        self._init_weights()
-        # The head keeps torch's own initialisation: fan_out of a few classes would give it huge logits.
+        self._init_weights(block)
+        # The head keeps torch's own initialisation: with few classes, fan_out would give it huge logits.
         self.fc = classifier(head, channels, num_classes)
         set_drop_path_rate(self, drop_path_rate)
 
-    def _init_weights(self) -> None:
+    def _init_weights(self, block: type[nn.Module]) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         for module in self.modules():
-            if isinstance(module, (BasicBlock, Bottleneck, PreActBottleneck)):
-                module.silence()  # every block starts as the identity (https://arxiv.org/abs/1706.02677)
+            if isinstance(module, block):
+                module.zero_init_last()  # every block starts as the identity (https://arxiv.org/abs/1706.02677)
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the last map, (N, C, ceil(H / 32), ceil(W / 32)); the small stem: / 8."""
+        """(N, 3, H, W) -> the last map, (N, C, ceil(H / 32), ceil(W / 32)); small stem: / 8."""
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
@@ -197,10 +185,10 @@ class ResNet(nn.Module):
 
 
 class PreActResNet(ResNet):
-    """ResNet of pre-activation blocks: the norm and ReLU that follow the stem come after the last block."""
+    """ResNet of pre-activation blocks: norm and ReLU follow the last block instead of the stem."""
 
-    def __init__(self, depths: tuple[int, ...], **options):
-        super().__init__(PreActBottleneck, depths, **options)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         del self.bn1
         self.bn_out = nn.BatchNorm2d(self.fc.weight.shape[1])
 
@@ -210,30 +198,25 @@ class PreActResNet(ResNet):
 
 
 def stem_conv(stem: str, width: int) -> nn.Module:
-    """(N, 3, H, W) -> (N, width, ...), halved except by the small stem."""
+    """(N, 3, H, W) -> (N, width, H / 2, W / 2); the small stem keeps H and W."""
     if stem == "imagenet":
         return conv(3, width, 7, stride=2)
     if stem == "small":
         return conv(3, width, 3)
     if stem == "d":
         half = width // 2
-        return nn.Sequential(
-            conv(3, half, 3, stride=2),
-            nn.BatchNorm2d(half),
-            nn.ReLU(inplace=True),
-            conv(half, half, 3),
-            nn.BatchNorm2d(half),
-            nn.ReLU(inplace=True),
-            conv(half, width, 3),
-        )
+        first = [conv(3, half, 3, stride=2), nn.BatchNorm2d(half), nn.ReLU(inplace=True)]
+        second = [conv(half, half, 3), nn.BatchNorm2d(half), nn.ReLU(inplace=True)]
+        return nn.Sequential(*first, *second, conv(half, width, 3))
     raise UsageError(f"there is no stem {stem!r}", "choose imagenet, small or d")
 
 
 def stem_pool(stem: str, use_blurpool: bool, width: int) -> nn.Module:
+    """(N, width, H, W) -> (N, width, H / 2, W / 2); the small stem does not pool."""
     if stem == "small":
         return nn.Identity()
     if use_blurpool:
-        # Padded, so that the map keeps its even size: the unpadded pool turns 112 px into 110.
+        # Padded, so that an even map stays even: the unpadded pool turns 112 px into 110.
         return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(width))
     return nn.MaxPool2d(3, stride=2, padding=1)
 
@@ -247,92 +230,17 @@ def classifier(head: str, channels: int, num_classes: int) -> nn.Module:
     raise UsageError(f"there is no head {head!r}", "choose conv or linear")
 
 
-def resnet18(
-    num_classes: int = 1000,
-    drop_path_rate: float = 0.2,
-    use_blurpool: bool = False,
-    head: str = "conv",
-    stem: str = "imagenet",
-) -> ResNet:
-    return ResNet(
-        BasicBlock,
-        (2, 2, 2, 2),
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        use_blurpool=use_blurpool,
-        head=head,
-        stem=stem,
-    )
+class LinearHead(nn.Linear):
+    """A linear classifier on pooled features (N, C, 1, 1)."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return super().forward(pooled.flatten(1))
 
 
-def resnet34(
-    num_classes: int = 1000,
-    drop_path_rate: float = 0.2,
-    use_blurpool: bool = False,
-    head: str = "conv",
-    stem: str = "imagenet",
-) -> ResNet:
-    return ResNet(
-        BasicBlock,
-        (3, 4, 6, 3),
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        use_blurpool=use_blurpool,
-        head=head,
-        stem=stem,
-    )
-
-
-def resnet50(
-    num_classes: int = 1000,
-    drop_path_rate: float = 0.2,
-    use_blurpool: bool = False,
-    head: str = "conv",
-    stem: str = "imagenet",
-) -> ResNet:
-    return ResNet(
-        Bottleneck,
-        (3, 4, 6, 3),
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        use_blurpool=use_blurpool,
-        head=head,
-        stem=stem,
-    )
-
-
-def preact_resnet50(
-    num_classes: int = 1000,
-    drop_path_rate: float = 0.2,
-    use_blurpool: bool = False,
-    head: str = "conv",
-    stem: str = "imagenet",
-) -> PreActResNet:
-    return PreActResNet(
-        (3, 4, 6, 3),
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        use_blurpool=use_blurpool,
-        head=head,
-        stem=stem,
-    )
-
-
-def resnet_tiny(
-    num_classes: int = 1000,
-    drop_path_rate: float = 0.2,
-    use_blurpool: bool = False,
-    head: str = "conv",
-    stem: str = "imagenet",
-) -> ResNet:
-    """A ResNet-10 an eighth as wide: 80 thousand parameters, to try things out and for tests."""
-    return ResNet(
-        BasicBlock,
-        (1, 1, 1, 1),
-        num_classes=num_classes,
-        drop_path_rate=drop_path_rate,
-        use_blurpool=use_blurpool,
-        head=head,
-        stem=stem,
-        base_width=8,
-    )
+# Each takes num_classes, drop_path_rate, use_blurpool, head and stem, in this order: see ResNet.
+resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
+resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
+resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
+preact_resnet50 = partial(PreActResNet, PreActBottleneck, (3, 4, 6, 3))
+# A ResNet-10 an eighth as wide: 80 thousand parameters, for tests and for trying things out.
+resnet_tiny = partial(ResNet, BasicBlock, (1, 1, 1, 1), base_width=8)

@@ -1,7 +1,6 @@
-"""EfficientNet-B0, MobileNetV3-L, ViT-B/16 and Swin-T from torchvision, untrained, through one function.
+"""EfficientNet-B0, MobileNetV3-L, ViT-B/16 and Swin-T from torchvision, without trained weights.
 
 The only file of the package that imports torchvision (5 s), and only when a model is built.
-Drop-path reaches them through their own StochasticDepth modules; see `models.set_drop_path_rate`.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from base.errors import UsageError
 
 ZOO = ("efficientnet_b0", "mobilenet_v3_large", "vit_b_16", "swin_t")
 
-PATCH = 16  # px, the side of a ViT-B/16 patch
+PATCH = 16  # side of a ViT-B/16 patch in px
 
 
 def build(arch: str, num_classes: int, image_sizes: Sequence[int]) -> nn.Module:
-    """torchvision's `arch` with random weights and its own classifier for `num_classes`.
+    """Return torchvision's `arch` with random weights and its own classifier for `num_classes`.
 
-    image_sizes: every side in px that the run will use, training and validation; only ViT minds.
+    image_sizes: every side in px that the run uses, in training and validation; matters to ViT only
     """
     size = {"image_size": vit_size(image_sizes)} if arch == "vit_b_16" else {}
     import torchvision.models
@@ -29,16 +28,17 @@ def build(arch: str, num_classes: int, image_sizes: Sequence[int]) -> nn.Module:
 
 
 def vit_size(image_sizes: Sequence[int]) -> int:
-    """The one side of a ViT, whose position embedding is as long as its image has patches."""
+    """Return the one image size of a ViT: its position embedding has one entry per patch."""
     sizes = sorted(set(image_sizes)) or [224]
     if len(sizes) > 1:
+        listed = ", ".join(map(str, sizes))
         raise UsageError(
-            f"vit_b_16 works at one image size only, this run has {', '.join(map(str, sizes))}",
+            f"vit_b_16 works at one image size only, this run has {listed}",
             f"give one size: --resize-schedule {sizes[-1]}",
         )
     if sizes[0] % PATCH:
         raise UsageError(
-            f"vit_b_16 cuts images into patches of {PATCH} px, {sizes[0]} px is not a multiple of that",
-            f"--resize-schedule {max(PATCH, round(sizes[0] / PATCH) * PATCH)}",
+            f"vit_b_16 cuts images into patches of {PATCH} px, and {sizes[0]} px is not a multiple of that",
+            f"give --resize-schedule {max(PATCH, round(sizes[0] / PATCH) * PATCH)}",
         )
     return sizes[0]

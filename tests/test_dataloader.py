@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 import dataloader
-from base import flags
+from base import process
 from base.errors import DataError, UserError
 from base.flags import parse_augment
-from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, train_loader
+from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, normalise, train_loader
 from harness.interrupts import STOP_SIGNALS, StopSignals, left_to_parent
 from sources.images import TrainTransform
 from sources.index import ArraySplit, Split, balanced_subset, take_subset
@@ -89,6 +90,7 @@ def test_normalisation_is_torchvisions_formula(data):
     mean, std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
     expected = (raw.permute(0, 3, 1, 2).double() / 255 - mean) / std
     torch.testing.assert_close(images, expected.float(), rtol=0, atol=2e-6)
+    assert torch.equal(normalise(raw, data.mean, list(data.std), "cpu"), images)  # outside a loader too
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -138,7 +140,7 @@ def test_scoring_with_skip_leaves_bad_images_out_and_names_them(photos, tmp_path
 
 
 @pytest.mark.parametrize("device, waits", [("cuda", False), ("mps", True), ("cpu", True)])
-def test_only_cuda_copies_without_waiting(data, device, waits):
+def test_only_cuda_copies_without_waiting(data, monkeypatch, device, waits):
     """Metal's copy from memory that is not pinned reads what the next batch has written there."""
     loader, seen = eval_loader(data.val, data, image_size=16, batch_size=2), []
 
@@ -147,6 +149,7 @@ def test_only_cuda_copies_without_waiting(data, device, waits):
             seen.append((where.type, non_blocking))
             return torch.zeros(2, 16, 16, 3)
 
+    monkeypatch.setattr(dataloader, "_normalisation", lambda *_: (torch.zeros(()), torch.ones(())))
     loader.device = torch.device(device)
     loader._to_device((Pixels(), Pixels()))
     assert seen == [(device, not waits)] * 2
@@ -223,11 +226,16 @@ def carrying(marker: str) -> list[str]:
     ("time.sleep(60)", signal.SIGINT, -signal.SIGINT), ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM),
 ])  # fmt: skip
 def test_a_users_script_ends_at_once_and_leaves_no_process(photos, tmp_path, ending, number, code):
-    """The documents' snippet, with both iterators alive at the end; a signal goes to the whole group, as from a terminal."""
+    """The documents' snippet, both iterators alive at the end; a signal goes to the group, as Ctrl-C does."""
     marker = f"LOADER_TEST={tmp_path}"
-    script = subprocess.Popen([sys.executable, "-c", SCRIPT, str(photos), ending], text=True, start_new_session=True,
-                              env=os.environ | {"LOADER_TEST": str(tmp_path), "PYTHONPATH": str(Path(dataloader.__file__).parent)},
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    script = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(photos), ending],
+        env=os.environ | {"LOADER_TEST": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert script.stdout.readline() == "ready\n"
         assert len(carrying(marker)) > 1  # workers
@@ -278,7 +286,7 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
 
 
 def test_more_workers_than_cores_are_capped_and_said(photos, monkeypatch):
-    monkeypatch.setattr(flags, "cores", lambda: 3)
-    with pytest.warns(UserWarning, match="8 loader workers asked for, 3 cores: using 3"):
+    monkeypatch.setattr(process, "cores", lambda: 3)
+    with pytest.warns(UserWarning, match="8 loader workers requested, 3 cores: using 3"):
         loaders = get_dataloaders(data_path=str(photos), batch_size=8, image_size=16, num_workers=8)
     assert [loader.batches.num_workers for loader in loaders] == [3, 3]

@@ -51,16 +51,16 @@ def test_vit_works_at_one_size_only():
         build("vit_b_16", num_classes=3, image_sizes=(64, 128, 224))
     with pytest.raises(UsageError, match="100 px is not a multiple") as caught:
         build("vit_b_16", num_classes=3, image_sizes=(100,))
-    assert caught.value.fix == "--resize-schedule 96"
+    assert caught.value.fix == "give --resize-schedule 96"
     assert torchvision_zoo.vit_size(()) == 224 and torchvision_zoo.vit_size((64, 64)) == 64
 
 
 def test_options_without_a_place_are_refused():
     with pytest.raises(UsageError, match="no architecture 'resnet9000'"):
         models.build_model("resnet9000", num_classes=3)
-    with pytest.raises(UsageError, match="--use-blurpool is for the ResNets"):
+    with pytest.raises(UsageError, match="--use-blurpool works with the ResNets only"):
         models.build_model("swin_t", num_classes=3, use_blurpool=True)
-    with pytest.raises(UsageError, match="--stem is for the ResNets"):
+    with pytest.raises(UsageError, match="--stem works with the ResNets only"):
         models.build_model("swin_t", num_classes=3, stem="small")
 
 

@@ -95,7 +95,7 @@ def test_the_copy_for_a_size_has_headroom(packed_once):
 def test_the_default_sides_serve_the_default_sizes():
     split = packed.PackedSplit.__new__(packed.PackedSplit)
     split.part, split.manifest, split.side = "train", {"sides": [96, 192, 320]}, None
-    split._at = lambda side: side
+    split.at_side = lambda side: side
     assert [split.for_size(size) for size in (64, 128, 160, 192, 224)] == [96, 192, 192, 320, 320]
 
 
@@ -277,7 +277,7 @@ def test_other_damage_has_clear_words(out, damage):
         "labels": "train-labels.npy",
         "manifest": "manifest.json is unreadable",
         "format": "another version",
-        "unfinished": "not fin",
+        "unfinished": "unfinished",
     }
     with pytest.raises(DataError, match=words[damage]):
         open_packed(out)

@@ -130,8 +130,9 @@ def plan_of(*arguments, ranks: int = 1):
 
 
 @pytest.mark.parametrize("arch, stem, sizes", [
-    ("resnet_tiny", "imagenet", (8, 16, 32, 40, 64)), ("resnet_tiny", "small", (8, 16, 32)), ("resnet18", "d", (32, 40)),
-    ("preact_resnet50", "small", (8, 16)), ("mobilenet_v3_large", "imagenet", (32, 40)), ("swin_t", "imagenet", (16,)),
+    ("resnet_tiny", "imagenet", (8, 16, 32, 40, 64)), ("resnet_tiny", "small", (8, 16, 32)),
+    ("resnet18", "d", (32, 40)), ("preact_resnet50", "small", (8, 16)),
+    ("mobilenet_v3_large", "imagenet", (32, 40)), ("swin_t", "imagenet", (16,)),
 ])  # fmt: skip
 def test_a_batch_is_refused_exactly_where_a_real_forward_raises(arch, stem, sizes):
     model = build_model(arch, num_classes=5, stem=stem).train()
@@ -142,8 +143,13 @@ def test_a_batch_is_refused_exactly_where_a_real_forward_raises(arch, stem, size
             cut = torch.zeros(batch).chunk(pieces)
             wanted = any(raised[size, min(len(piece), 2)] for piece in cut)
             try:
-                plan_of("--arch", arch, *flags, "--resize-schedule", f"{size},{size},{size}", "--accumulate", pieces,
-                        "--phase-batch-sizes", f"8,8,{batch}")  # fmt: skip
+                sizes_of = [
+                    "--resize-schedule",
+                    f"{size},{size},{size}",
+                    "--phase-batch-sizes",
+                    f"8,8,{batch}",
+                ]
+                plan_of("--arch", arch, *flags, *sizes_of, "--accumulate", pieces)
                 refused = False
             except UsageError as error:
                 # The other phases have 8 images, of which these pieces leave more than one.
@@ -163,7 +169,8 @@ def raises(model: nn.Module, images: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("arguments, ranks, fixes", [
     (("--phase-batch-sizes", "4,2,1"), 1, ["--phase-batch-sizes 4,2,2"]),
-    (("--phase-batch-sizes", "8,8,5", "--accumulate", "4"), 1, ["--accumulate 2", "--phase-batch-sizes 8,8,6"]),
+    (("--phase-batch-sizes", "8,8,5", "--accumulate", "4"), 1,
+     ["--accumulate 2", "--phase-batch-sizes 8,8,6"]),
     (("--phase-batch-sizes", "4,4,2"), 2, ["--phase-batch-sizes 4,4,4"]),
     (("--phase-batch-sizes", "8,8,8", "--accumulate", "64"), 1, ["--accumulate 7"]),  # four pieces of two
 ])  # fmt: skip

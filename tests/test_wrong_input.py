@@ -1,4 +1,4 @@
-"""What a user can get wrong: an exit code, a line that says what and where, one that says what to do, nothing written."""
+"""User errors: an exit code, a line with what is wrong and where, a line with the fix, and nothing written."""
 
 import os
 import shutil
@@ -16,8 +16,8 @@ from base import errors
 from base.errors import UserError
 from harness import rundir
 
-SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
-         "--device", "cpu", "--amp", "off")  # fmt: skip
+SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8",
+         "--num-workers", "0", "--device", "cpu", "--amp", "off")  # fmt: skip
 
 
 def refusal(tmp_path: Path, *arguments) -> UserError:
@@ -45,24 +45,24 @@ def check(error: UserError, code: int, *words: str) -> None:
 
 # Arguments: judged by the parser, so even before the data is looked at.
 
-NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha", "--cutmix-alpha",
-           "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
+NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha",
+           "--cutmix-alpha", "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
 WRONG_NUMBERS = [(flag, value) for flag in NUMBERS for value in ("nan", "inf", "-1", "x")]
-WRONG_NUMBERS += [
-    ("--lr", "0"),
-    ("--momentum", "1"),
-    ("--ema-decay", "1"),
-    ("--drop-path-rate", "1"),
-    ("--label-smoothing", "1"),
-]
+WRONG_NUMBERS += [("--lr", "0"), ("--momentum", "1"), ("--ema-decay", "1"), ("--drop-path-rate", "1")]
 WRONG_NUMBERS += [
     (flag, v)
     for flag in ("--batch-size", "--epochs", "--subset-size", "--accumulate")
     for v in ("0", "-1", "1.5")
 ]
-WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
-                  ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
-                  ("--save-every", "0s"), ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
+WRONG_NUMBERS += [("--resize-schedule", v) for v in ("64,0", "-64", "64,x")]
+WRONG_NUMBERS += [("--save-every", v) for v in ("0", "-5min", "0s")]
+WRONG_NUMBERS += [
+    ("--num-workers", "-1"),
+    ("--num-workers", "100000"),
+    ("--seed", "-1"),
+    ("--label-smoothing", "1"),
+]
+WRONG_NUMBERS += [("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]
 
 
 @pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
@@ -122,8 +122,10 @@ def test_an_argument_that_cannot_work_is_refused(arguments, code, words, photos,
     check(refusal(tmp_path, "--data-dir", photos, *arguments), code, *words)
 
 
-@pytest.mark.parametrize("text, words", [("lr: [1", ["is not YAML"]), ("- a", ["holds no flags"]), ("lrr: 1", ["'lrr'"]),
-                                         ("lr: fast", ["--lr", "fast"]), ("epochs: 1.5", ["--epochs"])])  # fmt: skip
+@pytest.mark.parametrize("text, words", [
+    ("lr: [1", ["is not YAML"]), ("- a", ["holds no flags"]), ("lrr: 1", ["'lrr'"]),
+    ("lr: fast", ["--lr", "fast"]), ("epochs: 1.5", ["--epochs"]),
+])  # fmt: skip
 def test_a_config_file_meets_the_same_checks(text, words, tmp_path):
     (tmp_path / "flags.yaml").write_text(text)
     check(refusal(tmp_path, "--config", tmp_path / "flags.yaml"), 2, *words)
@@ -170,8 +172,8 @@ def a_file(root: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (no_directory, ["data"]), (no_train, ["train"]), (no_val, ["val"]), (empty_class, ["dog"]), (missing_in_train, ["dog"]),
-    (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["data"]),
+    (no_directory, ["data"]), (no_train, ["train"]), (no_val, ["val"]), (empty_class, ["dog"]),
+    (missing_in_train, ["dog"]), (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["data"]),
 ])  # fmt: skip
 def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, tmp_path):
     data = tmp_path / "data"
@@ -227,14 +229,14 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError) as caught:
-        rundir.claim(rundir.look(str(tmp_path / "run")), overwrite=False)
+        rundir.acquire(rundir.scan(str(tmp_path / "run")), overwrite=False)
     check(caught.value, 6, "No space left", str(tmp_path / "run"))
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
 def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
     save_dir = tmp_path / "run"
-    lock = rundir.claim(rundir.look(str(save_dir)), overwrite=False)
+    lock = rundir.acquire(rundir.scan(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
         with pytest.raises(UserError) as caught:
             train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
@@ -267,8 +269,8 @@ def test_a_plain_second_run_and_one_refused_for_another_reason_leave_the_first_a
 
 @pytest.mark.parametrize("variables, refused", [
     ({"RANK": "1"}, True), ({"WORLD_SIZE": "2"}, True), ({"RANK": "2", "WORLD_SIZE": "2"}, True),
-    ({"RANK": "one", "WORLD_SIZE": "2"}, True), ({"LOCAL_RANK": "3"}, True), ({}, False), ({"WORLD_SIZE": "1"}, False),
-    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, True), ({"LOCAL_RANK": "3"}, True), ({}, False),
+    ({"WORLD_SIZE": "1"}, False), ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
 ])  # fmt: skip
 def test_half_of_torchruns_variables_are_refused(variables, refused, photos, tmp_path, monkeypatch):
     for name, value in variables.items():
@@ -299,11 +301,16 @@ def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
             "try:\n    code = errors.run(train.main)\n"
             "except SystemExit as exit:\n    code = exit.code\n"
             "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)")  # fmt: skip
-    for arguments, wanted in ((["--help"], "code 0 False False"), (["--lr", "-1"], "code 2 False False"),
-                              (["--nope"], "code 2 False False"), (["--nesterov"], "code 2 False"),
-                              (["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")], "code 3 False")):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code.format(arguments=arguments)], cwd=ROOT, capture_output=True,
-                              text=True, env=environment())  # fmt: skip
+    no_data = ["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")]
+    for arguments, wanted in (
+        (["--help"], "code 0 False False"),
+        (["--lr", "-1"], "code 2 False False"),
+        (["--nope"], "code 2 False False"),
+        (["--nesterov"], "code 2 False"),
+        (no_data, "code 3 False"),
+    ):
+        command = [sys.executable, "-c", code.format(arguments=arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
         assert wanted in done.stdout.splitlines()[-1], (done.stdout[-300:], done.stderr)
     assert not (tmp_path / "run").exists()
 
