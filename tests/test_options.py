@@ -122,7 +122,9 @@ def test_every_value_changes_what_is_observed(name, uncompiled):
 def test_the_batch_size_is_the_first_phases_and_is_halved():
     def batches(*arguments):
         config, _ = flags.parse(train.build_parser(), ["--dataset", "digits", *arguments])
-        return [p.batch_size for p in build.make_plan(config, layouts.open_dataset(**flags.data_args(config)), 1)]
+        return [
+            p.batch_size for p in build.make_plan(config, layouts.open_dataset(**flags.data_args(config)), 1)
+        ]
 
     assert batches() == [256, 128, 64] and batches("--batch-size", "40") == [40, 20, 10]
 
