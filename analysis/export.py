@@ -20,7 +20,7 @@ from torch import Tensor
 from analysis.predictions import Classifier
 from base import files
 from base.errors import UsageError, UserError, optional, printable
-from base.flags import dashed
+from base.parser import dashed, typed_text
 from harness import checkpoint
 from models import build_model, describe_args
 from models.convert import to_torchvision
@@ -70,19 +70,14 @@ def to_onnx(classifier: Classifier, path: Path, images: Tensor) -> Tensor:
     """images (n, 3, S, S) float32 normalized -> logits (n, K), for any n."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         runtime = optional(package, "--export onnx")
-    options = {
-        "dynamo": True,
-        "input_names": ["images"],
-        "output_names": ["logits"],
-        "dynamic_shapes": ({0: torch.export.Dim("batch")},),
-        "verbose": False,
-    }
+    options = {"input_names": ["images"], "output_names": ["logits"], "dynamo": True, "verbose": False}
+    any_size = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
     # The exporter prints its progress and warns about its own dependencies.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(classifier.model, (images,), **options)
+        program = torch.onnx.export(classifier.model, (images,), **options, **any_size)
     program.model.metadata_props.update(metadata(classifier))
     program.save(path)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -199,10 +194,10 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
         num_classes=len(facts["classes"]),
         difference=difference,
         scores=_scores(payload["rows"], "ema_val" if weights == "ema" else "val"),
-        flags="\n".join(f"- `{dashed(name)} {_text(flags[name])}`" for name in SHOWN if name in flags),
+        flags="\n".join(f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if name in flags),
         commit=payload.get("commit") or "unknown",
         license=BLURPOOL if args.get("use_blurpool") else "",
-        classes="\n".join(f"| {k} | {_cell(folder)} | {_cell(str(human))} |" for k, (folder, human) in rows),
+        classes="\n".join(f"| {k} | {_cell(folder)} | {_cell(human)} |" for k, (folder, human) in rows),
     )
 
 
@@ -213,10 +208,6 @@ def _scores(rows: list[dict], column: str) -> str:
     top1, top5, loss = (row[f"{column}_{name}"] for name in ("top1", "top5", "loss"))
     size = row["image_size"]
     return f"Validation at {size} px: top-1 {top1:.2f} %, top-5 {top5:.2f} %, cross-entropy {loss:.4f}."
-
-
-def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _cell(text: str) -> str:
