@@ -88,17 +88,17 @@ def main(argv: list[str] | None = None) -> int:
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)
     out = make_directory(Path(config.out or config.save_dir))
-    if config.mode == "accuracy":
-        found = try_rates(config, phase, geometric(low, high, config.trials))
-    else:
-        found = measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
-    found |= {
+    found = {
         "mode": config.mode,
         "phase": config.phase,
         "image_size": phase.image_size,
         "batch_size": phase.batch_size,
         "flags": flags.plain(config),
     }
+    if config.mode == "accuracy":
+        found |= try_rates(config, phase, geometric(low, high, config.trials))
+    else:
+        found |= measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
     # --lr is the rate of the first phase, from which --lr-scale computes the one that was found.
     factor = build.lr_factor(config.lr_scale, phase, phases[0])
     report(found, out, lambda lr: training_command(argv, lr / factor))
