@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         found |= measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
     # --lr is the rate of the first phase, from which --lr-scale computes the one that was found.
     factor = build.lr_factor(config.lr_scale, phase, phases[0])
-    report(found, out, lambda lr: training_command(argv, lr / factor))
+    write_results(found, out, lambda lr: training_command(argv, lr / factor))
     return 0
 
 
@@ -270,7 +270,7 @@ def train(values: dict) -> dict | None:
 # --- what was found ---------------------------------------------------------------------------------
 
 
-def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
+def write_results(found: dict, out: Path, command: Callable[[float], str]) -> None:
     """Print the suggestions with their command lines; write lr_finder.json and lr_finder.png."""
     from analysis import figures
     from base import files

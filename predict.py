@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         with memory_for(f"batch {config.batch_size}", "lower --batch-size", classifier.device):
             found, unreadable = predict(classifier, paths, config.top, config.batch_size, config.num_workers)
         bad += unreadable
-        deliver(classifier, found, bad, config, say)
+        write_predictions(classifier, found, bad, config, say)
     if config.export:
         from analysis.export import export
 
@@ -135,7 +135,7 @@ def predict(classifier, paths: list[str], top: int, batch_size: int, num_workers
     return good, [(paths[i], reason) for i, reason in reasons.items()]
 
 
-def deliver(classifier, found: list[dict], bad: list, config, say) -> None:
+def write_predictions(classifier, found: list[dict], bad: list, config, say) -> None:
     """Write the predictions as JSON and CSV; print them as a table if neither was asked for."""
     from base import files
 

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         with memory_for(f"{size} px, batch {config.batch_size}", "lower --batch-size", runtime.device):
             results += score(replace(classifier, image_size=size), config, labels)
     out = Path(config.out) if config.out else Path(config.checkpoint).parent / "validation"
-    report(classifier, results, labels, out, config, say)
+    write_scores(classifier, results, labels, out, config, say)
     return 0
 
 
@@ -162,7 +162,7 @@ def result(name: str, image_size: int, predictions, labels: list[int]) -> dict:
     }
 
 
-def report(classifier, results: list[tuple], labels: list[int], out: Path, config, say) -> None:
+def write_scores(classifier, results: list[tuple], labels: list[int], out: Path, config, say) -> None:
     """Print the table and the worst mistakes; write all scores, with the details of one result."""
     from analysis import scores
     from base import files
