@@ -39,8 +39,6 @@ def export(kind: str, classifier: Classifier, out: Path) -> tuple[Path, Path]:
     if the format does not support the model or its package is missing, UserError if the logits differ.
     """
     facts, args = classifier.payload["eval"], classifier.payload["model_args"]
-    if kind == "torchvision":
-        check_torchvision_has(args["arch"])
     ending, write = EXPORTS[kind]
     path = out / f"{args['arch']}_{facts['dataset']}{ending}"
     classifier.model.to("cpu", memory_format=torch.contiguous_format)
@@ -57,13 +55,6 @@ def export(kind: str, classifier: Classifier, out: Path) -> tuple[Path, Path]:
             )
     card = model_card(kind, path.name, classifier, difference)
     return path, files.write(path.with_name(path.name + ".md"), card)
-
-
-def check_torchvision_has(arch: str) -> None:
-    import torchvision.models
-
-    if not hasattr(torchvision.models, arch):
-        raise UsageError(f"torchvision has no {arch}", "use --export onnx or --export safetensors")
 
 
 def to_onnx(classifier: Classifier, path: Path, images: Tensor) -> Tensor:
@@ -100,9 +91,12 @@ def to_torchvision_file(classifier: Classifier, path: Path, images: Tensor) -> T
     import torchvision.models
 
     args = classifier.payload["model_args"]
+    build = getattr(torchvision.models, args["arch"], None)
+    if build is None:
+        raise UsageError(f"torchvision has no {args['arch']}", "use --export onnx or --export safetensors")
     checkpoint.save_weights(path, to_torchvision(classifier.model))
     size = {"image_size": images.shape[-1]} if args["arch"].startswith("vit") else {}
-    loaded = getattr(torchvision.models, args["arch"])(num_classes=args["num_classes"], **size)
+    loaded = build(num_classes=args["num_classes"], **size)
     loaded.load_state_dict(checkpoint.read(path))
     return loaded.eval()(images)
 
