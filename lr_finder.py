@@ -85,20 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)
     out = make_directory(Path(config.out or config.save_dir))
-    if config.mode == "accuracy":
-        found = try_rates(config, phase, geometric(low, high, config.trials))
-    else:
-        found = measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
-    found |= {
+    found = {
         "mode": config.mode,
         "phase": config.phase,
         "image_size": phase.image_size,
         "batch_size": phase.batch_size,
         "flags": flags.plain(config),
     }
+    if config.mode == "accuracy":
+        found |= try_rates(config, phase, geometric(low, high, config.trials))
+    else:
+        found |= measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
     # --lr is the rate of the first phase, from which --lr-scale computes the one that was found.
     factor = build.lr_factor(config.lr_scale, phase, phases[0])
-    report(found, out, lambda lr: training_command(argv, lr / factor))
+    write_results(found, out, lambda lr: training_command(argv, lr / factor))
     return 0
 
 
@@ -267,7 +267,7 @@ def train(values: dict) -> dict | None:
 # --- what was found ---------------------------------------------------------------------------------
 
 
-def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
+def write_results(found: dict, out: Path, command: Callable[[float], str]) -> None:
     """Print the suggestions with their command lines; write lr_finder.json and lr_finder.png."""
     from analysis import figures
     from base import files
