@@ -141,8 +141,8 @@ def class_tables(scores: dict) -> Markup:
     """Return the most confused pairs beside the hardest classes, with all classes folded away if many."""
     pairs = []
     for pair in scores["confused_pairs"][:MOST_ROWS]:
-        predicted = pair.get("prediction_name", pair.get("guess_name", "?"))  # guess_name: of older files
-        pairs.append([pair["truth_name"], predicted, pair["times"], f"{100 * pair['share']:.1f}"])
+        share = f"{100 * pair['share']:.1f}"
+        pairs.append([pair["truth_name"], pair["prediction_name"], pair["times"], share])
     header = ["truth", "prediction", "times", "% of its class"]
     confused = table(header, pairs, "Most confused pairs")
     rows = []

@@ -73,10 +73,11 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
             ax.plot(epochs, values, dash, color=colour, label=label, marker="o", markersize=3)
     if panel is TOP1 and run.best:
         label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
-        ax.scatter(run.best["epoch"], run.best_top1, 120, figures.BLACK, "*", zorder=5, label=label)
+        star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
+        ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
     ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
     mark_phases(ax, run.rows)
-    if len(panel.columns) > 1:
+    if len(panel.columns) > 1 and ax.lines:
         ax.legend()
 
 
