@@ -80,7 +80,9 @@ def summary(run: RunFiles) -> Markup:
         pairs.append(("training speed, last epoch", f"{last['images_per_second']:,.0f} images/s"))
     names = {"arch": "architecture", "dataset": "dataset"}
     pairs += [(names[key], shown(config[key])) for key in names if key in config]
-    pairs.append(("image sizes", " → ".join(f"{size} px" for _, size, _ in phases(run.rows))))
+    pairs.append(
+        ("image sizes", " → ".join(f"{size}\N{NO-BREAK SPACE}px" for _, size, _ in phases(run.rows)))
+    )
     if bad := sum(row.get("bad_steps") or 0 for row in run.rows):
         pairs.append(("steps with a non-finite loss or gradient", bad))
     return facts(pairs)
