@@ -13,6 +13,7 @@ from ablation_runs import results
 from ablation_runs.results import BETTER, WORSE, Result
 from ablation_runs.study import Study
 from analysis import figures
+from base.flags import dashed
 
 LABELS = {
     "val_top1": "validation top-1 (%), raw weights",
@@ -50,6 +51,8 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
         axis.set_title(name, fontsize=9)
         if chance:
             axis.axhline(chance, color=figures.BLACK, lw=1, ls=":")
+    for axis in axes.flat[len(panels) - columns : len(panels)]:  # the lowest ones, in a row or two
+        axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].locator_params(axis="x", integer=True)
@@ -68,7 +71,7 @@ def panel_lines(runs: list[Result], study: Study) -> dict[str, dict[str, list[Re
     for run in [run for run in runs if run.status == "done"]:
         for flag, lines in panels.items():
             lines[study.variants[run.variant][flag]].append(run)
-    return panels
+    return {dashed(flag): lines for flag, lines in panels.items()}
 
 
 def curve(runs: list[Result], column: str) -> tuple[np.ndarray, ...] | None:
@@ -98,22 +101,21 @@ def draw_lines(axis, lines: dict[str, list[Result]], column: str) -> None:
 
 def differences(runs: list[Result], study: Study, title: str):
     """Draw each variant's paired difference to the baseline with its interval."""
-    verdicts = [v for v in results.verdicts(runs, study, study.metric) if v.difference]
-    if not verdicts:
+    found = {name: d for name, d in results.compare(runs, study, study.metric).items() if d}
+    if not found:
         return None
-    longest = max(len(v.variant) for v in verdicts)
-    fig = figures.figure(7 + 0.06 * longest, 2 + 0.36 * len(verdicts), title)
+    fig = figures.figure(7 + 0.06 * max(map(len, found)), 2 + 0.36 * len(found), title)
     axis = figures.axes(fig, 1, 1)[0, 0]
-    for k, verdict in enumerate(verdicts):
-        d, fill = verdict.difference, figures.BLUE if verdict.word in (BETTER, WORSE) else "white"
+    for k, d in enumerate(found.values()):
+        fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
         if d.low is not None:
             axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=2)
         axis.plot(d.mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=7)
     axis.axvline(0, color=figures.BLACK, lw=1)
-    axis.set_yticks(range(len(verdicts)), [v.variant for v in verdicts])
-    axis.set_ylim(len(verdicts) - 0.5, -0.5)
+    axis.set_yticks(range(len(found)), found)
+    axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel(
-        f"difference to {next(iter(study.variants))} in points of top-1 (better →)\n"
+        f"difference in points of top-1 (better →)\nto {next(iter(study.variants))}\n"
         "line: 95 % interval over seeds; hollow: within the noise"
     )
     return fig
@@ -133,7 +135,7 @@ def heat_maps(runs: list[Result], study: Study, title: str):
     for axis, pair, scores in zip(axes, pairs, maps, strict=True):
         down, across = (study.grid[k] for k in pair)
         image = axis.imshow(scores, cmap=figures.MAP, vmin=low, vmax=high, aspect="auto")
-        axis.set(xlabel=across.replace("_", " "), ylabel=down.replace("_", " "))
+        axis.set(xlabel=dashed(across), ylabel=dashed(down))
         axis.set_xticks(range(scores.shape[1]), study.grid_values(across))
         axis.set_yticks(range(scores.shape[0]), study.grid_values(down))
         axis.grid(False)

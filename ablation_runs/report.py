@@ -25,7 +25,7 @@ def build_parser() -> flags.Parser:
     add("--runs", default=RUNS, metavar="DIR", help="Directory of the runs: --out of ablation_runs.run.")
     add("--out", default="", metavar="DIR", help="Output directory; if empty, beside the runs.")
     add("--publish", action="store_true", help="Copy report and small files to ablation_runs/results/.")
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.DEBUG.add_to(parser)
     return parser
 
 

@@ -99,6 +99,19 @@ class Difference:
     high: float | None
     p: float | None
     n: int
+    verdict: str = UNKNOWN  # BETTER, WORSE or NOISE, from `compare`
+
+
+def compare(runs: list[Result], study: Study, column: str) -> dict[str, Difference | None]:
+    """Compare every variant with the first one, with Holm's correction for the number of comparisons."""
+    baseline, *others = study.variants
+    scores, resolution = by_seed(runs, baseline, column), one_image(runs)
+    found = {variant: paired(by_seed(runs, variant, column), scores, resolution) for variant in others}
+    tested = [variant for variant, d in found.items() if d and d.p is not None]
+    for variant, p in zip(tested, holm([found[variant].p for variant in tested]), strict=True):
+        direction = BETTER if found[variant].mean > 0 else WORSE
+        found[variant] = replace(found[variant], verdict=direction if p < 1 - LEVEL else NOISE)
+    return found
 
 
 def paired(
@@ -122,33 +135,6 @@ def paired(
         return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
     half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * error)
     return Difference(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error)), n)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A variant's difference to the baseline, and what it shows."""
-
-    variant: str
-    difference: Difference | None
-    word: str  # BETTER, WORSE, NOISE, or UNKNOWN without two pairs
-
-
-def verdicts(runs: list[Result], study: Study, column: str) -> list[Verdict]:
-    """Compare every variant with the first one, with Holm's correction for the number of comparisons."""
-    baseline, *others = study.variants
-    scores, resolution = by_seed(runs, baseline, column), one_image(runs)
-    differences = {name: paired(by_seed(runs, name, column), scores, resolution) for name in others}
-    tested = {name: d.p for name, d in differences.items() if d and d.p is not None}
-    adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-    return [Verdict(name, d, verdict_word(d, adjusted.get(name))) for name, d in differences.items()]
-
-
-def verdict_word(difference: Difference | None, p: float | None) -> str:
-    if difference is None or p is None:
-        return UNKNOWN
-    if p >= 1 - LEVEL:
-        return NOISE
-    return BETTER if difference.mean > 0 else WORSE
 
 
 def holm(values: Sequence[float]) -> list[float]:

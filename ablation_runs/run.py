@@ -49,13 +49,8 @@ def build_parser() -> flags.Parser:
     add("--shard", type=shard, default="1/1", metavar="I/N", help="Run only the I-th of N parts, I from 1.")
     add("--data-dir", default="", metavar="DIR", help="Dataset directory; if empty, data/<dataset>.")
     add("--out", default=RUNS, metavar="DIR", help="Runs are written to DIR/<study>/<variant>-seed<n>.")
-    add(
-        "--keep",
-        default="best",
-        choices=("best", "all", "none"),
-        help="Checkpoints to keep of a finished run.",
-    )
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    add("--keep", default="best", choices=("best", "all", "none"), help="Checkpoints to keep of each run.")
+    flags.DEBUG.add_to(parser)
     return parser
 
 

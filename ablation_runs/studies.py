@@ -18,8 +18,7 @@ TINY_20_TITLE = "20 classes of Tiny ImageNet, 100 training and 10 validation ima
 TINY_IMAGENET_01 = Study(
     name="tiny_imagenet_01",
     source="000",
-    question="Plain, pre-activation, convolutional head: which is best? What do augmentation, MixUp, AMP "
-    "add?",
+    question="ResNet-50: plain, pre-activation or conv head? What do augmentation, MixUp and AMP add?",
     base=TINY_IMAGENET | {"head": "linear", "augment": "none", "amp": "off"} | UNREGULARIZED,
     variants={
         "plain": {},

@@ -80,10 +80,11 @@ class Study:
         """Return every variant with every seed, seed by seed: an unfinished study can still be compared."""
         if preset == "cpu" and not self.cpu:
             raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
+        chosen = {variant: self.flags_of(variant, preset, extra) for variant in self.variants}
         return [
-            Run(self.directory(preset), variant, seed, self.flags_of(variant, preset, extra) | {"seed": seed})
+            Run(self.directory(preset), variant, seed, values | {"seed": seed})
             for seed in seeds or self.seeds
-            for variant in self.variants
+            for variant, values in chosen.items()
         ]
 
     def flags_of(self, variant: str, preset: str = "full", extra: Flags | None = None) -> Flags:

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ablation_runs import results
-from ablation_runs.results import BETTER, NOISE, UNKNOWN, WORSE, Difference, Result, Verdict
+from ablation_runs.results import BETTER, NOISE, UNKNOWN, WORSE, Difference, Result
 from ablation_runs.study import Study
 from base import files, flags
 
-VARIANT_HEADER = ("variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap")
-VARIANT_HEADER += ("top-1 difference", "gap difference", "images/s", "minutes", "published")
 CSV_SCORES = ("train_top1", "val_top1", "val_top5", "ema_val_top1", "gap")
-WEIGHTS = {"val_top1": "raw weights", "ema_val_top1": "EMA weights"}
+METRICS = {"val_top1": "top-1", "ema_val_top1": "EMA top-1"}
+GAP_WORDS = {BETTER: "larger", WORSE: "smaller"}
 HOW_TO_READ = (
     "Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is "
     "training minus validation top-1. Differences are to the first variant, paired by seed, with a 95 % t "
@@ -40,8 +39,7 @@ def markdown(study: Study, preset: str, runs: list[Result], pictures: list[str])
 
 def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
     """One row per variant: last epoch, mean and spread over seeds."""
-    scores = {v.variant: v for v in results.verdicts(runs, study, study.metric)}
-    gaps = {v.variant: v for v in results.verdicts(runs, study, "gap")}
+    scores, gaps = (results.compare(runs, study, column) for column in (study.metric, "gap"))
     rows = []
     for variant in study.variants:
         if not (own := results.of_variant(runs, variant)):
@@ -50,12 +48,13 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
         row = [f"**{variant}**", f"`{words}`" if words else "base", count_seeds(own)]
         for column in ("val_top1", "ema_val_top1", "train_top1", "gap"):
             row.append(spread(results.by_seed(runs, variant, column)))
-        row.append(difference(scores.get(variant)))
-        row.append(difference(gaps.get(variant), {BETTER: "larger", WORSE: "smaller"}))
+        row += [difference(scores.get(variant), {}), difference(gaps.get(variant), GAP_WORDS)]
         row.append(average([run.images_per_second for run in own], ",.0f"))
         row.append(average([run.minutes for run in own], ".1f"))
         rows.append([*row, study.published_scores.get(variant, "-")])
-    return table(VARIANT_HEADER, rows)
+    header = ["variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap"]
+    header += [f"{METRICS[study.metric]} difference", "gap difference", "images/s", "minutes", "published"]
+    return table(header, rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -81,11 +80,10 @@ def average(values: list[float | None], spec: str) -> str:
     return format(sum(known) / len(known), spec) if known else "-"
 
 
-def difference(verdict: Verdict | None, words: dict[str, str] | None = None) -> str:
-    if verdict is None or verdict.difference is None:
-        return "-"
-    word = ({UNKNOWN: "one seed"} | (words or {})).get(verdict.word, verdict.word)
-    return f"{interval(verdict.difference)}: {word}"
+def difference(d: Difference | None, words: dict[str, str]) -> str:
+    """Return the difference and its verdict, which `words` may rename."""
+    words = {UNKNOWN: "one seed"} | words
+    return f"{interval(d)}: {words.get(d.verdict, d.verdict)}" if d else "-"
 
 
 def interval(d: Difference) -> str:
@@ -96,26 +94,26 @@ def interval(d: Difference) -> str:
 def conclusion(study: Study, runs: list[Result]) -> str:
     """Say what the runs show, and no more."""
     baseline, sentences = next(iter(study.variants)), []
-    verdicts = results.verdicts(runs, study, study.metric)
-    for v, d in [(v, v.difference) for v in verdicts if v.word in (BETTER, WORSE)]:
-        evidence = f"{WEIGHTS[study.metric]}; 95 % interval {d.low:+.1f} to {d.high:+.1f}, {d.n} seeds"
-        sentences.append(
-            f"**{v.variant}** is {v.word} than {baseline} by {abs(d.mean):.1f} points of top-1 ({evidence})."
-        )
-    if noise := [v.variant for v in verdicts if v.word == NOISE]:
+    differences = results.compare(runs, study, study.metric)
+    for variant, d in differences.items():
+        if d and d.verdict in (BETTER, WORSE):
+            size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
+            evidence = f"95 % interval {d.low:+.1f} to {d.high:+.1f}, {d.n} seeds"
+            sentences.append(f"**{variant}** is {d.verdict} than {baseline} by {size} ({evidence}).")
+    if noise := [variant for variant, d in differences.items() if d and d.verdict == NOISE]:
         names = listed(noise) if len(noise) <= 8 else f"the other {len(noise)} variants"
         sentences.append(f"No conclusion about {names}: the difference to {baseline} is within the noise.")
-    if unknown := [v.variant for v in verdicts if v.word == UNKNOWN]:
+    if unknown := [variant for variant, d in differences.items() if not d or d.verdict == UNKNOWN]:
         sentences.append(f"Not enough finished pairs of runs to judge {listed(unknown)}.")
     if stuck := results.at_chance(runs, study):
         level = f"{results.chance(runs):.2g} %; the interval ends below twice that"
         sentences.append(f"At chance ({level}): {listed(stuck)}.")
-    for v in results.verdicts(runs, study, "gap"):
-        if word := {BETTER: "larger", WORSE: "smaller"}.get(v.word):
-            size = f"{abs(v.difference.mean):.1f} points {word}"
-            sentences.append(f"The gap between training and validation is {size} with {v.variant}.")
+    for variant, d in results.compare(runs, study, "gap").items():
+        if d and d.verdict in GAP_WORDS:
+            size = f"{abs(d.mean):.1f} points {GAP_WORDS[d.verdict]}"
+            sentences.append(f"The gap between training and validation is {size} with {variant}.")
     effects = results.effects(runs, study, study.metric)
-    if matter := [dashed(e.flag) for e in effects if e.p is not None and e.p < 1 - results.LEVEL]:
+    if matter := [flags.dashed(e.flag) for e in effects if e.p is not None and e.p < 1 - results.LEVEL]:
         sentences.append(f"Flags that matter beyond the noise, most important first: {listed(matter)}.")
     if broken := sorted({f"{run.variant} ({run.status})" for run in runs if run.status != "done"}):
         sentences.append(f"Not every run finished: {listed(broken)}.")
@@ -124,10 +122,6 @@ def conclusion(study: Study, runs: list[Result]) -> str:
 
 def listed(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def dashed(flag: str) -> str:
-    return flag.replace("_", "-")
 
 
 def ema_table(study: Study, runs: list[Result]) -> str:
@@ -147,7 +141,9 @@ def effect_table(study: Study, runs: list[Result]) -> str:
     for effect in results.effects(runs, study, study.metric):
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
         p = "-" if effect.p is None else f"{effect.p:.3f}"
-        rows.append([dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p])
+        rows.append(
+            [flags.dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p]
+        )
     header = ["flag", "mean top-1 at each value", "best - worst", "share of variance", "p (F test, Holm)"]
     return table(header, rows) if rows else ""
 

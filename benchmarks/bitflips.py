@@ -8,6 +8,7 @@ EMA weights or the BatchNorm statistics, trains to the end, and is compared with
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -17,7 +18,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 from base import files, flags, process
-from benchmarks.goodput import bits
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
 BITS = {"sign": range(31, 32), "exponent": range(23, 31), "mantissa": range(23)}  # of a float32
@@ -174,6 +174,17 @@ def ending(run, error: str) -> dict:
     }
 
 
+def bits(value) -> str:
+    """Return a hash that two values share only if they are the same bit for bit."""
+    if isinstance(value, dict):
+        value = [*value.items()]
+    if isinstance(value, list | tuple):
+        content = "".join(map(bits, value)).encode()
+    else:
+        content = value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode()
+    return hashlib.sha256(content).hexdigest()
+
+
 def outcome(point: dict, undisturbed: dict) -> str:
     if point["error"] or point["bad_steps"]:
         return "noticed"
@@ -193,8 +204,8 @@ def tables(result: dict) -> str:
     stopped = sum(bool(point["error"]) for point in points)
     skipped = sum(point["outcome"] == "noticed" for point in points) - stopped
     lines = [
-        f"{len(points)} flips in a run of {result['steps']} steps that ends at {score:.2f} %; of the "
-        f"noticed ones {stopped} ended the run and {skipped} were reported as skipped steps"
+        f"{len(points)} flips in a run of {result['steps']} steps that ends at {score:.2f} %; "
+        f"{stopped or 'none'} ended the run and {skipped or 'none'} were reported as skipped steps"
     ]
     kind_of_bit = {bit: name for name, positions in BITS.items() for bit in positions}
     by_kind = Counter((point["kind"], point["outcome"]) for point in points)

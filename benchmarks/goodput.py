@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -26,6 +25,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from base import files, flags
+from benchmarks.bitflips import bits
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, CALIBRATION = 5, 32, 20.0  # seconds
@@ -213,28 +213,19 @@ def last_checkpoint(directory: Path) -> dict[str, str]:
     return {name: bits(content[name]) for name in PARTS}
 
 
-def bits(value) -> str:
-    """Return a hash that two values share only if they are the same bit for bit."""
-    if isinstance(value, dict):
-        value = [*value.items()]
-    if isinstance(value, list | tuple):
-        content = "".join(map(bits, value)).encode()
-    else:
-        content = value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode()
-    return hashlib.sha256(content).hexdigest()
-
-
 TABLE = """\
 | | |
 |---|---|
 | undisturbed, before and after | {before:.2f} and {after:.2f} useful steps a second, {steps:,} steps |
-| killed every {mean_between_kills:g} s on average | {killed_steps_per_second:.2f}, {kills} kills, \
-{steps_redone:,} steps done twice |
+| killed every {mean_between_kills:g} s on average | {killed_steps_per_second:.2f} useful steps a second, \
+{kills} kills, {steps_redone:,} steps done twice |
 | **goodput**: the ratio | **{goodput:.1f} %** |
 | the same beside its own speed between kills, free of drift | {goodput_by_own_speed:.1f} % |
 | best possible, and the ratio below it | {best_possible:.1f} %, {points_below:.1f} points |
-| best possible at the actual {achieved_mean_between_kills:.0f} s | {best_possible_at_achieved_mean:.1f} % |
-| S, from save to save | {save_interval:.2f} s; saving takes {save_milliseconds:.0f} ms, {saving:.1f} % |
+| best possible with the kills as they came, one in {achieved_mean_between_kills:.0f} s | \
+{best_possible_at_achieved_mean:.1f} % |
+| S, from one save to the next | {save_interval:.2f} s; a save takes {save_milliseconds:.0f} ms, \
+{saving:.1f} % of the time, also of the undisturbed run's |
 | R, from a restart until it trains on | {restart_seconds:.2f} s, median |
 | last checkpoint: weights, average, optimizer, rows | {same} |"""
 

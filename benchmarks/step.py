@@ -7,7 +7,6 @@ run mean anything.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -27,13 +26,12 @@ PROVENANCE = ("device", "cores", "threads", "torch", "cuda", "python")
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.step", description=__doc__, epilog=EPILOG)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add, positive, sizes = parser.add_argument, flags.positive, flags.number(int, 8, 4096)
-    steps = "Steps per timing (default: 1, on a GPU 20)."
+    steps = "Steps per timing (default: 20 on a GPU, else 1)."
     precisions = ("auto", "bf16", "fp16", "off")
     add("--sizes", type=sizes, nargs="+", default=[64, 128, 224], metavar="PX", help="Image sizes.")
     add("--batch-sizes", type=positive, nargs="+", metavar="N", help="Batch size for each image size.")
-    add("--arch", default="resnet50", choices=flags.ARCHS, help="Architecture (default: resnet50).")
+    add("--arch", default="resnet50", choices=flags.ARCHS, help="Architecture.")
     add("--device", default="auto", help="Device: auto, cpu or cuda.")
     add("--amp", default="auto", choices=precisions, help="Mixed precision.")
     add("--rounds", type=positive, default=11, metavar="N", help="Timings of each loop; the median counts.")

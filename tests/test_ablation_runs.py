@@ -159,7 +159,7 @@ def test_only_seeds_that_both_have_are_paired():
 def test_one_pair_has_no_interval_and_no_verdict():
     d = results.paired({0: 99.0}, {0: 1.0})
     assert (d.mean, d.low, d.p) == (98.0, None, None)
-    assert results.verdict_word(d, d.p) == results.UNKNOWN
+    assert d.verdict == results.UNKNOWN
 
 
 def test_equal_differences_are_not_certainty():
@@ -261,10 +261,10 @@ def test_many_comparisons_ask_for_more():
     variants = {"a": {}} | {f"v{k}": {"lr": k} for k in range(1, 21)}
     scores = {f"v{k}": (50, 50.2, 49.8) for k in range(2, 21)} | {"a": (50, 50, 50), "v1": (51.4, 52.0, 52.6)}
     runs = made(**scores)
-    alone = results.verdicts(runs, Study("s", "?", {"a": {}, "v1": {"lr": 1}}), "val_top1")
-    among = results.verdicts(runs, Study("s", "?", variants), "val_top1")
-    assert alone[0].word == results.BETTER and among[0].word == results.NOISE
-    assert alone[0].difference == among[0].difference
+    alone = results.compare(runs, Study("s", "?", {"a": {}, "v1": {"lr": 1}}), "val_top1")["v1"]
+    among = results.compare(runs, Study("s", "?", variants), "val_top1")["v1"]
+    assert alone.verdict == results.BETTER and among.verdict == results.NOISE
+    assert (alone.mean, alone.p) == (among.mean, among.p)
 
 
 def test_one_seed_and_failed_runs_conclude_nothing():
@@ -353,6 +353,11 @@ def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monk
     assert "mid-seed0: the existing run has other flags; delete" in capsys.readouterr().out
 
 
+def test_a_flag_of_an_older_version_makes_it_another_run():
+    assert run.what_trains(["--lr", "1e-3", "--subset"]) == run.what_trains(["--lr=0.001", "--subset"])
+    assert run.what_trains(["--lr=0.001", "--gone=1"]) is None
+
+
 def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
     run.main([*fake, "--seeds", "0"])
     assert run.main([*fake, "--seeds", "0", "--", "--num-workers", "3", "--device", "cuda:1"]) == 0
@@ -412,6 +417,15 @@ sys.exit(run.main(sys.argv[1:]))
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_stop_signal_reaches_a_run_that_is_just_starting(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TRAIN", tmp_path / "slow.py")
+    run.TRAIN.write_text("import time; time.sleep(60)")
+    stopping = run.Stopping()
+    stopping(signal.SIGTERM)
+    with open(tmp_path / "log.txt", "w") as log:
+        assert run.launch([], log, stopping) == -signal.SIGTERM
+
+
 def test_list_names_every_study(capsys):
     assert run.main(["--list"]) == 0
     said = capsys.readouterr().out
@@ -443,7 +457,7 @@ def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, c
             (folder / "run.json").write_text(json.dumps({"status": "done"}))
     assert report.main([which.name, "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "Flags that matter beyond the noise, most important first: clip-norm." in text
+    assert "Flags that matter beyond the noise, most important first: --clip-norm." in text
     pictures = {path.name: path.stat().st_size for path in (tmp_path / which.name).glob("*.png")}
     assert pictures.keys() == {"curves.png", "differences.png", "heat_maps.png"}
     assert min(pictures.values()) > 5000
@@ -452,14 +466,14 @@ def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, c
 def test_a_grids_curves_have_a_panel_for_each_flag_and_its_heat_maps_one_scale():
     which, runs = grid_results(lambda f, s: 50 + 8 * (f["lr"] == "2") + s)
     lines = plots.panel_lines(runs, which)
-    assert {flag: [*values] for flag, values in lines.items()} == {"lr": ["1", "2"], "wd": ["0", "5"]}
+    assert {flag: [*values] for flag, values in lines.items()} == {"--lr": ["1", "2"], "--wd": ["0", "5"]}
     assert all(len(own) == 6 for values in lines.values() for own in values.values())
     scores = results.grid_scores(runs[1:], which, "val_top1")
     assert scores.mask.sum() == 1 and scores.mean(-1).tolist() == [[51.5, 51], [59, 59]]
     (heat_map, _) = plots.heat_maps(runs, which, "title").axes
     assert heat_map.images[0].get_clim() == (51, 59)
     fig = plots.curves(runs, which, "val_top1", "title")
-    assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == ["lr", "wd"]
+    assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == ["--lr", "--wd"]
 
 
 def test_a_report_without_runs_names_the_command(tmp_path):

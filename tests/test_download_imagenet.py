@@ -56,7 +56,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 200, {"Content-Type": "text/html; charset=utf-8"}, b"<html>Please log in</html>"
             )
         if how == "login":
-            return self.answer(200, {"Content-Type": "application/x-tar"}, b"<!doctype html>Please log in")
+            page = b"<!doctype html>Please log in".ljust(len(body))
+            return self.answer(200, {"Content-Type": "application/x-tar"}, page)
         if how == "unsaid":
             return self.answer(200, {"Content-Length": None}, body)
         headers = {"ETag": etag, "Accept-Ranges": "bytes"}
@@ -319,9 +320,8 @@ def test_the_body_of_a_redirect_is_not_read(want, server):
     assert server.sent < 50 << 20
 
 
-@pytest.mark.parametrize("how", ["oddlength", "hugerange"])
-def test_numbers_that_are_none_are_no_traceback(how, want, server):
-    refused(DataError, want(how))
+def test_a_range_that_is_no_number_is_no_traceback(want, server):
+    refused(DataError, want("hugerange"))
     assert len(server.requests) <= 5
 
 
@@ -346,8 +346,9 @@ def test_no_server_at_all(tmp_path):
     assert "refused" in refused(DataError, file).what
 
 
-def test_a_length_that_the_server_does_not_say_is_known(want):
-    assert download(want("unsaid")).read_bytes() == BODY
+@pytest.mark.parametrize("how", ["unsaid", "oddlength"])
+def test_a_length_that_the_server_does_not_say_is_known(how, want):
+    assert download(want(how)).read_bytes() == BODY
 
 
 def test_redirects_are_followed_a_few_times_and_only_to_the_web(want, server, tmp_path):
@@ -420,7 +421,7 @@ def die():
 
 def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, monkeypatch, tmp_path):
     monkeypatch.setattr(fetch, "CHUNK", 4096)
-    offsets = sorted(random.Random(1).sample(range(1, len(BODY)), 20))
+    offsets = sorted(random.Random(1).sample(range(1, len(BODY) - 8192), 20))
     for offset in offsets:
         before = want().received
         child = os.fork()

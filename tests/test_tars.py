@@ -88,6 +88,14 @@ def test_other_members_are_never_touched(archives):
     assert [name for name, _, _ in found] == ["train/n01440764/n01440764_1.JPEG"]
 
 
+def test_an_image_that_ends_outside_its_class_is_refused(archives):
+    inner = tar({"n01440764_1.JPEG": b"x" * 600})
+    cut = inner[:1024]  # the header says 600 bytes, 512 are there
+    tar({"n01440764.tar": cut, "n01443537.tar": inner}, archives / tars.TRAIN)
+    with pytest.raises(DataError, match="ends without"):
+        tars.imagenet_tars(archives)
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.65])
 def test_a_truncated_archive_is_refused(archives, keep):
     path = archives / tars.TRAIN

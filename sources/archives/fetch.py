@@ -199,7 +199,7 @@ def _first_bytes(file: RemoteFile, response: http.client.HTTPResponse) -> bytes:
         raise DataError(f"{file.address} is sent re-encoded ({encoding})", fix)
     if response.length not in (None, file.size):
         problem = f"has {response.length:,} bytes; the published file has {file.size:,}"
-        raise DataError(f"{file.address} {problem}", "use another URL")
+        raise DataError(f"{file.address} {problem}", fix)
     first = response.read(min(HEAD, file.size))
     offset, magic = MAGIC.get(file.path.suffix, (0, b""))
     if first[offset : offset + len(magic)] != magic:

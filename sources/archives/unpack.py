@@ -92,8 +92,6 @@ def tar_members(stream: BinaryIO, outer: Member | None = None) -> Iterator[Membe
             return
         member = _tar_header(header, stream, position + BLOCK)
         position = member.offset + member.size + -member.size % BLOCK
-        if position > end:
-            break
         yield member
     raise EOFError("the archive ends without its end mark")
 
