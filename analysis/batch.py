@@ -54,16 +54,18 @@ def picture(config, index):
     from analysis import figures
     from base.device import Runtime
     from harness import build
+    from loop import start_phase
     from train_utils import phase_of
 
-    phase = phase_of(build.make_plan(config, index, world_size=1), config.show_epoch)
-    loader = build.build_loader(config, index, Runtime(torch.device("cpu")), phase)
+    phases = build.make_plan(config, index, world_size=1)
+    phase = phase_of(phases, config.show_epoch)
+    training = build.build(config, index, Runtime(torch.device("cpu")), phases, Path(config.save_dir))
+    loader, options = start_phase(training, phase)
     loader.order.seek(config.show_epoch)
-    mixer = build.build_mixer(config, index, phase)
     names = [figures.shorten(str(name).split(",")[0], 16) for name in index.class_names or index.classes]
     first_step = phase.step_before(config.show_epoch)
     rows = []
-    for images, targets in mixed(loader, mixer, first_step, config.show_steps, config.seed):
+    for images, targets in mixed(loader, options, first_step, config.show_steps):
         shown = [as_pixels(image, index) for image in images[: config.show_images]]
         rows.append((shown, [label(target, names) for target in targets[: config.show_images]]))
     mixing = f"mixup {config.mixup_alpha:g}, cutmix {config.cutmix_alpha:g}" if phase.mix else "no mixing"
@@ -75,13 +77,13 @@ def picture(config, index):
     return figures.strips(rows, title=title, names=steps)
 
 
-def mixed(loader, mixer, first_step: int, count: int, seed: int):
+def mixed(loader, options, first_step: int, count: int):
     """Yield the first `count` batches as train_step sees them: images (N, 3, H, W), targets (N, K)."""
     from base.device import seed_everything
 
     for step, (images, labels) in enumerate(islice(loader, count), first_step):
-        seed_everything(seed, step, 0)  # as train_step does before it mixes
-        yield mixer(images, labels)
+        seed_everything(options.seed, step, 0)  # as train_step does before it mixes
+        yield options.mixer(images, labels)
 
 
 def as_pixels(image, index):

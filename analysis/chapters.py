@@ -26,17 +26,8 @@ CAPTIONS = {
     "lr_finder.png": "LR range test",
 }
 DRAWN_AS_CHARTS = ("curves.png", "lr.png", "compare.png")
-SCORES = {
-    "image_size": "px",
-    "weights": "weights",
-    "bn": "BatchNorm",
-    "tta": "TTA",
-    "top1": "top-1 %",
-    "top5": "top-5 %",
-    "loss": "loss",
-    "macro_f1": "macro F1",
-    "ece": "ECE %",
-}
+SCORE_KEYS = ("image_size", "weights", "bn", "tta", "top1", "top5", "loss", "macro_f1", "ece")
+SCORE_TITLES = ("px", "weights", "BatchNorm", "TTA", "top-1 %", "top-5 %", "loss", "macro F1", "ECE %")
 MOST_ROWS = 20  # of a table that is not folded away
 
 
@@ -63,27 +54,29 @@ def flag(name: str) -> Markup:
 def summary(run: RunFiles) -> Markup:
     """Return the numbers that a reader looks for first."""
     config, last, best = run.config, run.rows[-1], run.best
-    pairs: list[tuple[str, object]] = []
+    values: dict[str, object] = {}
     if best:
         weights = "EMA" if run.score.startswith("ema") else "raw"
-        pairs.append(("best top-1", f"{run.best_top1:.2f} %"))
-        pairs.append(("at epoch", f"{best['epoch']} ({weights} weights)"))
+        values["best top-1"] = f"{run.best_top1:.2f} %"
+        values["at epoch"] = f"{best['epoch']} ({weights} weights)"
         top5 = best.get(run.score.replace("top1", "top5"))
         if top5 is not None:
-            pairs.append(("its top-5", f"{top5:.2f} %"))
+            values["its top-5"] = f"{top5:.2f} %"
     if last.get("train_top1") is not None and last.get("val_top1") is not None:
-        gap = f"{last['train_top1'] - last['val_top1']:+.1f} points of top-1"
-        pairs.append(("training - validation, last epoch", gap))
-    pairs.append(("epochs", f"{len(run.rows)} of {config.get('epochs', '?')}"))
-    pairs.append(("time", duration(3600 * run.hours)))
+        gap = last["train_top1"] - last["val_top1"]
+        values["training - validation, last epoch"] = f"{gap:+.1f} points of top-1"
+    values["epochs"] = f"{len(run.rows)} of {config.get('epochs', '?')}"
+    values["time"] = duration(3600 * run.hours)
     if last.get("images_per_second"):
-        pairs.append(("training speed, last epoch", f"{last['images_per_second']:,.0f} images/s"))
-    names = {"arch": "architecture", "dataset": "dataset"}
-    pairs += [(names[key], shown(config[key])) for key in names if key in config]
-    pairs.append(("image sizes", " → ".join(f"{size} px" for _, size, _ in phases(run.rows))))
+        values["training speed, last epoch"] = f"{last['images_per_second']:,.0f} images/s"
+    for key, name in (("arch", "architecture"), ("dataset", "dataset")):
+        if key in config:
+            values[name] = shown(config[key])
+    sizes = [f"{size}\N{NO-BREAK SPACE}px" for _, size, _ in phases(run.rows)]
+    values["image sizes"] = " → ".join(sizes)
     if bad := sum(row.get("bad_steps") or 0 for row in run.rows):
-        pairs.append(("steps with a non-finite loss or gradient", bad))
-    return facts(pairs)
+        values["steps with a non-finite loss or gradient"] = bad
+    return facts(values)
 
 
 def curves(runs: Sequence[RunFiles]):
@@ -129,8 +122,8 @@ def validation(run: RunFiles) -> Markup:
     def cell(value: object) -> object:
         return f"{value:.3f}" if isinstance(value, float) else value
 
-    rows = [[cell(line.get(key, "-")) for key in SCORES] for line in scores["results"]]
-    parts = [table(list(SCORES.values()), rows), class_tables(scores)]
+    rows = [[cell(line.get(key, "-")) for key in SCORE_KEYS] for line in scores["results"]]
+    parts = [table(SCORE_TITLES, rows), class_tables(scores)]
     for name, caption in (("confusion.png", "Confusion matrix"), ("reliability.png", "Calibration")):
         if (folder / name).is_file():
             parts.append(image(folder / name, caption))
@@ -141,8 +134,8 @@ def class_tables(scores: dict) -> Markup:
     """Return the most confused pairs beside the hardest classes, with all classes folded away if many."""
     pairs = []
     for pair in scores["confused_pairs"][:MOST_ROWS]:
-        predicted = pair.get("prediction_name", pair.get("guess_name", "?"))  # guess_name: of older files
-        pairs.append([pair["truth_name"], predicted, pair["times"], f"{100 * pair['share']:.1f}"])
+        share = f"{100 * pair['share']:.1f}"
+        pairs.append([pair["truth_name"], pair["prediction_name"], pair["times"], share])
     header = ["truth", "prediction", "times", "% of its class"]
     confused = table(header, pairs, "Most confused pairs")
     rows = []

@@ -29,7 +29,7 @@ TOP1_LINES = {"train_top1": "training sample, no augmentation", "val_top1": RAW,
 LOSS_LINES = {"train_loss": "training, mixed targets", "val_loss": RAW, "ema_val_loss": EMA}
 TOP1 = Panel("Top-1 accuracy", "top-1 accuracy (%)", TOP1_LINES)
 LOSS = Panel("Loss", "cross-entropy (nats)", LOSS_LINES)
-LR = Panel("Learning rate", "learning rate at the end of the epoch", {"lr": "learning rate"})
+LR = Panel("Learning rate", "rate at the end of the epoch", {"lr": "learning rate"})
 SPEED = Panel("Training speed", "images per second", {"images_per_second": "images per second"})
 STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (figures.VERMILLION, "-")}
 
@@ -37,8 +37,8 @@ STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (f
 COMPARISONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("Validation top-1 (EMA weights if kept)", "top-1 accuracy (%)", lambda run: run.score),
     ("Validation loss (same weights)", "cross-entropy (nats)", lambda run: run.score.replace("top1", "loss")),
-    ("Training loss", "cross-entropy with mixed targets (nats)", lambda run: "train_loss"),
-    ("Learning rate", "learning rate at the end of the epoch", lambda run: "lr"),
+    ("Training loss (mixed targets)", "cross-entropy (nats)", lambda run: "train_loss"),
+    ("Learning rate", "rate at the end of the epoch", lambda run: "lr"),
 )
 
 
@@ -59,7 +59,7 @@ def curves(run: RunFiles) -> Figure:
 
 def single(run: RunFiles, panel: Panel, title: str = "") -> Figure:
     """Draw one panel of a run."""
-    fig = figures.figure(5.2, 3.6, title)
+    fig = figures.figure(4.6, 3.4, title)
     draw(fig.subplots(), run, panel)
     return fig
 
@@ -73,37 +73,38 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
             ax.plot(epochs, values, dash, color=colour, label=label, marker="o", markersize=3)
     if panel is TOP1 and run.best:
         label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
-        ax.scatter(run.best["epoch"], run.best_top1, 120, figures.BLACK, "*", zorder=5, label=label)
+        star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
+        ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
     ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
     mark_phases(ax, run.rows)
-    if len(panel.columns) > 1:
+    if len(panel.columns) > 1 and ax.lines:
         ax.legend()
 
 
 def mark_phases(ax, rows: list[dict]) -> None:
-    """Draw a line where each phase begins, with its image size and batch size along the top."""
+    """Draw a line where each phase begins, with its image size and batch size above the chart."""
     first_epoch, last_epoch = rows[0]["epoch"], rows[-1]["epoch"]
     ax.set_xlim(first_epoch - 0.5, last_epoch + 0.5)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.margins(y=0.14)
-    begun = phases(rows)
-    ends = [first for first, _, _ in begun[1:]] + [last_epoch + 1]
-    label = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 7}
-    for (first, size, batch), end in zip(begun, ends, strict=True):
-        if first > first_epoch:
-            ax.axvline(first - 0.5, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
-        narrow = (end - first) / (last_epoch + 1 - first_epoch) < 0.15
-        words = f"{size} px, batch {batch}" if narrow else f"{size} px\nbatch {batch}"
-        place = {"xy": (first - 0.5, 1), "xytext": (3, -1), "va": "top", "rotation": 90 if narrow else 0}
-        ax.annotate(words, color="0.25", **place, **label)
+    width, ends = 0.16, []  # of a label, as a share of the axis; where each line of labels ends
+    for epoch, size, batch in phases(rows):
+        if epoch > first_epoch:
+            ax.axvline(epoch - 0.5, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
+        # A label that would leave the chart is moved to the left, one that would cover another, up.
+        left = min((epoch - first_epoch) / (last_epoch - first_epoch + 1), 1 - width)
+        line = next((k for k, end in enumerate(ends) if end <= left), len(ends))
+        ends[line : line + 1] = [left + width]
+        place = {"xycoords": "axes fraction", "xytext": (2, 3 + 19 * line), "textcoords": "offset points"}
+        ax.annotate(f"{size} px\nbatch {batch}", (left, 1), fontsize=7, color="0.25", **place)
+    ax.set_title(ax.get_title(), pad=6 + 19 * len(ends))
 
 
 def compare(
-    runs: Sequence[RunFiles], title: str, unit: str, column_of: Callable[[RunFiles], str], width: float = 5.2
+    runs: Sequence[RunFiles], title: str, unit: str, column_of: Callable[[RunFiles], str], width: float = 4.6
 ) -> Figure:
     """Draw one column of each run; the legend below gives the best score."""
     columns = int(width // 4)
-    fig = figures.figure(width, 0.6 * width + 0.2 * -(-len(runs) // columns))
+    fig = figures.figure(width, 0.65 * width + 0.2 * -(-len(runs) // columns))
     ax = fig.subplots()
     for k, run in enumerate(runs):
         epochs, values = series(run.rows, column_of(run))

@@ -136,45 +136,29 @@ def picture(losses: dict, steps, title: str):
 
     from analysis import figures
 
+    def power_of_ten(exponent: float, _position: int) -> str:
+        return f"{10**exponent:.3g}"
+
     fig = figures.figure(10.5, 4.6 * len(losses) + 0.6, title)
     fig.get_layout_engine().set(h_pad=0.25, w_pad=0.2)
+    middle, along = len(steps) // 2, "step along direction {} (filter norms)"
     for row, (name, grid) in enumerate(losses.items()):
         # Far from the centre the loss can reach thousands or overflow: colours and heights are logarithms.
         heights = np.log10(np.nan_to_num(grid, nan=1e6, posinf=1e6).clip(1e-3, 1e6))
-        middle = len(steps) // 2
-        flat = fig.add_subplot(len(losses), 2, 2 * row + 1)
-        flat.set_title(f"{name}: loss {grid[middle, middle]:.3f} at the centre")
-        draw_contours(fig, flat, steps, heights)
-        draw_surface(fig.add_subplot(len(losses), 2, 2 * row + 2, projection="3d"), steps, heights)
+        flat = fig.add_subplot(len(losses), 2, 2 * row + 1, xlabel=along.format(2), ylabel=along.format(1))
+        flat.set(title=f"{name}: loss {grid[middle, middle]:.3f} at the centre", aspect="equal")
+        filled = flat.contourf(steps, steps, heights, levels=24, cmap=figures.MAP)
+        flat.contour(steps, steps, heights, levels=12, colors="white", linewidths=0.5)
+        flat.plot([0], [0], "*", color=figures.VERMILLION, markersize=11)
+        fig.colorbar(filled, ax=flat, label="cross-entropy (nats, log scale)", format=power_of_ten)
+        solid = fig.add_subplot(len(losses), 2, 2 * row + 2, projection="3d")
+        solid.plot_surface(*np.meshgrid(steps, steps), heights, cmap=figures.MAP, rstride=1, cstride=1)
+        solid.set(xlabel="direction 2", ylabel="direction 1", zlabel="loss (nats, log scale)")
+        solid.zaxis.set_major_formatter(power_of_ten)
+        solid.tick_params(labelsize=8)
+        for ax in (flat, solid):
+            ax.locator_params(nbins=5)
     return fig
-
-
-def power_of_ten(exponent: float, _position: int) -> str:
-    return f"{10**exponent:.3g}"
-
-
-def draw_contours(fig, ax, steps, heights) -> None:
-    from analysis import figures
-
-    filled = ax.contourf(steps, steps, heights, levels=24, cmap=figures.MAP)
-    ax.contour(steps, steps, heights, levels=12, colors="white", linewidths=0.5)
-    ax.plot([0], [0], "*", color=figures.VERMILLION, markersize=11)
-    along = "step along direction {} (filter norms)"
-    ax.set(xlabel=along.format(2), ylabel=along.format(1), aspect="equal")
-    ax.locator_params(nbins=5)
-    fig.colorbar(filled, ax=ax, label="cross-entropy (nats, log scale)", format=power_of_ten)
-
-
-def draw_surface(ax, steps, heights) -> None:
-    import numpy as np
-
-    from analysis import figures
-
-    ax.plot_surface(*np.meshgrid(steps, steps), heights, cmap=figures.MAP, rstride=1, cstride=1, linewidth=0)
-    ax.zaxis.set_major_formatter(power_of_ten)
-    ax.set(xlabel="direction 2", ylabel="direction 1", zlabel="loss (nats, log scale)")
-    ax.locator_params(nbins=5)
-    ax.tick_params(labelsize=8)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
         wrong = wrong[predictions.labels[wrong] == label]
         total = int((predictions.labels == label).sum())
     if len(wrong):
-        title = f"{len(wrong)} of {total} validation images are misclassified; the most confident mistakes"
-        fig = picture(classifier, predictions, wrong[: config.count], f"{classifier.title}\n{title}")
+        title = f"The most confident mistakes of {classifier.title}"
+        title += f"\n{len(wrong)} of {total} validation images are misclassified"
+        fig = picture(classifier, predictions, wrong[: config.count], title)
         arguments.save(config, {"misclassified.png": fig})
     else:
         print(f"no mistakes in {total} validation images")

@@ -58,9 +58,9 @@ def _is_number(text: str) -> bool:
     return True
 
 
-def facts(pairs: Sequence[tuple[str, object]]) -> Markup:
+def facts(values: dict[str, object]) -> Markup:
     """Return a grid of small panels, each a name and a value."""
-    panels = (tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs)
+    panels = (tag("div", tag("dt", name), tag("dd", value)) for name, value in values.items())
     return tag("dl", *panels, class_="facts")
 
 

@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             folder = Path(args.out, one.name) if len(runs) > 1 else Path(args.out)
         rate = learning_curves.single(one, learning_curves.LR, figures.shorten(one.name, 60))
         print(figures.save(learning_curves.curves(one), folder / "curves.png"))
-        print(figures.save(rate, folder / "lr.png"))
+        print(figures.save(rate, folder / "lr.png", dpi=160))
     if len(runs) > 1 and args.out:
         compared = learning_curves.compare(runs, *learning_curves.COMPARISONS[0], width=9)
         print(figures.save(compared, Path(args.out) / "compare.png"))

@@ -91,7 +91,7 @@ def make_missing(found, data_dir: str, device: str) -> list[str]:
     arguments += ["--data-dir", str(Path(data_dir).resolve())] if data_dir else []
     notes = []
     for file, command in {
-        "validation/scores.json": [str(ROOT / "validate.py")],
+        "validation/scores.json": ["-m", "validate"],
         "plots/misclassified.png": ["-m", "analysis.misclassified"],
         "plots/gradcam.png": ["-m", "analysis.gradcam"],
     }.items():
