@@ -85,7 +85,7 @@ ARGUMENTS = [
     (("--epochs", "9" * 5000), 2, ["--epochs", "1,000,000,000"]),
     (("--dataset", "synthetic:size=100000"), 2, ["'size=100000'", "size up to 4,096"]),
     (("--dataset", "synthetic:train=" + "9" * 5000), 2, ["train=999", "train up to 100,000,000"]),
-    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is no size"]),
+    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is not a size"]),
     (("--dataset", "synthetic:classes=-1"), 2, ["'classes=-1'"]),
     (("--dataset", "synthetic:colour=3"), 2, ["'colour=3'"]),
     (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' contains a NUL"]),
