@@ -17,7 +17,6 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from base import flags, process
@@ -54,9 +53,7 @@ FINDER = (
 )
 # fmt: on
 SHARED = [flag for flag in flags.RUN if flag.name in ("save_dir", "config", "debug")]
-add_finder_args = partial(flags.add_flags, title="range test", flags=FINDER)
-add_shared_args = partial(flags.add_flags, title="run", flags=SHARED)
-GROUPS = (add_finder_args, *flags.TRAIN_GROUPS[:-1], add_shared_args)
+GROUPS = {"range test": FINDER} | flags.TRAIN_GROUPS | {"run": SHARED}
 
 
 def build_parser() -> flags.Parser:
@@ -88,20 +85,20 @@ def main(argv: list[str] | None = None) -> int:
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)
     out = make_directory(Path(config.out or config.save_dir))
-    if config.mode == "accuracy":
-        found = try_rates(config, phase, geometric(low, high, config.trials))
-    else:
-        found = measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
-    found |= {
+    found = {
         "mode": config.mode,
         "phase": config.phase,
         "image_size": phase.image_size,
         "batch_size": phase.batch_size,
         "flags": flags.plain(config),
     }
+    if config.mode == "accuracy":
+        found |= try_rates(config, phase, geometric(low, high, config.trials))
+    else:
+        found |= measure(build.build(config, index, runtime, phases, out), phase, low, high, config)
     # --lr is the rate of the first phase, from which --lr-scale computes the one that was found.
     factor = build.lr_factor(config.lr_scale, phase, phases[0])
-    report(found, out, lambda lr: training_command(argv, lr / factor))
+    write_results(found, out, lambda lr: training_command(argv, lr / factor))
     return 0
 
 
@@ -270,7 +267,7 @@ def train(values: dict) -> dict | None:
 # --- what was found ---------------------------------------------------------------------------------
 
 
-def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
+def write_results(found: dict, out: Path, command: Callable[[float], str]) -> None:
     """Print the suggestions with their command lines; write lr_finder.json and lr_finder.png."""
     from analysis import figures
     from base import files
@@ -291,7 +288,7 @@ def report(found: dict, out: Path, command: Callable[[float], str]) -> None:
 def training_command(argv: list[str] | None, lr: float) -> str:
     """Return the command line of train.py for `lr`: the one given here without the flags of this command."""
     own = flags.Parser(prog="lr_finder.py", add_help=False)
-    add_finder_args(own)
+    flags.add_flags(own, "range test", FINDER)
     _, rest = own.parse_known_args(argv)
     return shlex.join(["python", "train.py", *rest, "--lr", f"{lr:.2g}"])
 

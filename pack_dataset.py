@@ -1,4 +1,5 @@
 """Pack a dataset for progressive training: store every image resized once for each training size.
+The ILSVRC2012 tars in --data-dir are read in place.
 
 `python pack_dataset.py --data-dir data/imagenet --out data/imagenet-packed`, then
 `python train.py --data-dir data/imagenet-packed`. The same command continues an interrupted run.
@@ -13,32 +14,34 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 from base import errors, flags, process
 from base.errors import DataError, ResourceError, UsageError
+from base.flags import Flag
 from base.progress import Progress
+
+# fmt: off
+PACKING = (
+    Flag("out", "files", "Output directory; required unless --verify is given.", str, "", "DIR"),
+    Flag("stored_sides", "files", "Short sides in px of the stored training images; the default is for "
+         "training at 64, 128 and 224 px.",
+         flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,..."),
+    Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q"),
+    Flag("on_bad_image", "files", "fail packs the good images, lists the bad ones and exits with 3; skip "
+         "leaves the bad ones out.", ("fail", "skip"), "fail", "ACTION"),
+    Flag("workers", "processes", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
+    Flag("verify", "output", "Decode all images, check packed shards, and write nothing."),
+    flags.DEBUG,
+)
+# fmt: on
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="pack_dataset.py", description=__doc__.split("\n\n")[0])
-    add = parser.add_argument
-    side, percent, count = flags.number(int, 8, 4096), flags.number(int, 1, 100), flags.number(int, 1, 1024)
-    add("--data-dir", default="./data/imagenet", metavar="DIR", help="Dataset, or the ILSVRC2012 tars.")
-    add("--dataset", default="imagenet", metavar="NAME", help="Dataset, as for train.py.")
-    add("--split", default="official", choices=("official", "70-30"), help="`70-30` is for tiny-imagenet.")
-    add("--class-list", default="", metavar="FILE", help="Pack only the classes listed in this file.")
-    add("--allow-class-mismatch", action="store_true", help="Accept validation data that lacks some classes.")
-    add("--out", default="", metavar="DIR", help="Output directory; required unless --verify is given.")
-    text = "Short sides in px to store training images at; the default is for training at 64, 128 and 224 px."
-    add("--stored-sides", type=flags.listing(side), default=(96, 192, 320), metavar="LIST", help=text)
-    add("--quality", type=percent, default=90, metavar="Q", help="JPEG quality of the resized images.")
-    text = "`fail` packs the rest, lists the bad images and exits with 3; `skip` leaves them out."
-    add("--on-bad-image", default="fail", choices=("fail", "skip"), help=text)
-    add("--workers", type=count, default=process.cores(), metavar="N", help="Number of processes.")
-    add("--verify", action="store_true", help="Decode all images, check packed shards, and write nothing.")
-    add("--debug", action="store_true", help="Show tracebacks for errors.")
+    flags.add_flags(parser, "data", [flag for flag in flags.DATASET if not flag.name.startswith("subset")])
+    flags.add_flags(parser, "packing", PACKING)
     return parser
 
 
@@ -79,10 +82,11 @@ def pack(index, out: str, sides: Sequence[int], quality: int, workers: int, on_b
         missing = [group for group in groups if (group.part, group.k) not in records]
         if missing:
             _check_disk(packing.estimate(index, plan, missing), out)
-        total, left = (sum(len(group.ids) for group in some) for some in (groups, missing))
+        images = sum(len(group.ids) for group in groups)
+        done = images - sum(len(group.ids) for group in missing)
         write = partial(packing.write_group, index, plan, out=out, on_bad_image=on_bad_image)
         bad = []
-        with Progress(total, "packing", unit="images", initial=total - left) as progress:
+        with Progress(images, "packing", unit="images", initial=done) as progress:
             for group, record in in_processes(write, missing, workers):
                 if "bad" in record:
                     bad += [{"part": group.part, **image} for image in record["bad"]]
@@ -103,15 +107,13 @@ def _locked(out: str) -> Iterator[None]:
 
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        for attempt in range(20):  # the workers of a killed packing take a moment to end
-            try:
+        for _ in range(20):  # the workers of a killed packing take a moment to end
+            with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
-                if attempt == 19:
-                    what = f"another packing is running in {os.path.abspath(out)}"
-                    raise UsageError(what, "wait for it to end") from None
-                time.sleep(0.1)
+            time.sleep(0.1)
+        else:
+            raise UsageError(f"another packing is running in {os.path.abspath(out)}", "wait for it to end")
         yield
     finally:
         os.close(descriptor)
@@ -200,7 +202,7 @@ def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple
 
     # `work` holds the whole dataset: a worker gets it when it starts (by fork on Linux), not with each job.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work, os.getpid()))
     again = "and run the same command again: it continues where it was"
     try:
         futures = {pool.submit(_run, job): job for job in jobs}
@@ -218,7 +220,7 @@ def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple
 _work: Callable  # of this worker process
 
 
-def _init_worker(work: Callable) -> None:
+def _init_worker(work: Callable, parent: int) -> None:
     """Prepare a worker, which leaves Ctrl-C to its parent and ends with it."""
     import cv2
 
@@ -228,6 +230,8 @@ def _init_worker(work: Callable) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
+    if os.getppid() != parent:  # it died before, and this worker would hold the lock for ever
+        os._exit(1)
     cv2.setNumThreads(0)
 
 

@@ -44,11 +44,12 @@ LOADING = [flags.Flag(name, "processes", idle=no_images) for name in ("batch_siz
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("predict.py", "Predict the class of images.", EPILOG)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
+    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, or folders of images.")
     flags.add_flags(parser, "predictions", PREDICTIONS)
     flags.add_flags(parser, "export", EXPORT)
-    flags.add_asking_args(parser)
+    flags.add_flags(parser, "device", flags.ASKING)
     return parser
 
 
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         with memory_for(f"batch {config.batch_size}", "lower --batch-size", classifier.device):
             found, unreadable = predict(classifier, paths, config.top, config.batch_size, config.num_workers)
         bad += unreadable
-        deliver(classifier, found, bad, config, say)
+        write_predictions(classifier, found, bad, config, say)
     if config.export:
         from analysis.export import export
 
@@ -134,7 +135,7 @@ def predict(classifier, paths: list[str], top: int, batch_size: int, num_workers
     return good, [(paths[i], reason) for i, reason in reasons.items()]
 
 
-def deliver(classifier, found: list[dict], bad: list, config, say) -> None:
+def write_predictions(classifier, found: list[dict], bad: list, config, say) -> None:
     """Write the predictions as JSON and CSV; print them as a table if neither was asked for."""
     from base import files
 

@@ -40,10 +40,11 @@ SCORES = (
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("validate.py", "Score a checkpoint on its validation images.", EPILOG)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="A best_*.pt or last_*.pt of train.py.")
+    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
     flags.add_flags(parser, "scores", SCORES)
-    flags.add_dataset_args(parser).description = "Flags that are not given come from the checkpoint."
-    flags.add_asking_args(parser)
+    flags.add_flags(parser, "data", flags.DATASET).description = "Flags that are not given come from the checkpoint."
+    flags.add_flags(parser, "device", flags.ASKING)
     return parser
 
 
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         with memory_for(f"{size} px, batch {config.batch_size}", "lower --batch-size", runtime.device):
             results += score(replace(classifier, image_size=size), config, labels)
     out = Path(config.out) if config.out else Path(config.checkpoint).parent / "validation"
-    report(classifier, results, labels, out, config, say)
+    write_scores(classifier, results, labels, out, config, say)
     return 0
 
 
@@ -161,7 +162,7 @@ def result(name: str, image_size: int, predictions, labels: list[int]) -> dict:
     }
 
 
-def report(classifier, results: list[tuple], labels: list[int], out: Path, config, say) -> None:
+def write_scores(classifier, results: list[tuple], labels: list[int], out: Path, config, say) -> None:
     """Print the table and the worst mistakes; write all scores, with the details of one result."""
     from analysis import scores
     from base import files

@@ -20,7 +20,7 @@ def checkpoint_parser(name: str, description: str, epilog: str) -> flags.Parser:
     add("--weights", default="ema", choices=("ema", "raw"), help=weights)
     add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
     flags.DEBUG.add_to(parser)
-    flags.add_dataset_args(parser)
+    flags.add_flags(parser, "data", flags.DATASET)
     return parser
 
 

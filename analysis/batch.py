@@ -26,8 +26,8 @@ def build_parser() -> flags.Parser:
     add("--show-epoch", type=flags.positive, default=1, metavar="N", help="Epoch to show.")
     add("--show-steps", type=flags.positive, default=4, metavar="N", help="Batches, one in each row.")
     add("--show-images", type=flags.positive, default=8, metavar="N", help="Images of each batch.")
-    for add_group in flags.TRAIN_GROUPS:
-        add_group(parser)
+    for title, group in flags.TRAIN_GROUPS.items():
+        flags.add_flags(parser, title, group)
     return parser
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from analysis.predictions import Classifier
 from base import files
 from base.errors import UsageError, UserError, optional, printable
-from base.flags import dashed
+from base.parser import dashed, typed_text
 from harness import checkpoint
 from models import build_model, describe_args
 from models.convert import to_torchvision
@@ -39,8 +39,6 @@ def export(kind: str, classifier: Classifier, out: Path) -> tuple[Path, Path]:
     if the format does not support the model or its package is missing, UserError if the logits differ.
     """
     facts, args = classifier.payload["eval"], classifier.payload["model_args"]
-    if kind == "torchvision":
-        check_torchvision_has(args["arch"])
     ending, write = EXPORTS[kind]
     path = out / f"{args['arch']}_{facts['dataset']}{ending}"
     classifier.model.to("cpu", memory_format=torch.contiguous_format)
@@ -59,30 +57,18 @@ def export(kind: str, classifier: Classifier, out: Path) -> tuple[Path, Path]:
     return path, files.write(path.with_name(path.name + ".md"), card)
 
 
-def check_torchvision_has(arch: str) -> None:
-    import torchvision.models
-
-    if not hasattr(torchvision.models, arch):
-        raise UsageError(f"torchvision has no {arch}", "use --export onnx or --export safetensors")
-
-
 def to_onnx(classifier: Classifier, path: Path, images: Tensor) -> Tensor:
     """images (n, 3, S, S) float32 normalized -> logits (n, K), for any n."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         runtime = optional(package, "--export onnx")
-    options = {
-        "dynamo": True,
-        "input_names": ["images"],
-        "output_names": ["logits"],
-        "dynamic_shapes": ({0: torch.export.Dim("batch")},),
-        "verbose": False,
-    }
+    options = {"input_names": ["images"], "output_names": ["logits"], "dynamo": True, "verbose": False}
+    any_size = {"dynamic_shapes": ({0: torch.export.Dim("batch")},)}
     # The exporter prints its progress and warns about its own dependencies.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(classifier.model, (images,), **options)
+        program = torch.onnx.export(classifier.model, (images,), **options, **any_size)
     program.model.metadata_props.update(metadata(classifier))
     program.save(path)
     session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -105,9 +91,12 @@ def to_torchvision_file(classifier: Classifier, path: Path, images: Tensor) -> T
     import torchvision.models
 
     args = classifier.payload["model_args"]
+    build = getattr(torchvision.models, args["arch"], None)
+    if build is None:
+        raise UsageError(f"torchvision has no {args['arch']}", "use --export onnx or --export safetensors")
     checkpoint.save_weights(path, to_torchvision(classifier.model))
     size = {"image_size": images.shape[-1]} if args["arch"].startswith("vit") else {}
-    loaded = getattr(torchvision.models, args["arch"])(num_classes=args["num_classes"], **size)
+    loaded = build(num_classes=args["num_classes"], **size)
     loaded.load_state_dict(checkpoint.read(path))
     return loaded.eval()(images)
 
@@ -199,10 +188,10 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
         num_classes=len(facts["classes"]),
         difference=difference,
         scores=_scores(payload["rows"], "ema_val" if weights == "ema" else "val"),
-        flags="\n".join(f"- `{dashed(name)} {_text(flags[name])}`" for name in SHOWN if name in flags),
+        flags="\n".join(f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if name in flags),
         commit=payload.get("commit") or "unknown",
         license=BLURPOOL if args.get("use_blurpool") else "",
-        classes="\n".join(f"| {k} | {_cell(folder)} | {_cell(str(human))} |" for k, (folder, human) in rows),
+        classes="\n".join(f"| {k} | {_cell(folder)} | {_cell(human)} |" for k, (folder, human) in rows),
     )
 
 
@@ -213,10 +202,6 @@ def _scores(rows: list[dict], column: str) -> str:
     top1, top5, loss = (row[f"{column}_{name}"] for name in ("top1", "top5", "loss"))
     size = row["image_size"]
     return f"Validation at {size} px: top-1 {top1:.2f} %, top-5 {top5:.2f} %, cross-entropy {loss:.4f}."
-
-
-def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _cell(text: str) -> str:

@@ -7,6 +7,7 @@ through this module, so they agree on every image.
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import BadImage, EvalTransform
 from sources.index import DatasetIndex, Names, Split
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, H, W), labels (n,)
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,10 @@ def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Class
     if not needs_data:
         return classifier
     classifier = open_data(classifier, config, given)
-    if list(classifier.index.classes) != list(classifier.classes):
-        known, found = len(classifier.classes), len(classifier.index.classes)
-        raise DataError(
-            f"the model has {known} classes, the data has {found} (or others)",
-            "name the data the model was trained on: --dataset NAME --data-dir DIR",
-        )
+    known, found = list(classifier.classes), list(classifier.index.classes)
+    if known != found:
+        what = f"the model has {len(known)} classes, the data has {len(found)} (or others)"
+        raise DataError(what, "name the data it was trained on: --dataset NAME --data-dir DIR")
     return classifier
 
 
@@ -139,7 +140,7 @@ def load(path: str, weights: str, runtime: Runtime) -> Classifier:
     """
     model, payload = checkpoint.load_model(path, "raw")
     average = payload["ema"].get("shadow")
-    models = {"raw": model} if weights in ("raw", "both") or not average else {}
+    models = {"raw": model} if weights != "ema" or not average else {}
     if average and weights != "raw":
         models["ema"] = copy.deepcopy(model)
         models["ema"].load_state_dict(average)
@@ -186,29 +187,21 @@ class Predictions:
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
 
 
-def predict(
-    models: dict[str, nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    runtime: Runtime,
-    *,
-    flip: bool = False,
-) -> dict[str, Predictions]:
-    """Predict every batch (images (n, 3, H, W), labels (n,)) with every model, in one pass over the data.
+def predict(models: dict[str, nn.Module], batches: Batches, runtime: Runtime, flip: bool = False) -> dict:
+    """Predict every batch with every model, in one pass over the data: {name: Predictions}.
 
     With `flip`, add predictions averaged with those for the mirror image, under "<name> flip".
     """
-    parts: dict[str, list] = {}
+    parts = defaultdict(list)
     for images, labels in batches:
         for name, model in models.items():
             logits = logits_of(model, images, runtime)
-            parts.setdefault(name, []).append(_predicted(logits, labels))
+            parts[name].append(_predicted(logits, labels))
             if flip:
                 logits = flipped_logits(model, images, logits, runtime)
-                parts.setdefault(f"{name} flip", []).append(_predicted(logits, labels))
-    return {
-        name: Predictions(*(torch.cat(column).numpy() for column in zip(*rows, strict=True)))
-        for name, rows in parts.items()
-    }
+                parts[f"{name} flip"].append(_predicted(logits, labels))
+    columns = {name: zip(*rows, strict=True) for name, rows in parts.items()}
+    return {name: Predictions(*(torch.cat(c).numpy() for c in given)) for name, given in columns.items()}
 
 
 def _predicted(logits: Tensor, labels: Tensor) -> list[Tensor]:
@@ -237,7 +230,7 @@ def flipped_logits(model: nn.Module, images: Tensor, logits: Tensor, runtime: Ru
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime) -> nn.Module:
+def recalibrate(model: nn.Module, batches: Batches, runtime: Runtime) -> nn.Module:
     """Return a copy of `model` whose BatchNorm statistics are the mean over `batches`.
 
     Training collects them from augmented images at the training size; another test size may need others
@@ -266,9 +259,7 @@ def spread_ids(num_samples: int, count: int) -> np.ndarray:
 
 def check_ids(ids: Sequence[int], num_samples: int, flag: str) -> np.ndarray:
     """Return `ids` as an array. Raises UsageError for one that is out of range."""
-    outside = [i for i in ids if i >= num_samples]
-    if outside:
-        raise UsageError(
-            f"{flag} {outside[0]}: there are {num_samples} images", f"count from 0 to {num_samples - 1}"
-        )
+    for i in ids:
+        if i >= num_samples:
+            raise UsageError(f"{flag} {i}: there are {num_samples} images", f"use 0 to {num_samples - 1}")
     return np.asarray(ids, int)

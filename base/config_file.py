@@ -7,13 +7,10 @@ import os
 import stat
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from base.errors import UsageError
 from base.parser import Parser, dashed, typed_text
-
-if TYPE_CHECKING:
-    import yaml
 
 MAX_BYTES = 2**16  # of a --config file
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -73,7 +70,8 @@ def read_yaml(path: str) -> dict[str, str | list[str]]:
     return found
 
 
-def _problem(node: yaml.Node) -> str:
+def _problem(node: Any) -> str:
+    """Return what is wrong with a YAML node that should be a plain value, or ''."""
     tag = node.tag.removeprefix("tag:yaml.org,2002:")
     if not isinstance(node.value, str):
         return "is neither a value nor a list of values"

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from base import idle, process
@@ -172,13 +171,13 @@ OPTIMIZATION = (
     Flag("ema_half_life", "trace", "Half-life of the average in epochs; sets --ema-decay.",
          number(float, 0, 10**6, open_low=True), None, "EPOCHS", idle=idle.no_ema),
 )
-ASKING = (  # of every command that runs a model
+DEVICE_AND_PRECISION = (
     Flag("device", "processes", "Device: auto, cpu, cuda, cuda:1 or mps.", str, "auto", "NAME"),
     Flag("amp", "trace", "Mixed precision; auto enables it where it is faster.",
          ("auto", "bf16", "fp16", "off"), "auto", "TYPE"),
 )
 DEVICE = (
-    *ASKING,
+    *DEVICE_AND_PRECISION,
     Flag("seed", "trace", "Random seed.", number(int, 0, 2**32 - 1), 0, "N"),
     Flag("compile", "processes", "Compile the training forward pass with torch.compile."),
     Flag("deterministic", "processes", "Use deterministic kernels only."),
@@ -212,7 +211,17 @@ RUN = (
     DEBUG,
 )
 # fmt: on
-TABLE = (*DATASET, *LOADING, *MODEL, *PHASES, *OPTIMIZATION, *DEVICE, *RUN)
+TRAIN_GROUPS = {
+    "data": DATASET + LOADING,
+    "model": MODEL,
+    "phases": PHASES,
+    "optimization": OPTIMIZATION,
+    "device": DEVICE,
+    "run": RUN,
+}
+TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
+BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
+ASKING = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> argparse._ArgumentGroup:
@@ -223,22 +232,12 @@ def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]
     return group
 
 
-add_dataset_args = partial(add_flags, title="data", flags=DATASET)  # of every command that reads data
-add_data_args = partial(add_flags, title="data", flags=DATASET + LOADING)
-add_model_args = partial(add_flags, title="model", flags=MODEL)
-add_phase_args = partial(add_flags, title="phases", flags=PHASES)
-add_optim_args = partial(add_flags, title="optimization", flags=OPTIMIZATION)
-add_device_args = partial(add_flags, title="device", flags=DEVICE)
-add_run_args = partial(add_flags, title="run", flags=RUN)
-TRAIN_GROUPS = (add_data_args, add_model_args, add_phase_args, add_optim_args, add_device_args, add_run_args)
-BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
-add_asking_args = partial(add_flags, title="device", flags=(*ASKING, BATCH, LOADING[-1], DEBUG))
-
-
-def build_parser(prog: str, description: str, epilog: str = "", groups: tuple[Callable, ...] = ()) -> Parser:
+def build_parser(
+    prog: str, description: str, epilog: str = "", groups: Mapping[str, Sequence[Flag]] | None = None
+) -> Parser:
     parser = Parser(prog=prog, description=description, epilog=epilog)
-    for add_group in groups:
-        add_group(parser)
+    for title, flags in (groups or {}).items():
+        add_flags(parser, title, flags)
     return parser
 
 

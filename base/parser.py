@@ -36,7 +36,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         if action.choices and action.metavar:
             notes = ["one of " + ", ".join(filter(None, action.choices))]
         default = typed_text(action.default, getattr(action.type, "separator", ","))
-        if default not in ("", argparse.SUPPRESS) and "default" not in text:
+        if default not in ("", argparse.SUPPRESS) and "default" not in text.lower():
             notes.append(f"default: {default}")
         shown = "; ".join(filter(None, notes)).replace("%", "%%")
         return f"{text} ({shown})" if shown else text

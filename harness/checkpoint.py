@@ -20,7 +20,7 @@ from torch import nn
 
 from base.errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
-from sources.images import CROP
+from sources.images import EVAL_CROP
 
 SCHEMA = 1
 ATTEMPTS = 3  # at writing, in case the disk recovers
@@ -263,7 +263,7 @@ def eval_settings(index, image_size: int) -> dict:
         "mean": list(index.mean),
         "std": list(index.std),
         "image_size": image_size,
-        "crop": CROP,
+        "crop": EVAL_CROP,
     }
 
 

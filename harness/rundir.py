@@ -305,7 +305,7 @@ def _check_position(run) -> None:
     first, last = _steps_before(run.phases, epoch), _steps_before(run.phases, epoch + 1)
     if epoch > run.epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
         position = f"step {state.step} ({state.schedule.position} of its schedule)"
-        what = f"the checkpoint has {len(state.rows)} finished epochs but {position}"
+        what = f"the checkpoint's {len(state.rows)} finished epochs and {position} do not fit together"
         raise CheckpointError(what, "use a checkpoint that train.py wrote")
 
 

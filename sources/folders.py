@@ -56,9 +56,6 @@ class Listing:
     def classes(self) -> list[bytes]:
         return sorted(self.by_class)
 
-    def empty_classes(self) -> list[bytes]:
-        return [name for name in self.classes if not self.by_class[name]]
-
     def notes(self, part: str) -> list[str]:
         """Return what to tell the user about ignored files and links."""
         notes = []
@@ -204,7 +201,7 @@ def from_listings(
     root = os.path.abspath(os.fsdecode(train.root))
     if not train.by_class:
         raise DataError(f"no class folders for training in {root}", ACCEPTED)
-    if empty := train.empty_classes():
+    if empty := [key for key in train.classes if not train.by_class[key]]:
         what = f"classes without training images in {root}: {every(empty)}"
         raise DataError(what, f"fill or remove these folders (images end in {every(IMAGE_ENDINGS)})")
     if not len(val):

@@ -20,8 +20,9 @@ from sources import folders
 from sources.index import DatasetIndex, FileSplit, stratified_split
 
 Labels = Iterator[tuple[bytes, bytes]]  # (image name without ending, class)
+Parts = dict[str, list[str]]  # the folders of each part, which hold class folders
 
-PARTS = {"train": ["train"], "val": ["val"]}  # the folders that hold class folders
+PARTS: Parts = {"train": ["train"], "val": ["val"]}
 WORDNET_ID = re.compile(r"n\d{8}\b")
 HERE = Path(__file__).parent
 XML_BYTES = 1 << 20  # read of an annotation; real ones have a few hundred
@@ -89,12 +90,7 @@ def _redistributed(index: DatasetIndex, val_fraction: float) -> DatasetIndex:
 
 
 def _index(
-    name: str,
-    data_dir: str,
-    root: str,
-    parts: dict[str, list[str]],
-    wanted: set[bytes] | None,
-    **checks: bool,
+    name: str, data_dir: str, root: str, parts: Parts, wanted: set[bytes] | None, **checks: bool
 ) -> DatasetIndex:
     for folder in (*parts["train"], *parts["val"]):
         if not os.path.isdir(os.path.join(root, folder)):

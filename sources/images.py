@@ -35,7 +35,7 @@ _END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker other than a
 
 
 class BadImage(DataError):
-    """An image that cannot be used; has its `name` and the `reason`."""
+    """An image that cannot be used: its `name` and the `reason`, which enters the digest of packed data."""
 
     def __init__(self, name: str, reason: str):
         fix = "replace or delete it, or use --on-bad-image skip; pack_dataset.py --verify lists them all"
@@ -101,7 +101,7 @@ def _refuse_truncated(data: bytes, name: str) -> None:
     except Exception:  # as in _decode_strictly; Pillow detects some kinds of missing data itself
         whole = False
     if not whole:
-        raise BadImage(name, "the file is truncated: its data end before the picture does")
+        raise BadImage(name, "the picture is not whole: its data end early")
 
 
 def _outline(data: bytes) -> bytes:
@@ -133,12 +133,16 @@ def _decode_strictly(data: bytes, name: str) -> np.ndarray:
             warnings.simplefilter("ignore")  # corrupt EXIF, palette transparency: the pixels are fine
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(name, f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+                    raise BadImage(
+                        name, f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels"
+                    )
                 return _to_rgb(image)
     except BadImage:
         raise
+    except Image.DecompressionBombError:
+        raise BadImage(name, f"it has more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
-        raise BadImage(name, f"not an image in a supported format; it starts with {data[:16]!r}") from None
+        raise BadImage(name, f"not an image of a known kind; it starts with {data[:16]!r}") from None
     except Exception as error:  # hostile bytes make parsers raise anything: SyntaxError, struct.error, ...
         raise BadImage(name, f"{error or type(error).__name__}") from error
 
@@ -149,9 +153,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         grey = np.clip((wide + 128) // 257, 0, 255).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))
-
-
-CROP = 0.875  # the part of the resized image's short side that evaluation looks at
 
 
 class EvalTransform:

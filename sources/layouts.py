@@ -112,6 +112,3 @@ def _recognise(dataset: str, data_dir: Path) -> str | None:
     if any(data_dir.glob("ILSVRC2012_img_*.tar")):
         return f"unpack the archives: python download_imagenet.py --method manual --data-dir {data_dir}"
     return None
-
-
-index = open_dataset  # the former name, until every caller has the new one

@@ -221,7 +221,7 @@ def start(out: str, plan: dict) -> Records:
     elif os.path.isfile(os.path.join(out, packed.UNFINISHED)):
         known = packed.read_plan(out, packed.UNFINISHED)
         records = _read_records(out, known)
-    elif os.listdir(out):
+    elif set(os.listdir(out)) - {packed.UNFINISHED + ".partial"}:  # which a kill may leave
         what = f"{os.path.abspath(out)} is neither empty nor a packed dataset"
         raise UsageError(what, "use an empty or new --out")
     else:

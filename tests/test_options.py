@@ -192,7 +192,7 @@ def test_a_checkpoint_of_another_version_lacks_flags_or_has_some_that_are_named(
     assert rundir.parse_saved_flags(saved) == saved
     older = {name: value for name, value in saved.items() if name not in ("l1", "cycles")}
     assert rundir.parse_saved_flags(older) == saved  # at their defaults
-    with pytest.raises(CheckpointError, match="flags in the checkpoint.*5, warp") as caught:
+    with pytest.raises(CheckpointError, match=r"flags in the checkpoint.*5, warp") as caught:
         rundir.resumed_config(config_of(), frozenset(), saved | {"warp": 9, 5: 5})
     assert caught.value.exit_code == 4
 

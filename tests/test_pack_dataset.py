@@ -139,6 +139,13 @@ def test_a_folder_with_other_files_is_refused(folders, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.doc"]
 
 
+def test_a_packing_killed_before_it_began_is_begun(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "packing.json.partial").write_text('{"form')
+    assert pack(folders, tmp_path / "out") == 0
+    assert not list((tmp_path / "out").glob("*.partial"))
+
+
 def test_two_packings_at_once_are_refused(folders, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(pack_dataset.time, "sleep", lambda seconds: None)

@@ -1,4 +1,4 @@
-"""User errors: an exit code, a line with what is wrong and where, a line with the fix, and nothing written."""
+"""User errors: an exit code, a line with what is wrong and where, a line with the fix, nothing written."""
 
 import os
 import shutil
@@ -85,7 +85,7 @@ ARGUMENTS = [
     (("--epochs", "9" * 5000), 2, ["--epochs", "1,000,000,000"]),
     (("--dataset", "synthetic:size=100000"), 2, ["'size=100000'", "size up to 4,096"]),
     (("--dataset", "synthetic:train=" + "9" * 5000), 2, ["train=999", "train up to 100,000,000"]),
-    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is no size"]),
+    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is not a size"]),
     (("--dataset", "synthetic:classes=-1"), 2, ["'classes=-1'"]),
     (("--dataset", "synthetic:colour=3"), 2, ["'colour=3'"]),
     (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' contains a NUL"]),
@@ -107,9 +107,9 @@ ARGUMENTS = [
     (("--sync-bn",), 2, ["--sync-bn would do nothing", "one process"]),
     (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
     (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
-    (("--batch-size", "100"), 2, ["batch 100 > 72 training images", "--batch-size 72"]),
-    (("--batch-size", "1"), 2, ["phase 1: batch 1 at 16 px", "one value per channel", "--batch-size 2"]),
-    (("--batch-size", "1", "--dry-run"), 2, ["phase 1: batch 1 at 16 px"]),
+    (("--batch-size", "100"), 2, ["batch size 100 at 16 px", "72 training images", "--batch-size 72"]),
+    (("--batch-size", "1"), 2, ["phase 1: batch size 1 at 16 px", "one value per channel", "--batch-size 2"]),
+    (("--batch-size", "1", "--dry-run"), 2, ["phase 1: batch size 1 at 16 px"]),
     (("--resume", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
     (("--init-from", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
 ]
@@ -255,7 +255,7 @@ def test_a_plain_second_run_and_one_refused_for_another_reason_leave_the_first_a
         == 0
     )
     check(refusal(tmp_path, "--data-dir", photos), 2, "already holds a run", "--resume auto", "--overwrite")
-    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--batch-size", "100"), 2, "batch 100 > 72")
+    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--batch-size", "100"), 2, "batch size 100")
     check(
         refusal(tmp_path, "--data-dir", photos, "--overwrite", "--init-from", "missing.pt"), 4, "missing.pt"
     )
@@ -278,7 +278,7 @@ def test_half_of_torchruns_variables_are_refused(variables, refused, photos, tmp
     if refused:
         check(refusal(tmp_path, "--data-dir", photos), 2, "torchrun", *variables)
     else:
-        check(refusal(tmp_path, "--data-dir", photos, "--batch-size", "100"), 2, "batch 100")
+        check(refusal(tmp_path, "--data-dir", photos, "--batch-size", "100"), 2, "batch size 100")
 
 
 def test_training_needs_no_network(photos, tmp_path, monkeypatch):
