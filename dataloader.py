@@ -29,7 +29,7 @@ from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import layouts
-from sources.images import BadImage, EvalTransform, TrainTransform
+from sources.images import EVAL_CROP, BadImage, EvalTransform, TrainTransform
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
@@ -61,7 +61,7 @@ def eval_loader(
     *,
     image_size: int,
     batch_size: int,
-    crop: float = 0.875,
+    crop: float = EVAL_CROP,
     on_bad_image: str = "fail",
     rank: int = 0,
     world_size: int = 1,
@@ -89,7 +89,7 @@ def get_dataloaders(
 
     Uses at most as many workers as cores. Raises DataError if `data_path` does not hold the dataset.
     """
-    index, cores = layouts.index(dataset, data_path), process.cores()
+    index, cores = layouts.open_dataset(dataset, data_path), process.cores()
     if num_workers > cores:
         warnings.warn(f"{num_workers} loader workers requested, {cores} cores: using {cores}", stacklevel=2)
     workers = min(num_workers, cores)

@@ -1,52 +1,50 @@
-"""Fetch, verify, unpack and arrange a dataset. Can be run again at any point: what is done is not done twice."""
+"""Download, verify, unpack and arrange a dataset. Run it again at any point; finished steps are skipped."""
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from base import errors, flags
 from base.errors import DataError, UsageError
 
-MEMBER_BYTES = 256 << 20  # no file we unpack is larger: CIFAR-100's training images are one of 155 MB
 COUNTS = (1_281_167, 50_000, 1000)  # ImageNet's training images, validation images, classes
 OVERVIEW = """\
-ImageNet is given to registered people only, so there are three ways:
+ImageNet is available to registered users only. There are three methods:
 
-  --method manual   how to get the archives and where to put them; once they are there, arranges them
-  --method auto     fetches the archives itself: --train-url and --val-url from your image-net.org account
-  --method simple   what needs no account: --dataset tiny-imagenet | cifar100 | cifar10 | hf:<name>
+  --method manual   explains how to get the archives and where to put them; arranges them once they are there
+  --method auto     downloads the archives: --train-url and --val-url from your image-net.org account
+  --method simple   needs no account: --dataset tiny-imagenet | cifar100 | cifar10 | hf:<name>
 
-Nothing to fetch at all: python train.py --dataset digits (real images), --dataset synthetic (generated ones)."""
+No download needed: python train.py --dataset digits (real images) or --dataset synthetic (generated ones)."""
 MANUAL = """\
 1. Register at https://image-net.org, accept the terms, and open "ILSVRC2012" under Download.
-2. Put these into {where}, under these names:
+2. Put these files into {data_dir}, with these names:
      ILSVRC2012_img_train.tar        138 GB  "Training images (Task 1 & 2)"
      ILSVRC2012_img_val.tar          6.3 GB  "Validation images (all tasks)"
-     ILSVRC2012_devkit_t12.tar.gz    2.5 MB  "Development kit (Task 1 & 2)": the labels of the validation images
-3. Run this command again. It checks the archives, and arranges
+     ILSVRC2012_devkit_t12.tar.gz    2.5 MB  "Development kit (Task 1 & 2)": the validation labels
+3. Run this command again. It verifies the archives and unpacks them into
      train/<class>/*.JPEG            1,281,167 images
      val/<class>/*.JPEG              50,000 images
-   (another 145 GB; the archives may be deleted afterwards.)
-Kaggle's copy (imagenet-object-localization-challenge) needs none of this: unpack it, give its folder as --data-dir."""
+   (another 145 GB; you may delete the archives afterwards.)
+For Kaggle's copy (imagenet-object-localization-challenge), unpack it and pass its folder as --data-dir."""
 TERMS = """\
-ImageNet's images may be used for non-commercial research and education by those who registered and accepted
-its terms; nobody may pass them on. So no address here can give them to you. What you can do:
+ImageNet is licensed to registered users for non-commercial research and education and may not be passed on,
+so there is no public URL to download it from. Your options:
 
-  python download_imagenet.py --method manual                           with an account at image-net.org
+  python download_imagenet.py --method manual
+      with an account at image-net.org
   python download_imagenet.py --method simple --dataset hf:ILSVRC/imagenet-1k
-                                                                        with an account at Hugging Face: accept the
-                                                                        terms there, then `hf auth login`
-  python download_imagenet.py --method simple --dataset tiny-imagenet   200 classes at 64 px, no account"""
+      with an account at Hugging Face: accept the terms there, then run `hf auth login`
+  python download_imagenet.py --method simple --dataset tiny-imagenet
+      200 classes at 64 px, no account"""
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A published file: its name, length in bytes and checksum, and where it lies when that is no secret."""
+    """A published file: its name, size in bytes, checksum, and URL if it is public."""
 
     name: str
     size: int
@@ -54,44 +52,40 @@ class Archive:
     url: str = ""
 
 
-# Sizes and checksums: image-net.org and torchvision.datasets (ARCHIVE_META); cs231n.stanford.edu; cs.toronto.edu.
+# Sizes and checksums: image-net.org, torchvision.datasets (ARCHIVE_META), cs231n.stanford.edu, cs.toronto.edu
 TRAIN = Archive("ILSVRC2012_img_train.tar", 147_897_477_120, "1d675b47d978889d74fa0da5fadfb00e")
 VAL = Archive("ILSVRC2012_img_val.tar", 6_744_924_160, "29b22e2961454d5413ddabcf34fc5622")
-DEVKIT = Archive(
-    "ILSVRC2012_devkit_t12.tar.gz",
-    2_568_634,
-    "fa75699e90414af021442c21a62c3abf",
-    "https://image-net.org/data/ILSVRC/2012/ILSVRC2012_devkit_t12.tar.gz",
-)
+DEVKIT = Archive("ILSVRC2012_devkit_t12.tar.gz", 2_568_634, "fa75699e90414af021442c21a62c3abf",
+                 "https://image-net.org/data/ILSVRC/2012/ILSVRC2012_devkit_t12.tar.gz")  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Simple:
-    """A dataset that is one archive: unpacked into `folder`, where `expected` names what may be in there."""
+class SimpleDataset:
+    """A dataset that is one archive with a single folder in it."""
 
     archive: Archive
     folder: str
-    expected: str  # regular expression of the names kept
-    ignored: str = r"(?!)"  # and of those left out; anything else is refused
+    keep: str  # regular expression of the names to unpack, relative to `folder`
+    ignore: str  # of those to leave out; any other name is refused
     images: tuple[int, int] = (50_000, 10_000)  # train, val
 
 
 SIMPLE = {
-    "tiny-imagenet": Simple(
+    "tiny-imagenet": SimpleDataset(
         Archive("tiny-imagenet-200.zip", 248_100_043, "90528d7ca1a48142e341f4ef8d21d0de",
                 "http://cs231n.stanford.edu/tiny-imagenet-200.zip"),
         "tiny-imagenet-200",
-        r"train/n\d{8}/(images/n\d{8}_\d+\.JPEG|n\d{8}_boxes\.txt)|val/images/val_\d+\.JPEG|val/val_annotations\.txt"
-        r"|wnids\.txt|words\.txt",
+        r"train/n\d{8}/(images/n\d{8}_\d+\.JPEG|n\d{8}_boxes\.txt)"
+        r"|val/images/val_\d+\.JPEG|val/val_annotations\.txt|wnids\.txt|words\.txt",
         r"test/.*",  # without labels
         (100_000, 10_000),
     ),
-    "cifar100": Simple(
+    "cifar100": SimpleDataset(
         Archive("cifar-100-python.tar.gz", 169_001_437, "eb9058c3a382ffc7106e4002c42a8d85",
                 "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"),
         "cifar-100-python", r"meta|train|test", r"file\.txt~",
     ),
-    "cifar10": Simple(
+    "cifar10": SimpleDataset(
         Archive("cifar-10-python.tar.gz", 170_498_071, "c58f30108f718f92721af3b95e74349a",
                 "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
         "cifar-10-batches-py", r"data_batch_[1-5]|test_batch|batches\.meta", r"readme\.html",
@@ -102,13 +96,13 @@ SIMPLE = {
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="download_imagenet.py", description=__doc__)
     add = parser.add_argument
-    add("--method", choices=("manual", "auto", "simple"), help="how; without it: what there is")
-    add("--dataset", default="imagenet", metavar="NAME", help=f"imagenet, {', '.join(SIMPLE)} or hf:<name>")
-    add("--data-dir", metavar="DIR", help="where the dataset goes (default: ./data/<dataset>)")
-    add("--train-url", metavar="URL", help=f"auto: https address of {TRAIN.name}")
-    add("--val-url", metavar="URL", help=f"auto: https address of {VAL.name}")
-    add("--devkit-url", metavar="URL", help=f"auto: address of {DEVKIT.name} (default: {DEVKIT.url})")
-    add("--debug", action="store_true", help="tracebacks for errors")
+    add("--method", choices=("manual", "auto", "simple"), help="Download method; omit to list the options.")
+    add("--dataset", default="imagenet", metavar="NAME", help=f"imagenet, {', '.join(SIMPLE)} or hf:<name>.")
+    add("--data-dir", metavar="DIR", help="Dataset directory (default: ./data/<dataset>).")
+    add("--train-url", metavar="URL", help=f"URL of {TRAIN.name}, for --method auto.")
+    add("--val-url", metavar="URL", help=f"URL of {VAL.name}, for --method auto.")
+    add("--devkit-url", metavar="URL", help=f"URL of {DEVKIT.name} (default: {DEVKIT.url}).")
+    add("--debug", action="store_true", help="Show tracebacks of errors.")
     return parser
 
 
@@ -118,192 +112,138 @@ def main(argv: list[str] | None = None) -> int:
         print(OVERVIEW)
         return 0
     urls = {"--train-url": args.train_url, "--val-url": args.val_url, "--devkit-url": args.devkit_url}
-    check_usage(args.method, args.dataset, [name for name, url in urls.items() if url])
+    check_usage(args.method, args.dataset, [flag for flag, url in urls.items() if url])
     data_dir = Path(args.data_dir or f"./data/{args.dataset}")
     if args.dataset != "imagenet":
-        simple(args.dataset, data_dir)
+        download_simple(args.dataset, data_dir)
     elif args.method == "simple":
         print(TERMS)
-        raise UsageError("--method simple cannot fetch ImageNet itself", "choose one of the ways above")
+        raise UsageError("--method simple cannot download ImageNet itself", "choose one of the options above")
     elif args.method == "auto":
-        auto(data_dir, args.train_url, args.val_url, args.devkit_url or DEVKIT.url)
+        download_imagenet(data_dir, args.train_url, args.val_url, args.devkit_url or DEVKIT.url)
     else:
-        manual(data_dir)
+        print(MANUAL.format(data_dir=data_dir.resolve()))
+        if any((data_dir / name).exists() for name in (TRAIN.name, VAL.name, "train", "val", "val.flat")):
+            print("\nArranging the files that are there:")
+            arrange_imagenet(data_dir, {})
     return 0
 
 
 def check_usage(method: str, dataset: str, url_flags: list[str]) -> None:
-    """Refuse what cannot work together, before anything is fetched."""
+    """Refuse a wrong dataset and flags that contradict each other."""
     if dataset in ("digits", "synthetic"):
         raise UsageError(f"--dataset {dataset} needs no download", f"python train.py --dataset {dataset}")
     if dataset == "imagenet100":
-        raise UsageError(
-            "imagenet100 is a list of classes over ImageNet",
-            "get ImageNet, then: python train.py --dataset imagenet100",
-        )
+        fix = "download ImageNet, then run python train.py --dataset imagenet100"
+        raise UsageError("imagenet100 is a subset of ImageNet's classes", fix)
     if dataset != "imagenet" and dataset not in SIMPLE and not dataset.startswith("hf:"):
-        raise UsageError(
-            f"--dataset {dataset}: not a dataset we know", f"one of imagenet, {', '.join(SIMPLE)}, hf:<name>"
-        )
+        fix = f"choose one of imagenet, {', '.join(SIMPLE)}, hf:<name>"
+        raise UsageError(f"unknown --dataset {dataset}", fix)
     if dataset != "imagenet" and method != "simple":
-        raise UsageError(f"--method {method} is for ImageNet", f"--method simple fetches {dataset}")
+        raise UsageError(f"--method {method} is for ImageNet", f"use --method simple for {dataset}")
     if url_flags and method != "auto":
-        raise UsageError(f"{url_flags[0]} with --method {method}", "addresses are for --method auto")
+        raise UsageError(f"{url_flags[0]} with --method {method}", "URLs are for --method auto")
 
 
-def manual(data_dir: Path) -> None:
-    """Say how to get ImageNet; arrange whatever of it is there already."""
-    print(MANUAL.format(where=data_dir.resolve()))
-    if any((data_dir / name).exists() for name in (TRAIN.name, VAL.name, "train", "val", "val.flat")):
-        print("\nSomething is there already:")
-        arrange_imagenet(data_dir, {})
-
-
-def auto(data_dir: Path, train_url: str | None, val_url: str | None, devkit_url: str) -> None:
-    """Fetch what is not there yet of the three archives, and arrange it."""
-    from sources.archives.fetch import Wanted, check_url
+def download_imagenet(data_dir: Path, train_url: str | None, val_url: str | None, devkit_url: str) -> None:
+    """Download those of the three archives that are missing, and arrange them."""
+    from sources.archives.fetch import check_url
 
     missing = []
     for folder, archive, url in (("train", TRAIN, train_url), ("val", VAL, val_url)):
         if not url and not any((data_dir / name).exists() for name in (folder, archive.name)):
             missing.append(f"--{folder}-url")
     if missing:
-        raise UsageError(
-            f"--method auto needs {' and '.join(missing)}",
-            "log in at https://image-net.org and copy the addresses of the ILSVRC2012 archives; or see --method manual",
-        )
+        fix = "log in at https://image-net.org and copy the URLs of the ILSVRC2012 archives"
+        raise UsageError(f"--method auto needs {' and '.join(missing)}", fix)
     urls = {TRAIN: train_url, VAL: val_url, DEVKIT: devkit_url}
-    for archive, url in urls.items():
-        if url:  # a wrong address is said now, not after the first archive
-            check_url(url, Wanted(url, data_dir / archive.name, archive.size, archive.md5))
+    for url in filter(None, urls.values()):
+        check_url(url)  # all of them now, not each after hours of downloading the one before
     arrange_imagenet(data_dir, urls)
 
 
-def fetch(archive: Archive, url: str | None, data_dir: Path) -> Path:
-    """The archive, whole and verified, in `data_dir`."""
-    from sources.archives.fetch import Wanted, download, verify
+def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
+    """Fill train/<class>/ and val/<class>/ from the archives; those not in `data_dir` are in `urls`."""
+    from sources.archives import ilsvrc
+    from sources.archives.unpack import unpack
+
+    train_images, val_images, classes = COUNTS
+    val_state = ilsvrc.val_state(data_dir)
+    if val_state != "filed":
+        labels = val_labels(data_dir, urls.get(DEVKIT))
+    if val_state == "flat":
+        print(f"moving the images of {data_dir / 'val'} into class folders")
+        ilsvrc.file_flat_val(data_dir, labels)
+    elif val_state == "absent":
+        archive = get_archive(VAL, urls.get(VAL), data_dir)
+        unpack(archive, data_dir / "val", ilsvrc.val_place(labels), val_images)
+    if not (data_dir / "train").exists():
+        archive = get_archive(TRAIN, urls.get(TRAIN), data_dir)
+        unpack(archive, data_dir / "train", ilsvrc.train_place, train_images, ilsvrc.train_members)
+    ilsvrc.check_counts(data_dir, train_images, val_images, classes)
+    print(f"{train_images:,} + {val_images:,} images of {classes:,} classes. ", end="")
+    print(f"Next: python train.py --data-dir {data_dir}")
+
+
+def val_labels(data_dir: Path, devkit_url: str | None) -> dict[bytes, bytes]:
+    """Return {image name without suffix: class}, from the development kit if the labels are not there yet."""
+    from sources.archives import ilsvrc
+    from sources.archives.unpack import unpack
+
+    try:
+        return ilsvrc.val_labels(data_dir)
+    except DataError:
+        archive = get_archive(DEVKIT, devkit_url, data_dir)
+        unpack(archive, data_dir / ilsvrc.DEVKIT_FOLDER, ilsvrc.devkit_place)
+        return ilsvrc.val_labels(data_dir)
+
+
+def get_archive(archive: Archive, url: str | None, data_dir: Path) -> Path:
+    """Return the path of the archive in `data_dir`, verified, after downloading it if it is missing."""
+    from sources.archives.fetch import RemoteFile, download, verify
 
     path = data_dir / archive.name
-    with shown(archive.name) as report:
-        if path.exists():  # verified again: it may be a browser's half download
-            verify(path, size=archive.size, md5=archive.md5, report=report)
-        else:
-            if not url:
-                raise DataError(
-                    f"no {archive.name} in {data_dir.resolve()}", "put it there; see --method manual"
-                )
-            download(Wanted(url, path, archive.size, archive.md5), report)
-    print(f"{path}: {archive.size:,} bytes, checksum as published")
+    if path.exists():  # verified again: it may be half of a browser's download
+        verify(path, archive.size, archive.md5)
+    elif url:
+        download(RemoteFile(url, path, archive.size, archive.md5))
+    else:
+        raise DataError(f"no {archive.name} in {data_dir.resolve()}", "put it there; see --method manual")
+    print(f"{path}: {archive.size:,} bytes, checksum correct")
     return path
 
 
-@contextmanager
-def shown(desc: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar (or a line now and then) in megabytes for each stage that is reported."""
-    from base.progress import Progress
+def download_simple(dataset: str, data_dir: Path) -> None:
+    """Download a dataset that needs no account (or, for hf:, the account of `hf auth login`)."""
+    from sources.layouts import open_dataset
 
-    bars: dict[str, Progress] = {}
-
-    def report(stage: str, done: int, total: int) -> None:
-        if stage not in bars:
-            for bar in bars.values():
-                bar.close()
-            bars[stage] = Progress(total >> 20, f"{stage} {desc}", unit="MB", initial=done >> 20)
-        bars[stage].update(max(0, (done >> 20) - bars[stage].count))
-
-    try:
-        yield report
-    finally:
-        for bar in bars.values():
-            bar.close()
+    simple = SIMPLE.get(dataset)
+    if simple and not (data_dir / simple.folder).exists():
+        unpack_simple(simple, data_dir)
+    found = open_dataset(dataset, data_dir)
+    train, val = len(found.train), len(found.val)
+    if simple and (train, val) != simple.images:
+        folder, (all_train, all_val) = data_dir / simple.folder, simple.images
+        problem = f"{folder} has {train:,} + {val:,} images, not {all_train:,} + {all_val:,}"
+        raise DataError(problem, f"delete {folder} and run the same command again")
+    where = f" --data-dir {data_dir}" if simple else ""
+    print(f"{train:,} + {val:,} images of {len(found.classes):,} classes. ", end="")
+    print(f"Next: python train.py --dataset {dataset}{where}")
 
 
-def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
-    """From the archives to train/<class>/ and val/<class>/ in `data_dir`, all there.
-
-    An archive that is not there is fetched from its place in `urls`.
-    """
-    from sources import ilsvrc
-
-    state = ilsvrc.val_state(data_dir)
-    if state != "arranged":
-        if not ilsvrc.has_val_labels(data_dir):
-            unpack_to(
-                data_dir / ilsvrc.DEVKIT_FOLDER,
-                fetch(DEVKIT, urls.get(DEVKIT), data_dir),
-                ilsvrc.devkit_place,
-            )
-        labels = ilsvrc.val_labels(data_dir)
-    if state == "flat":
-        print(f"filing the images of {data_dir / 'val'} into class folders")
-        ilsvrc.file_flat_val(data_dir, labels)
-    elif state == "absent":
-        unpack_to(data_dir / "val", fetch(VAL, urls.get(VAL), data_dir), ilsvrc.val_place(labels), COUNTS[1])
-    if not (data_dir / "train").exists():
-        archive = fetch(TRAIN, urls.get(TRAIN), data_dir)
-        unpack_to(data_dir / "train", archive, ilsvrc.train_place, COUNTS[0], inside=ilsvrc.train_members)
-    ilsvrc.check_counts(data_dir, *COUNTS)
-    print(
-        f"{COUNTS[0]:,} + {COUNTS[1]:,} images of {COUNTS[2]:,} classes. Next: python train.py --data-dir {data_dir}"
-    )
-
-
-def unpack_to(
-    folder: Path,
-    archive: Path,
-    place: Callable[[str], str | None],
-    files: int = 0,
-    inside: Callable[[Iterator], Iterator] = iter,
-) -> None:
-    """Make `folder` from the archive: all of it or none. `files` is how many are expected, for the ETA."""
-    from base.progress import Progress
-    from sources.archives.unpack import complete_or_absent, opened, unpack
-
-    bar = Progress(files, f"unpacking {archive.name}", unit="files", enabled=files > 0)
-    with bar, complete_or_absent(folder) as partial, opened(archive) as members:
-        unpack(inside(members), partial, place, max_size=MEMBER_BYTES, report=lambda count: bar.update())
-
-
-def simple(dataset: str, data_dir: Path) -> None:
-    """A dataset that needs no account (or, for hf:, the account of `hf auth login`)."""
-    from sources.layouts import index
-
-    if dataset.startswith("hf:"):
-        found = index(dataset, data_dir)
-        where = ""
-    else:
-        what = SIMPLE[dataset]
-        if not (data_dir / what.folder).exists():
-            unpack_simple(what, fetch(what.archive, what.archive.url, data_dir), data_dir)
-        found, where = index(dataset, data_dir), f" --data-dir {data_dir}"
-        check_simple(what, (len(found.train), len(found.val)), data_dir)
-    print(
-        f"{len(found.train):,} + {len(found.val):,} images of {len(found.classes):,} classes. "
-        f"Next: python train.py --dataset {dataset}{where}"
-    )
-
-
-def unpack_simple(what: Simple, archive: Path, data_dir: Path) -> None:
-    from sources.archives.unpack import unexpected
+def unpack_simple(simple: SimpleDataset, data_dir: Path) -> None:
+    from sources.archives.unpack import unexpected, unpack
 
     def place(name: str) -> str | None:
-        inside = name.removeprefix(what.folder + "/")
-        if inside != name and re.fullmatch(what.expected, inside):
+        inside = name.removeprefix(simple.folder + "/")
+        if inside != name and re.fullmatch(simple.keep, inside):
             return inside
-        if inside != name and re.fullmatch(what.ignored, inside):
+        if inside != name and re.fullmatch(simple.ignore, inside):
             return None
         raise unexpected(name)
 
-    unpack_to(data_dir / what.folder, archive, place, sum(what.images))
-
-
-def check_simple(what: Simple, images: tuple[int, int], data_dir: Path) -> None:
-    if images != what.images:
-        found, expected = (f"{train:,} + {val:,}" for train, val in (images, what.images))
-        raise DataError(
-            f"{data_dir / what.folder} has {found} images, not {expected}",
-            f"remove {data_dir / what.folder} and run this again",
-        )
+    archive = get_archive(simple.archive, simple.archive.url, data_dir)
+    unpack(archive, data_dir / simple.folder, place, sum(simple.images))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The five likeliest classes of images, in files and folders; or the model as a file for other programs.
+"""Predict the classes of images, in files and folders; or export the model for other programs.
 
-Images go through the transform that validation uses, so an image here gets the logits it gets there.
+Images are preprocessed as in validation, so an image gets the same prediction here as there.
 """
 
 from __future__ import annotations
@@ -10,96 +10,90 @@ import sys
 from pathlib import Path
 
 from base import flags, process
-from base.errors import DataError, UsageError, printable, run
+from base.errors import DataError, UsageError, printable, run, tell
 
 EPILOG = """examples:
   python predict.py checkpoints/best_resnet50_imagenet_1k.pt cat.jpg photos/
-  python predict.py CHECKPOINT photos/ --csv answers.csv       '-' writes to standard output
+  python predict.py CHECKPOINT photos/ --csv predictions.csv       '-' is standard output
   python predict.py CHECKPOINT --export onnx --out exported"""
 
 
-IDLE = (
-    *(flags.Row(name, "output", lambda c: not c.images and "no image is named")
-      for name in ("top", "json", "csv", "batch_size", "num_workers")),
-    flags.Row("out", "files", lambda c: not c.export and "it needs --export"),
-)  # fmt: skip
+def no_images(config) -> str | bool:
+    return not config.images and "no image is named"
+
+
+# fmt: off
+PREDICTIONS = (
+    flags.Flag("weights", "trace", "Weights to use; falls back to raw if there is no EMA.",
+               ("ema", "raw"), "ema", "NAME"),
+    flags.Flag("top", "output", "Classes per image.", flags.positive, 5, "K", idle=no_images),
+    flags.Flag("json", "output", "Write predictions as JSON; '-' is standard output.", str, "", "FILE",
+               idle=no_images),
+    flags.Flag("csv", "output", "Write predictions as CSV; '-' is standard output.", str, "", "FILE",
+               idle=no_images),
+)
+EXPORT = (
+    flags.Flag("export", "files", "Write the model in this format, with a model card.",
+               ("", "onnx", "safetensors", "torchvision"), "", "FORMAT"),
+    flags.Flag("out", "files", "Output directory of the export; by default beside the checkpoint.",
+               str, "", "DIR", idle=lambda c: not c.export and "it needs --export"),
+)
+LOADING = [flags.Flag(name, "processes", idle=no_images) for name in ("batch_size", "num_workers")]
+# fmt: on
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.build_parser("predict.py", "Name what is in images.", EPILOG)
-    parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a best_*.pt or last_*.pt that train.py wrote"
-    )
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="image files, and folders of them")
-    group = parser.add_argument_group("answers")
-    group.add_argument(
-        "--weights", default="ema", choices=("ema", "raw"), help="which; ema: raw ones where there is no EMA"
-    )
-    group.add_argument("--top", type=flags.positive, default=5, metavar="K", help="classes an image")
-    group.add_argument(
-        "--json", default="", metavar="FILE", help="write them as JSON; '-' is standard output"
-    )
-    group.add_argument("--csv", default="", metavar="FILE", help="write them as CSV; '-' is standard output")
-    group = parser.add_argument_group("export")
-    group.add_argument(
-        "--export",
-        default="",
-        choices=("", "onnx", "safetensors", "torchvision"),
-        metavar="FORMAT",
-        help="onnx, safetensors or torchvision: write the model, checked, with a card",
-    )
-    group.add_argument("--out", default="", metavar="DIR", help="where to; empty: beside the checkpoint")
-    flags.add_asking_args(parser)
+    parser = flags.build_parser("predict.py", "Predict the class of images.", EPILOG)
+    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, or folders of images.")
+    flags.add_flags(parser, "predictions", PREDICTIONS)
+    flags.add_flags(parser, "export", EXPORT)
+    flags.add_flags(parser, "device", flags.ASKING)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
+    if not (config.images or config.export):
+        raise UsageError("no images given", "name image files or folders, or --export FORMAT")
+    flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, typed)
+    if config.json == config.csv == "-":
+        raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
     from harness import rundir
 
-    if not (config.images or config.export):
-        raise UsageError("no image to look at", "name image files or folders, or --export FORMAT")
-    flags.refuse_idle(IDLE, config, typed)
-    if config.json == config.csv == "-":
-        raise UsageError("--json - and --csv - both want standard output", "give one of them a file name")
     rundir.check_checkpoint(config.checkpoint)
-    paths, bad = gather(config.images or ())
-    from analysis.predictions import open_models
+    paths, bad = find_images(config.images or ())
+    from analysis import predictions
     from base.device import init_runtime, memory_for
 
-    runtime = init_runtime(config.device, config.amp)
-    models, payload = open_models(config.checkpoint, config.weights, runtime)
-    ((weights, model),) = models.items()
-    found: list = []
+    say = tell if "-" in (config.json, config.csv) else process.say
+    classifier = predictions.load(config.checkpoint, config.weights, init_runtime(config.device, config.amp))
+    found = []
     if paths:
-        with memory_for(f"batch {config.batch_size}", "give a smaller --batch-size", runtime.device):
-            found, unreadable = predict(config, model, payload["eval"], paths, runtime)
+        if len(paths) > config.batch_size and (note := flags.workers_note(config.num_workers)):
+            say(note)
+        with memory_for(f"batch {config.batch_size}", "lower --batch-size", classifier.device):
+            found, unreadable = predict(classifier, paths, config.top, config.batch_size, config.num_workers)
         bad += unreadable
-        deliver(config, weights, payload["eval"], found, bad)
+        write_predictions(classifier, found, bad, config, say)
     if config.export:
         from analysis.export import export
 
-        written = export(
-            config.export, model, payload, weights, Path(config.out or Path(config.checkpoint).parent)
-        )
-        say(config, f"written and checked: {written[0]}, described in {written[1]}")
+        path, card = export(config.export, classifier, Path(config.out or Path(config.checkpoint).parent))
+        say(f"written and checked: {path}, described in {card}")
     if bad:
         for path, reason in bad:
-            print(printable(f"bad image {path}: {reason}"), file=sys.stderr)
+            tell(f"bad image {path}: {reason}")
         raise DataError(
             f"{len(bad)} of {len(found) + len(bad)} images could not be used, see above",
-            "replace or leave out what is named there; the others were answered",
+            "replace them or leave them out; all others have predictions",
         )
     return 0
 
 
-def say(config, text: str) -> None:
-    """Print for people: not where a program reads."""
-    print(printable(text), file=sys.stderr if "-" in (config.json, config.csv) else sys.stdout, flush=True)
-
-
-def gather(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]]]:
-    """Image files, those of folders in order of their names; and what is neither, with the reason."""
+def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return image paths, those of a folder sorted; and folders without images, with the reason."""
     from sources.folders import is_image
 
     paths, bad = [], []
@@ -107,125 +101,78 @@ def gather(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]]]:
         if not os.path.isdir(name):
             paths.append(name)
             continue
-        before = len(paths)
+        inside = []
         for folder, subfolders, files in os.walk(name):
             subfolders.sort()
-            paths += [os.path.join(folder, file) for file in sorted(files) if is_image(os.fsencode(file))]
-        if len(paths) == before:
+            inside += [os.path.join(folder, file) for file in sorted(files) if is_image(os.fsencode(file))]
+        paths += inside
+        if not inside:
             bad.append((name, "no images in this folder"))
     return paths, bad
 
 
-class Pictures:
-    """Maps a `dataloader.Batch` to (images (n, S, S, 3) uint8, ids (n,), what is bad), as training's dataset does.
-
-    A bad image leaves a black one in its place: the others of its batch are still answered.
-    """
-
-    def __init__(self, paths: list[str], transform):
-        from sources.index import Names
-
-        self.paths, self.transform = Names(paths), transform
-
-    def __getitem__(self, batch):
-        import numpy as np
-        import torch
-
-        from sources.images import BadImage
-
-        side, bad = self.transform.image_size, []
-        images = np.zeros((len(batch.ids), side, side, 3), np.uint8)
-        for k, i in enumerate(batch.ids):
-            try:
-                images[k] = self.transform(Path(self.paths[i]).read_bytes(), self.paths[i])
-            except BadImage as error:
-                bad.append((int(i), error.reason))
-            except OSError as error:
-                bad.append((int(i), str(error.strerror)))
-        return torch.from_numpy(images), torch.from_numpy(batch.ids), bad
-
-
-def predict(config, model, facts: dict, paths: list[str], runtime):
-    """([(path, probabilities (k,), classes (k,))], [(bad path, reason)]), in the order given."""
+def predict(classifier, paths: list[str], top: int, batch_size: int, num_workers: int) -> tuple[list, list]:
+    """Return [{"file": path, "predictions": `top` likeliest classes}] and [(bad path, reason)], in order."""
     from analysis.predictions import logits_of
     from base.progress import Progress
-    from dataloader import Loader, Order
-    from sources.images import EvalTransform
 
-    workers = min(config.num_workers, process.cores()) if len(paths) > config.batch_size else 0
-    if workers and (note := flags.workers_note(config.num_workers)):
-        say(config, note)
-    dataset = Pictures(paths, EvalTransform(facts["image_size"], facts["crop"]))
-    loader = Loader(
-        dataset,
-        Order(len(paths), config.batch_size, shuffle=False),
-        mean=facts["mean"],
-        std=facts["std"],
-        num_workers=workers,
-        device=runtime.device,
-    )
+    classes, names = classifier.classes, classifier.payload["eval"]["class_names"]
+    loader = classifier.loader(paths, batch_size, num_workers)
     found = []
     with Progress(len(loader), f"{len(paths)} images", unit="batches") as bar:
-        for images, ids in bar.over(loader):
-            best = logits_of(model, images, runtime).softmax(1).topk(min(config.top, len(facts["classes"])))
-            rows = zip(ids.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
-            found += [(paths[i], probabilities, classes) for i, probabilities, classes in rows]
+        for images, positions in bar.over(loader):
+            probabilities = logits_of(classifier.model, images, classifier.runtime).softmax(1)
+            best = probabilities.topk(min(top, len(classes)))
+            rows = zip(positions.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
+            for i, values, labels in rows:
+                likeliest = [
+                    {"class": classes[k], "name": names[k], "probability": p}
+                    for k, p in zip(labels, values, strict=True)
+                ]
+                found.append({"file": paths[i], "predictions": likeliest})
     reasons = dict(loader.bad)
-    return (
-        [row for i, row in enumerate(found) if i not in reasons],
-        [(paths[i], why) for i, why in reasons.items()],
-    )
+    good = [image for i, image in enumerate(found) if i not in reasons]
+    return good, [(paths[i], reason) for i, reason in reasons.items()]
 
 
-def deliver(config, weights: str, facts: dict, found, bad) -> None:
-    """The answers as a table, unless a file was asked for."""
+def write_predictions(classifier, found: list[dict], bad: list, config, say) -> None:
+    """Write the predictions as JSON and CSV; print them as a table if neither was asked for."""
     from base import files
 
-    classes, names = facts["classes"], [str(name) for name in facts["class_names"]]
     texts = {}
     if config.json:
-        images = [
-            {
-                "file": path,
-                "predictions": [
-                    {"class": classes[c], "name": names[c], "probability": p}
-                    for p, c in zip(ps, cs, strict=True)
-                ],
-            }
-            for path, ps, cs in found
-        ]
-        texts[config.json] = files.json_text(
-            {
-                "checkpoint": Path(config.checkpoint).name,
-                "weights": weights,
-                "image_size": facts["image_size"],
-                "images": images,
-                "bad": [{"file": path, "reason": reason} for path, reason in bad],
-            }
-        )
+        content = {
+            "checkpoint": Path(config.checkpoint).name,
+            "weights": classifier.weights,
+            "image_size": classifier.image_size,
+            "images": found,
+            "bad": [{"file": path, "reason": reason} for path, reason in bad],
+        }
+        texts[config.json] = files.json_text(content)
     if config.csv:
-        texts[config.csv] = files.csv_text(
-            ("file", "rank", "class", "name", "probability"),
-            (
-                (path, rank, classes[c], names[c], f"{p:.6f}")
-                for path, ps, cs in found
-                for rank, (p, c) in enumerate(zip(ps, cs, strict=True), 1)
-            ),
+        rows = (
+            (image["file"], rank, each["class"], each["name"], f"{each['probability']:.6f}")
+            for image in found
+            for rank, each in enumerate(image["predictions"], 1)
         )
-    for target, text in texts.items():
-        if target == "-":
-            sys.stdout.write(printable(text))
+        texts[config.csv] = files.csv_text(("file", "rank", "class", "name", "probability"), rows)
+    for path, text in texts.items():
+        if path == "-":
+            print(text, end="")
         else:
-            say(config, f"written: {files.write(target, text)}")
+            say(f"written: {files.write(path, text)}")
     if not texts:
-        width = max((len(printable(path)) for path, *_ in found), default=0)
-        for path, probabilities, guesses in found:
-            for k, (p, c) in enumerate(zip(probabilities, guesses, strict=True)):
-                alias = "" if names[c] == classes[c] else f"  ({classes[c]})"
-                say(
-                    config,
-                    f"{printable(path) if k == 0 else '':<{width}}  {100 * p:>6.2f} %  {names[c]}{alias}",
-                )
+        print_table(found)
+
+
+def print_table(found: list[dict]) -> None:
+    width = max((len(printable(image["file"])) for image in found), default=0)
+    for image in found:
+        file = printable(image["file"])
+        for each in image["predictions"]:
+            folder = "" if each["name"] == each["class"] else f"  ({each['class']})"
+            print(f"{file:<{width}}  {100 * each['probability']:>6.2f} %  {each['name']}{folder}")
+            file = ""
 
 
 if __name__ == "__main__":

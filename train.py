@@ -59,12 +59,12 @@ def check(config, typed: flags.Given):
     from harness.log import check_trackers
     from sources import layouts
 
-    directory = rundir.look(config.save_dir)
-    saved = rundir.find_resume(config.resume, directory, say)
+    directory = rundir.scan(config.save_dir)
+    saved = rundir.find_checkpoint(config.resume, directory)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
-    index = layouts.index(**flags.data_args(config))
+    index = layouts.open_dataset(**flags.data_args(config))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
     for note in (*notes, *index.notes):
         say(note)
@@ -91,22 +91,20 @@ def prepare(config, index, runtime, directory, saved: dict | None):
     from loop import best_is_lost
 
     name = rundir.checkpoint_name(config.arch, index.name)
-    identity = rundir.identity(directory, config.resume, saved)
-    if identity.begins:
-        rundir.check_foreign(directory, name)
+    identity = rundir.identify(directory, config.resume, saved, name)
     phases = build.make_plan(config, index, runtime.world_size)
-    run = build.build(config, index, runtime, phases, directory.path, identity.run)
+    run = build.build(config, index, runtime, phases, directory.path, identity.id)
     if saved:
         rundir.restore(run, saved, config)
     elif config.init_from:
         build.load_init_from(run, config)
         say(f"starting from the weights of {config.init_from}" + ", with a new head" * config.reset_head)
     if run.finished and not best_is_lost(run):
-        where = Path(config.resume).parent if identity.begins else directory.path
+        where = Path(config.resume).parent if identity.is_new else directory.path
         say(f"This run is complete: {len(run.state.rows)} epochs in {where}.")
         return None, identity
-    former = [path for path in directory.checkpoints if path in directory.files or not identity.begins]
-    preflight.check_resources(run, run.num_workers, former)
+    former = [path for path in directory.checkpoints if path in directory.files or not identity.is_new]
+    preflight.check_resources(run, former)
     return run, identity
 
 
@@ -120,15 +118,15 @@ def safely(run, config, directory, saved: dict | None, identity) -> Iterator:
     from loop import Finished, best_is_lost, save
 
     values, main = flags.plain(config), run.runtime.is_main
-    lock = rundir.claim(directory, overwrite=config.overwrite, checkpoint=run.file_name) if main else None
+    lock = rundir.acquire(directory, overwrite=config.overwrite, checkpoint=run.file_name) if main else None
     log = None
     try:
-        with rundir.vanishing_named(run.save_dir):
-            if saved and not rundir.lies_in(config.resume, run.save_dir):
-                if identity.begins:
+        with rundir.explain_removal(run.save_dir):
+            if saved and not rundir.resumes_in_place(config.resume, run.save_dir):
+                if identity.is_new:
                     save(run, "last")
                 if main and not best_is_lost(run):
-                    say(rundir.carry_best(saved, config.resume, run.path("best"), identity.run))
+                    rundir.copy_best(saved, config.resume, run.path("best"), identity.id)
             (saved or {}).clear()  # restored: its tensors would stay in memory for the whole run
             if main:
                 write_json(run.save_dir / "config.json", values)
@@ -145,7 +143,7 @@ def safely(run, config, directory, saved: dict | None, identity) -> Iterator:
             if not gc.isenabled():
                 gc.freeze()
                 gc.enable()
-            with run.stop.installed(), preflight.out_of_memory_named(run):
+            with run.stop.installed(), preflight.explain_out_of_memory(run):
                 yield log
     except Finished as reached:
         say(str(reached))
@@ -168,7 +166,7 @@ def environment(run, identity) -> dict:
         "num_train": len(run.index.train),
         "num_val": len(run.index.val),
         "num_classes": len(run.index.classes),
-        "run": identity.run,
+        "run": identity.id,
         "checkpoint": run.file_name,
     }
     return values | ({"parent": identity.parent} if identity.parent else {})

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError, UsageError
-from base.flags import phase_batches, share_epochs
+from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
 from optim import Schedule, clip_gradients, load_optimizer
 

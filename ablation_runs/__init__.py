@@ -1,1 +1,1 @@
-"""Studies: a question, a base command, variants that differ in the flags named, seeds."""
+"""Ablation studies: data (studies.py), runner (run.py), statistics (results.py) and report (report.py)."""

@@ -1,134 +1,147 @@
-"""A study's pictures: curves with a band over seeds, differences with intervals, heat maps of grids."""
+"""The pictures of a study: curves over the epochs, differences with intervals, heat maps of a grid."""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from ablation_runs import results as reading
-from ablation_runs.results import Result
+from ablation_runs import results
+from ablation_runs.results import BETTER, WORSE, Result
 from ablation_runs.study import Study
 from analysis import figures
+from base.flags import dashed
 
 LABELS = {
-    "val_top1": "validation top-1, raw weights (%)",
-    "ema_val_top1": "validation top-1, averaged weights (%)",
+    "val_top1": "validation top-1 (%), raw weights",
+    "ema_val_top1": "validation top-1 (%), EMA weights",
+    "lr": "learning rate at the end of the epoch",
 }
 
 
-def draw(results: list[Result], study: Study, preset: str, out: Path) -> list[Path]:
-    """Write the pictures that the runs are enough for; returns their paths."""
-    made = {
-        "curves.png": curves(results, study, preset),
-        "differences.png": differences(results, study, preset),
-    }
-    made |= heat_maps(results, study)
-    return [figures.save(picture, out / name) for name, picture in made.items() if picture]
+def draw(runs: list[Result], study: Study, preset: str, out: Path) -> list[Path]:
+    """Write the pictures for which there are enough runs; return their paths."""
+    title = textwrap.fill(study.title(preset).replace("`", ""), 80)
+    pictures = {"curves.png": curves(runs, study, study.metric, title)}
+    if any({"lr", "schedule"} & flags.keys() for flags in study.variants.values()):
+        pictures["learning_rates.png"] = curves(runs, study, "lr", title)
+    pictures["differences.png"] = differences(runs, study, title)
+    pictures["heat_maps.png"] = heat_maps(runs, study, title)
+    return [figures.save(picture, out / name) for name, picture in pictures.items() if picture]
 
 
-def curves(results: list[Result], study: Study, preset: str):
-    """The compared score over the epochs: the mean over seeds, and a band from the worst to the best seed."""
-    made = figures.figure(8, 4.6, heading(study, preset))
-    axis = figures.axes(made, 1, 1)[0, 0]
-    drawn = 0
-    for k, variant in enumerate(study.variants):
-        series = [
-            [row.get(study.score) for row in r.rows] for r in results if r.variant == variant.name and r.rows
-        ]
-        epochs = min(map(len, series), default=0)
-        table = np.array(
-            [values[:epochs] for values in series], float
-        )  # None becomes NaN: an epoch not scored
-        shown = np.flatnonzero(np.isfinite(table).all(0)) if epochs else []
-        if len(shown) == 0:
-            continue
-        style = figures.line_style(k)
-        axis.plot(
-            shown + 1,
-            table[:, shown].mean(0),
-            label=f"{variant.name} ({len(series)})",
-            marker="o",
-            markersize=3,
-            **style,
-        )
-        axis.fill_between(
-            shown + 1, table[:, shown].min(0), table[:, shown].max(0), color=style["color"], alpha=0.15, lw=0
-        )
-        drawn += 1
-    if chance := reading.chance(results):
-        axis.axhline(chance, color=figures.BLACK, lw=1, ls=":", label="chance")
-    axis.set(xlabel="epoch", ylabel=LABELS[study.score])
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(title="variant (seeds); band: worst to best seed", fontsize=8, title_fontsize=8)
-    return made if drawn else None
-
-
-def differences(results: list[Result], study: Study, preset: str):
-    """Each variant's paired difference to the base, with its interval; hollow: inside the noise."""
-    verdicts = [v for v in reading.verdicts(results, study, study.score) if v.difference]
-    if not verdicts:
+def curves(runs: list[Result], study: Study, column: str, title: str):
+    """Draw one panel per variant with all variants in grey, or one panel per flag with a line per value."""
+    means = [curve(results.of_variant(runs, variant), column) for variant in study.variants]
+    panels = {name: lines for name, lines in panel_lines(runs, study).items() if any(lines.values())}
+    if not any(means) or not panels:
         return None
-    made = figures.figure(8, 1.9 + 0.36 * len(verdicts), heading(study, preset))
-    axis = figures.axes(made, 1, 1)[0, 0]
-    for k, verdict in enumerate(verdicts):
-        d, certain = verdict.difference, verdict.word in (reading.BETTER, reading.WORSE)
+    chance = results.chance(runs) if column != "lr" else None
+    rows = math.ceil(len(panels) / 4)
+    columns = math.ceil(len(panels) / rows)
+    fig = figures.figure(max(7, 2.8 * columns), 1.4 + 2.2 * rows, title)
+    axes = figures.axes(fig, rows, columns, sharex=True, sharey=True)
+    for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
+        for epochs, mean, _, _ in filter(None, means):
+            axis.plot(epochs, mean, color="0.8", lw=1)
+        draw_lines(axis, lines, column)
+        axis.set_title(name, fontsize=9)
+        if chance:
+            axis.axhline(chance, color=figures.BLACK, lw=1, ls=":")
+    for axis in axes.flat[len(panels) - columns : len(panels)]:  # the lowest ones, in a row or two
+        axis.tick_params(labelbottom=True)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    axes[0, 0].locator_params(axis="x", integer=True)
+    key = ["grey: mean of each variant", "" if study.grid else "band: worst to best seed"]
+    key = "; ".join(filter(None, [*key, "dotted: chance" if chance else ""]))
+    fig.supxlabel(f"epoch\n{key}", fontsize=9)
+    fig.supylabel(LABELS[column], fontsize=9)
+    return fig
+
+
+def panel_lines(runs: list[Result], study: Study) -> dict[str, dict[str, list[Result]]]:
+    """Return {title of a panel: {label of a line: its runs}}."""
+    if not study.grid:
+        return {variant: {variant: results.of_variant(runs, variant)} for variant in study.variants}
+    panels = {flag: {value: [] for value in study.grid_values(flag)} for flag in study.grid}
+    for run in [run for run in runs if run.status == "done"]:
+        for flag, lines in panels.items():
+            lines[study.variants[run.variant][flag]].append(run)
+    return {dashed(flag): lines for flag, lines in panels.items()}
+
+
+def curve(runs: list[Result], column: str) -> tuple[np.ndarray, ...] | None:
+    """Return the epochs that all runs have with their mean, lowest and highest values; None without any."""
+    series = [[row.get(column) for row in run.rows] for run in runs if run.rows]
+    epochs = min(map(len, series), default=0)
+    # An epoch without validation has None, which becomes NaN.
+    values = np.array([scores[:epochs] for scores in series], float)
+    shown = np.flatnonzero(np.isfinite(values).all(0)) if epochs else np.array([], int)
+    if not len(shown):
+        return None
+    values = values[:, shown]
+    return shown + 1, values.mean(0), values.min(0), values.max(0)
+
+
+def draw_lines(axis, lines: dict[str, list[Result]], column: str) -> None:
+    for k, (label, runs) in enumerate(lines.items()):
+        if found := curve(runs, column):
+            epochs, mean, low, high = found
+            color = figures.LINES[k % len(figures.LINES)]
+            axis.plot(epochs, mean, "o-", color=color, markersize=3, label=label)
+            if len(lines) == 1:
+                axis.fill_between(epochs, low, high, color=color, alpha=0.2, lw=0)
+    if len(lines) > 1:
+        axis.legend(fontsize=8)
+
+
+def differences(runs: list[Result], study: Study, title: str):
+    """Draw each variant's paired difference to the baseline with its interval."""
+    found = {name: d for name, d in results.compare(runs, study, study.metric).items() if d}
+    if not found:
+        return None
+    fig = figures.figure(7 + 0.06 * max(map(len, found)), 2 + 0.36 * len(found), title)
+    axis = figures.axes(fig, 1, 1)[0, 0]
+    for k, d in enumerate(found.values()):
+        fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
         if d.low is not None:
             axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=2)
-        axis.plot(
-            d.mean,
-            k,
-            "o",
-            color=figures.BLUE,
-            markerfacecolor=figures.BLUE if certain else "white",
-            markersize=7,
-        )
+        axis.plot(d.mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=7)
     axis.axvline(0, color=figures.BLACK, lw=1)
-    axis.set_yticks(range(len(verdicts)), [v.variant for v in verdicts])
-    axis.invert_yaxis()
-    axis.set_ylim(len(verdicts) - 0.5, -0.5)
+    axis.set_yticks(range(len(found)), found)
+    axis.set_ylim(len(found) - 0.5, -0.5)
     axis.set_xlabel(
-        f"points of top-1 against {study.variants[0].name}, 95 % interval over seeds (hollow: inside the noise)"
+        f"difference in points of top-1 (better →)\nto {next(iter(study.variants))}\n"
+        "line: 95 % interval over seeds; hollow: within the noise"
     )
-    return made
+    return fig
 
 
-def heat_maps(results: list[Result], study: Study) -> dict:
-    """{file name: picture}, for every two parameters of a grid: the mean score over seeds and all other parameters."""
-    cells = {
-        v.factors: np.mean(list(found.values()))
-        for v in study.variants
-        if v.factors and (found := reading.scores(results, v.name, study.score))
-    }
-    if not cells:
-        return {}
-    values: dict[str, set[str]] = {}
-    for variant in study.variants:
-        for name, value in variant.factors:
-            values.setdefault(name, set()).add(value)
-    made = {}
-    for down, across in combinations(values, 2):
-        rows, columns = (sorted(values[name], key=float) for name in (down, across))
-        means = [[mean_where(cells, {down: row, across: column}) for column in columns] for row in rows]
-        made[f"heat_map_{down}_{across}.png"] = figures.heat_map(
-            np.array(means),
-            rows,
-            columns,
-            title=f"{study.name}: last epoch, mean over seeds and other parameters",
-            unit="top-1 (%)",
-            row_title=down,
-            column_title=across,
-        )
-    return made
-
-
-def mean_where(cells: dict, wanted: dict[str, str]) -> float:
-    """The mean of the combinations that have these values; NaN where none has run."""
-    found = [score for factors, score in cells.items() if wanted.items() <= dict(factors).items()]
-    return float(np.mean(found)) if found else float("nan")
-
-
-def heading(study: Study, preset: str) -> str:
-    return textwrap.fill(study.title(preset).replace("`", ""), 80)
+def heat_maps(runs: list[Result], study: Study, title: str):
+    """Draw the mean score over every two flags of a grid, on one colour scale."""
+    scores = results.grid_scores(runs, study, study.metric).mean(axis=-1) if study.grid else np.ma.array([])
+    if not scores.count():
+        return None
+    pairs = list(combinations(range(len(study.grid)), 2))
+    maps = [scores.mean(axis=tuple(set(range(scores.ndim)) - {*pair})) for pair in pairs]
+    low, high = min(map(np.min, maps)), max(map(np.max, maps))
+    title = f"{title}\nlast epoch, mean over seeds and the other flags"
+    fig = figures.figure(1.5 + 3.2 * len(pairs), 3.6, title)
+    axes = figures.axes(fig, 1, len(pairs))[0]
+    for axis, pair, scores in zip(axes, pairs, maps, strict=True):
+        down, across = (study.grid[k] for k in pair)
+        image = axis.imshow(scores, cmap=figures.MAP, vmin=low, vmax=high, aspect="auto")
+        axis.set(xlabel=dashed(across), ylabel=dashed(down))
+        axis.set_xticks(range(scores.shape[1]), study.grid_values(across))
+        axis.set_yticks(range(scores.shape[0]), study.grid_values(down))
+        axis.grid(False)
+        for (row, column), score in np.ndenumerate(scores):
+            ink = "white" if score < (low + high) / 2 else "black"  # low values are dark in this colour map
+            text = "" if np.ma.is_masked(score) else f"{score:.1f}"
+            axis.text(column, row, text, ha="center", va="center", color=ink)
+    fig.colorbar(image, ax=axes, label="top-1 (%)")
+    return fig

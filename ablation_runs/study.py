@@ -1,186 +1,140 @@
-"""What a study is: a question, a base command, variants that differ in the flags named, seeds.
+"""What a study is: a question, base flags, variants that change some of them, and seeds.
 
-The studies themselves are data in studies.py; presets that scale them down to a small machine are
-here. Nothing is started and no result is read.
+Flags are dictionaries, {"mixup_alpha": 0.2, "ema": False}, with the names and values of train.py's flags. The
+studies themselves are in studies.py.
 """
 
 from __future__ import annotations
 
-import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from base import flags
 from base.errors import UsageError
 
+Flags = dict[str, Any]
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-# Training sizes of the documents -> px at which the smoke preset stands in for them. ViT needs multiples of 16.
-SMOKE_SIZES = {"32": "32", "64": "16", "128": "24", "160": "32", "192": "40", "224": "48"}
-SMOKE_ARCHS = {"resnet50": "resnet_tiny", "resnet34": "resnet_tiny", "resnet18": "resnet_tiny"}
-SMOKE = """--dataset synthetic:classes=4,train=64,val=16,size=32 --epochs 3 --num-workers 0 --save-every 100
-           --device cpu --amp off"""
-SMOKE_DROPS = ("split", "class-list", "subset", "subset-size", "phase-epochs", "data-dir")
-CPU = (
-    """--dataset imagenet --subset --arch resnet18 --num-workers 0 --save-every 100 --device cpu --amp bf16"""
-)
 PRESETS = ("full", "cpu", "smoke")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a study's table: `flags` is all that sets it apart from the others."""
-
-    name: str
-    flags: str = ""
-    cpu: str | None = None  # stands for `flags` under the CPU preset
-    reported: str = ""  # the document's own figure
-    factors: tuple[tuple[str, str], ...] = ()  # a grid's coordinates: (parameter, value)
-
-
-@dataclass(frozen=True)
-class Study:
-    """The first variant is the one that the others are compared with."""
-
-    name: str
-    source: str  # the document it answers, or "" where it is our own
-    question: str
-    variants: tuple[Variant, ...]
-    base: str = ""  # flags of every variant
-    recipe: str = ""  # a file of recipes/, whose flags lie under the base
-    score: str = "val_top1"  # the column compared, chosen before any run
-    reported: str = ""  # what the document concluded
-    notes: tuple[str, ...] = ()
-    cpu: str = ""  # laid over `base` under the CPU preset; "" where there is none
-    cpu_title: str = ""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    afterwards: tuple[str, ...] = ()  # commands on a finished run; {best} and {data} are filled in
-
-    def title(self, preset: str) -> str:
-        """The study's heading, which says where it is not the study at its full size."""
-        scaled = {
-            "full": "",
-            "cpu": f", scaled down for a CPU: {self.cpu_title}",
-            "smoke": ", smoke test: tiny sizes, the figures mean nothing",
-        }
-        return f"`{self.name}`{scaled[preset]}"
-
-    def directory(self, preset: str = "full") -> str:
-        return self.name if preset == "full" else f"{self.name}-{preset}"
-
-    def runs(self, preset: str = "full", seeds: tuple[int, ...] | None = None, extra: str = "") -> list[Run]:
-        """Every variant with every seed, one seed after the other: a study cut short still compares."""
-        if preset == "cpu" and not self.cpu:
-            raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
-        return [
-            Run(
-                self.directory(preset),
-                variant.name,
-                seed,
-                [*self.flags(variant, preset, extra), "--seed", str(seed)],
-            )
-            for seed in (seeds or self.seeds)
-            for variant in self.variants
-        ]
-
-    def flags(self, variant: Variant, preset: str = "full", extra: str = "") -> list[str]:
-        """train.py's flags for `variant`; `extra` is laid over the base, under what the variant names."""
-        recipe = shlex.join(recipe_flags(self.recipe)) if self.recipe else ""
-        layers = (self.base, extra, variant.flags)
-        if preset == "cpu":
-            layers = (self.base, CPU, self.cpu, extra, variant.flags if variant.cpu is None else variant.cpu)
-        chosen = merged(recipe, *layers)
-        chosen = smoke(chosen) if preset == "smoke" else chosen
-        idle = idle_in(chosen) - merged(*layers).keys() if recipe else ()
-        return as_list({name: value for name, value in chosen.items() if name not in idle})
+# Both presets save only at the end of a run.
+CPU = {"dataset": "imagenet", "subset": True, "arch": "resnet18", "device": "cpu", "amp": "bf16"}
+CPU |= {"num_workers": 0, "save_every": 100}
+SMOKE = {"dataset": "synthetic:classes=4,train=64,val=16,size=32", "epochs": 3, "device": "cpu", "amp": "off"}
+SMOKE |= {"num_workers": 0, "save_every": 100}
+SMOKE_DROPS = ("split", "class_list", "subset", "subset_size", "phase_epochs", "data_dir")
+# A study's image sizes -> those of the smoke preset. ViT needs multiples of 16.
+SMOKE_SIZES = {32: 32, 64: 16, 128: 24, 160: 32, 192: 40, 224: 48}
+SMOKE_ARCHS = {"resnet50": "resnet_tiny", "resnet34": "resnet_tiny", "resnet18": "resnet_tiny"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed."""
+    """One variant with one seed; `study` is the name of the study's directory."""
 
-    study: str  # as the directory is called
+    study: str
     variant: str
     seed: int
-    flags: list[str]
+    flags: Flags
 
     @property
     def name(self) -> str:
         return f"{self.variant}-seed{self.seed}"
 
 
-def recipe_flags(name: str) -> list[str]:
-    """A recipe spelled out, so that a command says all it does; where the data lies is the runner's business."""
-    values = flags.read_recipe(flags.train_parser(), str(RECIPES / f"{name}.yaml"))
-    return [as_typed(flag, value) for flag, value in values.items() if flag != "data_dir"]
+@dataclass(frozen=True)
+class Study:
+    """The first variant is the baseline that the others are compared with."""
 
+    name: str
+    question: str
+    variants: dict[str, Flags]  # name -> the flags that set it apart from the others
+    base: Flags = field(default_factory=dict)  # flags of every variant
+    recipe: str = ""  # a file of recipes/; the base overrides its flags
+    grid: tuple[str, ...] = ()  # the flags whose combinations are the variants
+    metric: str = "val_top1"  # the column that is compared, chosen before any run
+    seeds: tuple[int, ...] = (0, 1, 2)
+    notes: str = ""  # one per line
+    commands: tuple[str, ...] = ()  # for a finished run; {best} and {data} are filled in
+    source: str = ""  # the document that asked the question
+    published: str = ""  # what the document concluded
+    published_scores: dict[str, str] = field(default_factory=dict)  # variant -> result
+    cpu: Flags = field(default_factory=dict)  # overrides the base in the CPU preset; empty: no such preset
+    cpu_variants: dict[str, Flags] = field(default_factory=dict)  # replace a variant's flags there
+    cpu_title: str = ""
 
-def as_typed(flag: str, value) -> str:
-    name = flags.dashed(flag)
-    if isinstance(value, bool):
-        return name if value else f"--no-{name[2:]}"
-    items = value if isinstance(value, tuple) else (value,)
-    return f"{name}=" + ",".join(
-        "on" if item is True else "off" if item is False else str(item) for item in items
-    )
+    def title(self, preset: str) -> str:
+        """Return the heading, which says how a preset scales the study down."""
+        scale = {
+            "full": "",
+            "cpu": f", scaled down for a CPU: {self.cpu_title}",
+            "smoke": ", smoke test: tiny sizes, the scores mean nothing",
+        }
+        return f"`{self.name}`{scale[preset]}"
 
+    def directory(self, preset: str) -> str:
+        return self.name if preset == "full" else f"{self.name}-{preset}"
 
-def idle_in(chosen: dict[str, str | None]) -> set[str]:
-    """What `chosen` names in vain: train.py would refuse it, and lets it go where a recipe brings it."""
-    config, _ = flags.parse(flags.train_parser(), as_list(chosen))
-    return {row.name.replace("_", "-") for row in flags.TABLE if not row.note and flags.why_idle(row, config)}
-
-
-def grid(defaults: dict[str, str], **values: tuple[str, ...]) -> tuple[Variant, ...]:
-    """Every combination of `values` ({flag: its values}); the one with all `defaults` comes first."""
-    combinations: list[dict[str, str]] = [{}]
-    for flag, options in values.items():
-        combinations = [
-            {**some, flag.replace("_", "-"): option} for some in combinations for option in options
+    def runs(self, preset: str = "full", seeds: Sequence[int] = (), extra: Flags | None = None) -> list[Run]:
+        """Return every variant with every seed, seed by seed: an unfinished study can still be compared."""
+        if preset == "cpu" and not self.cpu:
+            raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
+        chosen = {variant: self.flags_of(variant, preset, extra) for variant in self.variants}
+        return [
+            Run(self.directory(preset), variant, seed, values | {"seed": seed})
+            for seed in seeds or self.seeds
+            for variant, values in chosen.items()
         ]
-    combinations.sort(key=lambda chosen: chosen != defaults)
-    return tuple(
-        Variant(
-            name="_".join(f"{flag}={value}" for flag, value in chosen.items()),
-            flags=" ".join(f"--{flag} {value}" for flag, value in chosen.items()),
-            factors=tuple(chosen.items()),
-        )
-        for chosen in combinations
-    )
+
+    def flags_of(self, variant: str, preset: str = "full", extra: Flags | None = None) -> Flags:
+        """Return the flags of `variant`; `extra` overrides the base, but not what the variant is about."""
+        base = self.base | CPU | self.cpu if preset == "cpu" else self.base
+        chosen = base | (extra or {}) | self.own_flags(variant, preset)
+        values = recipe_flags(self.recipe) | chosen if self.recipe else chosen
+        values = smoke(values) if preset == "smoke" else values
+        if not self.recipe:
+            return values
+        # Some of the recipe's flags may have no effect now, and train.py would refuse them in a command.
+        config, _ = flags.parse(flags.train_parser(), flags.to_argv(values))
+        idle = flags.idle_flags(config) - chosen.keys()
+        return {name: value for name, value in values.items() if name not in idle}
+
+    def grid_values(self, flag: str) -> list[str]:
+        return sorted({own[flag] for own in self.variants.values()}, key=float)
+
+    def own_flags(self, variant: str, preset: str) -> Flags:
+        own = self.variants[variant]
+        return self.cpu_variants.get(variant, own) if preset == "cpu" else own
 
 
-def merged(*texts: str) -> dict[str, str | None]:
-    """Command lines laid over each other, later ones above: {flag without dashes: value, None for a switch}.
+def recipe_flags(name: str) -> Flags:
+    """Return a recipe's flags, to be spelled out in the command; the runner sets the data directory."""
+    config, given = flags.parse(flags.train_parser(), [f"--config={RECIPES / name}.yaml"])
+    return {flag: getattr(config, flag) for flag in given - {"config", "data_dir"}}
 
-    `--x` takes the place of `--no-x`, and the other way round.
+
+def smoke(values: Flags) -> Flags:
+    """Return flags for the same run in a second or two: generated data, small images and networks."""
+    small = {name: value for name, value in values.items() if name not in SMOKE_DROPS}
+    sizes = small.get("resize_schedule", (64, 128, 224))
+    arch = small.get("arch", "resnet50")
+    small |= {"resize_schedule": [SMOKE_SIZES[px] for px in sizes], "arch": SMOKE_ARCHS.get(arch, arch)}
+    if "warmup_epochs" in small:
+        small["warmup_epochs"] = 1
+    if "batch_size" in small:
+        small["batch_size"] = max(4, int(small["batch_size"]) // 16)
+    if "phase_batch_sizes" in small:
+        small["phase_batch_sizes"] = [max(4, size // 16) for size in small["phase_batch_sizes"]]
+    return small | SMOKE
+
+
+def grid(baseline: dict[str, str], **values: tuple[str, ...]) -> dict[str, Flags]:
+    """Return the variants for every combination of `values`, {flag: its values}, with `baseline` first.
+
+    Values are text, as typed on a command line: they are part of the names of the directories.
     """
-    laid: dict[str, str | None] = {}
-    for text in texts:
-        words = shlex.split(text)
-        for i, word in enumerate(words):
-            if not word.startswith("--"):
-                continue
-            name, equals, value = word[2:].partition("=")
-            if not equals:
-                follows = words[i + 1] if i + 1 < len(words) else "--"
-                value = None if follows.startswith("--") else follows
-            laid.pop(name.removeprefix("no-") if name.startswith("no-") else f"no-{name}", None)
-            laid[name] = value
-    return laid
-
-
-def as_list(chosen: dict[str, str | None]) -> list[str]:
-    return [word for name, value in chosen.items() for word in (f"--{name}", value) if word is not None]
-
-
-def smoke(chosen: dict[str, str | None]) -> dict[str, str | None]:
-    """The same run in a second or two: other data, fewer epochs, smaller images, batches and networks."""
-    small = {name: value for name, value in chosen.items() if name not in SMOKE_DROPS}
-    sizes = small.get("resize-schedule", "64,128,224").split(",")
-    small["resize-schedule"] = ",".join(SMOKE_SIZES[size] for size in sizes)
-    small["arch"] = SMOKE_ARCHS.get(small.get("arch", "resnet50"), small.get("arch", "resnet50"))
-    if "warmup-epochs" in small:
-        small["warmup-epochs"] = "1"
-    for name in ("batch-size", "phase-batch-sizes"):
-        if name in small:
-            small[name] = ",".join(str(max(4, int(size) // 16)) for size in small[name].split(","))
-    return merged(shlex.join(as_list(small)), SMOKE)
+    combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
+    combinations.sort(key=lambda chosen: chosen != baseline)
+    names = ["_".join(f"{flag.replace('_', '-')}={value}" for flag, value in c.items()) for c in combinations]
+    return dict(zip(names, combinations, strict=True))

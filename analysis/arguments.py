@@ -1,35 +1,45 @@
-"""Look inside a run or a model: one command each, `python -m analysis.<command> --help`.
+"""What the commands about a checkpoint share: their flags, the check of the checkpoint, and saving pictures.
 
-Commands: plots, gradcam, misclassified, batch, filters, loss_landscape, report. They share
-`subject` (a checkpoint and its data), `feature_maps` and `figures`; here are the flags they share.
+Each command is started as `python -m analysis.NAME`; its `--help` gives examples.
 """
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
 
 from base import flags
 
 
-def add_checkpoint_args(parser: argparse.ArgumentParser) -> None:
-    """The arguments of every command about a checkpoint, besides those that name its data."""
+def checkpoint_parser(name: str, description: str, epilog: str) -> flags.Parser:
+    """Return a parser for `python -m analysis.NAME CHECKPOINT`; the command adds flags of its own."""
+    parser = flags.build_parser(f"-m analysis.{name}", description, epilog)
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a best_*.pt or last_*.pt that train.py wrote")
-    add("--out", default="", metavar="DIR", help="where pictures go; empty: plots/ beside the checkpoint")
-    add(
-        "--weights",
-        default="ema",
-        choices=("ema", "raw"),
-        help="which weights; ema: raw ones where there is no EMA",
-    )
-    add("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps")
-    add("--debug", action="store_true", help="tracebacks for errors")
+    add("checkpoint", metavar="CHECKPOINT", help="Checkpoint that train.py wrote (best_*.pt or last_*.pt).")
+    add("--out", default="", metavar="DIR", help="Output directory. Default: plots/ beside the checkpoint.")
+    weights = "Weights to use; falls back to raw if there is no EMA."
+    add("--weights", default="ema", choices=("ema", "raw"), help=weights)
+    add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
+    flags.DEBUG.add_to(parser)
+    flags.add_flags(parser, "data", flags.DATASET)
+    return parser
 
 
 def parse(parser: flags.Parser, argv: list[str] | None):
-    """As flags.parse, for commands about a checkpoint: one that is not there is told before torch is imported."""
+    """Parse as `flags.parse`, and check that the checkpoint exists before torch is imported."""
     from harness import rundir
 
     config, typed = flags.parse(parser, argv)
     rundir.check_checkpoint(config.checkpoint)
     return config, typed
+
+
+def out_dir(config) -> Path:
+    return Path(config.out) if config.out else Path(config.checkpoint).parent / "plots"
+
+
+def save(config, pictures: dict) -> None:
+    """Write figures by file name into the output directory and print their paths."""
+    from analysis import figures
+
+    for name, fig in pictures.items():
+        print(figures.save(fig, out_dir(config) / name))

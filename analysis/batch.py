@@ -1,12 +1,13 @@
 """What training sees: batches after augmentation and mixing, with their soft labels.
 
-Takes train.py's own flags, and draws the very batches that run would be fed: order, augmentation
+Takes the flags of train.py and draws the very batches that this run would train on. Order, augmentation
 and mixing are functions of the seed and the step, so nothing needs to be trained.
 """
 
 from __future__ import annotations
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 from base import flags
@@ -15,18 +16,18 @@ from base.errors import UsageError, run
 EPILOG = """examples:
   python -m analysis.batch --data-dir data/imagenet --show-epoch 31          the first batches of phase 2
   python -m analysis.batch --dataset digits --augment affine --cutmix-alpha 0
-  python -m analysis.batch --config recipes/digits.yaml --show-steps 5       any flags of train.py"""
+  python -m analysis.batch --config recipes/digits.yaml --show-steps 5       with any flags of train.py"""
 
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.batch", "Show the batches that train.py would train on.", EPILOG)
     add = parser.add_argument_group("picture").add_argument
-    add("--out", default="", metavar="DIR", help="where batch.png goes; empty: --save-dir/plots")
-    add("--show-epoch", type=flags.positive, default=1, metavar="N", help="epoch whose first batches to show")
-    add("--show-steps", type=flags.positive, default=4, metavar="N", help="batches, one a row")
-    add("--show-images", type=flags.positive, default=8, metavar="N", help="images of each batch")
-    for add_group in flags.TRAIN_GROUPS:
-        add_group(parser)
+    add("--out", default="", metavar="DIR", help="Output directory. Default: --save-dir/plots.")
+    add("--show-epoch", type=flags.positive, default=1, metavar="N", help="Epoch to show.")
+    add("--show-steps", type=flags.positive, default=4, metavar="N", help="Batches, one in each row.")
+    add("--show-images", type=flags.positive, default=8, metavar="N", help="Images of each batch.")
+    for title, group in flags.TRAIN_GROUPS.items():
+        flags.add_flags(parser, title, group)
     return parser
 
 
@@ -34,62 +35,59 @@ def main(argv: list[str] | None = None) -> int:
     config, typed = flags.parse(build_parser(), argv)
     flags.check_train(config, typed)
     if config.show_epoch > config.epochs:
-        raise UsageError(
-            f"--show-epoch {config.show_epoch} > --epochs {config.epochs}", "name an epoch of the run"
-        )
+        problem = f"--show-epoch {config.show_epoch} > --epochs {config.epochs}"
+        raise UsageError(problem, "name an epoch of the run")
     from analysis import figures
     from sources import layouts
 
-    index = layouts.index(**flags.data_args(config))
-    made = picture(config, index)
+    index = layouts.open_dataset(**flags.data_args(config))
+    fig = picture(config, index)
     folder = Path(config.out) if config.out else Path(config.save_dir) / "plots"
-    print(figures.save(made, folder / "batch.png"))
+    print(figures.save(fig, folder / "batch.png"))
     return 0
 
 
 def picture(config, index):
-    """One row a step: the mixed images with their classes' shares below."""
+    """Draw one row for each step: the mixed images above the shares of their classes."""
     import torch
 
     from analysis import figures
     from base.device import Runtime
     from harness import build
+    from loop import start_phase
     from train_utils import phase_of
 
-    phase = phase_of(build.make_plan(config, index, world_size=1), config.show_epoch)
-    loader = build.build_loader(config, index, Runtime(torch.device("cpu")), phase)
-    mixer = build.build_mixer(config, index, phase)
+    phases = build.make_plan(config, index, world_size=1)
+    phase = phase_of(phases, config.show_epoch)
+    training = build.build(config, index, Runtime(torch.device("cpu")), phases, Path(config.save_dir))
+    loader, options = start_phase(training, phase)
+    loader.order.seek(config.show_epoch)
     names = [figures.shorten(str(name).split(",")[0], 16) for name in index.class_names or index.classes]
-    rows, sides = [], []
-    first = phase.step_before(config.show_epoch)
-    for step, images, targets in steps(
-        loader, mixer, config.show_epoch, first, config.show_steps, config.seed
-    ):
+    first_step = phase.step_before(config.show_epoch)
+    rows = []
+    for images, targets in mixed(loader, options, first_step, config.show_steps):
         shown = [as_pixels(image, index) for image in images[: config.show_images]]
         rows.append((shown, [label(target, names) for target in targets[: config.show_images]]))
-        sides.append(f"step {step + 1}")
     mixing = f"mixup {config.mixup_alpha:g}, cutmix {config.cutmix_alpha:g}" if phase.mix else "no mixing"
     title = (
         f"What training sees in epoch {config.show_epoch}: {phase.image_size} px, batch {phase.batch_size}\n"
         f"augment {figures.shorten(config.augment, 60)}, {mixing}, label smoothing {config.label_smoothing:g}"
     )
-    return figures.strips(rows, title=title, names=sides)
+    steps = [f"step {first_step + k + 1}" for k in range(len(rows))]
+    return figures.strips(rows, title=title, names=steps)
 
 
-def steps(loader, mixer, epoch: int, first_step: int, count: int, seed: int):
-    """(step of the run from 0, mixed images (N, 3, H, W), targets (N, K)) of the first `count` steps of `epoch`."""
+def mixed(loader, options, first_step: int, count: int):
+    """Yield the first `count` batches as train_step sees them: images (N, 3, H, W), targets (N, K)."""
     from base.device import seed_everything
 
-    loader.order.seek(epoch)
-    for k, (images, labels) in enumerate(loader):
-        if k == count:
-            return
-        seed_everything(seed, first_step + k, 0)  # as train_step does before it mixes
-        yield first_step + k, *mixer(images, labels)
+    for step, (images, labels) in enumerate(islice(loader, count), first_step):
+        seed_everything(options.seed, step, 0)  # as train_step does before it mixes
+        yield options.mixer(images, labels)
 
 
 def as_pixels(image, index):
-    """A normalised image (3, H, W) as (H, W, 3) uint8."""
+    """Return a normalized image (3, H, W) as (H, W, 3) uint8."""
     import torch
 
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (index.mean, index.std))
@@ -97,7 +95,7 @@ def as_pixels(image, index):
 
 
 def label(target, names: list[str]) -> str:
-    """The two largest shares of a soft label (K,), a line each; what smoothing spreads is left out."""
+    """Return the two largest shares of a soft label (K,), one per line, without what smoothing spreads."""
     shares, classes = target.topk(min(2, len(target)))
     rest = (1 - shares.sum().item()) / max(1, len(target) - 2)
     kept = [(s, k) for s, k in zip(shares.tolist(), classes.tolist(), strict=True) if s > rest + 0.005]

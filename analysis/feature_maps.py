@@ -1,7 +1,4 @@
-"""The spatial feature maps inside any of our networks: found by watching a forward pass, not by name.
-
-Hooks live for one forward and are always removed: a leaked one keeps every later batch's features.
-"""
+"""The spatial feature maps of any of our networks, found by watching a forward pass."""
 
 from __future__ import annotations
 
@@ -14,10 +11,10 @@ from base.errors import UsageError
 
 
 def as_map(output: object) -> Tensor | None:
-    """A module's output as a map (N, C, h, w); None where it is no map.
+    """Return a module's output as a map (N, C, h, w), or None if it is no map.
 
-    Besides (N, C, h, w) that is (N, h, w, C), as inside Swin, and tokens (N, L, C) of a square grid
-    with or without a class token before it, as inside ViT.
+    Accepts (N, C, h, w); (N, h, w, C), as inside Swin; and (N, L, C) tokens of a square grid, with or
+    without a class token before them, as inside ViT.
     """
     if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
@@ -37,7 +34,10 @@ def as_map(output: object) -> Tensor | None:
 
 
 class Recorder:
-    """Within `with`, keeps the outputs of `modules` (name -> module) in the order they were computed."""
+    """Within `with`, keeps the outputs of `modules` (name -> module) in the order they are computed.
+
+    The hooks are removed at the end: a hook left behind would keep the features of every later batch.
+    """
 
     def __init__(self, modules: dict[str, nn.Module]):
         self.modules, self.outputs, self.handles = modules, {}, []
@@ -56,46 +56,42 @@ class Recorder:
     def __exit__(self, *exc) -> None:
         for handle in self.handles:
             handle.remove()
-        self.handles.clear()
 
 
 def named(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules below `model` by name."""
+    """Return all modules inside `model` by name."""
     return {name: module for name, module in model.named_modules() if name}
 
 
-def last_map(model: nn.Module, images: Tensor) -> str:
-    """The name of the last module whose output is a map that the logits depend on, all over it.
+def module_named(model: nn.Module, name: str) -> nn.Module:
+    """Return a module. Raises UsageError for an unknown name and lists some that exist."""
+    modules = named(model)
+    if name not in modules:
+        known = ", ".join(known for known in modules if known.count(".") <= 1)
+        raise UsageError(f"--layer {name}: no such module", f"name one of {known[:600]}")
+    return modules[name]
 
-    images: (1, 3, H, W). A ViT's last block is not it: its logits read the class token alone, so
-    nothing reaches the patches after the last attention. Raises UsageError where there is none.
+
+def last_map(model: nn.Module, images: Tensor) -> str:
+    """Return the name of the last module whose output is a map that matters to the logits as a whole.
+
+    images: (1, 3, H, W). In a ViT this is not the last block: the logits read its class token alone, so
+    no gradient reaches the patches after the last attention. Raises UsageError if there is no map.
     """
     with Recorder(named(model)) as outputs:
         logits = model(images)
     maps = {name: output for name, output in outputs.items() if as_map(output) is not None}
     grads = torch.autograd.grad(logits.max(), list(maps.values()), allow_unused=True) if maps else ()
     for name, grad in reversed(list(zip(maps, grads, strict=True))):
-        # The largest gradient of each channel, per position: more than one position must matter.
+        # The largest gradient over the channels at each position: more than one position must matter.
         if grad is not None and (as_map(grad).abs().amax(1) > 0).sum() > 1:
             return name
-    raise UsageError(
-        f"this network has no spatial feature map at {images.shape[-1]} px", "name a larger --image-size"
-    )
-
-
-def module_named(model: nn.Module, name: str) -> nn.Module:
-    """Raises UsageError for a name that is none, listing the blocks there are."""
-    modules = named(model)
-    if name not in modules:
-        blocks = ", ".join(n for n in modules if n.count(".") <= 1)
-        raise UsageError(
-            f"--layer {name}: there is no such module", f"modules of one and two levels: {blocks[:600]}"
-        )
-    return modules[name]
+    size = images.shape[-1]
+    raise UsageError(f"this network has no spatial map at {size} px", "give a larger --image-size")
 
 
 def stage_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The last map of every resolution, from large to small: name -> (N, C, h, w)."""
+    """Return the last map of every resolution, the largest first: name -> (N, C, h, w)."""
     with torch.no_grad(), Recorder(named(model)) as outputs:
         model(images)
     stages: dict[tuple[int, int], tuple[str, Tensor]] = {}

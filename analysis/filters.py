@@ -1,54 +1,53 @@
-"""The filters a network has learned: its first kernels, what they do to an image, a map of every stage.
+"""The filters that a network has learned: its first kernels, their responses to an image, later feature maps.
 
-Also what stride and padding make of a filter's output. Where evidence for a class lies is Grad-CAM's.
+Also what stride and padding do to the size of a response.
 """
 
 from __future__ import annotations
 
 import sys
 
-from analysis.arguments import add_checkpoint_args, parse
+from analysis import arguments
 from base import flags
 from base.errors import UsageError, run
 
 EPILOG = """examples:
   python -m analysis.filters checkpoints/best_resnet50_imagenet_1k.pt --data-dir data/imagenet
   python -m analysis.filters CHECKPOINT --id 137
-writes kernels.png, filtered.png, feature_maps.png and stride_padding.png"""
+Writes kernels.png, filtered.png, feature_maps.png and stride_padding.png."""
 STRIDES, PADDINGS = (1, 2, 3), (0, 1, 2)
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.build_parser(
-        "-m analysis.filters", "Show what a network's filters look like and do.", EPILOG
+    description = "Show what a network's filters look like and what they do."
+    parser = arguments.checkpoint_parser("filters", description, EPILOG)
+    parser.add_argument(
+        "--id", type=flags.natural, default=0, metavar="N", help="Validation image to filter."
     )
-    parser.add_argument("--id", type=flags.natural, default=0, metavar="N", help="validation image to filter")
-    add_checkpoint_args(parser)
-    flags.add_dataset_args(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = parse(build_parser(), argv)
-    from analysis import figures
-    from analysis.subject import check_ids, open_subject, out_dir
+    config, typed = arguments.parse(build_parser(), argv)
+    from analysis.predictions import check_ids, load_with_data
 
-    subject = open_subject(config, typed)
-    check_ids([config.id], len(subject.index.val), "--id")
-    pixels = subject.validation_pixels([config.id])
+    classifier = load_with_data(config, typed)
+    check_ids([config.id], len(classifier.index.val), "--id")
+    pixels = classifier.val_pixels([config.id])
+    image, title = classifier.batch(pixels), classifier.title
+    weight = first_conv(classifier.model).weight.detach()
     pictures = {
-        "kernels.png": kernels(subject),
-        "filtered.png": filtered(subject, pixels),
-        "feature_maps.png": feature_maps(subject, pixels),
-        "stride_padding.png": stride_padding(subject, pixels),
+        "kernels.png": kernels(weight, title),
+        "filtered.png": filtered(weight, image, pixels[0], title),
+        "feature_maps.png": feature_maps(classifier.model, image, pixels[0], title),
+        "stride_padding.png": stride_padding(weight, image),
     }
-    for name, made in pictures.items():
-        print(figures.save(made, out_dir(config) / name))
+    arguments.save(config, pictures)
     return 0
 
 
 def first_conv(model):
-    """The convolution that sees the image. Raises UsageError where there is none."""
+    """Return the convolution that sees the image. Raises UsageError if there is none."""
     from torch import nn
 
     for module in model.modules():
@@ -57,97 +56,83 @@ def first_conv(model):
     raise UsageError("this network has no convolution on the image", "use another architecture")
 
 
-def strongest(weight, count: int):
-    """Indices of the `count` kernels with the largest norm: weight (C, 3, k, k)."""
+def strongest(weight, count: int) -> list[int]:
+    """Return the indices of the `count` kernels of weight (C, 3, k, k) with the largest norm."""
     return weight.flatten(1).norm(dim=1).argsort(descending=True)[:count].tolist()
 
 
-def as_picture(kernel):
-    """(3, k, k) -> (k, k, 3) uint8, zero as mid-grey, scaled to its own largest weight."""
-    kernel = kernel.detach().cpu()
-    scaled = 0.5 + 0.5 * kernel / kernel.abs().max().clamp_min(1e-12)
-    return (255 * scaled).round().byte().permute(1, 2, 0).numpy()
-
-
-def kernels(subject):
-    """The first convolution's kernels as colour pictures, the strongest first."""
+def kernels(weight, title: str):
+    """Draw the 64 strongest kernels of weight (C, 3, k, k), in colour."""
     from analysis import figures
 
-    weight = first_conv(subject.model).weight
-    chosen = strongest(weight, 64)
-    captions = [f"{weight[k].norm().item():.2f}" for k in chosen]
-    title = (
-        f"First-layer kernels of {subject.title}\n{len(chosen)} strongest of {len(weight)}, {weight.shape[2]} x "
-        f"{weight.shape[3]} px, norm below; grey is 0, each scaled to its own range"
-    )
-    return figures.gallery(
-        [as_picture(weight[k]) for k in chosen], captions, title=title, columns=16, side=0.75
-    )
+    chosen = weight[strongest(weight, 64)]
+    captions = [f"{kernel.norm().item():.2f}" for kernel in chosen]
+    side = f"{weight.shape[2]} x {weight.shape[3]} px"
+    note = f"{len(chosen)} strongest of {len(weight)}, {side}, norm below; grey is 0, each in its own range"
+    images = [as_picture(kernel) for kernel in chosen]
+    title = f"First-layer kernels of {title}\n{note}"
+    return figures.gallery(images, captions, title=title, columns=16, side=0.75)
 
 
-def filtered(subject, pixels):
-    """The strongest kernels beside what they make of the image, at stride 1."""
+def as_picture(kernel):
+    """(3, k, k) -> (k, k, 3) uint8; zero is mid-grey, the largest weight black or white."""
+    scaled = 0.5 + 0.5 * kernel / kernel.abs().max().clamp_min(1e-12)
+    return (255 * scaled).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+def responses(weight, image, **options):
+    """Return what kernels (n, 3, k, k) make of an image (1, 3, H, W): an array (n, h, w)."""
     from torch.nn import functional as F
 
+    return F.conv2d(image, weight, **options)[0].cpu().numpy()
+
+
+def filtered(weight, image, pixels, title: str):
+    """Draw the seven strongest kernels above their responses to the image, pixels (S, S, 3)."""
     from analysis import figures
 
-    conv, image = first_conv(subject.model), subject.batch(pixels)
-    chosen = strongest(conv.weight, 7)
-    answers = F.conv2d(image, conv.weight[chosen], padding="same").detach().cpu().numpy()[0]
-    above = [pixels[0], *(as_picture(conv.weight[k]) for k in chosen)]
-    below = [pixels[0] @ [0.299, 0.587, 0.114], *answers]
-    captions = ["brightness", *(f"{a.min():.1f} to {a.max():.1f}" for a in answers)]
-    title = f"Learned filters and their answer to an image (stride 1): {subject.title}\nrange below; blue low, yellow high"
-    return figures.strips(
-        [(above, ["image", *(f"filter {k}" for k in chosen)]), (below, captions)], title=title
-    )
+    chosen = strongest(weight, 7)
+    maps = responses(weight[chosen], image, padding="same")
+    above = [pixels, *map(as_picture, weight[chosen])], ["image", *(f"filter {k}" for k in chosen)]
+    ranges = [f"{found.min():.1f} to {found.max():.1f}" for found in maps]
+    below = [pixels @ figures.GREY, *maps], ["brightness", *ranges]
+    title = f"Learned filters and their responses to an image (stride 1): {title}"
+    return figures.strips([above, below], title=f"{title}\nrange below; blue is low, yellow is high")
 
 
-def feature_maps(subject, pixels):
-    """The most varied channels of the last map at every resolution."""
+def feature_maps(model, image, pixels, title: str):
+    """Draw the eight channels that vary most in the last map of every resolution."""
     import numpy as np
 
     from analysis import figures
     from analysis.feature_maps import stage_maps
 
-    rows, names = [], []
-    for name, found in stage_maps(subject.model, subject.batch(pixels)).items():
+    rows, names = [([pixels], ["image"])], [""]
+    for name, found in stage_maps(model, image).items():
         maps = found[0].float().cpu().numpy()  # (C, h, w)
         chosen = np.argsort(-maps.std(axis=(1, 2)), kind="stable")[:8]
         rows.append((list(maps[chosen]), [f"channel {k}" for k in chosen]))
         names.append(f"{figures.shorten(name, 14)}\n{maps.shape[1]} x {maps.shape[2]} px")
-    rows.insert(0, ([pixels[0]], ["image"]))
-    title = f"Feature maps from the image to the head: {subject.title}\nthe channels that vary most; each in its own range"
-    return figures.strips(rows, title=title, side=1.35, names=["", *names])
+    title = (
+        f"Feature maps from the image to the head: {title}\nthe channels that vary most, each in its range"
+    )
+    return figures.strips(rows, title=title, side=1.35, names=names)
 
 
-def stride_padding(subject, pixels):
-    """One learned filter at strides 1, 2, 3 and paddings 0, 1, 2: the answers and their sizes."""
-    from torch.nn import functional as F
-
+def stride_padding(weight, image):
+    """Draw the response of the strongest kernel at several strides and paddings, with its size."""
     from analysis import figures
 
-    conv, image = first_conv(subject.model), subject.batch(pixels)
-    (k,) = strongest(conv.weight, 1)
-    side, size = conv.weight.shape[-1], pixels.shape[1]
-    rows = []
+    (k,) = strongest(weight, 1)
+    rows, side, size = [], weight.shape[-1], image.shape[-1]
     for stride in STRIDES:
-        answers = [
-            F.conv2d(image, conv.weight[[k]], stride=stride, padding=padding)[0, 0].detach().cpu().numpy()
-            for padding in PADDINGS
-        ]
-        rows.append(
-            (
-                answers,
-                [
-                    f"padding {p}: {a.shape[0]} x {a.shape[1]} px"
-                    for p, a in zip(PADDINGS, answers, strict=True)
-                ],
-            )
-        )
+        maps = [responses(weight[[k]], image, stride=stride, padding=padding)[0] for padding in PADDINGS]
+        sizes = [f"{found.shape[0]} x {found.shape[1]} px" for found in maps]
+        captions = [f"padding {padding}: {found}" for padding, found in zip(PADDINGS, sizes, strict=True)]
+        rows.append((maps, captions))
     title = (
-        f"Filter {k} ({side} x {side}) on an image of {size} x {size} px, at three strides and paddings\n"
-        f"side = floor(({size} + 2 padding - {side}) / stride) + 1; blue low, yellow high"
+        f"Filter {k} ({side} x {side}) on an image of {size} x {size} px\n"
+        f"side = floor(({size} + 2 padding - {side}) / stride) + 1; blue is low, yellow is high"
     )
     return figures.strips(rows, title=title, side=2.1, names=[f"stride {stride}" for stride in STRIDES])
 

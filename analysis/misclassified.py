@@ -1,94 +1,85 @@
-"""The validation images a model gets wrong, the surest mistake first: truth, guess, confidence."""
+"""The validation images that a model gets wrong, the most confident mistake first."""
 
 from __future__ import annotations
 
+import math
 import sys
 
-from analysis.arguments import add_checkpoint_args, parse
+from analysis import arguments
 from base import flags
 from base.errors import UsageError, run
 
 EPILOG = """examples:
   python -m analysis.misclassified checkpoints/best_resnet50_imagenet_1k.pt --data-dir data/imagenet
-  python -m analysis.misclassified CHECKPOINT --only n02123045 --count 12        mistakes on one class
-writes misclassified.png and misclassified.json (every mistake, not only those in the picture)"""
+  python -m analysis.misclassified CHECKPOINT --only n02123045 --count 12    the mistakes on one class
+Writes misclassified.png, and misclassified.json with every mistake."""
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.build_parser("-m analysis.misclassified", "Show the surest mistakes of a model.", EPILOG)
-    parser.add_argument("--count", type=flags.positive, default=24, metavar="N", help="images in the picture")
-    parser.add_argument(
-        "--only", default="", metavar="CLASS", help="only images of this class (folder or name)"
-    )
-    add_checkpoint_args(parser)
-    flags.add_dataset_args(parser)
+    description = "Show the most confident mistakes of a model."
+    parser = arguments.checkpoint_parser("misclassified", description, EPILOG)
+    add = parser.add_argument
+    add("--count", type=flags.positive, default=24, metavar="N", help="Number of images in the picture.")
+    add("--only", default="", metavar="CLASS", help="Show mistakes on this class only (folder or name).")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = parse(build_parser(), argv)
-    from analysis import figures
-    from analysis.subject import guesses, open_subject, out_dir
+    config, typed = arguments.parse(build_parser(), argv)
+    from analysis.predictions import load_with_data
+    from base import files
 
-    subject = open_subject(config, typed)
-    found = guesses(subject)
-    wrong = found.most_confident_errors()
-    total = len(found.labels)
+    classifier = load_with_data(config, typed)
+    predictions = classifier.predict_val()
+    wrong, total = predictions.most_confident_errors(), len(predictions.labels)
     if config.only:
-        label = label_of(config.only, subject.facts["classes"], subject.names)
-        wrong = wrong[found.labels[wrong] == label]
-        total = int((found.labels == label).sum())
-    title = f"Surest mistakes of {subject.title}\n{len(wrong)} of {total} validation images are misclassified"
-    folder = out_dir(config)
+        label = label_of(config.only, classifier.classes, classifier.names)
+        wrong = wrong[predictions.labels[wrong] == label]
+        total = int((predictions.labels == label).sum())
     if len(wrong):
-        print(
-            figures.save(picture(subject, found, wrong[: config.count], title), folder / "misclassified.png")
-        )
+        title = f"The most confident mistakes of {classifier.title}"
+        title += f"\n{len(wrong)} of {total} validation images are misclassified"
+        fig = picture(classifier, predictions, wrong[: config.count], title)
+        arguments.save(config, {"misclassified.png": fig})
     else:
         print(f"no mistakes in {total} validation images")
-    print(write(subject, found, wrong, folder))
+    content = {"images": len(predictions.labels), "mistakes": mistakes(classifier, predictions, wrong)}
+    print(files.write_json(arguments.out_dir(config) / "misclassified.json", content))
     return 0
 
 
 def label_of(wanted: str, classes: list[str], names: list[str]) -> int:
-    """The label of a class by its folder or its name. Raises UsageError where there is none."""
+    """Return the label of a class, given its folder or its name. Raises UsageError for an unknown class."""
     for known in (classes, names):
         if wanted in known:
             return known.index(wanted)
-    raise UsageError(f"--only {wanted}: no such class", f"there are {', '.join(names[:12])}, ...")
+    raise UsageError(f"--only {wanted}: no such class", f"name one of {', '.join(names[:12])}, ...")
 
 
-def picture(subject, found, ids, title: str):
+def picture(classifier, predictions, ids, title: str):
     from analysis import figures
 
-    names = [figures.shorten(name, 22) for name in subject.names]
-    captions = [
-        f"is {names[found.labels[i]]}\nguess {names[found.guess[i]]}\n{100 * found.confidence[i]:.0f} % sure"
-        for i in ids
-    ]
-    return figures.gallery(list(subject.validation_pixels(ids)), captions, title=title)
+    names = [figures.shorten(name, 22) for name in classifier.names]
+    captions = []
+    for i in ids:
+        truth, predicted = names[predictions.labels[i]], names[predictions.predicted[i]]
+        confidence = f"{100 * predictions.confidence[i]:.0f} % sure"
+        captions.append(f"truth: {truth}\nprediction: {predicted}\n{confidence}")
+    return figures.gallery(classifier.val_pixels(ids), captions, title=title)
 
 
-def write(subject, found, wrong, folder):
-    """Every mistake as JSON, for tables and for `analysis.report`."""
-    from harness.rundir import write_json
-
-    classes = subject.facts["classes"]
-    mistakes = [
+def mistakes(classifier, predictions, ids) -> list[dict]:
+    return [
         {
             "id": int(i),
-            "file": subject.index.val.name(int(i)),
-            "truth": classes[found.labels[i]],
-            "guess": classes[found.guess[i]],
-            "confidence": round(float(found.confidence[i]), 4),
-            "truth_probability": round(float(found.truth[i]), 4),
+            "file": classifier.index.val.name(int(i)),
+            "truth": classifier.classes[predictions.labels[i]],
+            "prediction": classifier.classes[predictions.predicted[i]],
+            "confidence": round(float(predictions.confidence[i]), 4),
+            "truth_probability": round(math.exp(-predictions.losses[i]), 4),
         }
-        for i in wrong
+        for i in ids
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "misclassified.json"
-    write_json(path, {"images": len(found.labels), "mistakes": mistakes})
-    return path
 
 
 if __name__ == "__main__":

@@ -1,122 +1,265 @@
-"""A checkpoint's model put to work: opened with its weights, asked about batches, its answers kept.
+"""Load a model from a checkpoint and predict with it.
 
-validate.py and predict.py share this, so that what one scores is what the other predicts. Scores are
-computed elsewhere, from the answers.
+validate.py, predict.py and the commands of this folder all load models, preprocess images and predict
+through this module, so they agree on every image.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from base.device import Runtime
-from base.errors import UsageError
+from base import flags, process
+from base.device import Runtime, init_runtime
+from base.errors import DataError, UsageError
+from base.progress import Progress
 from data_utils import hits
-from harness import checkpoint
+from dataloader import Batch, BatchDataset, Loader, Order, normalise
+from harness import checkpoint, rundir
+from sources import layouts
+from sources.images import BadImage, EvalTransform
+from sources.index import DatasetIndex, Names, Split
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, H, W), labels (n,)
 
 
-def open_models(path: str, weights: str, runtime: Runtime) -> tuple[dict[str, nn.Module], dict]:
-    """The models of a checkpoint on the device, in eval mode, by their weights; and its payload.
+@dataclass(frozen=True)
+class Classifier:
+    """A checkpoint's model in eval mode, with its preprocessing and its classes."""
 
-    weights: 'raw', 'ema' (raw where the run kept no average) or 'both'
+    models: dict[str, nn.Module]  # by weights: "raw", "ema" or both
+    payload: dict  # the whole checkpoint
+    runtime: Runtime
+    image_size: int  # px
+    index: DatasetIndex | None = None  # the dataset, for commands that read one
+
+    @property
+    def weights(self) -> str:
+        return "ema" if "ema" in self.models else "raw"
+
+    @property
+    def model(self) -> nn.Module:
+        return self.models[self.weights]
+
+    @property
+    def device(self) -> torch.device:
+        return self.runtime.device
+
+    @property
+    def classes(self) -> list[str]:
+        """The classes as the dataset calls them (folder names), in label order."""
+        return self.payload["eval"]["classes"]
+
+    @property
+    def names(self) -> list[str]:
+        """Short readable class names, in label order."""
+        return [name.split(",")[0] for name in self.payload["eval"]["class_names"]]
+
+    @property
+    def title(self) -> str:
+        """A line for pictures, such as "resnet50, 1000 classes, EMA weights, 224 px"."""
+        arch = self.payload["model_args"]["arch"]
+        weights = {"ema": "EMA weights", "raw": "raw weights"}[self.weights]
+        return f"{arch}, {len(self.classes)} classes, {weights}, {self.image_size} px"
+
+    @property
+    def transform(self) -> EvalTransform:
+        return EvalTransform(self.image_size, self.payload["eval"]["crop"])
+
+    def pixels(self, images: Sequence[bytes | np.ndarray], names: Sequence[str]) -> np.ndarray:
+        """Return images as (n, S, S, 3) uint8, resized and cropped as in validation. Raises BadImage."""
+        return np.stack([self.transform(image, name) for image, name in zip(images, names, strict=True)])
+
+    def val_pixels(self, ids: Sequence[int]) -> np.ndarray:
+        """Return the validation images at positions `ids`, (n, S, S, 3) uint8."""
+        split = self.index.val
+        return self.pixels(split.read(ids), [split.name(int(i)) for i in ids])
+
+    def batch(self, pixels: np.ndarray) -> Tensor:
+        """Return pixels (n, S, S, 3) uint8 as the model's input (n, 3, S, S), on the device."""
+        mean, std = self.payload["eval"]["mean"], self.payload["eval"]["std"]
+        return normalise(torch.from_numpy(pixels), mean, std, self.device)
+
+    def loader(self, source: Split | Sequence[str], batch_size: int = 64, num_workers: int = 0) -> Loader:
+        """Return batches, in order: (images, labels) of a split, or (images, positions) of image files."""
+        dataset = BatchDataset if isinstance(source, Split) else ImageFiles
+        return Loader(
+            dataset(source, self.transform),
+            Order(len(source), batch_size, shuffle=False),
+            mean=self.payload["eval"]["mean"],
+            std=self.payload["eval"]["std"],
+            num_workers=min(num_workers, process.cores()) if len(source) > batch_size else 0,
+            device=self.device,
+        )
+
+    def predict_val(self) -> Predictions:
+        """Predict every validation image."""
+        loader = self.loader(self.index.val)
+        with Progress(len(loader), "validation images", unit="batches") as bar:
+            return predict({self.weights: self.model}, bar.over(loader), self.runtime)[self.weights]
+
+
+def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Classifier:
+    """Load the checkpoint and the dataset that a command of this folder names.
+
+    Raises CheckpointError, and DataError if the dataset's classes are not the model's.
+    """
+    classifier = load(config.checkpoint, config.weights, init_runtime(config.device, "off"))
+    if not needs_data:
+        return classifier
+    classifier = open_data(classifier, config, given)
+    known, found = list(classifier.classes), list(classifier.index.classes)
+    if known != found:
+        what = f"the model has {len(known)} classes, the data has {len(found)} (or others)"
+        raise DataError(what, "name the data it was trained on: --dataset NAME --data-dir DIR")
+    return classifier
+
+
+def open_data(classifier: Classifier, config, given: flags.Given, say=process.say) -> Classifier:
+    """Return the classifier with the dataset; data flags that were not given come from the checkpoint."""
+    data = rundir.with_saved_data(config, given, classifier.payload["config"])
+    notes = flags.refuse_idle(flags.DATASET, data, given)
+    index = layouts.open_dataset(**flags.data_args(data))
+    for note in (*notes, *index.notes):
+        say(note)
+    return replace(classifier, index=index)
+
+
+def load(path: str, weights: str, runtime: Runtime) -> Classifier:
+    """Load the model of a checkpoint.
+
+    weights: 'raw', 'ema' (raw if the run kept no average) or 'both'
     """
     model, payload = checkpoint.load_model(path, "raw")
-    averaged = payload["ema"].get("shadow")
-    models = {"raw": model} if weights in ("raw", "both") or not averaged else {}
-    if averaged and weights != "raw":
+    average = payload["ema"].get("shadow")
+    models = {"raw": model} if weights != "ema" or not average else {}
+    if average and weights != "raw":
         models["ema"] = copy.deepcopy(model)
-        models["ema"].load_state_dict(averaged)
-    return {
-        name: m.to(runtime.device, memory_format=torch.channels_last) for name, m in models.items()
-    }, payload
+        models["ema"].load_state_dict(average)
+    for each in models.values():
+        each.to(runtime.device, memory_format=torch.channels_last)
+    return Classifier(models, payload, runtime, payload["eval"]["image_size"])
+
+
+class ImageFiles:
+    """Maps a `dataloader.Batch` to images (n, S, S, 3) uint8, positions (n,), and bad [(position, reason)].
+
+    A black image takes the place of a bad one, so that the others of its batch are still predicted.
+    """
+
+    def __init__(self, paths: Sequence[str], transform: EvalTransform):
+        self.paths, self.transform = Names(paths), transform
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
+        side, bad = self.transform.image_size, []
+        images = np.zeros((len(batch.ids), side, side, 3), np.uint8)
+        for k, i in enumerate(batch.ids):
+            try:
+                images[k] = self.transform(Path(self.paths[i]).read_bytes(), self.paths[i])
+            except BadImage as error:
+                bad.append((int(i), error.reason))
+            except OSError as error:
+                bad.append((int(i), str(error.strerror)))
+        return torch.from_numpy(images), torch.from_numpy(batch.ids), bad
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for n images, in order."""
+
+    labels: np.ndarray  # (n,)
+    predicted: np.ndarray  # (n,) the class with the largest logit, the lowest of equal ones
+    confidence: np.ndarray  # (n,) its probability
+    losses: np.ndarray  # (n,) cross-entropy against the label
+    hits: np.ndarray  # (n, 2) bool: the label is in the top 1, in the top 5
+
+    def most_confident_errors(self) -> np.ndarray:
+        """Positions of the misclassified images, the most confident prediction first."""
+        wrong = np.flatnonzero(self.predicted != self.labels)
+        return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
+
+
+def predict(models: dict[str, nn.Module], batches: Batches, runtime: Runtime, flip: bool = False) -> dict:
+    """Predict every batch with every model, in one pass over the data: {name: Predictions}.
+
+    With `flip`, add predictions averaged with those for the mirror image, under "<name> flip".
+    """
+    parts = defaultdict(list)
+    for images, labels in batches:
+        for name, model in models.items():
+            logits = logits_of(model, images, runtime)
+            parts[name].append(_predicted(logits, labels))
+            if flip:
+                logits = flipped_logits(model, images, logits, runtime)
+                parts[f"{name} flip"].append(_predicted(logits, labels))
+    columns = {name: zip(*rows, strict=True) for name, rows in parts.items()}
+    return {name: Predictions(*(torch.cat(c).numpy() for c in given)) for name, given in columns.items()}
+
+
+def _predicted(logits: Tensor, labels: Tensor) -> list[Tensor]:
+    """logits (n, K), labels (n,) -> the fields of `Predictions`, on the CPU."""
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    numbers = logits.nan_to_num(-torch.inf)
+    # The lowest of equal logits: argmax does not promise it on every device.
+    largest = numbers == numbers.amax(1, keepdim=True)
+    predicted = torch.where(largest, classes, len(classes)).amin(1)
+    confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return [column.cpu() for column in (labels, predicted, confidence, losses, hits(logits, labels))]
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
-    """images (N, 3, H, W) -> (N, K) float32, in the runtime's precision."""
+    """images (n, 3, H, W) -> (n, K) float32, computed in the runtime's precision."""
     with runtime.autocast():
         return model(images).float()
 
 
 def flipped_logits(model: nn.Module, images: Tensor, logits: Tensor, runtime: Runtime) -> Tensor:
-    """Test-time augmentation: the log of the mean probability of each image and its mirror image (N, K)."""
+    """Test-time augmentation: the log of the mean probability of each image and its mirror image, (n, K)."""
     mirrored = logits_of(model, images.flip(3), runtime)
     return torch.stack([logits.log_softmax(1), mirrored.log_softmax(1)]).logsumexp(0) - np.log(2)
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What a model says about every sample, in order: arrays (n,), `right` (n, 2) for top-1 and top-5."""
-
-    labels: np.ndarray
-    guesses: np.ndarray  # of equal logits, the lowest class
-    confidence: np.ndarray  # the probability of the guess
-    losses: np.ndarray  # cross-entropy against the label
-    right: np.ndarray
-
-
-def ask(
-    models: dict[str, nn.Module],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    runtime: Runtime,
-    *,
-    flip: bool = False,
-    after_batch: Callable[[int], None] = lambda count: None,
-) -> dict[str, Answers]:
-    """Every model's answers on every sample of `batches`, in one pass over the data.
-
-    With `flip` also under "<name> flip", with the mirror image asked as well.
-    """
-    kept: dict[str, list] = {}
-    for images, labels in batches:
-        for name, model in models.items():
-            logits = logits_of(model, images, runtime)
-            kept.setdefault(name, []).append(_answers(logits, labels))
-            if flip:
-                both = flipped_logits(model, images, logits, runtime)
-                kept.setdefault(f"{name} flip", []).append(_answers(both, labels))
-        after_batch(len(labels))
-    return {
-        name: Answers(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
-        for name, parts in kept.items()
-    }
-
-
-def _answers(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    settled = logits.nan_to_num(-torch.inf)
-    # The lowest of equal logits, which argmax does not promise on every device.
-    guesses = torch.where(settled == settled.amax(1, keepdim=True), classes, len(classes)).amin(1)
-    confidence = logits.softmax(1).gather(1, guesses[:, None])[:, 0]
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    return tuple(part.cpu() for part in (labels, guesses, confidence, losses, hits(logits, labels)))
-
-
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], runtime: Runtime) -> nn.Module:
-    """A copy of `model` whose BatchNorm statistics are the mean over `batches`, nothing else changed.
+def recalibrate(model: nn.Module, batches: Batches, runtime: Runtime) -> nn.Module:
+    """Return a copy of `model` whose BatchNorm statistics are the mean over `batches`.
 
-    They were collected on augmented images at the training size; the test size may want others
-    (https://arxiv.org/abs/1906.06423). Raises UsageError where there is no BatchNorm.
+    Training collects them from augmented images at the training size; another test size may need others
+    (https://arxiv.org/abs/1906.06423). Raises UsageError if the model has no BatchNorm.
     """
     model = copy.deepcopy(model).eval()
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise UsageError("--recalibrate-bn: this architecture has no BatchNorm", "leave it out")
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a plain mean over batches
+        norm.momentum = None  # a plain mean over the batches
         norm.train()
     for images, _ in batches:
         logits_of(model, images, runtime)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
+
+
+def spread_ids(num_samples: int, count: int) -> np.ndarray:
+    """Return `count` evenly spread positions. Images are sorted by class, so these cover many classes."""
+    return np.unique(np.linspace(0, num_samples - 1, min(count, num_samples)).round().astype(int))
+
+
+def check_ids(ids: Sequence[int], num_samples: int, flag: str) -> np.ndarray:
+    """Return `ids` as an array. Raises UsageError for one that is out of range."""
+    for i in ids:
+        if i >= num_samples:
+            raise UsageError(f"{flag} {i}: there are {num_samples} images", f"use 0 to {num_samples - 1}")
+    return np.asarray(ids, int)

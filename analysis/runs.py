@@ -1,6 +1,6 @@
-"""A finished or running run, read from its directory; and what tells several runs apart.
+"""Runs read from their directories, finished or not, and the flags in which they differ.
 
-No torch, no pictures: values for plots, tables and the report.
+Plain values for plots, tables and the report; torch is not needed.
 """
 
 from __future__ import annotations
@@ -14,25 +14,29 @@ from base import flags
 from base.errors import DataError
 from harness.log import read_metrics
 
+SCORE_COLUMNS = ("run", "epochs", "best top-1 %", "at epoch", "hours")  # of `RunFiles.scores`
+
 
 @dataclass(frozen=True)
 class RunFiles:
     """What train.py left in one directory."""
 
     path: Path
-    name: str  # short, and different from the other runs'
+    name: str  # short, and different from the names of the other runs
     rows: list[dict]  # of metrics.jsonl
-    config: dict  # empty where config.json is missing
-    env: dict
+    config: dict  # empty without config.json
+    env: dict  # empty without env.json
 
     @property
     def best(self) -> dict | None:
-        """The row of the best checkpoint; None while there is none."""
+        """The row of the best checkpoint, if there is one yet."""
         return next((row for row in reversed(self.rows) if row.get("best")), None)
 
     @property
     def best_top1(self) -> float | None:
-        return best_score(self.best) if self.best else None
+        """The top-1 accuracy (percent) by which the best epoch was chosen."""
+        ema, raw = ((self.best or {}).get(column) for column in ("ema_val_top1", "val_top1"))
+        return raw if ema is None else ema
 
     @property
     def hours(self) -> float:
@@ -40,17 +44,29 @@ class RunFiles:
 
     @property
     def score(self) -> str:
-        """The column the best epoch is judged by: the EMA's top-1 where the run keeps one."""
+        """The column that decides which epoch is best: the top-1 of the EMA weights if the run keeps them."""
         return "ema_val_top1" if series(self.rows, "ema_val_top1")[0] else "val_top1"
 
+    def scores(self) -> list[str]:
+        """Return a table row: name, epochs, best top-1 (percent), its epoch, hours."""
+        best = [f"{self.best_top1:.2f}", str(self.best["epoch"])] if self.best else ["-", "-"]
+        return [self.name, f"{len(self.rows)}/{self.config.get('epochs', '?')}", *best, f"{self.hours:.2f}"]
+
     def checkpoint(self) -> Path | None:
-        """best_*.pt, or last_*.pt while there is no best."""
+        """Return best_*.pt, or last_*.pt while there is no best."""
         found = sorted(self.path.glob("best_*.pt")) or sorted(self.path.glob("last_*.pt"))
         return found[0] if found else None
 
 
+def find_runs(directory: str | Path) -> list[Path]:
+    """Return every directory at or below `directory` that holds a run, sorted."""
+    if not Path(directory).is_dir():
+        raise DataError(f"{directory} is not a directory", "name a directory that holds runs")
+    return sorted(path.parent for path in Path(directory).rglob("metrics.jsonl") if path.stat().st_size)
+
+
 def read_runs(run_dirs: Sequence[str | Path]) -> list[RunFiles]:
-    """Raises DataError for a directory without metrics.jsonl, or with no epoch in it yet."""
+    """Read runs. Raises DataError for a directory without metrics.jsonl, or without a finished epoch."""
     paths = list(dict.fromkeys(map(Path, run_dirs)))
     names = short_names(paths)
     return [read_run(path, names[path]) for path in paths]
@@ -62,15 +78,14 @@ def read_run(path: Path, name: str) -> RunFiles:
     rows = read_metrics(path)
     if not rows:
         raise DataError(f"{path / 'metrics.jsonl'} has no epoch yet", "wait for the first epoch to end")
-    config, env = (
-        schemas.read_json(path / file, schema, "delete it, or restore it from a copy", missing={})
-        for file, schema in (("config.json", schemas.Config), ("env.json", schemas.Env))
-    )
+    fix = "delete it, or restore it from a copy"
+    config = schemas.read_json(path / "config.json", schemas.Config, fix, missing={})
+    env = schemas.read_json(path / "env.json", schemas.Env, fix, missing={})
     return RunFiles(path, name, rows, config, env)
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Each directory's name, with as much of the path before it as tells all of them apart."""
+    """Return each directory's name, with as much of the path before it as makes all of them different."""
     parts = {path: path.resolve().parts for path in paths}
     names = {path: path.name for path in paths}
     for depth in range(1, max(map(len, parts.values()), default=0) + 1):
@@ -80,26 +95,14 @@ def short_names(paths: Sequence[Path]) -> dict[Path, str]:
     return names
 
 
-def find_runs(directory: str | Path) -> list[Path]:
-    """Every directory below (or at) `directory` that holds a run, in order of its name."""
-    if not Path(directory).is_dir():
-        raise DataError(f"{directory} is no directory", "name one that holds runs")
-    return sorted(path.parent for path in Path(directory).rglob("metrics.jsonl") if path.stat().st_size)
-
-
-def series(rows: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
-    """Epochs and values of one column, where it has any: validation may run every few epochs only."""
-    pairs = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
+def series(rows: Sequence[dict], column: str) -> tuple[list[int], list[float]]:
+    """Return the epochs and values of a column; epochs without a value (no validation) are left out."""
+    pairs = [(row["epoch"], row[column]) for row in rows if row.get(column) is not None]
     return [epoch for epoch, _ in pairs], [value for _, value in pairs]
 
 
-def best_score(row: dict) -> float | None:
-    """The top-1 (percent) an epoch is judged by."""
-    return row["val_top1"] if row.get("ema_val_top1") is None else row["ema_val_top1"]
-
-
 def phases(rows: Sequence[dict]) -> list[tuple[int, int, int]]:
-    """(first epoch, image size in px, batch size) of every phase that has begun."""
+    """Return (first epoch, image size in px, batch size) of every phase that has begun."""
     found: list[tuple[int, int, int]] = []
     for row in rows:
         if not found or found[-1][1:] != (row["image_size"], row["batch_size"]):
@@ -108,58 +111,37 @@ def phases(rows: Sequence[dict]) -> list[tuple[int, int, int]]:
 
 
 def shown(value: object) -> str:
-    """A flag's value as one would type it."""
+    """Return the text of a flag's value."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, list | tuple):
         return ",".join(map(shown, value)) or "none"
-    return f"{value:g}" if isinstance(value, float) else "none" if value in (None, "") else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "none" if value in (None, "") else str(value)
 
 
 def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
-    """Flags that change what is learned and are not the same in all `runs` that know them."""
-    names = list(dict.fromkeys(name for run in runs for name in run.config))
-    return [
-        name
-        for name in names
-        if name not in flags.FREE_ON_RESUME
-        and len({shown(run.config[name]) for run in runs if name in run.config}) > 1
-    ]
+    """Return the flags that affect training and are not the same in all `runs` that know them."""
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in flags.FREE_ON_RESUME)
+    return [name for name in names if len({shown(r.config[name]) for r in runs if name in r.config}) > 1]
 
 
-def apart(runs: Sequence[RunFiles]) -> list[dict[str, str]]:
-    """For each run the differing flags in which it is not like most others: flag -> value."""
-    usual = {}
+def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
+    """Return for each run the differing flags, with values, in which it is not like most others."""
+    unusual = [{} for _ in runs]
     for name in differing_flags(runs):
-        counts = Counter(shown(run.config[name]) for run in runs if name in run.config).most_common(2)
-        usual[name] = counts[0][0] if counts[0][1] > counts[1][1] else None  # a tie: neither is usual
-    return [
-        {
-            name: shown(run.config[name])
-            for name, value in usual.items()
-            if name in run.config and shown(run.config[name]) != value
-        }
-        for run in runs
-    ]
+        values = [shown(run.config[name]) if name in run.config else None for run in runs]
+        first, second = Counter(value for value in values if value is not None).most_common(2)
+        usual = first[0] if first[1] > second[1] else None  # after a tie no value is usual
+        for run, value, differs in zip(runs, values, unusual, strict=True):
+            if value not in (None, usual):
+                differs[name] = run.config[name]
+    return unusual
 
 
-def untypical_flags(config: dict) -> dict[str, tuple[str, str]]:
-    """flag -> (its value, the default), of those that change what is learned and are not the default."""
-    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
-    defaults = {
-        a.dest: list(a.default) if isinstance(a.default, tuple) else a.default for a in parser._actions
-    }
-    return {
-        name: (shown(value), shown(defaults[name]))
-        for name, value in config.items()
-        if name in defaults and name not in flags.FREE_ON_RESUME and value != defaults[name]
-    }
-
-
-def scores(run: RunFiles) -> list[str]:
-    """The cells of a table: name, epochs, best top-1 (percent), its epoch, hours."""
-    best = ["-", "-"] if run.best is None else [f"{run.best_top1:.2f}", str(run.best["epoch"])]
-    return [run.name, f"{len(run.rows)}/{run.config.get('epochs', '?')}", *best, f"{run.hours:.2f}"]
-
-
-SCORES = ("run", "epochs", "best top-1 %", "at epoch", "hours")  # what `scores` returns
+def changed_flags(config: dict) -> dict[str, tuple[str, str]]:
+    """Return {flag: (value, default)} of the flags that affect training and are not at their default."""
+    values = {name: (shown(config.get(name)), shown(v)) for name, v in flags.defaults().items()}
+    known = [name for name in config if name in values and name not in flags.FREE_ON_RESUME]
+    return {name: values[name] for name in known if values[name][0] != values[name][1]}

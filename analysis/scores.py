@@ -1,6 +1,6 @@
-"""What is computed from guesses and labels once a model has been asked: confusion, calibration, per-class scores.
+"""Scores of predictions: the confusion matrix, per-class precision and recall, and calibration.
 
-NumPy arrays in, plain numbers out; no model, no file, no picture. Classes are 0 ... K - 1.
+NumPy arrays in, plain numbers out. Classes are 0 ... K - 1.
 """
 
 from __future__ import annotations
@@ -12,82 +12,75 @@ from typing import NamedTuple
 import numpy as np
 
 
-def confusion(labels: np.ndarray, guesses: np.ndarray, num_classes: int) -> np.ndarray:
-    """labels (n,), guesses (n,) -> (K, K) counts, a row for each true class."""
-    cells = np.bincount(labels * num_classes + guesses, minlength=num_classes**2)
+def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
+    """labels (n,), predicted (n,) -> counts (K, K), a row for each true class."""
+    cells = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
     return cells.reshape(num_classes, num_classes)
 
 
 class Pair(NamedTuple):
-    """A class taken for another."""
+    """One class predicted in place of another."""
 
     truth: int
-    guess: int
+    prediction: int
     times: int
-    share: float  # of the true class's samples
+    share: float  # of the images of the true class
 
 
-def confused_pairs(matrix: np.ndarray, count: int | None = None) -> list[Pair]:
-    """The most frequent mistakes of a confusion matrix (K, K); ties by share, then by class."""
+def confused_pairs(matrix: np.ndarray) -> list[Pair]:
+    """The mistakes in a confusion matrix (K, K), most frequent first; ties by share, then by class."""
     mistakes = matrix - np.diag(np.diag(matrix))
     support = matrix.sum(1)
     pairs = [
         Pair(int(i), int(j), int(mistakes[i, j]), float(mistakes[i, j] / support[i]))
         for i, j in zip(*mistakes.nonzero(), strict=True)
     ]
-    return sorted(pairs, key=lambda pair: (-pair.times, -pair.share, pair.truth, pair.guess))[:count]
+    return sorted(pairs, key=lambda pair: (-pair.times, -pair.share, pair.truth, pair.prediction))
+
+
+class ClassScore(NamedTuple):
+    """Scores of one class, as shares; 0 if the class is never predicted or has no images."""
+
+    label: int
+    precision: float
+    recall: float
+    f1: float
+    support: int  # images of the class
+
+
+def per_class(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[int]) -> list[ClassScore]:
+    """labels (n,), predicted (n,) -> the scores of each of `classes`."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(labels, predicted, labels=list(classes), zero_division=0)
+    rows = zip(classes, *(column.tolist() for column in columns), strict=True)
+    return [ClassScore(*row) for row in rows]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far confidence can be taken at its word; arrays (bins,), NaN where a bin is empty."""
+    """How well confidence predicts accuracy; arrays (bins,), NaN for an empty bin."""
 
     edges: np.ndarray  # (bins + 1,)
-    count: np.ndarray  # samples
-    accuracy: np.ndarray  # share that is right
+    count: np.ndarray  # images
+    accuracy: np.ndarray  # share of correct predictions
     confidence: np.ndarray  # mean
-    ece: float  # mean |accuracy - confidence| over samples
+    ece: float  # expected calibration error: mean |accuracy - confidence| over images
+
+    def plain(self) -> dict[str, list[float] | float]:
+        return {name: np.asarray(value).tolist() for name, value in vars(self).items()}
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = 15) -> Calibration:
-    """Expected calibration error over equal bins of confidence (https://arxiv.org/abs/1706.04599).
+def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> Calibration:
+    """Calibration over equal bins of confidence (https://arxiv.org/abs/1706.04599).
 
-    confidence (n,) in [0, 1], right (n,) bool. A bin holds its upper edge, as in the paper.
+    confidence (n,) in [0, 1], correct (n,) bool. As in the paper, a bin includes its upper edge.
     """
     edges = np.linspace(0, 1, bins + 1)
-    which = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
-    count = np.bincount(which, minlength=bins)
-    hits, sure = (np.bincount(which, values, minlength=bins) for values in (right, confidence))
+    bin_of = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    hits = np.bincount(bin_of, correct, minlength=bins)
+    total = np.bincount(bin_of, confidence, minlength=bins)
     with np.errstate(invalid="ignore"):
-        accuracy, mean = hits / count, sure / count
-    return Calibration(edges, count, accuracy, mean, float(np.abs(hits - sure).sum() / len(confidence)))
-
-
-@dataclass(frozen=True)
-class PerClass:
-    """scikit-learn's classification report as arrays (m,), one entry for each class asked about; shares, not percent."""
-
-    classes: np.ndarray
-    precision: np.ndarray
-    recall: np.ndarray
-    f1: np.ndarray
-    support: np.ndarray
-
-    @property
-    def macro_f1(self) -> float:
-        return float(self.f1.mean())
-
-
-def per_class(labels: np.ndarray, guesses: np.ndarray, classes: Sequence[int]) -> PerClass:
-    """Precision, recall and F1 of each of `classes`; 0 where a class is never guessed or never there."""
-    from sklearn.metrics import precision_recall_fscore_support
-
-    found = precision_recall_fscore_support(labels, guesses, labels=np.asarray(classes), zero_division=0)
-    return PerClass(np.asarray(classes), *map(np.asarray, found))
-
-
-def match_classes(known: Sequence[str], present: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-    """Where each class of a dataset stands among a model's: ((m,) positions, names the model does not know)."""
-    position = {name: k for k, name in enumerate(known)}
-    unknown = [name for name in present if name not in position]
-    return np.array([position.get(name, -1) for name in present], np.int64), unknown
+        accuracy, mean = hits / count, total / count
+    return Calibration(edges, count, accuracy, mean, float(np.abs(hits - total).sum() / len(confidence)))

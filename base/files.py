@@ -1,7 +1,4 @@
-"""Files written completely or not at all, and the texts that go into them.
-
-CSV that a spreadsheet cannot mistake for formulas, JSON without NaN.
-"""
+"""Files that are written completely or not at all; CSV without formulas, JSON without NaN."""
 
 from __future__ import annotations
 
@@ -21,10 +18,10 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path to write to. It takes the place of `path` at the end, and is deleted if anything fails.
+    """Yield a path to write to; it replaces `path` at the end, or is deleted if anything fails.
 
-    Makes the directory. A pipe or a device (/dev/stdout) is written to directly: a rename would put a
-    file in its place. Raises ResourceError if `path` cannot be written.
+    The directory is made. A pipe or a device (/dev/stdout) is written directly, because a rename would
+    put a file in its place. Raises ResourceError if `path` cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
@@ -57,7 +54,7 @@ def json_text(content: object) -> str:
 
 
 def without_nan(value: object) -> object:
-    """JSON has no NaN and no infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -72,9 +69,9 @@ def csv_text(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> object:
-    """`value` as a CSV cell; text that a spreadsheet would run gets an apostrophe in front.
+    """Return `value` as a CSV cell, with an apostrophe before text that a spreadsheet would run.
 
-    Class and file names come from disks and archives: https://owasp.org/www-community/attacks/CSV_Injection
+    Names of classes and files may hold anything: https://owasp.org/www-community/attacks/CSV_Injection
     """
     if not isinstance(value, str):
         return value

@@ -1,11 +1,9 @@
-"""This process: its rank among others, whether it prints, the cores it may use.
-
-Nothing else reads torchrun's variables.
-"""
+"""This process: its rank, whether it prints, its cores. Nothing else reads torchrun's variables."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 
 def rank() -> int:
@@ -21,7 +19,7 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """True on the one process of a run that prints and writes files."""
+    """Return True on the one process of a run that prints and writes files."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
@@ -32,12 +30,12 @@ def say(text: str) -> None:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Return the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def incomplete_ranks() -> str:
-    """What is wrong with torchrun's variables, or ''. With half of them set, a process would train alone."""
+    """Return torchrun's variables if they describe no set of ranks (a process would train alone), else ''."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -46,3 +44,18 @@ def incomplete_ranks() -> str:
         if (complete and rank() < world_size()) or all(alone[name] == value for name, value in given.items()):
             return ""
     return ", ".join(f"{name}={value}" for name, value in given.items())
+
+
+def commit() -> str:
+    """Return the git commit of this code, with + if files were changed since; empty outside a clone."""
+    import subprocess  # not needed behind --help
+
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changes = (
+            subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return head + ("+" if changes else "")

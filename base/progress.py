@@ -1,4 +1,4 @@
-"""How far a run is: a bar on a terminal, a line now and then in a log file."""
+"""Progress: a bar on a terminal, a line a minute in a log file; and the time that a run has left."""
 
 from __future__ import annotations
 
@@ -9,79 +9,59 @@ from contextlib import suppress
 
 from base.errors import printable
 
-LINE_EVERY = 60.0  # seconds between lines where there is no terminal
+LINE_EVERY = 60.0  # seconds, without a terminal
+BAR = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def duration(seconds: float) -> str:
-    """4000 -> '1h06m', 75 -> '1m15s'."""
+    """4000 -> '1h06m', 75 -> '1m15s', 9 -> '9s'."""
     seconds = max(0, round(seconds))
-    hours, minutes, seconds = seconds // 3600, seconds // 60 % 60, seconds % 60
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
 class Progress:
-    """Counts up to `total`; `update` may carry a few words to show beside the count."""
+    """Counts up to `total` on stderr; `update` may carry a few words to show beside the count."""
 
-    def __init__(
-        self,
-        total: int,
-        desc: str,
-        *,
-        unit: str = "it",
-        initial: int = 0,
-        enabled: bool = True,
-        line_every: float = LINE_EVERY,
-        file=None,
-    ):
-        self.total, self.desc, self.unit, self.count = total, printable(desc), unit, initial
-        self.enabled, self.line_every, self.file = enabled, line_every, file or sys.stderr
+    def __init__(self, total: int, desc: str, *, unit: str = "it", initial: int = 0, enabled: bool = True):
+        self.total, self.desc, self.unit, self.enabled = total, printable(desc), unit, enabled
+        self.initial = self.count = initial
         self.started = self.last_line = time.monotonic()
-        self.first = initial
         self.bar = None
-        if enabled and self.file.isatty():
+        if enabled and sys.stderr.isatty():
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=total,
-                desc=self.desc,
-                unit=unit,
-                initial=initial,
-                leave=False,
-                file=self.file,
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}",
+                total=total, desc=self.desc, initial=initial, leave=False, dynamic_ncols=True, bar_format=BAR
             )
 
     def update(self, n: int = 1, words: str = "") -> None:
         self.count += n
-        with suppress(OSError):  # the terminal is gone: that is for a stop signal to end, not for a bar
+        with suppress(OSError):  # the terminal is gone: a stop signal ends the run, not the bar
             self._show(n, words)
 
     def _show(self, n: int, words: str) -> None:
         if self.bar:
-            self.bar.set_postfix_str(words or self._eta(), refresh=False)
+            self.bar.set_postfix_str(words or self._rate(), refresh=False)
             self.bar.update(n)
-        elif self.enabled and time.monotonic() - self.last_line >= self.line_every:
+        elif self.enabled and time.monotonic() - self.last_line >= LINE_EVERY:
             self.last_line = time.monotonic()
-            percent = 100 * self.count / max(1, self.total)
-            print(
-                f"{self.desc} {percent:3.0f}% {self.count}/{self.total} {self.unit}  {words or self._eta()}",
-                file=self.file,
-                flush=True,
-            )
+            done = f"{100 * self.count / max(1, self.total):3.0f}% {self.count}/{self.total} {self.unit}"
+            print(f"{self.desc} {done}  {words or self._rate()}", file=sys.stderr, flush=True)
+
+    def _rate(self) -> str:
+        done, elapsed = self.count - self.initial, time.monotonic() - self.started
+        if done <= 0 or elapsed <= 0:
+            return ""
+        left = duration(elapsed / done * (self.total - self.count))
+        return f"{done / elapsed:,.0f} {self.unit}/s, {left} left"
 
     def over(self, items: Iterable) -> Iterator:
-        """`items`, counted as they are taken."""
+        """Yield `items` and count them."""
         for item in items:
             yield item
             self.update()
-
-    def _eta(self) -> str:
-        done = self.count - self.first
-        if done <= 0:
-            return ""
-        elapsed = time.monotonic() - self.started
-        return f"{done / max(elapsed, 1e-9):,.0f} {self.unit}/s, {duration(elapsed / done * (self.total - self.count))} left"
 
     def close(self) -> None:
         if self.bar:
@@ -97,10 +77,10 @@ class Progress:
 
 
 class Eta:
-    """Seconds left of a whole run whose phases differ in cost.
+    """Estimates the seconds that a run has left, although its phases differ in cost.
 
-    A step costs about batch x side^2, which is exact enough between phases; the current phase is
-    always projected from its own measured rate. Validation is counted at the size it runs at.
+    A step costs about batch size x side^2, which is good enough between phases; the current phase is
+    projected from its own measured rate. Validation runs at the size of the phase.
     """
 
     def __init__(self, phases: Sequence, num_val: int):
@@ -114,14 +94,12 @@ class Eta:
         self.eval_rate = seconds / max(1, self.num_val * image_size**2)
 
     def remaining(self, step: int, scored_epochs: int) -> float:
-        """From optimizer step `step` on, with `scored_epochs` epochs behind."""
-        eval_rate = self.eval_rate or self.train_rate / 3  # a forward is a third of a step
+        """Return the seconds left after optimizer step `step` and `scored_epochs` validated epochs."""
+        eval_rate = self.eval_rate or self.train_rate / 3  # a forward pass is a third of a step
         seconds = 0.0
         for phase in self.phases:
-            pixels = phase.image_size**2
             steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)
             epochs = phase.epochs - min(max(scored_epochs - phase.first_epoch + 1, 0), phase.epochs)
-            seconds += pixels * (
-                steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate
-            )
+            work = steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate
+            seconds += phase.image_size**2 * work
         return seconds

@@ -1,15 +1,13 @@
-"""What kills cost: useful steps a second of a run that is killed again and again, beside the undisturbed run.
+"""What kills cost: the useful steps per second of a run that is killed again and again.
 
-`python -m benchmarks.goodput --out DIR` trains a small model for about ten minutes: undisturbed, then
-killed (SIGKILL to the whole process group) at random times, once a minute on average, and restarted at
-once with --resume auto until it is through, then undisturbed again, to show how far the machine itself
-drifted. Every step and every save is logged with its time by the training process, in one hook of this
-file. Linux only. `--table DIR` prints the table of docs/reliability.md from DIR/goodput.json.
+`python -m benchmarks.goodput --out DIR` trains a small model for about ten minutes: undisturbed; then killed
+(SIGKILL to the whole process group) at random times, once a minute on average, and restarted at once with
+--resume auto until it is done; then undisturbed again, to show how far the machine drifted. Linux only.
+`--table DIR` prints the table of docs/reliability.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -21,38 +19,36 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from base import flags
+from base import files, flags
+from benchmarks.bitflips import bits
 
 ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH, CALIBRATION = 5, 32, 20.0  # seconds
-RUN = [
-    *("--arch", "resnet_tiny", "--resize-schedule", "32", "--batch-size", str(BATCH), "--lr", "1e-3"),
-    *("--num-workers", "1", "--device", "cpu", "--amp", "off", "--eval-every", str(EPOCHS)),
-]
-TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns of a row that no two runs share
+RUN = (
+    f"--arch resnet_tiny --resize-schedule 32 --batch-size {BATCH} --epochs {EPOCHS} --eval-every {EPOCHS} "
+    "--lr 1e-3 --num-workers 1 --device cpu --amp off"
+).split()
+DATA = "--dataset=synthetic:train={},val=500,size=32"
+PARTS = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best", "rows")  # of a checkpoint
+TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns in which any two runs differ
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.goodput", description=__doc__.split("\n\n")[0])
-    add, positive = parser.add_argument, flags.number(float, 0, open_low=True)
-    add("--minutes", type=positive, default=10.0, metavar="M", help="length of the undisturbed run, about")
-    add(
-        "--mean-between-kills",
-        type=positive,
-        default=60.0,
-        metavar="SECONDS",
-        help="exponentially distributed",
-    )
-    add("--save-every", type=positive, default=2.0, metavar="SECONDS", help="between saves")
-    add("--seed", type=flags.number(int, 0), default=0, metavar="N", help="of the times of the kills")
-    add(
-        "--out", default="goodput", metavar="DIR", help="goodput.json, the runs and their logs; emptied first"
-    )
-    add("--table", default="", metavar="DIR", help="print the table of DIR/goodput.json and leave")
+    add, positive, whole = parser.add_argument, flags.number(float, 0, open_low=True), flags.number(int, 0)
+    mean = "Mean time between kills, exponentially distributed."
+    out = "Output directory: goodput.json, the runs and their logs; its former runs are deleted."
+    add("--minutes", type=positive, default=10.0, metavar="M", help="Approximate length of a run.")
+    add("--mean-between-kills", type=positive, default=60.0, metavar="SECONDS", help=mean)
+    add("--save-every", type=positive, default=2.0, metavar="SECONDS", help="Time between saves.")
+    add("--seed", type=whole, default=0, metavar="N", help="Random seed of the kills.")
+    add("--out", default="goodput", metavar="DIR", help=out)
+    add("--table", default="", metavar="DIR", help="Only print the table of DIR/goodput.json.")
     return parser
 
 
@@ -64,75 +60,77 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(json.loads((Path(args.table) / "goodput.json").read_text())))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the run is ended on the way out
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no run is left behind
     out = Path(args.out)
     for name in ("calibration", "first", "killed", "last"):
         shutil.rmtree(out / name, ignore_errors=True)
-    settings = [*RUN, "--epochs", str(EPOCHS), "--save-every", f"{args.save_every / 60:.6f}min"]
-    live([*settings, *data(10_000)], out / "calibration", 0, CALIBRATION)
-    steps, _ = read_log(out / "calibration" / "life000.log")
+    settings = [*RUN, "--save-every", f"{args.save_every / 60:.6f}min"]
+    steps = live([*settings, DATA.format(10_000 * BATCH)], out / "calibration", 0, CALIBRATION)["steps"]
     rate = (len(steps) - 1) / (steps[-1][1] - steps[0][1])
-    plan = [*settings, *data(max(1, round(args.minutes * 60 * rate / EPOCHS)))]
-    print(f"{rate:.0f} steps a second: the run takes {' '.join(plan)}", flush=True)
-    first = undisturbed(plan, out / "first")
-    disturbed = killed(plan, out / "killed", args.mean_between_kills, random.Random(args.seed))
-    last = undisturbed(plan, out / "last")
-    result = summary(first, disturbed, last, args.mean_between_kills)
-    result |= {"minutes": args.minutes, "seed": args.seed, "command": plan}
-    result["different"] = sorted(
-        {d for name in ("killed", "last") for d in differences(out / "first", out / name)}
-    )
-    (out / "goodput.json").write_text(json.dumps(result, indent=1) + "\n")
+    command = [*settings, DATA.format(max(1, round(args.minutes * 60 * rate / EPOCHS)) * BATCH)]
+    print(f"{rate:.0f} steps a second: the run uses {' '.join(command)}", flush=True)
+    rng, mean = random.Random(args.seed), args.mean_between_kills
+    first = lives_of(command, out / "first", lambda: None)
+    disturbed = lives_of(command, out / "killed", lambda: rng.expovariate(1 / mean))
+    last = lives_of(command, out / "last", lambda: None)
+    ends = [last_checkpoint(out / name) for name in ("first", "killed", "last")]
+    different = [part for part in PARTS if len({end[part] for end in ends}) > 1]
+    result = summary(first, disturbed, last, mean)
+    result |= {"minutes": args.minutes, "seed": args.seed, "command": command, "different": different}
+    files.write_json(out / "goodput.json", result)
     print(table(result))
     return 0
 
 
-def data(steps_per_epoch: int) -> list[str]:
-    return ["--dataset", f"synthetic:train={steps_per_epoch * BATCH},val=500,size=32"]
-
-
 def child(log: Path, argv: list[str]) -> None:
-    """train.py, which logs each step and save as it is done, and dies with its parent."""
+    """Run train.py, log each step and each save, and die with the parent process."""
     import ctypes
 
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     import loop
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    between, save = loop.Between.__call__, loop.save
+    save_or_stop, save = loop.save_or_stop, loop.save
 
-    def logged_between(self, *args):
-        os.write(file, f"step {self.run.state.step} {time.monotonic()}\n".encode())
-        between(self, *args)
+    def logged_step(run):
+        os.write(file, f"step {run.state.step} {time.monotonic()}\n".encode())
+        save_or_stop(run)
 
     def logged_save(*args):
         began = time.monotonic()
         save(*args)
         os.write(file, f"save {began} {time.monotonic()}\n".encode())
 
-    loop.Between.__call__, loop.save = logged_between, logged_save
+    loop.save_or_stop, loop.save = logged_step, logged_save
     sys.argv = ["train.py", *argv]
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
+def lives_of(command: list[str], directory: Path, lifetime: Callable[[], float | None]) -> list[dict]:
+    """Train a run that is killed after `lifetime()` seconds and restarted at once; return its lives."""
+    lives = []
+    while not lives or lives[-1]["killed"]:
+        has_checkpoint = any((directory / "run").glob("*.pt"))
+        argv = ["--resume", "auto"] if has_checkpoint else [*command, "--overwrite"]
+        life = live(argv, directory, len(lives), lifetime())
+        lives.append(life)
+        reached = f"step {life['steps'][-1][0]}" if life["steps"] else "no step"
+        seconds, end = life["ended"] - life["began"], "killed" if life["killed"] else "done"
+        print(f"{directory.name}, life {len(lives):>3}: {seconds:6.1f} s, to {reached}, {end}", flush=True)
+    return lives
+
+
 def live(argv: list[str], directory: Path, number: int, seconds: float | None) -> dict:
-    """One process of a run, from its start to its end or to its violent death after `seconds`."""
+    """Run one process of a run to its end, or kill it after `seconds`."""
     directory.mkdir(parents=True, exist_ok=True)
-    log, words = directory / f"life{number:03}.log", directory / "output.txt"
+    log, output = directory / f"life{number:03}.log", directory / "output.txt"
     command = [sys.executable, "-m", "benchmarks.goodput", "--child", str(log.resolve()), *argv]
     command += ["--save-dir", str((directory / "run").resolve())]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     began, died = time.monotonic(), False
-    with words.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
+    with output.open("ab") as file:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **streams)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -142,70 +140,36 @@ def live(argv: list[str], directory: Path, number: int, seconds: float | None) -
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if code:
-        raise SystemExit(f"the run ended with exit code {code}: {words}")
+        raise SystemExit(f"the run ended with exit code {code}: {output}")
     steps, saves = read_log(log)
     return {"began": began, "ended": time.monotonic(), "killed": died, "steps": steps, "saves": saves}
 
 
 def read_log(path: Path) -> tuple[list[tuple[int, float]], list[tuple[float, float]]]:
-    """(step, time when it was done), and (beginning, end) of each save; a line cut short is passed over."""
+    """Return (step, time it was done) and (begin, end) of each save; a line cut short is skipped."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     words = [line.split() for line in lines if line.endswith("\n")]
     steps = [(int(step), float(at)) for kind, step, at in words if kind == "step"]
     return steps, [(float(begin), float(end)) for kind, begin, end in words if kind == "save"]
 
 
-def undisturbed(plan: list[str], directory: Path) -> list[dict]:
-    lives = [live(plan, directory, 0, None)]
-    print(f"undisturbed: {useful(lives):.2f} steps a second", flush=True)
-    return lives
-
-
-def killed(plan: list[str], directory: Path, mean: float, rng: random.Random) -> list[dict]:
-    """The lives of one run that is killed at random and restarted at once, until one life sees its end."""
-    lives = []
-    while not lives or lives[-1]["killed"]:
-        there = list((directory / "run").glob("*.pt"))
-        argv = ["--resume", "auto"] if there else [*plan, "--overwrite"]
-        lives.append(live(argv, directory, len(lives), rng.expovariate(1 / mean)))
-        life = lives[-1]
-        reached = f"step {life['steps'][-1][0]}" if life["steps"] else "no step"
-        print(
-            f"life {len(lives):>3}: {life['ended'] - life['began']:6.1f} s, to {reached}"
-            + (", killed" if life["killed"] else ", done"),
-            flush=True,
-        )
-    return lives
-
-
-def useful(lives: list[dict]) -> float:
-    """Steps of the plan for each second from the first start to the end; a step done twice counts once."""
-    return lives[-1]["steps"][-1][0] / (lives[-1]["ended"] - lives[0]["began"])
-
-
-def best_possible(save: float, restart: float, mean: float) -> float:
-    """The share of time that is not lost, with a save every `save` s, `restart` s a restart, a kill every `mean` s.
-
-    An interval of `save` s, tried until it is not killed, takes mean * (exp(save / mean) - 1) * exp(restart / mean).
-    """
-    return save / mean / math.expm1(save / mean) * math.exp(-restart / mean)
-
-
 def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: float) -> dict:
-    """S: from one save's beginning to the next one's. R: from a restart until the work goes on, a step's time
-    before its first step is done. Both from the killed run, so that a drifting machine drifts in both."""
+    """Return the figures of the table.
+
+    S is the time from one save's beginning to the next one's, R from a restart to the beginning of its
+    first step. Both are the killed run's own, so that a drifting machine drifts in both.
+    """
     steps = first[0]["steps"][-1][0]
     undisturbed_rates = [useful(lives) for lives in (first, last)]
-    a_step = statistics.median(b - a for life in disturbed for (_, a), (_, b) in pairwise(life["steps"]))
-    restarts = [life["steps"][0][1] - life["began"] - a_step for life in disturbed[1:] if life["steps"]]
     gaps = [b - a for life in disturbed for (a, _), (b, _) in pairwise(life["saves"])]
+    step_time = statistics.median(b - a for life in disturbed for (_, a), (_, b) in pairwise(life["steps"]))
+    restarts = [life["steps"][0][1] - life["began"] - step_time for life in disturbed[1:] if life["steps"]]
     s, r = statistics.median(gaps), statistics.median(restarts or [0.0])
-    a_save = statistics.median(end - begin for life in disturbed for begin, end in life["saves"])
     goodput = useful(disturbed) / statistics.mean(undisturbed_rates)
     possible, kills = best_possible(s, r, mean), sum(life["killed"] for life in disturbed)
     stretches = [life["steps"] for life in disturbed if len(life["steps"]) > 1]
     own = sum(len(steps) - 1 for steps in stretches) / sum(steps[-1][1] - steps[0][1] for steps in stretches)
-    # Ten kills are few: luck is in their number, and not in the best possible at this mean.
+    # Ten kills are few, and their number is a matter of luck: compare with their achieved mean as well.
     achieved = (disturbed[-1]["ended"] - disturbed[0]["began"]) / max(1, kills)
     return {
         "steps": steps,
@@ -221,74 +185,60 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
         "steps_redone": sum(len(life["steps"]) for life in disturbed) - steps,
         "mean_between_kills": mean,
         "save_interval": s,
-        "save_seconds": a_save,
+        "save_seconds": statistics.median(end - begin for life in disturbed for begin, end in life["saves"]),
         "restart_seconds": r,
     }
 
 
-def differences(one: Path, other: Path) -> list[str]:
-    """The parts of two runs' last checkpoints that are not the same bits; rows without their timing columns."""
+def useful(lives: list[dict]) -> float:
+    """Return steps per second from the first life's start to the last one's end; repeated ones count once."""
+    return lives[-1]["steps"][-1][0] / (lives[-1]["ended"] - lives[0]["began"])
+
+
+def best_possible(save: float, restart: float, mean: float) -> float:
+    """Return the useful share of time, given the seconds from save to save, per restart and between kills.
+
+    An interval of `save` s takes mean * (exp(save / mean) - 1) * exp(restart / mean) until it is not killed.
+    """
+    return save / mean / math.expm1(save / mean) * math.exp(-restart / mean)
+
+
+def last_checkpoint(directory: Path) -> dict[str, str]:
+    """Return a hash of each part of a run's last checkpoint; timing columns are left out."""
     from harness import checkpoint
 
-    parts = []
-    for directory in (one, other):
-        (path,) = (directory / "run").glob("last_*.pt")
-        content = checkpoint.read(path)
-        content["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
-        names = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best", "rows")
-        parts.append({name: bits(content[name]) for name in names})
-    return [name for name in parts[0] if parts[0][name] != parts[1][name]]
+    (path,) = (directory / "run").glob("last_*.pt")
+    content = checkpoint.read(path)
+    content["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
+    return {name: bits(content[name]) for name in PARTS}
 
 
-def bits(value) -> str:
-    """A hash that two values share only where they are the same bit for bit."""
-    if isinstance(value, dict):
-        value = [*value.items()]
-    if isinstance(value, list | tuple):
-        content = "".join(map(bits, value)).encode()
-    else:
-        content = value.numpy().tobytes() if hasattr(value, "numpy") else repr(value).encode()
-    return hashlib.sha256(content).hexdigest()
+TABLE = """\
+| | |
+|---|---|
+| undisturbed, before and after | {before:.2f} and {after:.2f} useful steps a second, {steps:,} steps |
+| killed every {mean_between_kills:g} s on average | {killed_steps_per_second:.2f} useful steps a second, \
+{kills} kills, {steps_redone:,} steps done twice |
+| **goodput**: the ratio | **{goodput:.1f} %** |
+| the same beside its own speed between kills, free of drift | {goodput_by_own_speed:.1f} % |
+| best possible, and the ratio below it | {best_possible:.1f} %, {points_below:.1f} points |
+| best possible with the kills as they came, one in {achieved_mean_between_kills:.0f} s | \
+{best_possible_at_achieved_mean:.1f} % |
+| S, from one save to the next | {save_interval:.2f} s; a save takes {save_milliseconds:.0f} ms, \
+{saving:.1f} % of the time, also of the undisturbed run's |
+| R, from a restart until it trains on | {restart_seconds:.2f} s, median |
+| last checkpoint: weights, average, optimizer, rows | {same} |"""
 
 
-def table(r: dict) -> str:
-    """The result as rows of Markdown."""
-    before, after = r["undisturbed_steps_per_second"]
-    rows = [
-        (
-            "undisturbed, before and after",
-            f"{before:.2f} and {after:.2f} useful steps a second, {r['steps']:,} steps",
-        ),
-        (
-            f"killed every {r['mean_between_kills']:g} s on average",
-            f"{r['killed_steps_per_second']:.2f} useful steps a second, "
-            f"{r['kills']} kills, {r['steps_redone']:,} steps done twice",
-        ),
-        ("**goodput**: the ratio", f"**{100 * r['goodput']:.1f} %**"),
-        (
-            "the same beside its own speed between kills, free of drift",
-            f"{100 * r['goodput_by_own_speed']:.1f} %",
-        ),
-        (
-            "best possible, and the ratio below it",
-            f"{100 * r['best_possible']:.1f} %, {r['points_below']:.1f} points",
-        ),
-        (
-            f"best possible with the kills as they came, one in {r['achieved_mean_between_kills']:.0f} s",
-            f"{100 * r['best_possible_at_achieved_mean']:.1f} %",
-        ),
-        (
-            "S, from one save to the next",
-            f"{r['save_interval']:.2f} s; a save takes {1000 * r['save_seconds']:.0f} ms, "
-            f"{100 * r['save_seconds'] / r['save_interval']:.1f} % of the time, also of the undisturbed run's",
-        ),
-        ("R, from a restart until it trains on", f"{r['restart_seconds']:.2f} s, median"),
-        (
-            "last checkpoint: weights, average, optimizer, rows",
-            "the same bits" if not r["different"] else f"NOT the same: {', '.join(r['different'])}",
-        ),
-    ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+def table(result: dict) -> str:
+    """Return the result as a table in Markdown."""
+    shares = ("goodput", "goodput_by_own_speed", "best_possible", "best_possible_at_achieved_mean")
+    values = result | {name: 100 * result[name] for name in shares}
+    values["before"], values["after"] = result["undisturbed_steps_per_second"]
+    values["save_milliseconds"] = 1000 * result["save_seconds"]
+    values["saving"] = 100 * result["save_seconds"] / result["save_interval"]
+    different = ", ".join(result["different"])
+    return TABLE.format(**values, same=f"NOT the same: {different}" if different else "the same bits")
 
 
 if __name__ == "__main__":

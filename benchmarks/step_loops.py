@@ -1,6 +1,6 @@
-"""The training steps that benchmarks.step compares, each as a function without arguments.
+"""The training steps that benchmarks.step compares, each a function without arguments.
 
-All of them train the same architecture on the same batch, already on the device. Timing is not done here.
+All of them train the same architecture on the same batch, which is already on the device.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-import ema
 from base import flags
 from base.device import Runtime, seed_everything
 from harness import build
 from models import build_model
 from optim import build_optimizer, clip_gradients
 from sources.generated import synthetic
-from train_utils import TrainState, backward, train_step
+from train_utils import StepOptions, TrainState, backward, train_step
 
 CLASSES = 1000
 
@@ -32,58 +31,50 @@ class Setting:
     arch: str
     image_size: int
     batch_size: int
-    channels_last: bool = True
-    compile: bool = False
-    use_blurpool: bool = False
+    runtime: Runtime
+    options: tuple[str, ...] = ()  # flags of train.py, besides its defaults
+    memory_format: torch.memory_format = torch.channels_last
 
     def config(self):
-        """train.py's own flags, at their defaults but for what is compared."""
-        options = ["--arch", self.arch, "--resize-schedule", self.image_size, "--batch-size", self.batch_size]
-        options += ["--compile"] * self.compile + ["--use-blurpool"] * self.use_blurpool
-        parser = flags.build_parser("train.py", "", "", flags.TRAIN_GROUPS)
-        return flags.parse(parser, [str(option) for option in options])[0]
+        argv = ["--arch", self.arch, "--resize-schedule", str(self.image_size)]
+        argv += ["--batch-size", str(self.batch_size), *self.options]
+        return flags.parse(flags.build_parser("train.py", "", "", flags.TRAIN_GROUPS), argv)[0]
 
-    def batch(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         seed_everything(0)
-        images = torch.randn(self.batch_size, 3, self.image_size, self.image_size, device=device)
-        return images.to(memory_format=self.layout), torch.randint(CLASSES, (self.batch_size,), device=device)
-
-    @property
-    def layout(self) -> torch.memory_format:
-        return torch.channels_last if self.channels_last else torch.contiguous_format
+        device, shape = self.runtime.device, (self.batch_size, 3, self.image_size, self.image_size)
+        images = torch.randn(shape, device=device).to(memory_format=self.memory_format)
+        return images, torch.randint(CLASSES, (self.batch_size,), device=device)
 
 
-def project(setting: Setting, runtime: Runtime) -> Callable[[], object]:
+Loop = Callable[[Setting], Callable[[], object]]  # makes a function that takes one step
+
+
+def project(setting: Setting) -> Callable[[], object]:
     """train.py's step: seeded mixing and drop-path, AMP, clipping, guard, EMA, schedule."""
-    state, how = _built(setting, runtime)
-    images, labels = setting.batch(runtime.device)
-    state.model.train()
-    return lambda: train_step(_endless(state), how, images, labels)
+    state, options = built(setting)
+    images, labels = setting.batch()
+    return lambda: train_step(endless(state), options, images, labels)
 
 
-def lean(setting: Setting, runtime: Runtime) -> Callable[[], object]:
-    """train.py's step without EMA: against `bare` it shows what mixing, clipping, guard and schedule cost."""
-    state, how = _built(setting, runtime)
-    state.ema = ema.NoEMA()
-    images, labels = setting.batch(runtime.device)
-    state.model.train()
-    return lambda: train_step(_endless(state), how, images, labels)
+def no_ema(setting: Setting) -> Callable[[], object]:
+    """train.py's step with --no-ema; beside `bare` it shows what mixing, clipping, guard, schedule cost."""
+    return project(replace(setting, options=(*setting.options, "--no-ema")))
 
 
-def unguarded(setting: Setting, runtime: Runtime) -> Callable[[], object]:
-    """`project` without what guards against steps that are not finite: the buffers' copy and the host's read."""
-    state, how = _built(setting, runtime)
-    images, labels = setting.batch(runtime.device)
-    state.model.train()
+def no_guard(setting: Setting) -> Callable[[], object]:
+    """train.py's step without its guard against non-finite steps: no copy of buffers, no read of the loss."""
+    state, options = built(setting)
+    images, labels = setting.batch()
 
     def step() -> None:
-        _endless(state)
-        seed_everything(how.seed, state.step, runtime.rank)
-        mixed, targets = how.mixer(images, labels)
+        endless(state)
+        seed_everything(options.seed, state.step, options.runtime.rank)
+        mixed, targets = options.mixer(images, labels)
         state.optimizer.zero_grad(set_to_none=True)
-        backward(state, how, mixed, targets)
+        backward(state, options, mixed, targets)
         state.scaler.unscale_(state.optimizer)
-        clip_gradients(state.model.parameters(), *how.clip)
+        clip_gradients(state.model.parameters(), *options.clip)
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.ema.update()
@@ -93,33 +84,21 @@ def unguarded(setting: Setting, runtime: Runtime) -> Callable[[], object]:
     return step
 
 
-def bare(setting: Setting, runtime: Runtime) -> Callable[[], object]:
-    """Forward, loss, backward, optimizer, and nothing else, of the same model in the same precision."""
-    config = setting.config()
+def bare(setting: Setting) -> Callable[[], object]:
+    """Forward, loss, backward and optimizer of the same model in the same precision, and nothing else."""
+    config, runtime = setting.config(), setting.runtime
     seed_everything(0)
-    model = build_model(
-        setting.arch,
-        num_classes=CLASSES,
-        drop_path_rate=config.drop_path_rate,
-        use_blurpool=setting.use_blurpool,
-    )
-    model = model.to(runtime.device, memory_format=setting.layout).train()
-    optimizer = build_optimizer(
-        config.optimizer,
-        model,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=False,
-        weight_decay=config.weight_decay,
-    )
+    model = build_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
+    model = model.to(runtime.device, memory_format=setting.memory_format).train()
+    options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
+    optimizer = build_optimizer(config.optimizer, model, lr=config.lr, **options)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
-    forward = build.compiled(model) if setting.compile else model
-    images, labels = setting.batch(runtime.device)
+    images, labels = setting.batch()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with runtime.autocast():
-            loss = F.cross_entropy(forward(images), labels)
+            loss = F.cross_entropy(model(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -127,11 +106,8 @@ def bare(setting: Setting, runtime: Runtime) -> Callable[[], object]:
     return step
 
 
-def timm(setting: Setting, runtime: Runtime) -> Callable[[], object]:
-    """The step of timm's train.py with the same choices. Raises ImportError where there is none.
-
-    Its Mixup writes into the batch, which its loader makes anew each time: here it gets a copy.
-    """
+def timm(setting: Setting) -> Callable[[], object]:
+    """The step of timm's train.py with the same choices; ImportError if timm or the model is missing."""
     import timm
     from timm import utils
     from timm.data import Mixup
@@ -141,29 +117,26 @@ def timm(setting: Setting, runtime: Runtime) -> Callable[[], object]:
 
     if not timm.is_model(setting.arch):
         raise ImportError(f"timm has no {setting.arch}")
-    config = setting.config()
+    config, runtime = setting.config(), setting.runtime
     model = timm.create_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
-    model = model.to(runtime.device, memory_format=setting.layout).train()
-    optimizer = create_optimizer_v2(
-        model, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay
-    )
-    averaged = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
-    mixup = Mixup(
-        config.mixup_alpha, config.cutmix_alpha, label_smoothing=config.label_smoothing, num_classes=CLASSES
-    )
+    model = model.to(runtime.device, memory_format=setting.memory_format).train()
+    decay = config.weight_decay
+    optimizer = create_optimizer_v2(model, opt=config.optimizer, lr=config.lr, weight_decay=decay)
+    average = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+    smoothing = {"label_smoothing": config.label_smoothing, "num_classes": CLASSES}
+    mixup = Mixup(config.mixup_alpha, config.cutmix_alpha, **smoothing)
     schedule = CosineLRScheduler(optimizer, t_initial=10**6, t_in_epochs=False)
-    loss_of = SoftTargetCrossEntropy()
+    criterion = SoftTargetCrossEntropy()
     scaler = utils.NativeScaler() if runtime.amp_dtype == torch.float16 else None
-    forward = torch.compile(model) if setting.compile else model
-    images, labels = setting.batch(runtime.device)
+    images, labels = setting.batch()
     taken = 0
 
     def step() -> None:
         nonlocal taken
-        mixed, targets = mixup(images.clone(), labels)
-        mixed = mixed.contiguous(memory_format=setting.layout)
+        mixed, targets = mixup(images.clone(), labels)  # it writes into the batch
+        mixed = mixed.contiguous(memory_format=setting.memory_format)
         with runtime.autocast():
-            loss = loss_of(forward(mixed), targets)
+            loss = criterion(model(mixed), targets)
         if scaler:
             scaler(loss, optimizer, clip_grad=config.clip_norm, parameters=list(model.parameters()))
         else:
@@ -172,53 +145,54 @@ def timm(setting: Setting, runtime: Runtime) -> Callable[[], object]:
             optimizer.step()
         optimizer.zero_grad()
         taken += 1
-        averaged.update(model, step=taken)
+        average.update(model, step=taken)
         schedule.step_update(num_updates=taken)
 
     return step
 
 
-LOOPS: dict[str, Callable[[Setting, Runtime], Callable[[], object]]] = {
+LOOPS: dict[str, Loop] = {
     "bare": bare,
     "project": project,
-    "project, no EMA": lean,
-    "project, no guard": unguarded,
+    "project, no EMA": no_ema,
+    "project, no guard": no_guard,
     "timm": timm,
 }
 
 
-def variants(setting: Setting, runtime: Runtime) -> dict[str, tuple[Setting, Runtime]]:
-    """The same step with one choice changed, by name; those that the device cannot run are left out."""
-    precisions = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if runtime.device.type != "cuda":
-        precisions.pop("fp16")
+def variants(setting: Setting) -> dict[str, Setting]:
+    """Return settings with one choice changed, by name, without those that the device cannot run."""
+    runtime = setting.runtime
+    precisions = {"fp32": None, "bf16": torch.bfloat16}
+    if runtime.device.type == "cuda":
+        precisions["fp16"] = torch.float16
     found = {
-        name: (setting, replace(runtime, amp_dtype=dtype))
+        name: replace(setting, runtime=replace(runtime, amp_dtype=dtype))
         for name, dtype in precisions.items()
         if dtype != runtime.amp_dtype
     }
-    found["nchw"] = (replace(setting, channels_last=False), runtime)
-    found["compile"] = (replace(setting, compile=True), runtime)
-    found["blurpool"] = (replace(setting, use_blurpool=True), runtime)
+    found["nchw"] = replace(setting, memory_format=torch.contiguous_format)
+    found["compile"] = replace(setting, options=("--compile",))
+    found["blurpool"] = replace(setting, options=("--use-blurpool",))
     for factor in (0.5, 2, 4):
-        batch = math.ceil(setting.batch_size * factor)
-        found[f"batch {batch}"] = (replace(setting, batch_size=batch), runtime)
+        batch_size = math.ceil(setting.batch_size * factor)
+        found[f"batch {batch_size}"] = replace(setting, batch_size=batch_size)
     return found
 
 
-def _built(setting: Setting, runtime: Runtime):
-    """State and step as train.py builds them."""
-    config = setting.config()
-    index = synthetic(f"synthetic:classes={CLASSES},train={100 * setting.batch_size},val={CLASSES},size=8")
-    phases = build.make_plan(config, index, 1)
-    run = build.build(config, index, runtime, phases, Path())
-    for model in (run.state.model, run.state.ema.module):  # one layout, or the average is slow to move
-        model.to(memory_format=setting.layout)
-    return run.state, run.make_step(phases[0])
+def built(setting: Setting) -> tuple[TrainState, StepOptions]:
+    """Return state and step options as train.py builds them."""
+    config, train = setting.config(), 100 * setting.batch_size
+    index = synthetic(f"synthetic:classes={CLASSES},train={train},val={CLASSES},size=8")
+    run = build.build(config, index, setting.runtime, build.make_plan(config, index, 1), Path())
+    for model in filter(None, (run.state.model, run.state.ema.module)):
+        model.to(memory_format=setting.memory_format)
+    run.state.model.train()
+    return run.state, run.options
 
 
-def _endless(state: TrainState) -> TrainState:
-    """Back to the first step of the plan before its last one is taken."""
+def endless(state: TrainState) -> TrainState:
+    """Return to the first step of the plan before its last one is taken."""
     if state.step >= state.schedule.total_steps - 1:
         state.step = 0
         state.schedule.seek(0)

@@ -151,9 +151,9 @@ def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase,
         "config": flags.plain(config),
         "precision": runtime.precision,
         "fingerprint": index.fingerprint(),
-        "commit": rundir.commit(),
+        "commit": process.commit(),
         "total_steps": sum(p.steps for p in phases),
-        "eval": rundir.eval_facts(index, phases[-1].image_size),
+        "eval": checkpoint.eval_settings(index, phases[-1].image_size),
     }
 
 

@@ -1,7 +1,7 @@
-"""Reading and writing checkpoints. Nothing else in the project calls torch.save or torch.load.
+"""Write and read checkpoints; nothing else in the project calls torch.save or torch.load.
 
-On disk a checkpoint is complete or absent; when read it is bit-identical or refused. It holds plain
-tensors and plain types only, so plain `torch.load(path, weights_only=True)` opens it.
+A checkpoint on disk is complete or absent. When it is read, it is bit-identical to what was saved, or
+refused. It holds only plain tensors and plain types, so `torch.load(path, weights_only=True)` opens it.
 """
 
 from __future__ import annotations
@@ -20,40 +20,38 @@ from torch import nn
 
 from base.errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
+from sources.images import EVAL_CROP
 
 SCHEMA = 1
+ATTEMPTS = 3  # at writing, in case the disk recovers
 
 
-def crash_point(name: str) -> None:
-    """A place where the torture tests end the process: does nothing unless the environment names it."""
-    if os.environ.get("CRASH_POINT") == name:
-        os.kill(os.getpid(), 9)
-
-
-def save(path: Path, payload: dict, *, retries: int = 3) -> None:
+def save(path: Path, payload: dict) -> None:
     """Write `payload` and the schema to `path`; the file that was there becomes prev_<name>.
 
-    The new file is written beside the target, flushed, fsynced and read back before the old one
-    moves, so a kill or a full disk at any instant leaves a whole checkpoint. Raises ResourceError.
+    The new file is written next to the target, flushed, fsynced and read back before the old one moves,
+    so a complete checkpoint is left after a kill or a full disk at any instant. Raises ResourceError.
     """
-    _save(Path(path), {"schema": SCHEMA, **payload}, retries)
+    _save(Path(path), {"schema": SCHEMA, **payload})
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write nothing but `weights`, for others' `model.load_state_dict(torch.load(path))`; as safely as `save`."""
-    _save(Path(path), weights, retries=3)
+    """Write only `weights`, for others' `model.load_state_dict(torch.load(path))`; as safely as `save`."""
+    _save(Path(path), weights)
 
 
-def _save(path: Path, content: dict, retries: int) -> None:
+def _save(path: Path, content: dict) -> None:
     partial = path.with_name(path.name + ".partial")
-    for attempt in range(1, retries + 1):
+    for attempt in range(1, ATTEMPTS + 1):
         try:
             _write_and_prove(partial, content)
             _move_into_place(partial, path)
             return
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            if attempt == retries or not _is_io_error(error):
+            if not _is_io_error(error):
+                raise
+            if attempt == ATTEMPTS:
                 raise _write_failed(path, error) from error
             time.sleep(0.2 * 4**attempt)
 
@@ -67,13 +65,12 @@ def _write_and_prove(partial: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     crash_point("after_fsync")
-    damage = find_damage(partial)
-    if damage:
+    if damage := find_damage(partial):
         raise OSError(errno.EIO, f"the file did not read back: {damage}")
 
 
 def _on_cpu(value):
-    """The same with tensors that any machine can open: torch notes the device that each was saved from."""
+    """Return `value` with its tensors on the CPU: one saved from a GPU cannot be opened without a GPU."""
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, dict):
@@ -83,18 +80,22 @@ def _on_cpu(value):
 
 def _move_into_place(partial: Path, path: Path) -> None:
     crash_point("before_rename")
-    # A damaged file never replaces a sound older one, which may be the one this run came from.
+    # A damaged file never replaces an intact older one: the run may have been resumed from that one.
     if path.exists() and not find_damage(path):
-        _keep_as(path, previous(path))
+        _keep_as(path, path.with_name("prev_" + path.name))
     crash_point("between_renames")
     os.replace(partial, path)
-    partial.unlink(missing_ok=True)  # renaming one name of a file to another of its names does nothing
+    partial.unlink(missing_ok=True)  # if both names were one file already, replace did nothing
     crash_point("after_rename")
-    sync_directory(path.parent)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)  # makes the renames survive a power cut
+    finally:
+        os.close(directory)
 
 
 def _keep_as(path: Path, older: Path) -> None:
-    """Let `older` name what `path` names, without a moment in which `path` is missing where links exist."""
+    """Make `older` a name of the file `path`; where hard links exist, `path` is never missing meanwhile."""
     second_name = older.with_name(older.name + ".partial")
     try:
         second_name.unlink(missing_ok=True)
@@ -109,10 +110,16 @@ def _keep_as(path: Path, older: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give the whole checkpoint `source` a second name; the file that was there becomes prev_<name>."""
+    """Give the checkpoint `source` a second name; the file that was there becomes prev_<name>."""
     partial = target.with_name(target.name + ".partial")
     try:
-        _name_or_copy(source, partial)
+        partial.unlink(missing_ok=True)
+        try:
+            os.link(source, partial)
+        except OSError:  # a filesystem without hard links
+            shutil.copyfile(source, partial)
+            with open(partial, "rb") as file:
+                os.fsync(file.fileno())
         crash_point("between_link_and_rename")
         _move_into_place(partial, target)
     except OSError as error:
@@ -120,180 +127,151 @@ def link(source: Path, target: Path) -> None:
         raise _write_failed(target, error) from error
 
 
-def _name_or_copy(source: Path, target: Path) -> None:
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # a filesystem without hard links
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def previous(path: Path) -> Path:
-    return path.with_name("prev_" + path.name)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def crash_point(name: str) -> None:
+    """Kill the process if the environment variable CRASH_POINT is `name`: the tests' power cut."""
+    if os.environ.get("CRASH_POINT") == name:
+        os.kill(os.getpid(), 9)
 
 
 def _is_io_error(error: Exception) -> bool:
     # torch reports a failed write as a RuntimeError of its zip writer.
-    return (
-        isinstance(error, OSError) or "PytorchStreamWriter" in str(error) or "inline_container" in str(error)
-    )
+    writer = ("PytorchStreamWriter", "inline_container")
+    return isinstance(error, OSError) or any(name in str(error) for name in writer)
 
 
-def _write_failed(path: Path, error: Exception) -> Exception:
-    if not _is_io_error(error):
-        return error
+def _write_failed(path: Path, error: Exception) -> ResourceError:
     try:
         free = f"{shutil.disk_usage(path.parent).free / 2**20:,.0f} MiB free there"
     except OSError:
         free = "its directory cannot be read"
-    number = getattr(error, "errno", None) or getattr(
-        error.__context__, "errno", None
-    )  # torch wraps the OSError
+    # torch wraps the OSError of a failed write.
+    number = getattr(error, "errno", None) or getattr(error.__context__, "errno", None)
     reason = os.strerror(number) if number else "the write failed"
-    return ResourceError(
-        f"cannot write {path}: {reason} ({free}); the checkpoints written before are untouched",
-        "free some space, or go on elsewhere: --resume PATH --save-dir NEW",
-    )
+    what = f"cannot write {path}: {reason} ({free}); earlier checkpoints are intact"
+    return ResourceError(what, "free some space, or continue elsewhere: --resume PATH --save-dir NEW")
 
 
 def find_damage(path: Path, only: str = "") -> str:
-    """Why `path` is not a whole checkpoint file, or '': torch alone would load flipped bits.
+    """Return why `path` is not a complete checkpoint file, or ''. torch alone would load flipped bits.
 
-    torch stores every entry as it is, so entries that are packed, or larger together than the file,
-    are refused before they are unpacked: they are how a small file fills a memory.
-    With `only`, no more than the entries whose name ends so are read.
+    torch stores entries uncompressed. Compressed ones, or ones that together exceed the file's size, are
+    refused before anything is unpacked: with them a small file could fill the memory.
+    only: read just the entries whose names end with this
     """
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 return "it holds compressed entries, which torch never writes"
-            if any(
-                entry.external_attr & 0x10 for entry in entries
-            ):  # torch would hand out memory it never filled
-                return "it holds a directory, which torch never writes"
+            if any(entry.external_attr & 0x10 for entry in entries):
+                return "it holds a directory, for which torch would return uninitialised memory"
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 return "its entries are larger than the file"
-            if only:
-                for entry in entries:
-                    if entry.filename.endswith(only):
-                        archive.read(entry)
-                return ""
-            broken = archive.testzip()
-        return f"checksum of {broken} is wrong" if broken else ""
+            for entry in entries:
+                if entry.filename.endswith(only):
+                    archive.read(entry)  # and check its CRC-32
+        return ""
     except zipfile.BadZipFile as error:
-        return "it is empty" if path.stat().st_size == 0 else f"not a whole file ({error})"
-    except (OSError, EOFError, NotImplementedError, ValueError, RuntimeError) as error:
-        return str(error) or type(error).__name__
-    except Exception as error:  # zlib.error, struct.error ...: whatever a damaged file provokes
+        return "it is empty" if path.stat().st_size == 0 else f"not a complete file ({error})"
+    except Exception as error:  # whatever a damaged file provokes: OSError, zlib.error, struct.error
         return f"{type(error).__name__}: {error}"
 
 
 def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
-    """Any file of tensors and plain types (ours, torchvision's, the earlier code's), on the CPU.
+    """Load any file of tensors and plain types (ours, torchvision's, earlier versions') onto the CPU.
 
-    With `values_only`, the bytes of tensors are neither read nor checked.
+    values_only: neither read nor check the bytes of tensors
     Raises CheckpointError if it is missing, damaged, or holds anything that could run code.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}", _what_is_there(path))
+        raise CheckpointError(f"no checkpoint at {path}", _alternatives(path))
     with path.open("rb") as file:
         is_legacy = file.read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
     damage = "" if is_legacy else find_damage(path, "data.pkl" if values_only else "")
     if damage:
-        raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _what_is_there(path))
+        raise CheckpointError(f"damaged or incomplete checkpoint {path}: {damage}", _alternatives(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=values_only and not is_legacy)
     except pickle.UnpicklingError as error:
-        found = next(
-            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line), ""
-        )
-        raise CheckpointError(
-            f"refused {path}: it contains code, not only tensors ({found[:160]})",
-            "use a file of plain tensors from a source you trust",
-        ) from None
+        lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "global" in line]
+        what = f"refused {path}: it contains code, not only tensors ({''.join(lines[:1])[:160]})"
+        raise CheckpointError(what, "use a file of plain tensors from a source you trust") from None
     except Exception as error:  # torch raises many kinds for a malformed archive
-        raise CheckpointError(
-            f"unreadable checkpoint {path}: {type(error).__name__}", _what_is_there(path)
-        ) from error
+        what = f"unreadable checkpoint {path}: {type(error).__name__}"
+        raise CheckpointError(what, _alternatives(path)) from error
+
+
+def _alternatives(path: Path) -> str:
+    found = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if path.parent.is_dir() else []
+    others = f"use another file in {path.parent}: {', '.join(found)}"
+    return others if found else "use another file, or leave out --resume to start a new run"
 
 
 def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
-    """A checkpoint of ours, whole, of a schema this code knows, as `schemas` checked it. Raises CheckpointError."""
+    """Load a complete checkpoint of a run, checked by `schemas`. Raises CheckpointError."""
     from base import schemas
 
     payload = read(path, values_only=values_only)
     schema = dict.get(payload, "schema") if isinstance(payload, dict) else None
     if type(schema) is not int:
-        raise CheckpointError(
-            f"{path} holds weights only, not the state of a run",
-            "use --init-from to start a new run from these weights",
-        )
+        what = f"{path} holds weights only, not the state of a run"
+        raise CheckpointError(what, "use --init-from to start a new run from these weights")
     if schema > SCHEMA:
         unknown = ", ".join(sorted(map(str, dict.keys(payload) - schemas.Checkpoint.__annotations__.keys())))
-        raise CheckpointError(
-            f"{path} has schema {schema}; this code knows up to {SCHEMA}"
-            + (f" and nothing of {one_line(unknown)[:200]}" if unknown else ""),
-            "update this repository",
-        )
+        fields = f" and has unknown fields: {one_line(unknown)[:200]}" if unknown else ""
+        what = f"{path} has schema {schema}{fields}; this code reads up to {SCHEMA}"
+        raise CheckpointError(what, "update this repository")
     return schemas.check_checkpoint(payload, Path(path))
 
 
-def _what_is_there(path: Path) -> str:
-    siblings = sorted(p.name for p in path.parent.glob("*.pt")) if path.parent.is_dir() else []
-    others = ", ".join(name for name in siblings if name != path.name)
-    return f"in {path.parent} there is: {others}" if others else "leave --resume out to start a new run"
-
-
 def newest(
-    directory: Path, own: Callable[[Path, dict], bool] = lambda path, payload: True
+    directory: Path, is_own: Callable[[Path, dict], bool] = lambda path, payload: True
 ) -> tuple[Path | None, dict | None, list[str]]:
-    """The newest sound last_* (or prev_last_*, or best_*) in `directory`, its payload, and what was passed over and why.
+    """Return the newest intact checkpoint in `directory`, its payload, and why others were skipped.
 
-    own(path, payload): whether it is of the run that is looked for
-    Only the one that is taken is read whole. Raises CheckpointError if there are checkpoints but none is
-    sound: starting again over them would destroy what may still be rescued.
+    is_own(path, payload): whether the checkpoint is of the run that is wanted
+    Only the chosen one is read completely. Raises CheckpointError if checkpoints exist but none is intact:
+    a new run would destroy what may still be rescued.
     """
-    candidates, passed_over = [], []
+    candidates, skipped = [], []
     for path in directory.glob("*.pt"):
         try:
-            known = load(path, values_only=True)
-            if own(path, known):
-                candidates.append(
-                    ((known["step"], len(known["rows"]), path.name.startswith("last_"), path.name), path)
-                )
+            values = load(path, values_only=True)
+            if is_own(path, values):
+                age = (values["step"], len(values["rows"]), path.name.startswith("last_"), path.name)
+                candidates.append((age, path))
         except CheckpointError as error:
-            passed_over.append(error.what)
+            skipped.append(error.what)
     for _, path in sorted(candidates, reverse=True):
         try:
-            return path, load(path), passed_over
+            return path, load(path), skipped
         except CheckpointError as error:
-            passed_over.append(error.what)
-    if passed_over:
-        raise CheckpointError(
-            f"no sound checkpoint in {directory}: {'; '.join(passed_over)}",
-            "restore a copy, or name another --save-dir to start anew",
-        )
+            skipped.append(error.what)
+    if skipped:
+        what = f"no intact checkpoint in {directory}: {'; '.join(skipped)}"
+        raise CheckpointError(what, "restore a copy, or start anew in another --save-dir")
     return None, None, []
 
 
-def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module, dict]:
-    """Rebuild the model of a checkpoint, in eval mode, and return it with the whole payload.
+def eval_settings(index, image_size: int) -> dict:
+    """Return payload["eval"]: how to prepare images for the model, so that every tool does it alike."""
+    return {
+        "dataset": index.name,
+        "classes": list(index.classes),
+        "class_names": list(index.class_names or index.classes),
+        "mean": list(index.mean),
+        "std": list(index.std),
+        "image_size": image_size,
+        "crop": EVAL_CROP,
+    }
 
-    weights: 'ema' (the raw weights where the run kept no average) or 'raw'.
-    payload["eval"] says how to feed it: classes, class_names, mean, std, image_size, crop.
+
+def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module, dict]:
+    """Rebuild a checkpoint's model in eval mode; return it with the whole payload (see `eval_settings`).
+
+    weights: 'ema' (the raw weights if the run kept no average) or 'raw'
+    Raises CheckpointError.
     """
     from base import schemas
 
@@ -302,12 +280,11 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
         model = build_model(**payload["model_args"])
     except (UserError, RuntimeError, ValueError, TypeError) as error:
         reason = one_line(str(error).splitlines()[0])
-        raise CheckpointError(
-            f"{path} does not hold the model it describes: {reason}", "use a checkpoint that train.py wrote"
-        ) from error
+        what = f"{path} describes a model that cannot be built: {reason}"
+        raise CheckpointError(what, "use a checkpoint that train.py wrote") from error
     own, averaged = model.state_dict(), payload["ema"].get("shadow")
-    for name, state in (("model", payload["model"]), ("ema.shadow", averaged)):
-        if state is not None:
-            schemas.check_tensors(state, own, f"{path}: {name}")
+    schemas.check_tensors(payload["model"], own, f"{path}: model")
+    if averaged is not None:
+        schemas.check_tensors(averaged, own, f"{path}: ema.shadow")
     model.load_state_dict(averaged if averaged is not None and weights == "ema" else payload["model"])
     return model.eval(), payload

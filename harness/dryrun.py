@@ -1,6 +1,6 @@
-"""--dry-run and --summary: what a run will do, tried out at every size, and how long it may take.
+"""--summary and --dry-run: what a run will do, tried at each size, and how long it may take.
 
-Nothing is written but a checkpoint in a temporary directory.
+Nothing is written except a checkpoint in a temporary directory.
 """
 
 from __future__ import annotations
@@ -21,102 +21,68 @@ from base.errors import ResourceError
 from base.process import say
 from base.progress import duration
 from harness import build, checkpoint
-from harness.preflight import checkpoint_bytes, out_of_memory_named, tensor_bytes
+from harness.preflight import checkpoint_bytes, explain_out_of_memory, tensor_bytes
 from loop import Run, eval_batches, start_phase
 from models import build_model
 from models.summary import count_macs, count_params, format_table
 from sources.index import DatasetIndex
 from train_utils import Phase, StepOptions, check_diverged, evaluate, train_step
 
-SECONDS = 2.0  # of timed steps at each size, where one takes less
+SECONDS = 2.0  # of timed steps at each size; at least one step
 
 
 def print_summary(model_args: dict, phases: Sequence[Phase]) -> None:
-    """The layers with output shapes, parameters and multiply-adds, a table for each size of the plan."""
+    """Print the layers with output shapes, parameters and multiply-adds, as a table for each size."""
     model = build_model(**model_args)
     for size in dict.fromkeys(phase.image_size for phase in phases):
-        print(format_table(model, size), end="\n\n", flush=True)
-
-
-@dataclass
-class Rate:
-    """Images a second over the batches that passed `timed`; the first one is a warm-up."""
-
-    images: int = 0
-    seconds: float = 0.0
-    batches: int = 0  # of them timed
-
-    @property
-    def per_second(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
-
-
-def timed(batches: Iterable, rate: Rate, device: torch.device, seconds: float) -> Iterator:
-    """Pass batches on and time what is done with them, until a second one is done and `seconds` are over.
-
-    Compilation, kernel selection and worker start-up fall on the first batch, which is not counted
-    unless it is the only one.
-    """
-    clock = time.perf_counter()
-    for k, batch in enumerate(batches):
-        yield batch
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.perf_counter()
-        if k < 2:
-            rate.images, rate.seconds, rate.batches = 0, 0.0, 0
-        rate.images, rate.seconds, rate.batches = (
-            rate.images + len(batch[1]),
-            rate.seconds + now - clock,
-            rate.batches + 1,
-        )
-        clock = now
-        if k and rate.seconds >= seconds:
-            return
+        say(f"{format_table(model, size)}\n")
 
 
 def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> None:
-    """Print the plan; take two or more real steps (for SECONDS) and validate at every size; project the hours.
+    """Print the plan; take real steps and validate at each size; try a checkpoint; project the hours.
 
-    Checkpoints are tried in a temporary directory; --save-dir is neither made nor touched.
+    --save-dir is neither made nor touched.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        run = build.build(config, index, runtime, phases, Path(folder))
+    with tempfile.TemporaryDirectory() as directory:
+        run = build.build(config, index, runtime, phases, Path(directory))
         if config.init_from:
             build.load_init_from(run, config)
-        print("\n".join(describe(run, config, index)), flush=True)
+        say(describe(run, config))
         hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
-        print(try_checkpoint(run), flush=True)
+        say(try_checkpoint(run))
     training, validation = (sum(parts) for parts in zip(*hours, strict=True))
-    print(
-        f"projected from these rates: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
-        f"{validation:.2f} h validation\n(a projection, warm-up left out; start-up and checkpoints are not in it)\n"
-        f"nothing was written to {config.save_dir}: leave --dry-run out to train",
-        flush=True,
+    say(
+        f"projected: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
+        f"{validation:.2f} h validation\n"
+        "(a projection from these rates, without warm-up, start-up and checkpoints)\n"
+        f"nothing was written to {config.save_dir}: leave out --dry-run to train"
     )
 
 
-def describe(run: Run, config, index: DatasetIndex) -> list[str]:
-    """The plan, a line for each phase."""
-    model, runtime = run.state.model, run.runtime
+def describe(run: Run, config) -> str:
+    """Return the plan, one line for each phase."""
+    model, runtime, index = run.state.model, run.runtime, run.index
+    steps = sum(p.steps for p in run.phases)
+    images = f"{len(index.train):,} training and {len(index.val):,} validation images"
     lines = [
         f"{config.arch}: {count_params(model):,} parameters, on {runtime.device} ({runtime.precision})",
-        f"{index.name}: {len(index.train):,} training and {len(index.val):,} validation images of {len(index.classes)} classes",
-        f"{run.epochs} epochs, {sum(p.steps for p in run.phases):,} steps of {config.optimizer}, {config.schedule} schedule",
+        f"{index.name}: {images} of {len(index.classes)} classes",
+        f"{run.epochs} epochs, {steps:,} steps of {config.optimizer}, {config.schedule} schedule",
         "",
         "  epochs    px  batch  steps/epoch       steps          learning rate  multiply-adds/image",
     ]
     for p in run.phases:
         low, high = lr_range(run.state.schedule, p)
         lines.append(
-            f"{p.first_epoch:>4}-{p.last_epoch:<4} {p.image_size:>4}  {p.batch_size:>5}  {p.steps_per_epoch:>11,}  "
-            f"{p.steps:>10,}  {low:.2e} .. {high:.2e}  {count_macs(model, p.image_size):>19,}"
+            f"{p.first_epoch:>4}-{p.last_epoch:<4} {p.image_size:>4}  {p.batch_size:>5}  "
+            f"{p.steps_per_epoch:>11,}  {p.steps:>10,}  {low:.2e} .. {high:.2e}  "
+            f"{count_macs(model, p.image_size):>19,}"
         )
-    return [*lines, ""]
+    return "\n".join([*lines, ""])
 
 
 def lr_range(schedule, phase: Phase, points: int = 2000) -> tuple[float, float]:
-    """The lowest and highest learning rate of the phase, from a look at up to `points` of its steps."""
+    """Return the lowest and highest learning rate of the phase, from at most `points` + 1 of its steps."""
     last = phase.first_step + phase.steps - 1
     steps = {*range(phase.first_step, last, max(1, phase.steps // points)), last}
     rates = [schedule.lr_at(step) for step in steps]
@@ -124,110 +90,128 @@ def lr_range(schedule, phase: Phase, points: int = 2000) -> tuple[float, float]:
 
 
 def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
-    """Real steps and a validation with the real loaders; the hours of training and validation to expect."""
-    device = run.runtime.device
+    """Train and validate with the real loaders for a while, at least two batches each if there are two.
+
+    Return the hours of training and of validation that the phase is expected to take.
+    """
+    state, device, average = run.state, run.runtime.device, run.state.ema.module
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    loader, how = start_phase(run, phase)
+    loader, options = start_phase(run, phase)
     loader.order.seek(phase.first_epoch)
-    run.state.step = phase.first_step
-    run.state.schedule.seek(phase.first_step)
-    run.state.start_epoch()
-    training, validation = Rate(), Rate()
-    endless = itertools.chain.from_iterable(
-        itertools.repeat(loader)
-    )  # it goes on with the next epoch by itself
-    with out_of_memory_named(run):
-        run.state.model.train()
-        losses, bad = [], 0
-        for images, labels in timed(itertools.islice(endless, phase.steps), training, device, seconds):
-            loss, finite = train_step(run.state, how, images, labels)
-            losses, bad = losses + [loss] * finite, bad + (not finite)
-            check_diverged(run.state)
-        averaged = run.state.ema.module
-        models = {"val": run.state.model} | ({} if averaged is None else {"ema": averaged})
-        evaluate(
-            models,
-            timed(eval_batches(run, run.index.val, phase), validation, device, seconds / 2),
-            run.runtime,
-        )
-    print(
-        f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({training.batches} steps timed, "
-        f"loss {sum(losses) / max(1, len(losses)):.3f}), {validation.per_second:>8,.1f} img/s validation, "
-        f"memory {memory_of(run, phase, how)}",
-        flush=True,
+    state.step = phase.first_step
+    state.schedule.seek(phase.first_step)
+    state.model.train()
+    training, validation, steps = Rate(), Rate(), []
+    epochs = itertools.chain.from_iterable(itertools.repeat(loader))  # the loader advances its own epoch
+    models = {"val": state.model} | ({} if average is None else {"ema": average})
+    with explain_out_of_memory(run):
+        for images, labels in timed(itertools.islice(epochs, phase.steps), training, device, seconds):
+            steps.append(train_step(state, options, images, labels))
+            check_diverged(state)
+        batches = eval_batches(run, run.index.val, phase)
+        evaluate(models, timed(batches, validation, device, seconds / 2), run.runtime)
+    losses = [loss for loss, finite in steps if finite]
+    details = f"{training.batches} steps timed, loss {sum(losses) / max(1, len(losses)):.3f}"
+    say(
+        f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({details}), "
+        f"{validation.per_second:>8,.1f} img/s validation, memory {memory_used(run, phase, options)}"
     )
-    if bad:
-        searching = run.state.scaler.is_enabled() and not run.state.bad_in_a_row
-        say(
-            f"{'note' if searching else 'WARNING'}: {bad} steps at {phase.image_size} px were not finite"
-            + (", as fp16 looks for its scale" if searching else "")
-        )
-    validations = sum(
-        epoch % run.eval_every == 0 or epoch == run.epochs
-        for epoch in range(phase.first_epoch, phase.last_epoch + 1)
-    )
-    images = len(run.index.val) + len(run.train_sample) / len(
-        models
-    )  # the training sample is scored with one model
-    return (
-        phase.steps * phase.batch_size / training.per_second / 3600,
-        validations * images / run.runtime.world_size / validation.per_second / 3600,
-    )
+    if bad := len(steps) - len(losses):
+        searching = state.scaler.is_enabled() and not state.bad_in_a_row
+        level, reason = ("note", ", as fp16 searches for its scale") if searching else ("WARNING", "")
+        say(f"{level}: {bad} steps at {phase.image_size} px were not finite{reason}")
+    validations = sum(map(run.is_scored, range(phase.first_epoch, phase.last_epoch + 1)))
+    # The training sample is scored with one model.
+    scored = validations * (len(run.index.val) + len(run.train_sample) / len(models)) / run.runtime.world_size
+    return phase.steps * phase.batch_size / training.per_second / 3600, scored / validation.per_second / 3600
 
 
-def memory_of(run: Run, phase: Phase, how: StepOptions) -> str:
+@dataclass
+class Rate:
+    """What `timed` has measured."""
+
+    images: int = 0
+    seconds: float = 0.0
+    batches: int = 0
+
+    @property
+    def per_second(self) -> float:
+        return self.images / max(self.seconds, 1e-9)
+
+
+def timed(batches: Iterable, rate: Rate, device: torch.device, seconds: float) -> Iterator:
+    """Yield batches and time what is done with each, until two are done and `seconds` have passed.
+
+    The first one is a warm-up (compilation, choice of kernels, start of workers), counted only if it stays
+    the only one.
+    """
+    clock = time.perf_counter()
+    for k, batch in enumerate(batches):
+        yield batch
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if k == 1:
+            rate.images, rate.seconds, rate.batches = 0, 0.0, 0
+        rate.images += len(batch[1])
+        rate.seconds += now - clock
+        rate.batches += 1
+        clock = now
+        if k and rate.seconds >= seconds:
+            return
+
+
+def memory_used(run: Run, phase: Phase, options: StepOptions) -> str:
+    """Return the GPU memory that was used, or what a step on a CPU needs."""
     if run.runtime.device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
         return f"{peak / MIB:,.0f} MiB of {total / MIB:,.0f}"
-    return f"about {estimated_memory(run, phase, how) / MIB:,.0f} MiB"
+    return f"about {estimated_memory(run, phase, options) / MIB:,.0f} MiB"
 
 
-def estimated_memory(run: Run, phase: Phase, how: StepOptions) -> int:
-    """Bytes of weights, gradients, optimizer, average, batch, and what the forward keeps for the backward."""
-    model, images = run.state.model, math.ceil(phase.batch_size / run.runtime.world_size)
-    fixed = checkpoint_bytes(run) + tensor_bytes(model.parameters())
-    two, four = (saved_bytes(run, how, n, phase.image_size) for n in (2, 4))
-    # From two counts: what autocast keeps of the weights does not grow with the batch.
-    activations = two + (four - two) / 2 * (math.ceil(images / how.accumulate) - 2)
+def estimated_memory(run: Run, phase: Phase, options: StepOptions) -> int:
+    """Return the bytes of weights, gradients, optimizer, average, batch and saved activations."""
+    images = math.ceil(phase.batch_size / run.runtime.world_size)
+    fixed = checkpoint_bytes(run) + tensor_bytes(run.state.model.parameters())
+    # From two batch sizes: what autocast keeps of the weights does not grow with the batch.
+    two, four = (saved_bytes(run, options, n, phase.image_size) for n in (2, 4))
+    activations = two + (four - two) / 2 * (math.ceil(images / options.accumulate) - 2)
     return int(fixed + activations + 2 * images * 3 * phase.image_size**2 * 4)
 
 
-def saved_bytes(run: Run, how: StepOptions, images: int, image_size: int) -> int:
-    """Bytes that autograd keeps from a forward of `images` images, the parameters themselves not counted."""
+def saved_bytes(run: Run, options: StepOptions, images: int, image_size: int) -> int:
+    """Return the bytes that autograd keeps of a forward of `images` images, without the parameters."""
     weights = {p.data_ptr() for p in run.state.model.parameters()}
     storages: dict[int, int] = {}
-    held = []
+    kept = []  # alive until the end, so that no address is used twice
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             storages[storage.data_ptr()] = storage.nbytes()
-            held.append(tensor)  # an address counts once as long as nothing else can move in
+            kept.append(tensor)
         return tensor
 
     batch = torch.zeros(images, 3, image_size, image_size, device=run.runtime.device)
-    how.buffers.take()
+    options.buffers.take()
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), run.runtime.autocast():
         run.state.model(batch.contiguous(memory_format=torch.channels_last))
-    how.buffers.restore()
+    options.buffers.restore()
     return sum(storages.values())
 
 
 def try_checkpoint(run: Run) -> str:
-    """Write the state, read it back, compare every tensor. Raises ResourceError where they differ."""
+    """Write the state, read it back and compare every value. Raises ResourceError if they differ."""
     path, started = run.path("last"), time.perf_counter()
     payload = run.metadata | run.state.state_dict()
     checkpoint.save(path, payload)
-    back = checkpoint.load(path)
-    if not _same(payload, {name: back[name] for name in payload}):
-        raise ResourceError(
-            "a checkpoint did not come back as it was written", "check memory and disk of this machine"
-        )
-    return (
-        f"checkpoint: {path.stat().st_size / MIB:,.0f} MiB, written and read back bit for bit in "
-        f"{duration(time.perf_counter() - started)}"
-    )
+    loaded = checkpoint.load(path)
+    if not _same(payload, {name: loaded[name] for name in payload}):
+        what = "a checkpoint was not read back as it was written"
+        raise ResourceError(what, "check the memory and the disk of this machine")
+    size, seconds = path.stat().st_size / MIB, duration(time.perf_counter() - started)
+    return f"checkpoint: {size:,.0f} MiB, written and read back bit for bit in {seconds}"
 
 
 def _same(a, b) -> bool:

@@ -5,7 +5,6 @@ Plots, tables and reports read metrics.jsonl. This module never imports torch.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from base import files
-from base.errors import DataError, UsageError
+from base.errors import DataError, optional
 from base.process import say
 from base.progress import duration
 
@@ -43,23 +42,6 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
             if number < len(lines):
                 raise  # only the last line may be empty or cut short, by a kill or a full disk
     return rows
-
-
-def optional(package: str, needed_for: str):
-    """Import `package`. Raises UsageError with the install command, or with the reason it does not import."""
-    top = package.partition(".")[0]
-    name = "tensorboard" if needed_for == "--tensorboard" else top
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name in (package, top, name):
-            raise UsageError(f"{needed_for} needs the {name} package", f"pip install {name}") from None
-        cause: Exception = error
-    except Exception as error:  # a broken package can raise anything
-        cause = error
-    said = (str(cause).strip() or "no reason given").splitlines()[0]
-    what = f"{needed_for}: {name} is installed but cannot be imported: {type(cause).__name__}: {said}"
-    raise UsageError(what, f"reinstall it: pip install --force-reinstall {name}") from cause
 
 
 def check_trackers(*, tensorboard: bool, wandb: bool) -> None:

@@ -1,4 +1,8 @@
-"""One run, one directory: its files, its lock, and which checkpoint it goes on from."""
+"""A run's directory: what it holds, who may write there, and all of resuming.
+
+train.py calls, in this order: `scan`, `find_checkpoint`, `resumed_config`, `check`, `identify`, `restore`,
+`acquire` and `copy_best`. Nothing before `acquire` writes to the directory.
+"""
 
 from __future__ import annotations
 
@@ -7,127 +11,108 @@ import json
 import os
 import secrets
 import stat
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from base import process
+from base.config_file import from_file
 from base.errors import CheckpointError, ResourceError, UsageError
-from base.flags import FREE_ON_RESUME, dashed, from_file, make_config, plain, train_defaults, train_parser
+from base.files import replacing
+from base.flags import FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
+from base.process import say
 
-KINDS = ("last", "best", "prev_last", "prev_best")
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 FILES = (
     "wandb_id",
     "metrics.jsonl",
     "config.json",
     "env.json",
-)  # the last two say whose the others are: they go last
-PICTURES = (
-    "curves",
-    "lr",
-    "batch",
-    "gradcam",
-    "gradcam_misclassified",
-    "misclassified",
-    "kernels",
-    "filtered",
-    "feature_maps",
-    "stride_padding",
-    "loss_landscape",
-)  # what our commands draw into plots/
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+)  # the last two identify the run: deleted last
+OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
+PLOTS = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
+         "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
 DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
+# Flags about one start of a run: never taken from a checkpoint.
+START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
+               "config"}  # fmt: skip
+MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # those that decide the weights' shapes
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a save directory holds of a run, as it was looked at."""
+class SaveDir:
+    """What a directory held when it was scanned; true if it held anything of a run."""
 
     path: Path
-    run: str  # the id of the run; empty for none, and for one from before runs had ids
-    parent: str  # the run it was forked from
-    files: tuple[Path, ...]  # what --overwrite deletes, in this order
-    checkpoints: tuple[Path, ...]  # where no run is recorded: any that are named like a run's
-    state: tuple  # changes when a run writes here
+    run_id: str  # empty if no run is recorded, or one from before runs had ids
+    parent: str  # the id of the run it was forked from
+    files: tuple[Path, ...]  # the recorded run's own: what --overwrite deletes, in this order
+    checkpoints: tuple[Path, ...]  # the recorded run's; if none is recorded, all that are named like a run's
+    signature: tuple  # changes when a run writes here
 
     def __bool__(self) -> bool:
         return bool(self.files or self.checkpoints)
 
 
-def look(save_dir: str) -> Held:
-    """What lies in `save_dir`; writes nothing. Raises UsageError or ResourceError for what can be no run's directory."""
+def scan(save_dir: str) -> SaveDir:
+    """Return what `save_dir` holds. Raises UsageError or ResourceError if it cannot be a run's directory."""
     path = Path(save_dir)
     if not save_dir or "\0" in save_dir or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise UsageError(
-            f"--save-dir {save_dir!r} is no directory", "name one, such as --save-dir ./checkpoints"
-        )
+        raise UsageError(f"--save-dir {save_dir!r} is not a directory name", "use one such as ./checkpoints")
     try:
-        kind = (path / ".lock").lstat().st_mode
-        if not stat.S_ISREG(kind):
-            raise ResourceError(
-                f"{path / '.lock'} is not a plain file", "remove it, or name another --save-dir"
-            )
-    except (FileNotFoundError, NotADirectoryError):
-        pass
+        lock = _lstat(path / ".lock")
     except OSError as error:
         raise _unusable(path, error) from None
+    if lock and not stat.S_ISREG(lock.st_mode):
+        raise ResourceError(f"{path / '.lock'} is not a plain file", "remove it, or use another --save-dir")
     config, env = _read_json(path / "config.json"), _read_json(path / "env.json")
-    recorded = [
-        name
-        for name, known in (
-            ("config.json", {"arch", "resize_schedule"} <= config.keys()),
-            ("env.json", {"torch", "command"} <= env.keys()),
-        )
-        if known
-    ]
+    has_config, has_env = {"arch", "resize_schedule"} <= config.keys(), {"torch", "command"} <= env.keys()
     checkpoints = [p for kind in KINDS for p in sorted(path.glob(f"{kind}_*.pt"))]
     files = []
-    if recorded:
-        name = env.get("checkpoint") or _name_before_ids(checkpoints, str(config.get("arch")))
-        checkpoints = [p for p in checkpoints if p.name in names(name)]
-        files = [path / "plots" / f"{picture}.png" for picture in PICTURES]
+    if has_config or has_env:  # a run is recorded
+        names = checkpoint_files(env.get("checkpoint") or _newest_name(checkpoints, str(config.get("arch"))))
+        checkpoints = [p for p in checkpoints if p.name in names]
+        files = [path / "plots" / f"{plot}.png" for plot in PLOTS]
         files += sorted((path / "tensorboard").glob("events.out.tfevents.*"))
-        files += checkpoints + [path / f"{n}.partial" for n in names(name)]
-        files += [path / n for n in FILES if n in recorded or not n.endswith(".json")]
-    files = [p for p in files if p.is_file() or p.is_symlink()]
-    return Held(
-        path,
-        _text(env, "run"),
-        _text(env, "parent"),
-        tuple(files),
-        tuple(checkpoints),
-        tuple(
-            sorted(
-                (p.name, s.st_ino, s.st_size, s.st_mtime_ns)
-                for p in (*checkpoints, *(path / n for n in FILES))
-                if (s := _stat(p))
-            )
-        ),
-    )
+        files += checkpoints + [path / f"{name}.partial" for name in names]
+        foreign = {"config.json": not has_config, "env.json": not has_env}
+        files += [path / name for name in FILES if not foreign.get(name)]
+        files = [p for p in files if p.is_file() or p.is_symlink()]
+    entries = [(p.name, _lstat(p)) for p in (*checkpoints, *(path / name for name in FILES))]
+    signature = tuple((name, e.st_ino, e.st_size, e.st_mtime_ns) for name, e in entries if e)
+    run_id, parent = (str(env.get(key) or "") for key in ("run", "parent"))
+    return SaveDir(path, run_id, parent, tuple(files), tuple(checkpoints), signature)
 
 
 def checkpoint_name(arch: str, dataset: str) -> str:
-    """What follows last_ and best_."""
+    """Return what follows last_ and best_ in the file names of a run's checkpoints."""
     return f"{arch}_{dataset}.pt"
 
 
-def names(checkpoint: object) -> list[str]:
-    """The four names of a run's checkpoints; none for what is no file name."""
-    fits = isinstance(checkpoint, str) and checkpoint == Path(checkpoint).name and checkpoint.endswith(".pt")
-    return [f"{kind}_{checkpoint}" for kind in KINDS] if fits else []
+def checkpoint_files(name: object) -> list[str]:
+    """Return the four file names of a run's checkpoints; none if `name` is not a checkpoint's name."""
+    is_name = isinstance(name, str) and name == Path(name).name and name.endswith(".pt")
+    return [f"{kind}_{name}" for kind in KINDS] if is_name else []
 
 
-def _name_before_ids(checkpoints: list[Path], arch: str) -> str:
-    """env.json did not say it then: the name of the youngest last_* of the recorded architecture."""
-    found = [p for p in checkpoints if p.name.startswith(f"last_{arch}_") and _stat(p)]
+def _newest_name(checkpoints: list[Path], arch: str) -> str:
+    """Return the name of the newest last_* of `arch`: the run's, where an old env.json does not say."""
+    found = [p for p in checkpoints if p.name.startswith(f"last_{arch}_") and _lstat(p)]
     return max(found, key=lambda p: p.stat().st_mtime_ns).name.removeprefix("last_") if found else ""
 
 
 def _read_json(path: Path) -> dict:
+    """Return what `path` holds; {} for anything but an object, which is then not a run's.
+
+    By hand, because every start reads two such files before it is known to be one: pydantic, which
+    `schemas` needs, would cost it a tenth of a second.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
@@ -135,106 +120,276 @@ def _read_json(path: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def _text(values: dict, key: str) -> str:
-    return value if isinstance(value := values.get(key), str) else ""
-
-
-def _stat(path: Path) -> os.stat_result | None:
+def _lstat(path: Path) -> os.stat_result | None:
     try:
         return path.lstat()
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
-def _unusable(path: Path, error: OSError) -> ResourceError:
-    return ResourceError(f"cannot write to --save-dir {path}: {error.strerror}", "name a writable directory")
+def check_checkpoint(path: str) -> None:
+    """Raise CheckpointError if there is no such file: said before torch is imported."""
+    if not Path(path).is_file():
+        found = ", ".join(sorted(p.name for p in Path(path).glob("*.pt"))) if Path(path).is_dir() else ""
+        fix = f"choose one of {found}" if found else "give the path of a best_*.pt or last_*.pt"
+        raise CheckpointError(f"no checkpoint at {path}", fix)
 
 
-def check(held: Held, *, resuming: bool, overwrite: bool) -> None:
-    """What can be said about a save directory before anything is built; writes nothing.
+# Resuming: which checkpoint, with which flags, as which run
 
-    Raises UsageError where it holds a run that is neither resumed nor overwritten, or one under way;
-    ResourceError where it cannot be written.
+
+def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
+    """Load the checkpoint to resume from; return None to start a new run.
+
+    resume: a path, which is loaded or refused; or "auto": the newest intact checkpoint of the run in
+        `save_dir`, or a new run if it has none; or "": a new run
     """
-    there = next(p for p in (held.path, *held.path.absolute().parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        what = "it is read-only" if there.is_dir() else f"{there} is a file"
-        raise ResourceError(f"cannot write to --save-dir {held.path}: {what}", "name a writable directory")
-    if held and not (resuming or overwrite):
-        raise UsageError(
-            f"{held.path} already holds a run ({(held.checkpoints or held.files)[0].name})",
-            "go on with --resume auto, start anew with --overwrite, or name another --save-dir",
-        )
-    if (held.path / ".lock").exists():
-        Lock(held.path).release()
+    if not resume or (resume == "auto" and not save_dir.path.is_dir()):
+        return None
+    from harness import checkpoint
+
+    if resume != "auto":
+        return checkpoint.load(resume)
+
+    def is_own(path: Path, payload: dict) -> bool:
+        run_id = payload.get("run")
+        own = not save_dir.run_id or (run_id == save_dir.run_id if run_id else path in save_dir.checkpoints)
+        say("" if own else f"skipping {path}: it belongs to another run")
+        return own
+
+    path, payload, skipped = checkpoint.newest(save_dir.path, is_own)
+    for reason in skipped:
+        say(f"skipping {reason}")
+    if path:
+        say(f"resuming from {path}")
+    return payload
 
 
-class Identity(NamedTuple):
-    """Which run goes on, or begins."""
+def resumed_config(config, typed: frozenset[str], saved: dict):
+    """Return the checkpoint's flags, `saved`, overridden by those that were `typed`.
 
-    run: str
-    parent: str = ""  # the run it was forked from
-    begins: bool = True  # in this directory: as a new run or as a fork
-
-
-def identity(held: Held, resume: str, saved: dict | None) -> Identity:
-    """Raises UsageError where the directory holds another run than the checkpoint `saved`."""
-    if not saved:  # a run that was killed before its first checkpoint keeps its id
-        return Identity((held.run if resume else "") or secrets.token_hex(8))
-    own, at_home = _text(saved, "run"), lies_in(resume, held.path)
-    if (held.run == own) if held.run and own else at_home:
-        return Identity(held.run or own or secrets.token_hex(8), held.parent, begins=False)
-    if held:
-        raise UsageError(
-            f"{held.path} holds {_called(held.run)}, {resume} is of {_called(own)}",
-            "name an empty --save-dir, or go on with what this one holds: --resume auto",
-        )
-    return Identity(secrets.token_hex(8), own)
-
-
-def _called(run: str) -> str:
-    return f"run {run}" if run else "a run without an id"
-
-
-def lies_in(resume: str, path: Path) -> bool:
-    """Whether the checkpoint that --resume names is one of `path`'s."""
-    return resume == "auto" or (path.is_dir() and Path(resume).parent.samefile(path))
-
-
-def check_foreign(held: Held, checkpoint: str) -> None:
-    """Raises UsageError where a run that begins here would write over files that no run recorded here has written."""
-    wanted = [held.path / name for name in (*FILES, *names(checkpoint))]
-    foreign = [p.name for p in wanted if _stat(p) and p not in held.files]
-    if foreign:
-        raise UsageError(
-            f"{held.path} holds {', '.join(foreign)}, which no run recorded there has written",
-            "move them away, or name another --save-dir",
-        )
-
-
-def claim(held: Held, *, overwrite: bool, checkpoint: str = "") -> Lock:
-    """Make the directory this run's own, prove that files can be written and renamed there, sweep up.
-
-    checkpoint: the name of the run's checkpoints after last_ and best_.
-    Raises ResourceError where it cannot be written, UsageError where another run holds it, or wrote
-    to it since it was looked at.
+    Raises CheckpointError listing the typed flags that would change training and that --allow-change
+    does not name.
     """
-    path = held.path
+    given = plain(config)
+    allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
+    if unknown := allowed - given.keys() - {"data"}:
+        names = ", ".join(sorted(unknown))
+        raise UsageError(f"--allow-change: there is no flag {names}", "use names from --help, or 'data'")
+    saved = parse_saved_flags(saved)
+    fixed = sorted(typed - FREE_ON_RESUME - allowed)
+    if changed := [name for name in fixed if given[name] != saved[name]]:
+        values = [f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed]
+        fix = f"leave them out, or accept the change with --allow-change {','.join(changed)}"
+        raise CheckpointError(f"these flags would change the resumed run: {'; '.join(values)}", fix)
+    return make_config(saved | {name: given[name] for name in START_FLAGS | typed})
+
+
+def with_saved_data(config, typed: frozenset[str], saved: dict):
+    """Return `config` with the checkpoint's values of all data flags that were not typed."""
+    saved = parse_saved_flags(saved)
+    return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
+
+
+def parse_saved_flags(saved: dict) -> dict:
+    """Return the flags of a checkpoint as the parser makes them; those it lacks have their defaults.
+
+    Raises CheckpointError naming a flag that this version does not know, or whose value it refuses.
+    """
+    try:
+        values = defaults() | from_file(train_parser(), saved, exact=True)
+    except UsageError as error:
+        fix = "use a checkpoint that train.py wrote; if it is newer than this code, update the code"
+        raise CheckpointError(f"malformed flags in the checkpoint: {error.what}", fix) from None
+    return plain(make_config(values))
+
+
+def _shown(value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class RunIdentity(NamedTuple):
+    """Which run is about to train."""
+
+    id: str
+    parent: str = ""  # the id of the run it was forked from
+    is_new: bool = True  # in this directory: a first start or a fork
+
+
+def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str) -> RunIdentity:
+    """Decide whether the run that `save_dir` holds continues, or which one begins there.
+
+    saved: the checkpoint to resume from
+    checkpoint: the `checkpoint_name` of the run
+    Raises UsageError if the directory holds another run than `saved` is of, or files that a new run would
+    replace although no run recorded there wrote them.
+    """
+    saved_id = (saved or {}).get("run", "")
+    if saved:
+        ids_known = save_dir.run_id and saved_id
+        if save_dir.run_id == saved_id if ids_known else resumes_in_place(resume, save_dir.path):
+            run_id = save_dir.run_id or saved_id or secrets.token_hex(8)
+            return RunIdentity(run_id, save_dir.parent, is_new=False)
+        if save_dir:
+            ours, other = (
+                f"run {name}" if name else "a run without an id" for name in (save_dir.run_id, saved_id)
+            )
+            fix = "use an empty --save-dir, or resume the run it holds with --resume auto"
+            raise UsageError(f"{save_dir.path} holds {ours}, but {resume} is of {other}", fix)
+    wanted = [save_dir.path / name for name in (*FILES, *checkpoint_files(checkpoint))]
+    if foreign := [p.name for p in wanted if _lstat(p) and p not in save_dir.files]:
+        what = f"{save_dir.path} holds {', '.join(foreign)}, which no run recorded there has written"
+        raise UsageError(what, "move them away, or use another --save-dir")
+    kept = save_dir.run_id if resume and not saved else ""  # killed before its first checkpoint
+    return RunIdentity(kept or secrets.token_hex(8), saved_id)
+
+
+def resumes_in_place(resume: str, directory: Path) -> bool:
+    """Whether the checkpoint to resume from lies in `directory`."""
+    return resume == "auto" or (directory.is_dir() and Path(resume).parent.samefile(directory))
+
+
+# Resuming: the state
+
+
+def restore(run, saved: dict, config) -> None:
+    """Load the checkpoint `saved` into `run`, a `loop.Run`.
+
+    Raises CheckpointError if precision, data, model or position do not fit, unless --allow-change says so.
+    """
+    import optim
+
+    state, metadata, allowed = run.state, run.metadata, config.allow_change
+    if saved["precision"] != run.runtime.precision and "amp" not in allowed:
+        what = f"the run was trained in {saved['precision']} and would continue in {run.runtime.precision}"
+        raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
+    _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
+    args, own_args = saved["model_args"], metadata["model_args"]
+    if changed := [
+        f"{k} {args.get(k)} then, {own_args[k]} now" for k in MODEL_ARGS if args.get(k) != own_args[k]
+    ]:
+        fix = "start a new run from its weights with --init-from and --reset-head"
+        raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
+    same_plan = saved["total_steps"] == metadata["total_steps"]
+    if not same_plan:  # the old position may lie outside the new schedule
+        saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
+    before = (saved["config"].get("optimizer"), saved["config"].get("momentum"))
+    if not optim.keeps_alike(config.optimizer, config.momentum, *before):
+        say("note: the optimizer differs from the checkpoint's and starts without its state")
+        saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
+    state.load_state_dict(saved)
+    if same_plan:
+        _check_position(run)
+    else:
+        _start_next_epoch(run)
+    if run.runtime.any_rank(state.step) != state.step:
+        raise CheckpointError("the ranks found different checkpoints", "give all ranks the same --save-dir")
+
+
+def _check_data(saved: dict, current: dict, allowed: tuple[str, ...]) -> None:
+    """Compare fingerprints of the classes and of both parts of the data."""
+    changes = []
+    for part, words in (("classes", "classes"), ("train", "training images"), ("val", "validation images")):
+        if saved.get(part) != current[part]:
+            count = f"num_{part}"
+            changes.append(f"the {words} ({saved.get(count)} then, {current[count]} now)")
+    if changes and not ("data" in allowed and saved.get("num_classes") == current["num_classes"]):
+        what = f"this is not the data that the run was trained on; changed: {', '.join(changes)}"
+        raise CheckpointError(what, "use the same data, or accept the change with --allow-change data")
+    say(f"note: the data changed: {', '.join(changes)}" if changes else "")
+
+
+def _check_position(run) -> None:
+    """Raise CheckpointError unless the step lies in the epoch after the last row."""
+    state, epoch = run.state, len(run.state.rows) + 1
+    first, last = _steps_before(run.phases, epoch), _steps_before(run.phases, epoch + 1)
+    if epoch > run.epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
+        position = f"step {state.step} ({state.schedule.position} of its schedule)"
+        what = f"the checkpoint's {len(state.rows)} finished epochs and {position} do not fit together"
+        raise CheckpointError(what, "use a checkpoint that train.py wrote")
+
+
+def _start_next_epoch(run) -> None:
+    """After an allowed change of the plan: finished epochs count, and the rest follows the new plan."""
+    run.state.step = _steps_before(run.phases, len(run.state.rows) + 1)
+    run.state.start_epoch()
+    run.state.schedule.seek(run.state.step)
+
+
+def _steps_before(phases, epoch: int) -> int:
+    """Return the planned steps before `epoch`; all of them if the plan has no such epoch."""
+    phase = next((phase for phase in phases if epoch <= phase.last_epoch), phases[-1])
+    return phase.step_before(min(epoch, phase.last_epoch + 1))
+
+
+def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
+    """Bring the best checkpoint so far along to another directory; say so if it cannot be found.
+
+    saved: the checkpoint that was resumed, from the path `resume`
+    target: the best checkpoint of the run that continues, `run_id`
+    """
+    from harness import checkpoint
+
+    best, source = saved["best"], Path(resume).parent / target.name
+    if not best["epoch"] or target.exists():
+        return
+    with suppress(CheckpointError):
+        found = checkpoint.load(source)
+        same_best = all(found["best"].get(name) == best[name] for name in ("score", "epoch"))
+        if same_best and found.get("run") == saved.get("run"):
+            checkpoint.save(target, found | {"run": run_id})
+            return
+    say(f"note: the best checkpoint so far, from epoch {best['epoch']}, is not beside {resume}: not copied")
+
+
+# Writing to the directory
+
+
+def check(save_dir: SaveDir, *, resuming: bool, overwrite: bool) -> None:
+    """Refuse a directory that cannot be used, before anything is built.
+
+    Raises UsageError if it holds a run that is neither resumed nor overwritten, or one that is still
+    running; ResourceError if it cannot be written to.
+    """
+    path = save_dir.path
+    parent = nearest_existing(path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        reason = "it is read-only" if parent.is_dir() else f"{parent} is a file"
+        raise ResourceError(f"cannot write to --save-dir {path}: {reason}", "use a writable directory")
+    if save_dir and not (resuming or overwrite):
+        what = f"{path} already holds a run ({(save_dir.checkpoints or save_dir.files)[0].name})"
+        fix = "continue it with --resume auto, replace it with --overwrite, or use another --save-dir"
+        raise UsageError(what, fix)
+    if (path / ".lock").exists():
+        _lock(path).release()
+
+
+def nearest_existing(path: Path) -> Path:
+    """Return `path`, or the closest directory above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
+
+
+def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> FileLock:
+    """Lock the directory for this run, test that it can write there, and delete what is left over.
+
+    Makes the directory; deletes the former run's files if `overwrite`.
+    checkpoint: the `checkpoint_name` of the run, whose unfinished files are deleted
+    Raises ResourceError if it cannot be written to, UsageError if another run uses it or has written to it
+    since the scan.
+    """
+    path = save_dir.path
+    partials = [f"{name}.partial" for name in (*checkpoint_files(checkpoint), *FILES, *OLD_PARTIALS)]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        lock = Lock(path)
+        lock = _lock(path)
         try:
-            if look(str(path)).state != held.state:
-                raise UsageError(
-                    f"{path} was changed by another run while this one started",
-                    "look at what it holds, then start again",
-                )
-            lock.sign()
-            _probe(path)
-            for file in held.files if overwrite else ():
+            if scan(str(path)).signature != save_dir.signature:
+                what = f"another run changed {path} while this one started"
+                raise UsageError(what, "see what it holds, then start again")
+            _sign(lock)
+            _test_writing(path)
+            for file in (*(save_dir.files if overwrite else ()), *(path / name for name in partials)):
                 file.unlink(missing_ok=True)
-            for name in (*names(checkpoint), "config", "env", "metrics"):
-                (path / f"{name}.partial").unlink(missing_ok=True)
         except BaseException:
             lock.release()
             raise
@@ -243,309 +398,54 @@ def claim(held: Held, *, overwrite: bool, checkpoint: str = "") -> Lock:
     return lock
 
 
-def _probe(path: Path) -> None:
-    file = path / f".probe-{secrets.token_hex(8)}"
-    renamed = file.with_name(f"{file.name}-renamed")
-    try:
-        with open(file, "wb") as probe:
-            probe.write(b"probe")
-            os.fsync(probe.fileno())
-        os.replace(file, renamed)
-    finally:
-        file.unlink(missing_ok=True)
-        renamed.unlink(missing_ok=True)
+def _test_writing(directory: Path) -> None:
+    """Write, sync, rename and delete a file."""
+    file = directory / f".probe-{secrets.token_hex(8)}"
+    with replacing(file) as partial, open(partial, "wb") as probe:
+        probe.write(b"probe")
+        os.fsync(probe.fileno())
+    file.unlink()
+
+
+def _unusable(path: Path, error: OSError) -> ResourceError:
+    return ResourceError(f"cannot write to --save-dir {path}: {error.strerror}", "use a writable directory")
 
 
 @contextmanager
-def vanishing_named(path: Path) -> Iterator[None]:
-    """A directory that is removed while its run lives ends the run with one message, whatever was being written."""
+def explain_removal(directory: Path) -> Iterator[None]:
+    """If the run's directory disappears, end the run with one message, whatever was being written."""
     try:
         yield
     except (OSError, ResourceError, RuntimeError) as error:
-        if path.is_dir():
+        if directory.is_dir():
             raise
-        raise ResourceError(
-            f"{path} was removed, or its disk taken away, while the run was writing to it",
-            "bring it back and go on with --resume auto, or start again",
-        ) from error
+        what = f"{directory} was removed, or its disk was, while the run was writing to it"
+        raise ResourceError(what, "restore it and use --resume auto, or start again") from error
 
 
-class Lock:
-    """Held while a run lives in a directory; the kernel drops it when the process dies, however it dies."""
+def _lock(directory: Path) -> FileLock:
+    """Take the directory's lock; the kernel drops it when the process dies, however it dies."""
+    from filelock import FileLock, Timeout
 
-    def __init__(self, directory: Path):
-        from filelock import FileLock, Timeout
-
-        # It opens the file without following a link; a lock file instead of a lock would outlive a killed run.
-        self.file = directory / ".lock"
-        self.lock = FileLock(self.file, blocking=False, fallback_to_soft=False)
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise UsageError(
-                f"{directory} is in use by {self._holder()}", "wait for it, or name another --save-dir"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            # A cluster filesystem mounted without locks: better a run without one than no run.
-
-    def sign(self) -> None:
-        """Say who holds it, for the message that a second run gets."""
-        flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
-        with (
-            suppress(OSError),
-            open(os.open(self.file, flags), "w") as file,
-        ):  # Windows locks it against this, too
-            file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")
-
-    def _holder(self) -> str:
+    # It opens the file without following a link. A soft lock is only a file, and would outlive a killed run.
+    lock = FileLock(directory / ".lock", blocking=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        holder = ""
         with suppress(OSError):
-            return self.file.read_text(encoding="utf-8", errors="replace")[:80].strip() or "another process"
-        return "another process"
-
-    def release(self) -> None:
-        self.lock.release()
-
-
-def check_checkpoint(path: str) -> None:
-    """Raises CheckpointError where there is no such file: told before torch is imported."""
-    if not Path(path).is_file():
-        found = ", ".join(sorted(p.name for p in Path(path).glob("*.pt"))) if Path(path).is_dir() else ""
-        raise CheckpointError(
-            f"no checkpoint at {path}", f"there is {found}" if found else "name a best_*.pt or last_*.pt"
-        )
+            holder = Path(lock.lock_file).read_text(encoding="utf-8", errors="replace")[:80].strip()
+        what = f"{directory} is in use by {holder or 'another process'}"
+        raise UsageError(what, "wait for it, or use another --save-dir") from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        # A cluster filesystem mounted without locks: a run without a lock is better than none.
+    return lock
 
 
-def with_saved_data(config, typed: frozenset[str], saved: dict):
-    """`config` with the data flags that were not typed as the checkpoint's run had them."""
-    saved = check_saved(saved)
-    return make_config({**plain(config), **{name: saved[name] for name in DATA_FLAGS if name not in typed}})
-
-
-def find_resume(resume: str, held: Held, say=print) -> dict | None:
-    """The payload of the checkpoint that --resume names; None where `auto` finds no checkpoint of the run.
-
-    `auto` takes the newest sound checkpoint and says which it passed over; a PATH is taken or refused.
-    """
-    if not resume:
-        return None
-    from harness import checkpoint
-
-    if resume != "auto":
-        return checkpoint.load(resume)
-
-    def own(path: Path, payload: dict) -> bool:
-        run = _text(payload, "run")
-        ours = not held.run or (run == held.run if run else path in held.checkpoints)
-        say("" if ours else f"passed over {path}: of another run")
-        return ours
-
-    path, payload, passed_over = checkpoint.newest(held.path, own) if held.path.is_dir() else (None, None, [])
-    for reason in passed_over:
-        say(f"passed over {reason}")
-    if path:
-        say(f"resuming from {path}")
-    return payload
-
-
-def carry_best(saved: dict, resume: str, target: Path, run: str) -> str:
-    """Let a run that goes on in another directory keep its best checkpoint; a note where it is not to be had."""
-    from harness import checkpoint
-
-    best, source = saved["best"], Path(resume).parent / target.name
-    if not best["epoch"] or target.exists():
-        return ""
-    with suppress(CheckpointError):
-        found = checkpoint.load(source)
-        alike = all(found["best"].get(name) == best[name] for name in ("score", "epoch"))
-        if alike and found.get("run") == saved.get("run"):
-            checkpoint.save(target, {**found, "run": run})
-            return ""
-    return f"note: the best checkpoint so far, of epoch {best['epoch']}, is not beside {resume}: a better one is yet to come"
-
-
-def resumed_config(config, typed: frozenset[str], saved: dict):
-    """The checkpoint's flags with the typed ones laid over; refuses typed ones that change training.
-
-    Raises CheckpointError listing every such flag that --allow-change does not name.
-    """
-    given = plain(config)
-    allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
-    unknown = allowed - given.keys() - {"data"}
-    if unknown:
-        raise UsageError(
-            f"--allow-change: no flag {', '.join(sorted(unknown))}", "name flags as in --help, or 'data'"
-        )
-    saved = check_saved(saved)
-    changed = [
-        name
-        for name in sorted(typed)
-        if name not in FREE_ON_RESUME and given[name] != saved[name] and name not in allowed
-    ]
-    if changed:
-        listed = "; ".join(
-            f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed
-        )
-        raise CheckpointError(
-            f"these flags would change the resumed run: {listed}",
-            f"leave them out, or accept the change with --allow-change {','.join(changed)}",
-        )
-    # How this start was asked for never comes from the checkpoint.
-    asked = {
-        *typed,
-        "resume",
-        "overwrite",
-        "allow_change",
-        "save_dir",
-        "stop_after",
-        "dry_run",
-        "summary",
-        "debug",
-        "config",
-    }
-    return make_config(saved | {name: given[name] for name in asked})
-
-
-def check_saved(saved: dict) -> dict:
-    """The flags of a checkpoint as the parser makes them, those of a later day at their defaults.
-
-    Raises CheckpointError naming flags that this version does not know, or whose values are none.
-    """
-    parser = train_parser()
-    if unknown := sorted(
-        str(name)[:80] for name in saved if name not in {action.dest for action in parser._actions}
-    ):
-        raise CheckpointError(
-            f"the checkpoint has flags that this version does not know: {', '.join(unknown)}",
-            "update this repository",
-        )
-    try:
-        values = train_defaults() | from_file(parser, saved, exact=True)
-    except UsageError as error:
-        raise CheckpointError(
-            f"malformed flags in the checkpoint: {error.what}", "use a checkpoint that train.py wrote"
-        ) from None
-    return plain(make_config(values))
-
-
-def _shown(value) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def check_fingerprint(saved: dict, now: dict, allowed: tuple[str, ...]) -> str:
-    """'' where the data is what it was; a note where a change is allowed; otherwise CheckpointError (R22)."""
-    names = {"classes": "the classes", "train": "the training images", "val": "the validation images"}
-    changes = []
-    for key, words in names.items():
-        if saved.get(key) != now[key]:
-            count = "num_classes" if key == "classes" else f"num_{key}"
-            changes.append(f"{words} ({saved.get(count)} then, {now[count]} now)")
-    if not changes:
-        return ""
-    if "data" in allowed and saved.get("num_classes") == now["num_classes"]:
-        return f"note: the data changed: {', '.join(changes)}"
-    raise CheckpointError(
-        f"the data is not what this run was trained on: {', '.join(changes)}",
-        "name the same data, or accept the change with --allow-change data",
-    )
-
-
-def check_precision(saved: str, now: str, allowed: tuple[str, ...]) -> None:
-    if saved != now and "amp" not in allowed:
-        raise CheckpointError(
-            f"the run was trained in {saved}, here it would go on in {now}",
-            "set --amp as it was, or accept the change with --allow-change amp",
-        )
-
-
-def check_model_args(saved: dict, now: dict) -> None:
-    """Raises CheckpointError where the checkpoint's model is another one."""
-    names = ("arch", "num_classes", "use_blurpool", "head", "stem")
-    if any(saved.get(name) != now[name] for name in names):
-        words = [", ".join(f"{name} {args.get(name)}" for name in names) for args in (saved, now)]
-        raise CheckpointError(
-            f"checkpoint: {words[0]}; now: {words[1]}",
-            "start a new run from its weights with --init-from and --reset-head",
-        )
-
-
-def eval_facts(index, image_size: int) -> dict:
-    """What a checkpoint says about feeding its model, so that every tool preprocesses alike."""
-    return {
-        "dataset": index.name,
-        "classes": list(index.classes),
-        "class_names": list(index.class_names or index.classes),
-        "mean": list(index.mean),
-        "std": list(index.std),
-        "image_size": image_size,
-        "crop": 0.875,
-    }
-
-
-def commit() -> str:
-    """The commit this code is at, with + for changes on top; empty outside a clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head, changes = (
-            subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return head + ("+" if changes else "")
-
-
-def restore(built, saved: dict, config) -> None:
-    """Take over a checkpoint's state; refuse one that this run cannot go on from."""
-    import optim
-
-    check_precision(saved["precision"], built.runtime.precision, config.allow_change)
-    process.say(check_fingerprint(saved["fingerprint"], built.metadata["fingerprint"], config.allow_change))
-    same_plan = saved["total_steps"] == built.metadata["total_steps"]
-    check_model_args(saved["model_args"], built.metadata["model_args"])
-    if not same_plan:
-        saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    flags_then = saved["config"]
-    if not optim.keeps_alike(
-        config.optimizer, config.momentum, flags_then.get("optimizer"), flags_then.get("momentum")
-    ):
-        process.say("note: another optimizer than the checkpoint's: it starts without its state")
-        saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
-    built.state.load_state_dict(saved)
-    if same_plan:
-        check_position(built)
-    else:
-        replan(built)
-    if built.runtime.any_rank(built.state.step) != built.state.step:
-        raise CheckpointError(
-            "the ranks found different checkpoints", "let all of them see the same --save-dir"
-        )
-
-
-def check_position(built) -> None:
-    """Raises CheckpointError where the resumed step does not lie in the epoch after the last row."""
-    from train_utils import phase_of
-
-    state, epoch, epochs = built.state, len(built.state.rows) + 1, built.epochs
-    phase = phase_of(built.phases, min(epoch, epochs))
-    first = phase.step_before(epoch)
-    last = first + phase.steps_per_epoch if epoch <= epochs else first
-    if epoch > epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
-        raise CheckpointError(
-            f"the checkpoint has {len(state.rows)} finished epochs and step {state.step} "
-            f"({state.schedule.position} of its schedule): no place in this run",
-            "use a checkpoint that train.py wrote",
-        )
-
-
-def replan(run) -> None:
-    """After an allowed change of the plan: finished epochs count, the rest follows the new one."""
-    from train_utils import phase_of
-
-    epoch = len(run.state.rows) + 1
-    run.state.step = sum(phase.steps for phase in run.phases)
-    if epoch <= run.epochs:
-        run.state.step = phase_of(run.phases, epoch).step_before(epoch)
-    run.state.start_epoch()
-    run.state.schedule.seek(run.state.step)
+def _sign(lock: FileLock) -> None:
+    """Write who holds the lock, for the message that a second run gets; Windows refuses to write to it."""
+    flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    with suppress(OSError), open(os.open(lock.lock_file, flags), "w") as file:
+        file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")

@@ -1,1 +1,1 @@
-"""Datasets on disk: what is there (`layouts`, `index`), how it is read (`images`, `packed`). No torch."""
+"""Datasets: finding them (`layouts`, `index`) and reading them (`images`, `augment`, `packed`). No torch."""

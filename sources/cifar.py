@@ -1,6 +1,6 @@
-"""CIFAR-10 and CIFAR-100 from their python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
+"""Read CIFAR-10 and CIFAR-100 from their Python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The archives are pickles, and a pickle can run any code: this reader builds arrays of numbers and plain values only.
+The archives are pickles, which can run any code: this reader builds only numeric arrays and plain values.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sources.index import ArraySplit, DatasetIndex
 
 @dataclass(frozen=True)
 class Cifar:
-    """One of the two datasets: file names, and keys inside them."""
+    """One of the two datasets: its file names, and the keys inside the files."""
 
     name: str
     folder: str
@@ -34,17 +34,69 @@ class Cifar:
 
 
 CIFAR10 = Cifar(
-    "cifar10", "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch", "batches.meta",
-    b"labels", b"label_names", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
+    "cifar10", "cifar-10-batches-py", tuple(f"data_batch_{i}" for i in range(1, 6)), "test_batch",
+    "batches.meta", b"labels", b"label_names", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616),
 )  # fmt: skip
 CIFAR100 = Cifar(
     "cifar100", "cifar-100-python", ("train",), "test", "meta",
     b"fine_labels", b"fine_label_names", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762),
 )  # fmt: skip
+DOWNLOAD = "python download_imagenet.py --method simple --dataset"
+UNREADABLE = (
+    OSError, EOFError, pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, IndexError,
+    MemoryError, OverflowError, RecursionError,
+)  # fmt: skip
+
+
+def cifar(data_dir: str, dataset: str) -> DatasetIndex:
+    """Index `cifar10` or `cifar100`: 50,000 + 10,000 images of 32 px, held in memory (180 MB)."""
+    which = CIFAR10 if dataset == "cifar10" else CIFAR100
+    folder = _find(data_dir, which)
+    meta = _load(folder / which.meta, which)
+    train, val = [_load(folder / name, which) for name in which.train], _load(folder / which.val, which)
+    try:
+        names = tuple(str(name, "utf-8") for name in meta[which.class_names])
+        splits = {"train": _split(train, which, len(names)), "val": _split([val], which, len(names))}
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise _damaged(f"{folder} is not {which.name} as published: {error!r}", which) from error
+    return DatasetIndex(which.name, names, **splits, mean=which.mean, std=which.std, native_size=32)
+
+
+def _find(data_dir: str, which: Cifar) -> Path:
+    for folder in (Path(data_dir, which.folder), Path(data_dir)):
+        if (folder / which.meta).is_file():
+            return folder
+    what = f"no {which.folder}/ with a file {which.meta} in {os.path.abspath(data_dir)}"
+    raise DataError(what, f"{DOWNLOAD} {which.name} --data-dir {data_dir}")
+
+
+def _load(path: Path, which: Cifar) -> dict:
+    try:
+        content = PlainUnpickler(path.read_bytes()).load()
+        pairs = [(key if isinstance(key, bytes) else str(key).encode(), v) for key, v in content.items()]
+        return {key: value.array if isinstance(value, _Array) else value for key, value in pairs}
+    except UNREADABLE as error:
+        raise _damaged(f"cannot read {path}: {error}", which) from error
+
+
+def _split(batches: list[dict], which: Cifar, num_classes: int) -> ArraySplit:
+    rows = np.concatenate([batch[b"data"] for batch in batches])  # (n, 3072) uint8, channel by channel
+    labels = np.concatenate([np.asarray(batch[which.labels], np.int64) for batch in batches])
+    whole = rows.dtype == np.uint8 and rows.shape == (len(labels), 3072)
+    if not whole or labels.min() < 0 or labels.max() >= num_classes:
+        raise _damaged(f"{which.folder}: {rows.shape} {rows.dtype} values for {len(labels)} labels", which)
+    images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    return ArraySplit(np.ascontiguousarray(images), labels)
+
+
+def _damaged(what: str, which: Cifar) -> DataError:
+    return DataError(what, f"download the archive again: {DOWNLOAD} {which.name}")
 
 
 class _Dtype:
-    """What a pickle says of a NumPy type. NumPy's own would take over flags that make it read bytes as pointers."""
+    """A NumPy type as a pickle describes it. NumPy's own can be made to read bytes as pointers."""
+
+    NAMES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 
     def __init__(self, name: str | bytes, *_):
         self.name, self.order = name.decode() if isinstance(name, bytes) else name, "|"
@@ -53,18 +105,13 @@ class _Dtype:
         self.order = state[1].decode() if isinstance(state[1], bytes) else state[1]
 
     def real(self) -> np.dtype:
-        if self.name not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8") or self.order not in (
-            "<",
-            ">",
-            "|",
-            "=",
-        ):
+        if self.name not in self.NAMES or self.order not in ("<", ">", "|", "="):
             raise pickle.UnpicklingError(f"it holds an array of {self.name}")
         return np.dtype(self.order + self.name)
 
 
 class _Array:
-    """An array of numbers on its way out of a pickle."""
+    """An array of numbers while it is being read."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_column, raw = state
@@ -77,18 +124,14 @@ def _frombuffer(raw, dtype: _Dtype, shape: tuple, order: str) -> _Array:
     return array
 
 
-def _empty() -> bytes:
-    return b""
-
-
 class PlainUnpickler(pickle.Unpickler):
-    """Builds arrays and plain values; any other global in the pickle is refused before it is imported."""
+    """Build arrays and plain values; any other global in the pickle is refused before it is imported."""
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="bytes")
         self.left = len(data)
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            # The number of a memo's place is also the size of the table that is made for it.
+            # The number of a memo entry also sets the size of the table that is allocated for it.
             if opcode.name.endswith("PUT") and argument > count:
                 raise pickle.UnpicklingError("it asks for more memory than it can need")
 
@@ -100,7 +143,7 @@ class PlainUnpickler(pickle.Unpickler):
             ("multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
             ("numeric", "_frombuffer"): _frombuffer,  # protocol 5
             ("_codecs", "encode"): self._latin1,  # protocols 0 to 2 have no bytes
-            ("__builtin__", "bytes"): _empty,
+            ("__builtin__", "bytes"): lambda: b"",  # takes no size, which could ask for gigabytes
         }
         found = known.get((core if module.startswith("numpy.") else module, name))
         if found is None:
@@ -109,79 +152,6 @@ class PlainUnpickler(pickle.Unpickler):
 
     def _latin1(self, text: str, encoding: str) -> bytes:
         self.left -= len(text)
-        if encoding != "latin1" or self.left < 0:  # more than the file holds: the same text over and over
+        if encoding != "latin1" or self.left < 0:  # more text than the file holds: the same text repeated
             raise pickle.UnpicklingError("it contains code (_codecs.encode)")
         return text.encode("latin1")
-
-
-def cifar(data_dir: str, which: Cifar) -> DatasetIndex:
-    """50,000 + 10,000 images of 32 px, held in memory (180 MB)."""
-    folder = _find(data_dir, which)
-    meta, train, val = (
-        _load(folder / which.meta, which),
-        [_load(folder / name, which) for name in which.train],
-        _load(folder / which.val, which),
-    )
-    try:
-        names = tuple(str(name, "utf-8") for name in meta[which.class_names])
-        train, val = _split(train, which, len(names)), _split([val], which, len(names))
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{folder} is not {which.name} as published: {error!r}", _again(which)) from error
-    return DatasetIndex(
-        name=which.name, classes=names, train=train, val=val, mean=which.mean, std=which.std, native_size=32
-    )
-
-
-def _split(batches: list[dict], which: Cifar, num_classes: int) -> ArraySplit:
-    rows = np.concatenate([batch[b"data"] for batch in batches])  # (n, 3072) uint8, channel by channel
-    labels = np.concatenate([np.asarray(batch[which.labels], np.int64) for batch in batches])
-    if (
-        rows.dtype != np.uint8
-        or rows.shape != (len(labels), 3072)
-        or labels.min() < 0
-        or labels.max() >= num_classes
-    ):
-        raise DataError(
-            f"{which.folder}: {rows.shape} {rows.dtype} values for {len(labels)} labels", _again(which)
-        )
-    images = rows.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    return ArraySplit(np.ascontiguousarray(images), labels)
-
-
-def _find(data_dir: str, which: Cifar) -> Path:
-    for folder in (Path(data_dir, which.folder), Path(data_dir)):
-        if (folder / which.meta).is_file():
-            return folder
-    raise DataError(
-        f"no {which.folder}/ with a file {which.meta} in {os.path.abspath(data_dir)}",
-        f"python download_imagenet.py --method simple --dataset {which.name} --data-dir {data_dir}",
-    )
-
-
-def _load(path: Path, which: Cifar) -> dict:
-    try:
-        content = PlainUnpickler(path.read_bytes()).load()
-        return {
-            key if isinstance(key, bytes) else str(key).encode(): value.array
-            if isinstance(value, _Array)
-            else value
-            for key, value in content.items()
-        }
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        MemoryError,
-        OverflowError,
-        RecursionError,
-    ) as error:
-        raise DataError(f"cannot read {path}: {error}", _again(which)) from error
-
-
-def _again(which: Cifar) -> str:
-    return f"fetch the archive again: python download_imagenet.py --method simple --dataset {which.name}"

@@ -1,7 +1,7 @@
-"""ImageNet (ILSVRC 2012) as people have it on disk, subsets of it by a class list, and its classes' human names.
+"""Find ImageNet (ILSVRC 2012), ImageNet-100 and Tiny ImageNet in the layouts they are published in.
 
-Trees: train/<class> + val/<class>; the same with a flat val/ and its labels nearby; the Kaggle tree
-ILSVRC/Data/CLS-LOC/{train,val} + LOC_val_solution.csv or ILSVRC/Annotations; Kaggle's ImageNet-100 (train.X1 ...).
+ImageNet: train/<class> and val/<class>; the same with a flat val/ and its labels nearby; Kaggle's tree
+ILSVRC/Data/CLS-LOC/{train,val} with LOC_val_solution.csv or ILSVRC/Annotations.
 """
 
 from __future__ import annotations
@@ -9,139 +9,174 @@ from __future__ import annotations
 import csv
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from base.errors import DataError
 from sources import folders
-from sources.index import DatasetIndex
+from sources.index import DatasetIndex, FileSplit, stratified_split
 
+Labels = Iterator[tuple[bytes, bytes]]  # (image name without ending, class)
+Parts = dict[str, list[str]]  # the folders of each part, which hold class folders
+
+PARTS: Parts = {"train": ["train"], "val": ["val"]}
 WORDNET_ID = re.compile(r"n\d{8}\b")
 HERE = Path(__file__).parent
-XML_BYTES = 1 << 20  # of an annotation; real ones have a few hundred
+XML_BYTES = 1 << 20  # read of an annotation; real ones have a few hundred
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1_281_167, 50_000, 1000
 LABEL_PLACES = "LOC_val_solution.csv, Annotations/CLS-LOC/val/*.xml or ILSVRC2012_devkit_t12/data/"
+TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of the training images
 
 
 def imagenet(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
-    """Class folders, or the ILSVRC/Kaggle tree, whichever is found; with `class_list`, only those classes."""
-    root = image_root(data_dir)
+    """Index class folders or the ILSVRC/Kaggle tree; with `class_list`, only those classes."""
     wanted = read_class_list(class_list) if class_list else None
-    return _index("imagenet_1k", data_dir, root, ("train",), ("val",), wanted, **checks)
+    return _index("imagenet_1k", data_dir, image_root(data_dir), PARTS, wanted, **checks)
 
 
 def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
-    """100 classes: Kaggle's copy (train.X1 ...), exactly such class folders, or a list of classes over ImageNet.
+    """Index 100 classes: Kaggle's copy (train.X1 ...), class folders, or a list of classes of ImageNet.
 
     Without `class_list`, ImageNet is cut down by imagenet100.txt (https://arxiv.org/abs/1906.05849), and
-    a tree of up to 100 classes is taken as it is.
+    a tree of up to 100 classes is used as it is.
     """
     wanted = read_class_list(class_list) if class_list else None
-    train_parts, val_parts = (
-        sorted(p.name for p in Path(data_dir).glob(x) if p.is_dir()) for x in ("train.X*", "val.X*")
-    )
-    if train_parts:
-        return _index("imagenet100", data_dir, data_dir, train_parts, val_parts or ["val"], wanted, **checks)
+    train, val = (sorted(p.name for p in Path(data_dir).glob(f"{part}.X*") if p.is_dir()) for part in PARTS)
+    if train:
+        parts = {"train": train, "val": val or ["val"]}
+        return _index("imagenet100", data_dir, data_dir, parts, wanted, **checks)
     root = image_root(data_dir)
     if wanted is None and folders.count_classes(os.path.join(root, "train")) > 100:
         wanted = read_class_list(HERE / "imagenet100.txt")
-    return _index("imagenet100", data_dir, root, ("train",), ("val",), wanted, **checks)
+    return _index("imagenet100", data_dir, root, PARTS, wanted, **checks)
+
+
+def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
+    """Index Tiny ImageNet: train/<class>/images/, and val/images/ with val_annotations.txt or val/<class>/.
+
+    It has 200 classes with 500 + 50 images of 64 px. Split `70-30` redistributes them as 77,000 + 33,000.
+    """
+    root = next((p for p in (data_dir, f"{data_dir}/tiny-imagenet-200") if os.path.isdir(f"{p}/train")), None)
+    if root is None or not os.path.isdir(f"{root}/val"):
+        raise DataError(
+            f"no Tiny ImageNet in {os.path.abspath(data_dir)} (train/ and val/, or tiny-imagenet-200/)",
+            f"python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir {data_dir}",
+        )
+    train = folders.list_classes(root, "train")
+    train.others = [name for name in train.others if not name.endswith(b"_boxes.txt")]  # published with it
+    annotations = Path(root, "val", "val_annotations.txt")
+    if annotations.is_file() and os.path.isdir(f"{root}/val/images"):
+        rows = [line.split(b"\t") for line in annotations.read_bytes().splitlines()]  # name, class, box
+        labels = {os.path.splitext(row[0])[0]: row[1].strip() for row in rows if len(row) > 1}
+        val = folders.list_labelled(root, "val/images", labels)
+    else:
+        val = folders.list_classes(root, "val")
+    normalization = {"mean": TINY_MEAN, "std": TINY_STD, "native_size": 64}
+    index = folders.from_listings("tiny-imagenet", train, val, **normalization, **checks)
+    index = replace(index, class_names=human_names(index.classes, Path(root)))
+    return _redistributed(index, 0.3) if split == "70-30" else index
+
+
+def _redistributed(index: DatasetIndex, val_fraction: float) -> DatasetIndex:
+    """Pool train and val, and draw `val_fraction` of every class for val with a fixed seed."""
+    names = [*index.train.names, *index.val.names]
+    labels = np.concatenate([index.train.labels, index.val.labels])
+    parts = stratified_split(labels, val_fraction, seed=0)
+    train, val = (FileSplit(index.train.root, [names[i] for i in ids], labels[ids]) for ids in parts)
+    return replace(index, train=train, val=val)
 
 
 def _index(
-    name: str,
-    data_dir: str,
-    root: str,
-    train_folders: Sequence[str],
-    val_folders: Sequence[str],
-    wanted: set[bytes] | None,
-    **checks: bool,
+    name: str, data_dir: str, root: str, parts: Parts, wanted: set[bytes] | None, **checks: bool
 ) -> DatasetIndex:
-    for folder in (*train_folders, *val_folders):
+    for folder in (*parts["train"], *parts["val"]):
         if not os.path.isdir(os.path.join(root, folder)):
             raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", folders.ACCEPTED)
-    train = folders.list_classes(root, *train_folders, only=wanted)
-    if wanted is not None and set(wanted) - set(train.by_class):
+    train = folders.list_classes(root, *parts["train"], only=wanted)
+    if missing := (wanted or set()) - train.by_class.keys():
         raise DataError(
-            f"classes of the list that are not in {os.path.abspath(root)}: "
-            + folders.every(sorted(set(wanted) - set(train.by_class))),
+            f"listed classes that are not in {os.path.abspath(root)}: {folders.every(sorted(missing))}",
             "correct the list (one class folder's name per line), or complete the data",
         )
-    if any(folders.count_classes(os.path.join(root, folder)) for folder in val_folders):
-        val = folders.list_classes(root, *val_folders, only=wanted)
+    if any(folders.count_classes(os.path.join(root, folder)) for folder in parts["val"]):
+        val = folders.list_classes(root, *parts["val"], only=wanted)
     else:
         labels = flat_val_labels(root, data_dir)
-        val = folders.list_labelled(root, val_folders[0], labels, only=wanted)
+        val = folders.list_labelled(root, parts["val"][0], labels, only=wanted)
     index = folders.from_listings(name, train, val, **checks)
-    names = human_names(index.classes, *_above(root, data_dir))
-    return replace(index, class_names=names, notes=(*index.notes, *_counts_note(index)))
+    names = human_names(index.classes, *_places(root, data_dir))
+    return replace(index, class_names=names, notes=(*index.notes, *_count_notes(index)))
 
 
-def _counts_note(index: DatasetIndex) -> list[str]:
-    """ImageNet's thousand classes, but not all of its images: worth a word, not an error."""
+def _count_notes(index: DatasetIndex) -> list[str]:
+    """Note when ImageNet's thousand classes are there but not all images; that is no error."""
     if len(index.classes) != NUM_CLASSES or not WORDNET_ID.match(index.classes[0]):
         return []
     found = (("train", len(index.train), NUM_TRAIN), ("val", len(index.val), NUM_VAL))
-    return [
-        f"{name} has {n:,} of ImageNet's {official:,} images" for name, n, official in found if n != official
-    ]
+    return [f"{part} has {n:,} of ImageNet's {total:,} images" for part, n, total in found if n != total]
 
 
 def image_root(data_dir: str) -> str:
-    """The folder that holds train/ and val/: `data_dir`, or Data/CLS-LOC below it in the ILSVRC/Kaggle tree."""
+    """Return the folder that holds train/ and val/: `data_dir`, or Data/CLS-LOC below it."""
     for below in ("", "Data/CLS-LOC", "ILSVRC/Data/CLS-LOC"):
-        root = os.path.join(data_dir, *below.split("/")) if below else data_dir
+        root = os.path.join(data_dir, below) if below else data_dir
         if os.path.isdir(os.path.join(root, "train")):
             return root
     raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", folders.ACCEPTED)
 
 
-def _above(root: str, data_dir: str) -> list[Path]:
-    """Where labels and names may lie: `data_dir`, `root`, and what the ILSVRC tree has above Data/CLS-LOC."""
+def _places(root: str, data_dir: str) -> list[Path]:
+    """Return where labels and class names may be: `data_dir`, `root`, and the ILSVRC tree's upper folders."""
     places, path = [Path(data_dir), Path(root)], Path(os.path.abspath(root))
     if path.parts[-2:] == ("Data", "CLS-LOC"):
-        places += path.parents[1:3]  # ILSVRC/ and the folder around it
+        places += path.parents[1:3]  # ILSVRC/ and its parent
     return list(dict.fromkeys(places))
 
 
+# --- labels of a flat val/ -------------------------------------------------------------------------
+
+
 def flat_val_labels(root: str, data_dir: str) -> dict[bytes, bytes]:
-    """{image name without ending: class} of a val/ without class folders, from wherever its labels lie."""
-    for place in _above(root, data_dir):
-        for path, found in _label_files(place):
+    """Return {image name without ending: class} of a val/ without class folders, from its labels nearby."""
+    for place in _places(root, data_dir):
+        for path, read in _label_files(place):
             try:
-                return dict(found)
+                return dict(read(path))
             except Exception as error:  # hostile bytes make csv and scipy raise anything
-                raise DataError(
-                    f"cannot read the labels in {path}: {error or type(error).__name__}", "fetch them again"
-                ) from error
+                what = f"cannot read the labels in {path}: {error or type(error).__name__}"
+                raise DataError(what, "download them again") from error
     raise DataError(
-        f"{os.path.abspath(root)}/val has no class folders (a flat val), and its labels are nowhere near",
-        f"put {LABEL_PLACES} beside it, or let `python download_imagenet.py` file the images into class folders",
+        f"{os.path.abspath(root)}/val has no class folders (a flat val), and its labels were not found",
+        f"add {LABEL_PLACES}, or let `python download_imagenet.py` file the images into class folders",
     )
 
 
-def _label_files(place: Path) -> Iterator[tuple[Path, Iterator[tuple[bytes, bytes]]]]:
-    path = place / "LOC_val_solution.csv"
-    if path.is_file():
-        yield path, _from_csv(path)
-    path = place / "Annotations/CLS-LOC/val"
-    if path.is_dir():
-        yield path, _from_xml(path)
-    for devkit in (place / "ILSVRC2012_devkit_t12/data", place / "devkit/data", place / "data"):
-        if (devkit / "ILSVRC2012_validation_ground_truth.txt").is_file():
-            yield devkit, devkit_labels(devkit)
+def _label_files(place: Path) -> Iterator[tuple[Path, Callable[[Path], Labels]]]:
+    """Yield the labels that are in `place`, with the function that reads them."""
+    if (path := place / "LOC_val_solution.csv").is_file():
+        yield path, _from_csv
+    if (path := place / "Annotations/CLS-LOC/val").is_dir():
+        yield path, _from_xml
+    for devkit in ("ILSVRC2012_devkit_t12/data", "devkit/data", "data"):
+        if (place / devkit / "ILSVRC2012_validation_ground_truth.txt").is_file():
+            yield place / devkit, devkit_labels
 
 
-def _from_csv(path: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Kaggle's ImageId,PredictionString: `ILSVRC2012_val_00048981,n03995372 85 1 499 272`."""
+def _from_csv(path: Path) -> Labels:
+    """Read Kaggle's ImageId,PredictionString: `ILSVRC2012_val_00048981,n03995372 85 1 499 272`."""
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
             yield row["ImageId"].encode(), row["PredictionString"].split()[0].encode()
 
 
-def _from_xml(folder: Path) -> Iterator[tuple[bytes, bytes]]:
-    """One file per image; its objects are all of the image's class. No XML parser: 50,000 files, one tag each."""
+def _from_xml(folder: Path) -> Labels:
+    """Read one file per image, whose objects are all of the image's class.
+
+    Without an XML parser: 50,000 files with one tag of interest each.
+    """
     for path in folder.glob("*.xml"):
         with open(path, "rb") as file:
             found = re.search(rb"<name>\s*(n\d{8})\s*</name>", file.read(XML_BYTES))
@@ -149,8 +184,8 @@ def _from_xml(folder: Path) -> Iterator[tuple[bytes, bytes]]:
             yield os.fsencode(path.stem), found[1]
 
 
-def devkit_labels(data: Path) -> Iterator[tuple[bytes, bytes]]:
-    """The devkit's ground truth: line i is the class number of ILSVRC2012_val_<i>; meta.mat numbers the classes."""
+def devkit_labels(data: Path) -> Labels:
+    """Read the devkit: line i is the class number of ILSVRC2012_val_<i>, and meta.mat numbers the classes."""
     from scipy.io import loadmat
 
     synsets = loadmat(data / "meta.mat", squeeze_me=True)["synsets"]
@@ -160,65 +195,57 @@ def devkit_labels(data: Path) -> Iterator[tuple[bytes, bytes]]:
         yield b"ILSVRC2012_val_%08d" % i, ids[int(number)]
 
 
+# --- class lists and names -------------------------------------------------------------------------
+
+
 def read_class_list(path: str | os.PathLike) -> set[bytes]:
-    """Class folder names, one a line; `#` starts a comment, and words after a WordNet id are ignored."""
+    """Read class folder names, one per line. `#` starts a comment; words after a WordNet id are ignored."""
     try:
-        lines = [line.strip() for line in Path(path).read_text("utf-8", "surrogateescape").splitlines()]
+        lines = Path(path).read_text("utf-8", "surrogateescape").splitlines()
     except OSError as error:
-        raise DataError(
-            f"cannot read the class list {path}: {error.strerror}", "check --class-list"
-        ) from error
-    names = [
-        WORDNET_ID.match(line)[0] if WORDNET_ID.match(line) else line
-        for line in lines
-        if line and line[0] != "#"
-    ]
+        what = f"cannot read the class list {path}: {error.strerror}"
+        raise DataError(what, "check --class-list") from error
+    names = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
     if len(names) < 2:
-        raise DataError(
-            f"the class list {path} names {len(names)} classes", "write one class folder's name per line"
-        )
-    return {os.fsencode(name) for name in names}
+        what = f"the class list {path} names {len(names)} classes"
+        raise DataError(what, "write the name of one class folder per line")
+    ids = [WORDNET_ID.match(name) for name in names]
+    return {os.fsencode(found[0] if found else name) for name, found in zip(names, ids, strict=True)}
 
 
 def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | None:
-    """What people call WordNet ids: ImageNet's own 1,000 as shipped here, others from the data's own files.
+    """Return the names of WordNet ids, or None if `classes` are not such ids.
 
-    None when `classes` are not such ids.
+    ImageNet's thousand come with this project, others from the data's own files in `places`.
     """
     if not any(map(WORDNET_ID.fullmatch, classes)):
         return None
-    known = dict(
-        line.split(" ", 1)
-        for line in (HERE / "imagenet_names.txt").read_text().splitlines()
-        if line[0] != "#"
-    )
-    if not known.keys() >= set(classes):
+    lines = (HERE / "imagenet_names.txt").read_text().splitlines()
+    names = dict(line.split(" ", 1) for line in lines if line[0] != "#")
+    if not names.keys() >= set(classes):
         for place in places:
             try:
-                known = {**_names_in(place), **known}
+                names = {**_names_in(place), **names}
             except (OSError, ValueError, AttributeError, RecursionError) as error:
-                raise DataError(
-                    f"cannot read the class names in {place}: {error}", "mend or remove the file"
-                ) from error
-    return tuple(known.get(name, name) for name in classes)
+                what = f"cannot read the class names in {place}: {error}"
+                raise DataError(what, "repair or remove the file") from error
+    return tuple(names.get(name, name) for name in classes)
 
 
 def _names_in(place: Path) -> dict[str, str]:
-    """{id: first word} of words.txt (Tiny ImageNet), LOC_synset_mapping.txt or Labels.json (Kaggle)."""
+    """Return {id: name} from words.txt (Tiny ImageNet), LOC_synset_mapping.txt or Labels.json (Kaggle)."""
     from base import schemas
 
     pairs: list[list[str]] = []
-    if (place / "words.txt").is_file():
-        pairs += [
-            line.split("\t", 1) for line in (place / "words.txt").read_text("utf-8", "replace").splitlines()
-        ]
-    if (place / "LOC_synset_mapping.txt").is_file():
-        pairs += [
-            line.split(" ", 1) for line in (place / "LOC_synset_mapping.txt").read_text("utf-8").splitlines()
-        ]
+    for name, separator, errors in (
+        ("words.txt", "\t", "replace"),
+        ("LOC_synset_mapping.txt", " ", "strict"),
+    ):
+        if (place / name).is_file():
+            lines = (place / name).read_text("utf-8", errors).splitlines()
+            pairs += [line.split(separator, 1) for line in lines]
     if (place / "Labels.json").is_file():
-        names = schemas.read_json(
-            place / "Labels.json", schemas.LabelNames, "delete it: only names for people are in it"
-        )
+        fix = "delete it: it only holds readable class names"
+        names = schemas.read_json(place / "Labels.json", schemas.LabelNames, fix)
         pairs += [[key, str(words)] for key, words in names.items()]
     return {pair[0]: pair[1].split(",")[0].strip() for pair in pairs if len(pair) == 2}

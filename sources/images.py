@@ -1,8 +1,7 @@
-"""From an encoded image to the uint8 square a batch is made of: decoding, and the two transforms.
+"""Turn an encoded image into the square uint8 image that a batch is made of: decoding and the two transforms.
 
-`decode` is strict: a damaged file is an error that names it, not a half-grey picture. Both
-transforms return uint8; normalisation and mixing happen on the device. The named augmentations
-are in `sources.augment`; nothing here knows about datasets, batches or torch.
+Decoding is strict: a damaged file is an error that names it, where most decoders return a half-grey image.
+Normalization and mixing happen on the device, on whole batches. `sources.augment` holds the augmentations.
 """
 
 from __future__ import annotations
@@ -19,31 +18,28 @@ from PIL import Image
 from base.errors import DataError
 from sources import augment
 
-# A crafted EPS or PSD file called .JPEG must never reach the parser of such a format.
+Steps = Sequence[tuple[str, int | None]]  # augmentations in order, each with its number: ("cutout", 8)
+EVAL_CROP = 0.875  # share of the resized image's side that validation and prediction look at
+# Only these parsers of Pillow run: an EPS or PSD file named .JPEG must not reach its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
-MAX_PIXELS = 178_956_970  # where Pillow stops too: a larger image is an attack or a mistake
-# EXIF orientation is ignored, as torchvision's and timm's training on ImageNet do: the published
-# numbers were made with the pixels as stored.
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+# EXIF orientation is ignored, as torchvision and timm do: published scores use pixels as stored.
 _CV2_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-GREY = 128  # what libjpeg fills the blocks with for which there are no data
-# Data for a decoder that still wants some: noise, and behind each restart marker noise again.
-_MORE = b"".join(
+GREY = 128  # what libjpeg fills missing blocks with
+# Bytes for a decoder that expects more: noise, then each restart marker followed by noise.
+_MORE_DATA = b"".join(
     start + np.random.default_rng(k).integers(0, 255, 200, np.uint8).tobytes()
     for k, start in enumerate([b"", *(bytes((0xFF, marker)) for marker in range(0xD0, 0xD8))])
 )
-_AFTER_SCAN = re.compile(
-    rb"\xff[^\x00\xd0-\xd7\xff]"
-)  # a marker that is neither a stuffed byte nor a restart
+_END_OF_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # a marker other than a stuffed byte or a restart
 
 
 class BadImage(DataError):
-    """One image that cannot be used: `name` and `reason`."""
+    """An image that cannot be used: its `name` and the `reason`, which enters the digest of packed data."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(
-            f"bad image {name}: {reason}",
-            "pack_dataset.py --verify lists every bad image; replace or delete them, or train with --on-bad-image skip",
-        )
+        fix = "replace or delete it, or use --on-bad-image skip; pack_dataset.py --verify lists them all"
+        super().__init__(f"bad image {name}: {reason}", fix)
         self.name, self.reason = name, reason
 
     def __reduce__(self):  # errors cross process boundaries
@@ -51,49 +47,65 @@ class BadImage(DataError):
 
 
 def decode(data: bytes | np.ndarray, name: str = "", *, thorough: bool = False) -> np.ndarray:
-    """An encoded image (or pixels, passed through) as (H, W, 3) uint8 RGB.
+    """Return an encoded image as (H, W, 3) uint8 RGB; an array is returned as it is.
 
-    Grey is repeated, alpha dropped, CMYK converted, 16 bits scaled to 8, of an animation the first
-    frame taken, EXIF orientation ignored. Raises `BadImage` for everything that is not a whole
-    image. (A JPEG whose middle bytes were overwritten decodes to wrong pixels: no decoder can tell.)
+    Grey is repeated, alpha dropped, CMYK converted, 16 bits are scaled to 8, an animation gives its first
+    frame, and EXIF orientation is ignored. Raises `BadImage` unless the whole image can be decoded.
+    (Overwritten bytes inside a JPEG decode to wrong pixels; no decoder can detect that.)
 
-    A JPEG that lacks data but has its end mark is noticed where its last pixel is the grey of missing blocks,
-    which costs nothing: all of a file cut well before its end, but no progressive one. `thorough` notices
-    those too; it takes about four times as long.
+    A JPEG that ends early but has an end marker is detected by its last pixel, which has the grey of missing
+    blocks. That costs nothing and finds baseline files cut well before their end. `thorough` also finds
+    progressive files and late cuts, and takes about four times as long.
     """
     if isinstance(data, np.ndarray):
         return data
-    if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":  # whole; anything odd goes the strict way
+    # Fast path: a JPEG with both its markers. Anything unusual is left to Pillow.
+    if data[:2] == b"\xff\xd8" and data[-2:] == b"\xff\xd9":
         height, width, channels = jpeg_shape(data)
         if channels in (1, 3) and height * width <= MAX_PIXELS:
             pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _CV2_FLAGS)
             if pixels is not None and pixels.shape[:2] == (height, width):
                 if thorough or pixels.item(-1) == pixels.item(-2) == pixels.item(-3) == GREY:
-                    _refuse_cut(data, name)
+                    _refuse_truncated(data, name)
                 return pixels
     pixels = _decode_strictly(data, name)
     if data[:2] == b"\xff\xd8":
-        _refuse_cut(data, name)
+        _refuse_truncated(data, name)
     return pixels
 
 
-def _refuse_cut(data: bytes, name: str) -> None:
-    """Raise where a JPEG's data end before its picture does. No library hands on libjpeg's warning about it.
+def jpeg_shape(data: bytes) -> tuple[int, int, int]:
+    """Return (height, width, channels) from a JPEG's frame header (ITU T.81, annex B), or zeros without one.
 
-    So it is decoded with more data at the end: a whole picture never looks at them. (Pillow's libjpeg is
-    silent; OpenCV's would report the extra bytes on stderr.)
+    Walking over the few segments of a packed image takes 1 us.
+    """
+    at, end = 2, len(data) - 9
+    while at < end and data[at] == 0xFF:
+        marker = data[at + 1]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF, but not DHT, JPG or DAC
+            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
+            return height, width, data[at + 9]
+        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
+    return 0, 0, 0
+
+
+def _refuse_truncated(data: bytes, name: str) -> None:
+    """Raise `BadImage` if a JPEG's data end before its picture does, which libjpeg reports only as a warning.
+
+    The file is decoded again with more data before its end marker: a complete picture does not change.
+    This uses Pillow, because OpenCV reports the surplus bytes on stderr.
     """
     end = _end_of_scans(data)
     try:
-        whole = _outline(data) == _outline(data[:end] + _MORE + data[end:])
-    except Exception:  # as in _decode_strictly; Pillow notices some of what is missing itself
+        whole = _outline(data) == _outline(data[:end] + _MORE_DATA + data[end:])
+    except Exception:  # as in _decode_strictly; Pillow detects some kinds of missing data itself
         whole = False
     if not whole:
         raise BadImage(name, "the picture is not whole: its data end early")
 
 
 def _outline(data: bytes) -> bytes:
-    """A JPEG's pixels at an eighth of its size, which all its data are read for; of a progressive one, in full."""
+    """Decode a JPEG at an eighth of its size, which reads all its data; a progressive one at full size."""
     with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         warnings.simplefilter("ignore")
         if "progressive" not in image.info:
@@ -102,30 +114,15 @@ def _outline(data: bytes) -> bytes:
 
 
 def _end_of_scans(data: bytes) -> int:
-    """Where the end mark of a JPEG's first picture stands."""
+    """Return the position of the end marker of a JPEG's first picture."""
     at = 2
     while at < len(data) - 3 and data[at] == 0xFF and data[at + 1] != 0xD9:
         marker = data[at + 1]
         at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
         if marker == 0xDA:  # entropy-coded data follow
-            found = _AFTER_SCAN.search(data, at)
+            found = _END_OF_SCAN.search(data, at)
             at = found.start() if found else len(data)
     return min(at, len(data))
-
-
-def jpeg_shape(data: bytes) -> tuple[int, int, int]:
-    """(height, width, channels) from a JPEG's frame header; zeros where it has none.
-
-    A walk over the segments: 1 us for the few of a packed image. (ITU T.81, annex B.)
-    """
-    at, end = 2, len(data) - 9
-    while at < end and data[at] == 0xFF:
-        marker = data[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF, not DHT, JPG or DAC
-            height, width = data[at + 5] << 8 | data[at + 6], data[at + 7] << 8 | data[at + 8]
-            return height, width, data[at + 9]
-        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
-    return 0, 0, 0
 
 
 def _decode_strictly(data: bytes, name: str) -> np.ndarray:
@@ -159,22 +156,22 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 class EvalTransform:
-    """Resize the short side to `image_size / crop`, take the centre: for validation and prediction.
+    """Resize the short side to `image_size / crop` px and take the centre: for validation and prediction.
 
-    Pillow's antialiased bilinear filter with torchvision's rounding, so that reference weights score
-    what they are published with. Only the part of the image under the crop is resampled.
+    Pillow's antialiased bilinear filter with torchvision's rounding, so that reference weights reach
+    their published scores. Only the part of the image under the crop is resampled.
     """
 
-    def __init__(self, image_size: int, crop: float = 0.875):
+    def __init__(self, image_size: int, crop: float = EVAL_CROP):
         self.image_size, self.crop = image_size, crop
 
     def __call__(self, image: bytes | np.ndarray, name: str = "") -> np.ndarray:
-        """(image_size, image_size, 3) uint8 RGB. Raises `BadImage`."""
+        """Return (image_size, image_size, 3) uint8 RGB. Raises `BadImage`."""
         return centre_crop(decode(image, name), self.image_size, round(self.image_size / self.crop))
 
 
 def centre_crop(pixels: np.ndarray, size: int, short_side: int) -> np.ndarray:
-    """The central (size, size, 3) of `pixels` (H, W, 3) after its short side became `short_side` px."""
+    """Resize (H, W, 3) `pixels` to a short side of `short_side` px and return the central (size, size, 3)."""
     height, width = pixels.shape[:2]
     if height <= width:
         new_height, new_width = short_side, max(short_side, int(short_side * width / height))
@@ -183,61 +180,48 @@ def centre_crop(pixels: np.ndarray, size: int, short_side: int) -> np.ndarray:
     top, left = round((new_height - size) / 2), round((new_width - size) / 2)
     if (height, width) == (new_height, new_width):
         return pixels[top : top + size, left : left + size]
-    across, down = width / new_width, height / new_height
-    box = (left * across, top * down, min((left + size) * across, width), min((top + size) * down, height))
+    x_scale, y_scale = width / new_width, height / new_height
+    right, bottom = min((left + size) * x_scale, width), min((top + size) * y_scale, height)
+    box = (left * x_scale, top * y_scale, right, bottom)
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 class TrainTransform:
-    """Decode, crop and augment; what comes out is a function of the image and the key alone.
+    """Decode, crop and augment an image; the result depends only on the image and the key.
 
-    `steps` are ((name, N or None), ...) as `flags.parse_augment` gives them, applied in that order
-    but for the crop, which always comes first: `rrc` cuts from the decoded image and resizes only
-    the cut; `padcrop` shifts the image resized to `image_size`; with neither, the eval transform.
+    The crop always comes first: `rrc` cuts a random box from the decoded image and resizes only that;
+    `padcrop` shifts the image resized to `image_size`; with neither of them, the crop is `EvalTransform`'s.
+    `steps` come from `flags.parse_augment`. `mean`, of pixels in [0, 1], is the fill colour.
     """
 
-    def __init__(
-        self,
-        steps: Sequence[tuple[str, int | None]],
-        image_size: int,
-        mean: Sequence[float],
-        crop: float = 0.875,
-    ):
-        self.steps, self.image_size, self.crop = tuple(steps), image_size, crop
-        self.mean = tuple(round(255 * m) for m in mean)
-        self._operations = None  # built where it is used: a generator is not shared between processes
+    def __init__(self, steps: Steps, image_size: int, mean: Sequence[float], crop: float = EVAL_CROP):
+        crops = [step for step in steps if step[0] in ("rrc", "padcrop")]
+        if len(crops) > 1:
+            raise ValueError(f"at most one crop, not {' and '.join(name for name, _ in crops)}")
+        self.crop_name, self.pad = crops[0] if crops else ("centre", None)
+        self.steps = [step for step in steps if step not in crops]
+        self.image_size, self.crop = image_size, crop
+        self.fill = tuple(round(255 * m) for m in mean)
+        self._operations = None  # built on first use, so that each process has its own generator
 
     def __getstate__(self):
-        return {**self.__dict__, "_operations": None}
+        return {**self.__dict__, "_operations": None, "_randomness": None}
 
-    def _build(self) -> None:
-        names = [name for name, _ in self.steps]
-        self._crop_names = [name for name in names if name in ("rrc", "padcrop")]
-        if len(self._crop_names) > 1:
-            raise ValueError(f"at most one crop, not {' and '.join(self._crop_names)}")
-        self._pad = dict(self.steps).get("padcrop")
-        self._randomness = augment.KeyedRandom()
-        self._operations = [
-            augment.build(name, argument, self.mean, self._randomness)
-            for name, argument in self.steps
-            if name not in ("rrc", "padcrop")
-        ]
-
-    def __call__(self, image: bytes | np.ndarray, key: tuple[int, int, int], name: str = "") -> np.ndarray:
-        """(image_size, image_size, 3) uint8 RGB; `key` is (seed, epoch, sample id). Raises `BadImage`."""
+    def __call__(self, image: bytes | np.ndarray, key: tuple[int, int, int]) -> np.ndarray:
+        """Return (image_size, image_size, 3) uint8; `key` is (seed, epoch, sample id). Raises `BadImage`."""
         if self._operations is None:
-            self._build()
+            self._randomness = augment.KeyedRandom()
+            self._operations = [augment.build(*step, self.fill, self._randomness) for step in self.steps]
         draw = self._randomness.rekey(key)
-        pixels = self._cropped(decode(image, name), draw)
+        pixels = self._cropped(decode(image), draw)
         for operation in self._operations:
             pixels = operation(pixels, draw)
         return pixels
 
     def _cropped(self, pixels: np.ndarray, draw: augment.Draw) -> np.ndarray:
         size = self.image_size
-        if self._crop_names == ["rrc"]:
-            box = augment.random_resized_box(*pixels.shape[:2], draw)
-            return augment.cut_and_resize(pixels, box, size)
-        if self._crop_names == ["padcrop"]:
-            return augment.padded_crop(centre_crop(pixels, size, size), self._pad, self.mean, draw)
+        if self.crop_name == "rrc":
+            return augment.cut_and_resize(pixels, augment.random_resized_box(*pixels.shape[:2], draw), size)
+        if self.crop_name == "padcrop":
+            return augment.padded_crop(centre_crop(pixels, size, size), self.pad, self.fill, draw)
         return centre_crop(pixels, size, round(size / self.crop))

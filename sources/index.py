@@ -1,8 +1,8 @@
 """What a dataset is to the rest of the project: classes, labels, names, and a way to read samples.
 
-1.28 million paths are one bytes blob and an array of offsets, never a million Python objects: a
-forked worker that touches the reference count of a Python object copies its page, so a list of
-paths grows every worker's memory with the dataset, epoch after epoch.
+The paths of 1.28 million files are one bytes blob and an array of offsets, not Python objects: a forked
+worker that touches the reference count of an object copies its page, so with a list of paths the memory of
+every worker would grow epoch after epoch.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Names(Sequence):
 
 
 class Split:
-    """Labelled samples. Subclasses say how a sample is read; ids are positions, 0 ... len - 1."""
+    """Labelled samples, numbered 0 ... len - 1. Subclasses define how they are read."""
 
     labels: np.ndarray  # (n,) int64
 
@@ -44,19 +44,19 @@ class Split:
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """How sample `i` is called in messages and fingerprints (relative path, or an index)."""
+        """Return the name of sample `i` for messages and fingerprints: a relative path or a number."""
         return f"#{i}"
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-        """Each sample as an encoded file (bytes) or as pixels (H, W, 3) uint8, in the order asked."""
+        """Return the samples `ids` in that order, each as an encoded file or as pixels (H, W, 3) uint8."""
         raise NotImplementedError
 
     def for_size(self, image_size: int) -> Split:
-        """The split to read for training at `image_size` px: packed data has a copy per size."""
+        """Return the split to train from at `image_size` px: packed data has a copy for each size."""
         return self
 
     def digest(self) -> str:
-        """SHA-256 over names and labels: the same data gives the same digest wherever it lies."""
+        """Return a SHA-256 over names and labels: equal data has equal digests wherever it is stored."""
         sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
         for i in range(len(self)):
             sha.update(os.fsencode(self.name(i)) + b"\0")
@@ -64,7 +64,7 @@ class Split:
 
 
 class FileSplit(Split):
-    """Images as files below `root`; `names` are relative to it."""
+    """Image files; `names` are relative to `root`."""
 
     def __init__(self, root: str | os.PathLike, names: Iterable[str | bytes], labels: Sequence[int]):
         self.root = os.fspath(root)
@@ -125,7 +125,7 @@ class SubsetSplit(Split):
 
 @dataclass(frozen=True)
 class DatasetIndex:
-    """A dataset found on disk (or made in memory), ready to be read."""
+    """A dataset on disk or in memory, ready to be read."""
 
     name: str  # as in file names: "imagenet_1k", "digits"
     classes: tuple[str, ...]  # in label order: folder names, e.g. WordNet ids
@@ -134,22 +134,20 @@ class DatasetIndex:
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of pixels in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
     native_size: int | None = None  # side in px of every image, where they are all alike
-    class_names: tuple[str, ...] | None = None  # for people, where `classes` are ids
-    notes: tuple[str, ...] = field(default=())  # what the user should hear once (files passed over, ...)
+    class_names: tuple[str, ...] | None = None  # readable names, if `classes` are ids
+    notes: tuple[str, ...] = ()  # to be printed once (ignored files, ...)
 
     def __post_init__(self):
-        # Class names go into checkpoints, manifests, tables and pages, which are all UTF-8. File names may be any bytes.
+        # Class names go into checkpoints, tables and pages, which are UTF-8. File names may be any bytes.
         for name in (*self.classes, *(self.class_names or ())):
             try:
                 name.encode()
             except UnicodeEncodeError:
-                raise DataError(
-                    f"the class {os.fsencode(name)!r} has no name that can be written as text",
-                    "rename its folder, in train/ and val/ alike",
-                ) from None
+                what = f"the class name {os.fsencode(name)!r} is not valid text"
+                raise DataError(what, "rename the class's folder in train/ and in val/") from None
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Plain values that say whether two runs saw the same data (promise R22)."""
+        """Return plain values that tell whether two runs saw the same data."""
         classes = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape")).hexdigest()
         return {
             "classes": classes,
@@ -162,15 +160,14 @@ class DatasetIndex:
 
 
 def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
-    """`size` positions drawn from `labels` (n,), class-balanced, sorted, the same on every call.
+    """Return `size` positions in `labels` (n,), class-balanced and sorted, the same on every call.
 
-    Every class gives size // K or one more; a class with fewer samples gives all it has and the
-    others make up for it.
+    Each of the K classes contributes size // K or one more. A class with fewer samples contributes all of
+    them, and the others make up for it.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     shuffled = rng.permutation(len(labels))
-    # The rank of each sample inside its class, in shuffled order: taking the lowest ranks first is
-    # taking the classes in turn.
+    # The rank of each sample within its class: the samples of lowest rank take the classes in turn.
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
     ordered = labels[by_class]
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
@@ -180,9 +177,9 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
 
 
 def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (train, val) of `labels` (n,), sorted: `val_fraction` of every class goes to val.
+    """Return sorted positions in `labels` (n,) for train and val, the same on every call.
 
-    Rounded to whole samples class by class; the same on every call.
+    `val_fraction` of every class, rounded to whole samples, goes to val.
     """
     rng = np.random.Generator(np.random.Philox(seed))
     in_val = np.zeros(len(labels), bool)
@@ -193,15 +190,12 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
 
 
 def take_subset(index: DatasetIndex, size: int, seed: int = 0) -> DatasetIndex:
-    """A fixed draw of `size` training images, class-balanced, and a tenth as many for validation.
+    """Return `index` cut to a class-balanced draw of `size` training and a tenth as many validation images.
 
-    Raises UsageError where `size` cannot hold one image of every class.
+    The same on every call. Raises UsageError if `size` is below the number of classes.
     """
-    if size < len(index.classes):
-        raise UsageError(
-            f"--subset-size {size} < {len(index.classes)} classes",
-            f"give --subset-size {len(index.classes)} or more",
-        )
+    if size < (classes := len(index.classes)):
+        raise UsageError(f"--subset-size {size} < {classes} classes", f"use --subset-size {classes} or more")
     train = balanced_subset(index.train.labels, min(size, len(index.train)), seed)
     val = balanced_subset(index.val.labels, min(max(1, size // 10), len(index.val)), seed)
     return replace(index, train=SubsetSplit(index.train, train), val=SubsetSplit(index.val, val))

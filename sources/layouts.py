@@ -1,4 +1,4 @@
-"""Every dataset we accept: `index` finds it by name in a folder. Decoding is elsewhere, and so is torch."""
+"""Open any supported dataset by its name: `open_dataset`. Neither decodes images nor imports torch."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from base.errors import DataError, UsageError
+from base.flags import DATASETS
 from sources import folders
-from sources.index import DatasetIndex, FileSplit, stratified_split, take_subset
+from sources.index import DatasetIndex, take_subset
 
-DATASETS = (
-    "imagenet",
-    "imagenet100",
-    "tiny-imagenet",
-    "cifar100",
-    "cifar10",
-    "digits",
-    "synthetic",
-    "hf:<name>",
-)
-# Of 64 px training images, pixels in [0, 1].
-TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
+ON_DISK = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10")
+ELSEWHERE = ("digits", "synthetic", "hf")  # what is after a colon says how much, or which
+# Files and folders that give another dataset away.
+SIGNS = {
+    "tiny-imagenet": ("val/val_annotations.txt", "tiny-imagenet-200"),
+    "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
+    "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
+    "imagenet100": ("train.X1",),
+    "imagenet": ("ILSVRC", "Data/CLS-LOC"),
+}
 
 
-def index(
+def open_dataset(
     dataset: str,
     data_dir: str | os.PathLike,
     *,
@@ -35,147 +32,81 @@ def index(
     allow_class_mismatch: bool = False,
     subset_size: int | None = None,
 ) -> DatasetIndex:
-    """Find `dataset` in `data_dir`, within seconds and without opening any image.
+    """Find `dataset` in `data_dir` and index it, within seconds and without opening any image.
 
-    dataset: one of DATASETS; `synthetic` takes a size (`synthetic:classes=100,train=50000,val=1000,size=64`).
-        For all that lie on disk, `data_dir` may also be a packed copy (pack_dataset.py).
-    split: `70-30` pools Tiny ImageNet's train and val and draws 30 % of each class for validation
-    class_list: a file of class names, one a line; only those are read (imagenet, imagenet100)
-    allow_class_mismatch: accept validation data that lacks some of the training classes
-    subset_size: only a fixed, class-balanced draw of so many training images (`index.take_subset`)
-    Raises UsageError for what nobody knows and DataError for data that is not as expected.
+    dataset: one of `flags.DATASETS`; sizes may follow `synthetic` (`synthetic:classes=9,train=500,size=32`).
+        For every dataset on disk, `data_dir` may also be a packed copy (pack_dataset.py).
+    split: `70-30` pools Tiny ImageNet's train and val and draws 30 % of each class for validation.
+    class_list: a file with one class name per line; only those are used (imagenet, imagenet100).
+    allow_class_mismatch: accept validation data that lacks some of the training classes.
+    subset_size: use a fixed, class-balanced subset of so many training images (`index.take_subset`).
+    Raises UsageError for unknown or impossible values and DataError for data that is not as expected.
     """
-    data_dir, kind = os.fspath(data_dir), dataset.partition(":")[0]
-    if kind not in [name.partition(":")[0] for name in DATASETS] or (
-        ":" in dataset and kind not in ("hf", "synthetic")
-    ):
-        raise UsageError(f"--dataset {dataset}: not a dataset we know", f"one of {', '.join(DATASETS)}")
+    kind, colon, _ = dataset.partition(":")
+    if kind not in ON_DISK + ELSEWHERE or (colon and kind not in ("synthetic", "hf")):
+        raise UsageError(f"--dataset {dataset}: unknown dataset", f"use one of {DATASETS}")
     if split != "official" and dataset != "tiny-imagenet":
-        raise UsageError(
-            f"--split {split} with --dataset {dataset}", "only tiny-imagenet has more than one split"
-        )
+        raise UsageError(f"--split {split} with --dataset {dataset}", "only tiny-imagenet has another split")
     if class_list and dataset not in ("imagenet", "imagenet100"):
-        raise UsageError(
-            f"--class-list with --dataset {dataset}", "class lists are for imagenet and imagenet100"
-        )
-    found = _whole(dataset, data_dir, split, class_list, allow_class_mismatch)
-    if subset_size and subset_size > (images := len(found.train)):
-        all_of_them = f"note: --subset-size {subset_size:,} of {images:,} training images: all are used"
-        found = replace(found, notes=(*found.notes, all_of_them))
-    return take_subset(found, subset_size) if subset_size else found
+        raise UsageError(f"--class-list with --dataset {dataset}", "use it with imagenet or imagenet100")
+    if kind in ON_DISK:
+        index = _on_disk(dataset, os.fspath(data_dir), split, class_list, allow_class_mismatch)
+    else:
+        index = _elsewhere(dataset)
+    if not subset_size:
+        return index
+    if subset_size > (images := len(index.train)):
+        note = f"note: --subset-size {subset_size:,} of {images:,} training images: all are used"
+        index = replace(index, notes=(*index.notes, note))
+    return take_subset(index, subset_size)
 
 
-def _whole(
+def _on_disk(
     dataset: str, data_dir: str, split: str, class_list: str | os.PathLike | None, allow_class_mismatch: bool
 ) -> DatasetIndex:
-    if dataset.partition(":")[0] in ("digits", "synthetic", "hf"):
-        return _without_folder(dataset)
+    """Index what is in `data_dir`. Each module below is imported only for its own datasets."""
     check_dir(data_dir)
     if os.path.isfile(os.path.join(data_dir, "manifest.json")):
         from sources.packed import open_packed
 
         return open_packed(data_dir)
     try:
-        return _in_folder(dataset, data_dir, split, class_list, allow_class_mismatch)
+        if dataset.startswith("cifar"):
+            from sources.cifar import cifar
+
+            return cifar(data_dir, dataset)
+        from sources import imagenet
+
+        if dataset == "tiny-imagenet":
+            return imagenet.tiny_imagenet(data_dir, split, allow_class_mismatch=allow_class_mismatch)
+        layout = imagenet.imagenet if dataset == "imagenet" else imagenet.imagenet100
+        return layout(data_dir, class_list, allow_class_mismatch=allow_class_mismatch)
     except DataError as error:
-        raise DataError(error.what, recognise(dataset, Path(data_dir)) or error.fix) from error
+        raise DataError(error.what, _recognise(dataset, Path(data_dir)) or error.fix) from error
 
 
-def _without_folder(dataset: str) -> DatasetIndex:
-    if dataset == "digits":
-        from sources.generated import digits
-
-        return digits()
-    if dataset.startswith("hf:"):
+def _elsewhere(dataset: str) -> DatasetIndex:
+    if dataset.startswith("hf"):
         from sources.hub import hub
 
         return hub(dataset)
-    from sources.generated import synthetic
+    from sources.generated import digits, synthetic
 
-    return synthetic(dataset)
-
-
-def _in_folder(
-    dataset: str, data_dir: str, split: str, class_list, allow_class_mismatch: bool
-) -> DatasetIndex:
-    if dataset in ("cifar10", "cifar100"):
-        from sources.cifar import CIFAR10, CIFAR100, cifar
-
-        return cifar(data_dir, CIFAR10 if dataset == "cifar10" else CIFAR100)
-    if dataset == "tiny-imagenet":
-        return tiny_imagenet(data_dir, split, allow_class_mismatch=allow_class_mismatch)
-    from sources.imagenet import imagenet, imagenet100
-
-    layout = imagenet100 if dataset == "imagenet100" else imagenet
-    return layout(data_dir, class_list, allow_class_mismatch=allow_class_mismatch)
+    return digits() if dataset == "digits" else synthetic(dataset)
 
 
 def check_dir(data_dir: str) -> None:
-    """Stop here when there is nothing at all in `data_dir`."""
-    where = os.path.abspath(data_dir)
+    """Raise DataError if `data_dir` does not exist or is empty."""
+    path = os.path.abspath(data_dir)
     if not os.path.isdir(data_dir):
-        raise DataError(f"no data directory at {where}", f"check --data-dir; {folders.ACCEPTED}")
-    if not any(folders.scan(os.fsencode(data_dir))):
-        raise DataError(f"the data directory {where} is empty", folders.ACCEPTED)
+        raise DataError(f"no data directory at {path}", f"check --data-dir; {folders.ACCEPTED}")
+    if not folders.scan(os.fsencode(data_dir)):
+        raise DataError(f"the data directory {path} is empty", folders.ACCEPTED)
 
 
-def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
-    """Tiny ImageNet as published: train/<class>/images/, val/images/ + val_annotations.txt (or val/<class>/).
-
-    200 classes of 500 + 50 images, 64 px; `70-30` makes 77,000 / 33,000 of them.
-    """
-    from sources.imagenet import human_names
-
-    root = next(
-        (p for p in (data_dir, os.path.join(data_dir, "tiny-imagenet-200")) if os.path.isdir(p + "/train")),
-        None,
-    )
-    if root is None or not os.path.isdir(os.path.join(root, "val")):
-        raise DataError(
-            f"no Tiny ImageNet in {os.path.abspath(data_dir)} (train/ and val/, or tiny-imagenet-200/)",
-            f"python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir {data_dir}",
-        )
-    train = folders.list_classes(root, "train")
-    train.others = [name for name in train.others if not name.endswith(b"_boxes.txt")]  # published with it
-    annotations = os.path.join(root, "val", "val_annotations.txt")
-    if os.path.isfile(annotations) and os.path.isdir(os.path.join(root, "val", "images")):
-        val = folders.list_labelled(root, "val/images", _annotations(annotations))
-    else:
-        val = folders.list_classes(root, "val")
-    extra = {"mean": TINY_MEAN, "std": TINY_STD, "native_size": 64}
-    found = folders.from_listings("tiny-imagenet", train, val, **extra, **checks)
-    names = human_names(found.classes, Path(root))
-    return replace(pooled(found, 0.3) if split == "70-30" else found, class_names=names)
-
-
-def _annotations(path: str) -> dict[bytes, bytes]:
-    """val_annotations.txt: image name, class and box, separated by tabs -> {name without ending: class}."""
-    with open(path, "rb") as file:
-        rows = [line.split(b"\t") for line in file]
-    return {os.path.splitext(row[0])[0]: row[1].strip() for row in rows if len(row) > 1}
-
-
-def pooled(index: DatasetIndex, val_fraction: float) -> DatasetIndex:
-    """Train and val as one pool, split anew: `val_fraction` of every class, drawn with a fixed seed."""
-    names = [index.train.names[i] for i in range(len(index.train))] + [
-        index.val.names[i] for i in range(len(index.val))
-    ]
-    labels = np.concatenate([index.train.labels, index.val.labels])
-    parts = stratified_split(labels, val_fraction, seed=0)
-    train, val = (FileSplit(index.train.root, [names[i] for i in ids], labels[ids]) for ids in parts)
-    return replace(index, train=train, val=val)
-
-
-def recognise(dataset: str, data_dir: Path) -> str | None:
-    """The fix, where `data_dir` holds another dataset than the one that was named."""
-    signs = {
-        "tiny-imagenet": ("val/val_annotations.txt", "tiny-imagenet-200"),
-        "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
-        "cifar10": ("cifar-10-batches-py", "cifar-10-python.tar.gz"),
-        "imagenet100": ("train.X1",),
-        "imagenet": ("ILSVRC", "Data/CLS-LOC"),
-    }
-    for other, paths in signs.items():
+def _recognise(dataset: str, data_dir: Path) -> str | None:
+    """Return what to do if `data_dir` holds another dataset than the one named, or its archives."""
+    for other, paths in SIGNS.items():
         if other != dataset and any((data_dir / path).exists() for path in paths):
             return f"this looks like --dataset {other}"
     if any(data_dir.glob("ILSVRC2012_img_*.tar")):

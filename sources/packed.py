@@ -1,8 +1,8 @@
-"""Reading a packed dataset: resized copies of every image, in Arrow shards that are memory-mapped.
+"""Read a packed dataset: resized copies of every image in memory-mapped Arrow shards.
 
-On disk, next to `manifest.json`: one folder per stored side (`train-96/00000.arrow`, ...) and `val/`.
-A shard is an Arrow IPC stream with the columns image {bytes, path} and label, so Hugging Face
-`datasets` opens it too (`Dataset.from_file`). How the shards are made is in `sources.packing`.
+Beside `manifest.json` are a folder for each stored side (`train-96/00000.arrow`, ...) and `val/`. A shard is
+an Arrow IPC stream with the columns image {bytes, path} and label, so Hugging Face `datasets` opens it too
+(`Dataset.from_file`). `sources.packing` writes them.
 """
 
 from __future__ import annotations
@@ -17,28 +17,21 @@ import pyarrow as pa
 from base.errors import DataError
 from sources.index import DatasetIndex, Split
 
-COLUMNS = pa.schema(
-    [
-        pa.field("image", pa.struct([pa.field("bytes", pa.binary()), pa.field("path", pa.string())])),
-        pa.field("label", pa.int64()),
-    ]
-)
+COLUMNS = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
 MANIFEST, UNFINISHED = "manifest.json", "packing.json"
 FORMAT = 1
 BATCH_ROWS = 256  # images in each record batch of a shard
-# RandomResizedCrop cuts 0.73 of the side on average: from 1.15 times the size on, few crops are
-# enlarged by much. Measured per stored side in benchmarks/README.md.
+# RandomResizedCrop cuts 0.73 of the side on average: from 1.15 times the training size on, few crops are
+# enlarged by much. benchmarks/README.md has the measurement for each stored side.
 HEADROOM = 1.15
-REPAIR = (
-    "run pack_dataset.py again with the same arguments: it makes only the shards that are missing or damaged"
-)
+REPAIR = "run pack_dataset.py again with the same arguments: it replaces missing and damaged shards"
 
 
 class PackedSplit(Split):
-    """The stored copies of one split; `side` is the one that `read` takes (None: the files as they were).
+    """One part of a packed dataset, read from the copy with short side `side` px (None: the original files).
 
-    Shards are opened where they are first read. Their pages belong to the page cache, shared by all
-    workers; what a process holds itself is the labels and a few hundred bytes per record batch.
+    Shards are opened on first use. Their pages belong to the page cache, which all workers share; a
+    process itself holds the labels and a few hundred bytes per record batch.
     """
 
     def __init__(self, root: str, part: str, manifest: dict, labels: np.ndarray, side: int | None):
@@ -52,30 +45,41 @@ class PackedSplit(Split):
         return {**self.__dict__, "_open": {}}
 
     def for_size(self, image_size: int) -> PackedSplit:
-        """The copy to train at `image_size` px from: the smallest side with headroom, or the largest."""
-        sides = self.manifest["sides"] if self.part == "train" else []
-        if not sides:
+        """Return the copy to train from at `image_size` px: the smallest with headroom, or the largest."""
+        if self.part == "val":
             return self
+        sides = self.manifest["sides"]
         side = min((s for s in sides if s >= HEADROOM * image_size), default=max(sides))
-        return self if side == self.side else self._at(side)
+        return self if side == self.side else self.at_side(side)
 
     def copies(self) -> list[PackedSplit]:
-        """The split once per stored side."""
-        return [self._at(side) for side in self.manifest["sides"]] if self.part == "train" else [self]
+        """Return this part once per stored side."""
+        return [self.at_side(side) for side in self.manifest["sides"]] if self.part == "train" else [self]
 
-    def _at(self, side: int) -> PackedSplit:
+    def at_side(self, side: int) -> PackedSplit:
         return PackedSplit(self.root, self.part, self.manifest, self.labels, side)
+
+    def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
+        return [shard.image(row) for shard, row in self._rows(ids)]
+
+    def name(self, i: int) -> str:
+        return next(shard.name(row) for shard, row in self._rows([i]))
+
+    def digest(self) -> str:
+        """Return the digest of the split that was packed: equal for every stored side."""
+        return self.manifest["parts"][self.part]["digest"]
+
+    def damaged_shards(self) -> Iterator[tuple[str, str]]:
+        """Read all shards; yield (path, reason) for each whose bytes are not those that were written."""
+        for k, written in enumerate(self.manifest["tables"][self.table]):
+            if problem := check_file(self.shard_path(k), written["bytes"], written["crc32"]):
+                yield self.shard_path(k), problem
 
     def shard_path(self, k: int) -> str:
         return os.path.join(self.root, shard_file(self.table, k))
 
-    def _shard(self, k: int) -> Shard:
-        if k not in self._open:
-            self._open[k] = Shard(self.shard_path(k), int(self.starts[k + 1] - self.starts[k]))
-        return self._open[k]
-
-    def _where(self, ids: Sequence[int]) -> Iterator[tuple[Shard, int]]:
-        """(shard, row) of each id; one search for all of them."""
+    def _rows(self, ids: Sequence[int]) -> Iterator[tuple[Shard, int]]:
+        """Yield (shard, row) of each id; one search for all of them."""
         ids = np.asarray(ids, np.int64)
         shards = self.starts.searchsorted(ids, "right") - 1
         for k in np.unique(shards).tolist():
@@ -83,26 +87,14 @@ class PackedSplit(Split):
         for k, row in zip(shards.tolist(), (ids - self.starts[shards]).tolist(), strict=True):
             yield self._shard(k), row
 
-    def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-        return [shard.image(row) for shard, row in self._where(ids)]
-
-    def name(self, i: int) -> str:
-        return next(shard.name(row) for shard, row in self._where([i]))
-
-    def digest(self) -> str:
-        """That of the split it was packed from: the same images and labels, whatever their size."""
-        return self.manifest["parts"][self.part]["digest"]
-
-    def damaged_shards(self) -> Iterator[tuple[str, str]]:
-        """(path, what is wrong) for every shard whose bytes are not those that were written. Reads all."""
-        for k, written in enumerate(self.manifest["tables"][self.table]):
-            problem = check_file(self.shard_path(k), written["bytes"], written["crc32"])
-            if problem:
-                yield self.shard_path(k), problem
+    def _shard(self, k: int) -> Shard:
+        if k not in self._open:
+            self._open[k] = Shard(self.shard_path(k), int(self.starts[k + 1] - self.starts[k]))
+        return self._open[k]
 
 
 class Shard:
-    """One memory-mapped Arrow stream."""
+    """A memory-mapped Arrow stream of `rows` images. Raises DataError if it is not one."""
 
     def __init__(self, path: str, rows: int):
         self.path = path
@@ -113,21 +105,20 @@ class Shard:
                 raise ValueError("it has other columns")
             self.table.validate(full=True)  # offsets of a damaged file may point anywhere
             if any(column.null_count for column in self.table.flatten().columns):
-                raise ValueError("it lacks images or labels")
+                raise ValueError("images or labels are missing")
             chunks = [chunk.field("bytes") for chunk in self.table.column("image").chunks]
             if len(self.table) != rows or any(len(chunk) != BATCH_ROWS for chunk in chunks[:-1]):
                 raise ValueError(f"it has {len(self.table)} images, the manifest says {rows}")
-            # Slicing these buffers takes half a microsecond an image; `as_py` takes 9, `take` 80.
+            # Slicing these buffers takes half a microsecond per image; `as_py` takes 9, `take` 80.
             self.offsets = [np.frombuffer(chunk.buffers()[1], np.int32)[chunk.offset :] for chunk in chunks]
             self.data = [memoryview(chunk.buffers()[2] or b"") for chunk in chunks]
         except (OSError, pa.ArrowException, KeyError, ValueError, OverflowError, MemoryError) as error:
             raise DataError(f"the shard {path} is damaged or missing: {error}", REPAIR) from error
 
     def check_size(self) -> None:
-        """A file cut short under its mapping would end the process with SIGBUS."""
-        problem = check_file(self.path, self.size)
-        if problem:
-            raise DataError(f"the shard {self.path} changed while it was read: {problem}", REPAIR)
+        """Raise DataError if the file has changed: reading past its end would kill the process (SIGBUS)."""
+        if problem := check_file(self.path, self.size):
+            raise DataError(f"the shard {self.path} changed while it was in use: {problem}", REPAIR)
 
     def image(self, row: int) -> bytes:
         batch, row = divmod(row, BATCH_ROWS)
@@ -135,11 +126,9 @@ class Shard:
         return bytes(self.data[batch][offsets[row] : offsets[row + 1]])
 
     def name(self, row: int) -> str:
-        batch, row = divmod(row, BATCH_ROWS)
-        path = self.table.column("image").chunk(batch).field("path")[row].as_buffer()
-        return (
-            os.fsdecode(path.to_pybytes()) if path is not None else f"{self.path}#{batch * BATCH_ROWS + row}"
-        )
+        batch, at = divmod(row, BATCH_ROWS)
+        path = self.table.column("image").chunk(batch).field("path")[at].as_buffer()
+        return f"{self.path}#{row}" if path is None else os.fsdecode(path.to_pybytes())
 
 
 def table_name(part: str, side: int | None) -> str:
@@ -147,12 +136,12 @@ def table_name(part: str, side: int | None) -> str:
 
 
 def shard_file(table: str, k: int) -> str:
-    """Relative path of shard `k`."""
+    """Return the path of shard `k`, relative to the packed dataset."""
     return os.path.join(table, f"{k:05d}.arrow")
 
 
 def check_file(path: str, size: int, crc32: int | None = None) -> str | None:
-    """What is wrong with the file, or None. Its content is read only where a checksum is given."""
+    """Return what is wrong with the file, or None. Its content is read only if a checksum is given."""
     try:
         found = os.path.getsize(path)
         if found != size:
@@ -172,37 +161,32 @@ def file_crc32(path: str) -> int:
     return value
 
 
-def read_json(path: str, finished: bool = True) -> dict:
-    """manifest.json, or packing.json while it is not `finished`."""
+def read_plan(root: str, name: str) -> dict:
+    """Read `name` in `root`: MANIFEST, or UNFINISHED while the packing is going on. Raises DataError."""
     from base import schemas
 
-    if finished:
-        return schemas.read_packing(path, schemas.Manifest, FORMAT, REPAIR)
-    return schemas.read_packing(path, schemas.Plan, FORMAT, REPAIR)
+    schema = schemas.Manifest if name == MANIFEST else schemas.Plan
+    return schemas.read_packing(os.path.join(root, name), schema, FORMAT, REPAIR)
 
 
 def open_packed(root: str | os.PathLike) -> DatasetIndex:
-    """The dataset packed in `root`, with its original classes and names.
+    """Open the packed dataset in `root`, with its original classes and names.
 
-    Every shard's presence and size are checked here, its checksum by `pack_dataset.py --verify`.
-    Raises DataError for a packing that is unfinished, damaged, or not one at all.
+    The presence and size of every shard are checked; `pack_dataset.py --verify` also checks their checksums.
+    Raises DataError if the packed dataset is unfinished, damaged, or is none.
     """
     root = os.fspath(root)
     if not os.path.isfile(os.path.join(root, MANIFEST)):
-        state = (
-            "is not finished" if os.path.isfile(os.path.join(root, UNFINISHED)) else "has no manifest.json"
-        )
+        unfinished = os.path.isfile(os.path.join(root, UNFINISHED))
+        state = "is unfinished" if unfinished else f"has no {MANIFEST}"
         raise DataError(f"the packed dataset {os.path.abspath(root)} {state}", REPAIR)
-    manifest = read_json(os.path.join(root, MANIFEST))
+    manifest = read_plan(root, MANIFEST)
     for table, shards in manifest["tables"].items():
         for k, shard in enumerate(shards):
-            problem = check_file(os.path.join(root, shard_file(table, k)), shard["bytes"])
-            if problem:
-                raise DataError(
-                    f"the shard {os.path.join(root, shard_file(table, k))} is damaged: {problem}", REPAIR
-                )
-    # Which copy is read is a question of the training size; until it is asked, the largest.
-    largest = max(manifest["sides"])
+            path = os.path.join(root, shard_file(table, k))
+            if problem := check_file(path, shard["bytes"]):
+                raise DataError(f"the shard {path} is damaged: {problem}", REPAIR)
+    largest = max(manifest["sides"])  # until `for_size` chooses one
     return DatasetIndex(
         name=manifest["name"],
         classes=tuple(manifest["classes"]),
@@ -216,19 +200,18 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
 
 
 def _labels(root: str, part: str, manifest: dict) -> np.ndarray:
-    """(n,) int64 from the file beside the manifest: opening 300 shards for them would take a second."""
+    """Read (n,) int64 labels from their own file: opening 300 shards for them would take a second."""
     path, known = os.path.join(root, f"{part}-labels.npy"), manifest["parts"][part]
-    problem = check_file(path, known["labels_bytes"], known["labels_crc32"])
-    if problem:
-        raise DataError(f"the labels {path} are damaged: {problem}", REPAIR)
+    images, classes = known["images"], len(manifest["classes"])
     try:
-        # Mapped, so that no header can ask for more memory than there are bytes.
+        if problem := check_file(path, known["labels_bytes"], known["labels_crc32"]):
+            raise ValueError(problem)
+        # Mapped, so that a damaged header cannot ask for more memory than there are bytes.
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
+        if labels.dtype.kind not in "iu" or labels.shape != (images,):
+            raise ValueError(f"they are not {images:,} whole numbers")
+        if images and not 0 <= labels.min() <= labels.max() < classes:
+            raise ValueError(f"they are not all below the number of classes, {classes:,}")
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
         raise DataError(f"the labels {path} are damaged: {error}", REPAIR) from None
-    wrong = labels.dtype.kind not in "iu" or labels.shape != (known["images"],)
-    if wrong or (len(labels) and not 0 <= labels.min() <= labels.max() < len(manifest["classes"])):
-        raise DataError(
-            f"the labels {path} are not {known['images']} of {len(manifest['classes'])} classes", REPAIR
-        )
     return np.array(labels, np.int64)

@@ -1,58 +1,50 @@
-"""Making a packed dataset: what to write, how much disk that takes, and one group of shards at a time.
+"""Write a packed dataset: plan it, estimate its size, and write one group of shards at a time.
 
-A group is the shards of one range of images, one shard per stored side: each image is read and
-decoded once. A shard has its final name only when it is whole and on disk, and a line in
-`packing.jsonl` only after that; so a packing that was killed goes on where it was. Processes,
-progress and flags are pack_dataset.py's.
+A group is a range of images with one shard per stored side, so each image is read and decoded once. A shard
+takes its final name when it is complete and on disk; after that, a line in `packing.jsonl` records its group.
+So an interrupted packing continues with the groups that have no record. pack_dataset.py is the command.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import pyarrow as pa
 
+from base import files
 from base.errors import DataError, UsageError
+from sources import packed
 from sources.images import BadImage, decode
 from sources.index import DatasetIndex, Split
-from sources.packed import (
-    BATCH_ROWS,
-    COLUMNS,
-    FORMAT,
-    MANIFEST,
-    REPAIR,
-    UNFINISHED,
-    check_file,
-    file_crc32,
-    read_json,
-    shard_file,
-    table_name,
-)
 
 RECORDS = "packing.jsonl"
+Records = dict[tuple[str, int], dict]  # (part, k) of a group -> its record
 
 
-@dataclasses.dataclass(frozen=True)
+# --- the plan ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
 class Group:
-    """The images `start` ... `stop` - 1 of a part, and the number of their shards."""
+    """The images `ids` of a part, which are shard `k` of every stored side."""
 
     part: str
     k: int
-    start: int
-    stop: int
+    ids: range
 
 
 def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int) -> dict:
-    """What a packing is, in plain values: two runs with the same plan write the same bytes."""
+    """Describe a packing in plain values: equal plans write equal bytes."""
     return {
-        "format": FORMAT,
+        "format": packed.FORMAT,
         "name": index.name,
         "classes": list(index.classes),
         "class_names": list(index.class_names) if index.class_names else None,
@@ -66,33 +58,124 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int) -> dict:
     }
 
 
-def _shard_rows(n: int) -> int:
+def _shard_rows(images: int) -> int:
     """About 64 shards, so that every process has work; at most 4,096 images, some 180 MB at 320 px."""
-    return min(4096, max(64, -(-n // 64)))
+    return min(4096, max(64, -(-images // 64)))
 
 
 def tables_of(plan: dict, part: str) -> dict[str, int | None]:
-    """{table: stored side}; validation is stored once, as it is."""
-    sides: list[int | None] = list(plan["sides"]) if part == "train" else [None]
-    return {table_name(part, side): side for side in sides}
+    """Return {table: stored side}. Validation is stored once, as it is (None)."""
+    sides = plan["sides"] if part == "train" else [None]
+    return {packed.table_name(part, side): side for side in sides}
 
 
 def groups_of(plan: dict) -> list[Group]:
     groups = []
     for part in ("val", "train"):
-        n, rows = plan["source"][f"num_{part}"], plan["shard_rows"][part]
-        groups += [Group(part, k, start, min(start + rows, n)) for k, start in enumerate(range(0, n, rows))]
+        images, rows = range(plan["source"][f"num_{part}"]), plan["shard_rows"][part]
+        groups += [Group(part, k, images[first : first + rows]) for k, first in enumerate(images[::rows])]
     return groups
 
 
-# --- one image -----------------------------------------------------------------------------------
+def estimate(index: DatasetIndex, plan: dict, groups: Sequence[Group], samples: int = 48) -> dict[str, int]:
+    """Return the bytes that each table of `groups` will take, estimated from a few images of each part."""
+    sizes = {}
+    for part in ("train", "val"):
+        images = sum(len(group.ids) for group in groups if group.part == part)
+        split, tables = getattr(index, part), tables_of(plan, part)
+        ids = np.unique(np.linspace(0, len(split) - 1, samples).astype(int)) if images else []
+        lengths = {table: [] for table in tables}
+        for i, data in zip(ids, _read(split, ids), strict=True):
+            with suppress(BadImage):
+                pixels = decode(data, split.name(i))
+                for table, side in tables.items():
+                    lengths[table].append(len(stored(data, pixels, side, plan["quality"])))
+        for table, measured in lengths.items():
+            # 60 bytes per image for the name, the label and the offsets.
+            sizes[table] = int(images * (np.mean(measured) + 60)) if measured else 0
+    return sizes
+
+
+# --- one group of shards -------------------------------------------------------------------------
+
+
+class _BadGroup(Exception):
+    """Some of the group's images are bad, so its shards are discarded."""
+
+
+def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_image: str = "fail") -> dict:
+    """Write the shards of `group` below `out`; return its record, which lists the bad images left out.
+
+    With on_bad_image="fail", a group with bad images is not written and its record has only them, as "bad".
+    """
+    split, tables, schema = getattr(index, group.part), tables_of(plan, group.part), _schema(plan["classes"])
+    paths = {table: os.path.join(out, packed.shard_file(table, group.k)) for table in tables}
+    rows, bad = 0, []
+    try:
+        with ExitStack() as stack:
+            writers = {}
+            for table, path in paths.items():
+                file = stack.enter_context(_durable(path))
+                writers[table] = stack.enter_context(pa.ipc.new_stream(file, schema))
+            for batch in _batches(split, plan, group, bad):
+                rows += len(batch["label"])
+                for table, writer in writers.items():
+                    writer.write_batch(_record_batch(batch, table, schema))
+            if bad and on_bad_image == "fail":
+                raise _BadGroup
+    except _BadGroup:
+        return {"part": group.part, "k": group.k, "bad": bad}
+    shards = {}
+    for table, path in paths.items():
+        shards[table] = {"rows": rows, "bytes": os.path.getsize(path), "crc32": packed.file_crc32(path)}
+    return {"part": group.part, "k": group.k, "shards": shards, "skipped": bad}
+
+
+@contextmanager
+def _durable(path: str) -> Iterator[BinaryIO]:
+    """Open a file that takes its name once its content is on disk, so that a power cut cannot empty it."""
+    with files.replacing(path) as partial, open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterator[dict[str, list]]:
+    """Yield columns of BATCH_ROWS good images, fewer only at the end; append the bad ones to `bad`."""
+    tables = tables_of(plan, group.part)
+    batch = {column: [] for column in (*tables, "path", "label")}
+    for first in range(0, len(group.ids), packed.BATCH_ROWS):
+        ids = group.ids[first : first + packed.BATCH_ROWS]
+        for i, data in zip(ids, _read(split, ids), strict=True):
+            try:
+                pixels = decode(data, split.name(i), thorough=True)
+            except BadImage as error:
+                bad.append({"id": i, "name": error.name, "reason": error.reason})
+                continue
+            for table, side in tables.items():
+                batch[table].append(stored(data, pixels, side, plan["quality"]))
+            batch["path"].append(_utf8(split.name(i)))
+            batch["label"].append(int(split.labels[i]))
+            if len(batch["label"]) == packed.BATCH_ROWS:
+                yield batch
+                batch = {column: [] for column in batch}
+    if batch["label"]:
+        yield batch
+
+
+def _read(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
+    try:
+        return split.read(ids)
+    except OSError as error:
+        what = f"cannot read {error.filename or 'the data'}: {error.strerror or error}"
+        raise DataError(what, "restore it, then run the same command again") from error
 
 
 def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, quality: int) -> bytes:
-    """The image as it is stored with short side `side` px (None: as it is), its shape kept.
+    """Return the image with short side `side` px (None: unchanged), its aspect ratio kept, as a file.
 
-    It is never enlarged: an image that is small enough is stored as the file it was, and one that
-    never was a file as a PNG, so that nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded.
+    No image is enlarged: one that is small enough stays the file it was, or becomes a PNG if it never was
+    one, so nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded.
     """
     height, width = pixels.shape[:2]
     if side is None or min(height, width) <= side:
@@ -103,165 +186,67 @@ def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, quali
     return _encode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])
 
 
-def _encode(kind: str, pixels: np.ndarray, options: list[int]) -> bytes:
-    return cv2.imencode(kind, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+def _encode(ending: str, pixels: np.ndarray, options: list[int]) -> bytes:
+    return cv2.imencode(ending, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
 
 
-def estimate(index: DatasetIndex, plan: dict, groups: Iterable[Group], samples: int = 48) -> dict[str, int]:
-    """Bytes that each table of `groups` will take, from a few images spread over each part."""
-    sizes: dict[str, int] = {}
-    count = {"train": 0, "val": 0}
-    for group in groups:
-        count[group.part] += group.stop - group.start
-    for part, n in count.items():
-        split = getattr(index, part)
-        ids = np.unique(np.linspace(0, len(split) - 1, samples).astype(int)) if n else []
-        tables = tables_of(plan, part)
-        found = {table: [] for table in tables}
-        for data, i in zip(split.read(ids) if n else [], ids, strict=True):
-            with contextlib.suppress(BadImage):
-                pixels = decode(data, split.name(int(i)))
-                for table, side in tables.items():
-                    found[table].append(len(stored(data, pixels, side, plan["quality"])))
-        for table, lengths in found.items():
-            # 60 bytes an image for the name, label and offsets.
-            sizes[table] = int(n * (np.mean(lengths) + 60)) if lengths else 0
-    return sizes
-
-
-# --- one group of shards -------------------------------------------------------------------------
-
-
-def write_group(split: Split, plan: dict, group: Group, out: str, on_bad_image: str = "fail") -> dict:
-    """Write the shards of `group` below `out`; returns its record, or what is bad about its images.
-
-    With 'skip', bad images are left out and named in the record. With 'fail', a group with bad
-    images is not written: the record then has "bad" alone.
-    """
-    tables = tables_of(plan, group.part)
-    paths = {table: os.path.join(out, shard_file(table, group.k)) for table in tables}
-    skipped: list[dict] = []
-    try:
-        rows = _write(split, plan, group, paths, skipped)
-        if skipped and on_bad_image == "fail":
-            return {"part": group.part, "k": group.k, "bad": skipped}
-        shards = {}
-        for table, path in paths.items():
-            shards[table] = {
-                "rows": rows,
-                "bytes": os.path.getsize(path + ".tmp"),
-                "crc32": file_crc32(path + ".tmp"),
-            }
-            os.replace(path + ".tmp", path)
-        return {"part": group.part, "k": group.k, "shards": shards, "skipped": skipped}
-    finally:
-        for path in paths.values():
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path + ".tmp")
-
-
-def _write(split: Split, plan: dict, group: Group, paths: dict[str, str], skipped: list[dict]) -> int:
-    """Fill the temporary files; returns the number of images in each."""
-    schema, tables, rows = _schema(plan["classes"]), tables_of(plan, group.part), 0
-    with contextlib.ExitStack() as stack:
-        writers = {}
-        for table, path in paths.items():
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            file = stack.enter_context(open(path + ".tmp", "wb"))
-            stack.callback(lambda file=file: (file.flush(), os.fsync(file.fileno())))
-            writers[table] = stack.enter_context(pa.ipc.new_stream(file, schema))
-        for batch in _batches(split, plan, group, tables, skipped):
-            rows += len(batch["label"])
-            for table, writer in writers.items():
-                image = pa.StructArray.from_arrays(
-                    [pa.array(batch[table], pa.binary()), _paths(batch["path"])],
-                    fields=list(schema.field("image").type),
-                )
-                writer.write_batch(
-                    pa.record_batch([image, pa.array(batch["label"], pa.int64())], schema=schema)
-                )
-    return rows
-
-
-def _batches(split: Split, plan: dict, group: Group, tables: dict[str, int | None], skipped: list[dict]):
-    """Columns of BATCH_ROWS good images each; fewer only in the last."""
-    batch = {key: [] for key in (*tables, "path", "label")}
-    for start in range(group.start, group.stop, BATCH_ROWS):
-        ids = range(start, min(start + BATCH_ROWS, group.stop))
-        for i, data in zip(ids, split.read(ids), strict=True):
-            name = split.name(i)
-            try:
-                pixels = decode(data, name, thorough=True)
-            except BadImage as error:
-                skipped.append({"id": i, "name": error.name, "reason": error.reason})
-                continue
-            for table, side in tables.items():
-                batch[table].append(stored(data, pixels, side, plan["quality"]))
-            batch["path"].append(name)
-            batch["label"].append(int(split.labels[i]))
-            if len(batch["label"]) == BATCH_ROWS:
-                yield batch
-                batch = {key: [] for key in batch}
-    if batch["label"]:
-        yield batch
-
-
-def _paths(names: list[str]) -> pa.Array:
-    """Names as Arrow strings, which are UTF-8; file names need not be."""
-    return pa.array([name.encode("utf-8", "backslashreplace").decode() for name in names], pa.string())
+def _record_batch(batch: dict[str, list], table: str, schema: pa.Schema) -> pa.RecordBatch:
+    columns = [pa.array(batch[table], pa.binary()), pa.array(batch["path"], pa.string())]
+    image = pa.StructArray.from_arrays(columns, fields=list(schema.field("image").type))
+    return pa.record_batch([image, pa.array(batch["label"], pa.int64())], schema=schema)
 
 
 def _schema(classes: Sequence[str]) -> pa.Schema:
-    names = [name.encode("utf-8", "backslashreplace").decode() for name in classes]
+    names = [_utf8(name) for name in classes]
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
-    return COLUMNS.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    return packed.COLUMNS.with_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def _utf8(name: str) -> str:
+    """Return a file name as Arrow's strings need it: names need not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 # --- the state on disk ---------------------------------------------------------------------------
 
 
-def start(out: str, plan: dict) -> dict[tuple[str, int], dict]:
-    """Begin or go on in `out`: the records of the groups that are there already, whole.
+def start(out: str, plan: dict) -> Records:
+    """Begin in `out`, or continue: return the records of the groups whose shards are complete.
 
-    Raises DataError where `out` holds a packing of other data, UsageError for other settings.
+    Raises DataError if `out` has a packing of other data, and UsageError if it has one with other settings.
     """
-    finished = os.path.isfile(os.path.join(out, MANIFEST))
-    before = os.path.join(out, MANIFEST if finished else UNFINISHED)
-    if os.path.isfile(before):
-        known = read_json(before, finished)
-        _refuse_other(out, known, plan)
-        records = _records_of(known) if finished else _read_records(os.path.join(out, RECORDS), known)
-    elif os.listdir(out):
-        raise UsageError(
-            f"{os.path.abspath(out)} is not empty and not a packing", "give an empty or new --out"
-        )
+    if os.path.isfile(os.path.join(out, packed.MANIFEST)):
+        known = packed.read_plan(out, packed.MANIFEST)
+        records = _records_of(known)
+    elif os.path.isfile(os.path.join(out, packed.UNFINISHED)):
+        known = packed.read_plan(out, packed.UNFINISHED)
+        records = _read_records(out, known)
+    elif set(os.listdir(out)) - {packed.UNFINISHED + ".partial"}:  # which a kill may leave
+        what = f"{os.path.abspath(out)} is neither empty nor a packed dataset"
+        raise UsageError(what, "use an empty or new --out")
     else:
-        records = []
-        write_json(os.path.join(out, UNFINISHED), plan)
-    return {(record["part"], record["k"]): record for record in records if _whole(out, record)}
+        known, records = plan, []
+        _write_json(os.path.join(out, packed.UNFINISHED), plan)
+    _refuse_other(out, known, plan)
+    return {(record["part"], record["k"]): record for record in records if _is_complete(out, record)}
 
 
 def _refuse_other(out: str, known: dict, plan: dict) -> None:
-    changed = [key for key in plan["source"] if known["source"].get(key) != plan["source"][key]]
-    if changed:
-        counts = ", ".join(
-            f"{part} {known['source'].get(f'num_{part}'):,} images then, {plan['source'][f'num_{part}']:,} now"
-            for part in ("train", "val")
-        )
-        raise DataError(
-            f"the source has changed since the packing in {os.path.abspath(out)} began ({', '.join(changed)}; {counts})",
-            "restore the source, or pack into another --out (and delete this one)",
-        )
+    where, before, now = os.path.abspath(out), known["source"], plan["source"]
+    if changed := [key for key in now if before.get(key) != now[key]]:
+        train = f"train {before['num_train']:,} images then, {now['num_train']:,} now"
+        val = f"val {before['num_val']:,} images then, {now['num_val']:,} now"
+        what = f"the source has changed since {where} was begun ({', '.join(changed)}; {train}, {val})"
+        raise DataError(what, "restore the source, or pack into another --out (and delete this one)")
     for key in plan:
-        if known.get(key) != plan[key]:
-            raise UsageError(
-                f"{os.path.abspath(out)} holds a packing with {key} {known.get(key)}, not {plan[key]}",
-                "give the same values as then, or another --out",
-            )
+        if known[key] != plan[key]:
+            what = f"{where} has a packing with {key} {known[key]}, not {plan[key]}"
+            raise UsageError(what, "use the former value, or another --out")
 
 
 def _records_of(manifest: dict) -> list[dict]:
-    records: dict[tuple[str, int], dict] = {}
+    """Return the records that a finished packing was made of."""
+    records: Records = {}
     for part in ("train", "val"):
         for table in tables_of(manifest, part):
             for k, shard in enumerate(manifest["tables"][table]):
@@ -272,46 +257,45 @@ def _records_of(manifest: dict) -> list[dict]:
     return list(records.values())
 
 
-def _read_records(path: str, plan: dict) -> list[dict]:
+def _read_records(out: str, plan: dict) -> list[dict]:
     from base import schemas
 
+    path = os.path.join(out, RECORDS)
     if not os.path.isfile(path):
         return []
     records, known = [], {(group.part, group.k) for group in groups_of(plan)}
     with open(path, "rb") as file:
         for line in file:
-            with contextlib.suppress(
-                DataError
-            ):  # a line that a kill cut short, or no record: its shards are made again
-                record = schemas.parse_json(line, schemas.Record, path, REPAIR)
+            with suppress(DataError):  # a kill may cut a line short; its group is written again
+                record = schemas.parse_json(line, schemas.Record, path, packed.REPAIR)
                 tables = tables_of(plan, record["part"])
                 if (record["part"], record["k"]) in known and record["shards"].keys() == tables.keys():
                     records.append(record)
     return records
 
 
-def _whole(out: str, record: dict) -> bool:
-    return all(
-        check_file(os.path.join(out, shard_file(table, record["k"])), shard["bytes"]) is None
-        for table, shard in record["shards"].items()
-    )
+def _is_complete(out: str, record: dict) -> bool:
+    for table, shard in record["shards"].items():
+        if packed.check_file(os.path.join(out, packed.shard_file(table, record["k"])), shard["bytes"]):
+            return False
+    return True
 
 
 def add_record(out: str, record: dict) -> None:
     with open(os.path.join(out, RECORDS), "a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(record) + "\n")  # the last line may have been cut
+        file.write("\n" + json.dumps(record) + "\n")  # the last line may have been cut short
 
 
-def finish(out: str, index: DatasetIndex, plan: dict, records: dict[tuple[str, int], dict]) -> dict:
-    """Write the labels and, last, the manifest; returns it."""
+def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
+    """Write the labels and, last, the manifest; return it."""
     manifest = {**plan, "parts": {}, "tables": {}}
     for part in ("train", "val"):
         ordered = [records[key] for key in sorted(records) if key[0] == part]
         skipped = [image for record in ordered for image in record["skipped"]]
-        split = getattr(index, part)
-        labels = np.delete(split.labels, [image["id"] for image in skipped]).astype("<i4")
+        labels = np.delete(getattr(index, part).labels, [image["id"] for image in skipped]).astype("<i4")
         path = os.path.join(out, f"{part}-labels.npy")
-        _write_whole(path, lambda file, labels=labels: np.save(file, labels))
+        with _durable(path) as file:
+            np.save(file, labels)
         digest = plan["source"][part]
         if skipped:
             digest = hashlib.sha256((digest + json.dumps(skipped)).encode()).hexdigest()
@@ -319,26 +303,18 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: dict[tuple[str, i
             "images": len(labels),
             "digest": digest,
             "labels_bytes": os.path.getsize(path),
-            "labels_crc32": file_crc32(path),
+            "labels_crc32": packed.file_crc32(path),
             "skipped": skipped,
         }
         for table in tables_of(plan, part):
             manifest["tables"][table] = [record["shards"][table] for record in ordered]
-    write_json(os.path.join(out, MANIFEST), manifest)
-    for name in (UNFINISHED, RECORDS):
-        with contextlib.suppress(FileNotFoundError):
+    _write_json(os.path.join(out, packed.MANIFEST), manifest)
+    for name in (packed.UNFINISHED, RECORDS):
+        with suppress(FileNotFoundError):
             os.remove(os.path.join(out, name))
     return manifest
 
 
-def write_json(path: str, value: dict) -> None:
-    _write_whole(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
-
-
-def _write_whole(path: str, write) -> None:
-    """The file is the old one or the new one, never a part."""
-    with open(path + ".tmp", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+def _write_json(path: str, value: dict) -> None:
+    with _durable(path) as file:
+        file.write(json.dumps(value, indent=1).encode())

@@ -42,7 +42,7 @@ def config_of(*arguments: object):
 
 def built(config, save_dir: Path) -> Run:
     """The run as train.py would build it."""
-    index = layouts.index(**flags.data_args(config))
+    index = layouts.open_dataset(**flags.data_args(config))
     runtime = build.open_runtime(config)
     return build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), save_dir)
 
@@ -56,7 +56,7 @@ def look(make_config: Callable) -> tuple:
     try:
         config = make_config()
         run = built(config, Path())
-        index = layouts.index(**flags.data_args(config))
+        index = layouts.open_dataset(**flags.data_args(config))
     except UserError as error:
         return ("refused", error.what)
     finally:

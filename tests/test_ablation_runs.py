@@ -1,11 +1,10 @@
-"""Studies parse and plan, the runner goes on and survives, and the report claims no more than the runs show."""
+"""Studies are valid, the runner resumes and survives, and the report claims no more than the runs show."""
 
 import csv
 import io
 import json
 import math
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from conftest import ROOT
 from scipy import stats
 
 import train
-from ablation_runs import report, results, run, studies, study
-from ablation_runs.study import Study, Variant, merged
+from ablation_runs import plots, report, results, run, studies, study, summary
+from ablation_runs.study import Study
 from base import flags
 from base.errors import DataError, UsageError, UserError
 
@@ -36,9 +35,9 @@ EVERY = [
 ids = [f"{s.name}-{preset}" for s, preset in EVERY]
 
 
-def config_of(arguments):
-    config, typed = flags.parse(train.build_parser(), arguments)
-    flags.check_train(config, typed)
+def config_of(values):
+    config, given = flags.parse(flags.train_parser(), flags.to_argv(values))
+    flags.check_train(config, given)
     return config
 
 
@@ -58,67 +57,72 @@ def test_every_variant_is_accepted_and_planned(which, preset):
             if c.subset
             else IMAGES[c.dataset.partition(":")[0]]
         )
-        phases = plan(c.epochs, c.resize_schedule, images, c.batch_size, phase_batch_sizes=c.phase_batch_sizes,
-                      phase_epochs=c.phase_epochs, phase_mix=c.phase_mix)  # fmt: skip
+        given = {name: getattr(c, name) for name in ("phase_batch_sizes", "phase_epochs", "phase_mix")}
+        phases = plan(c.epochs, c.resize_schedule, images, c.batch_size, **given)
         assert phases[-1].last_epoch == c.epochs and sum(p.steps for p in phases) >= c.epochs
 
 
 @pytest.mark.parametrize(("which", "preset"), [(s, preset) for s, preset in EVERY if preset != "smoke"])
 def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(which, preset):
-    configs = {v.name: config_of(which.flags(v, preset)) for v in which.variants}
+    configs = {name: config_of(which.flags_of(name, preset)) for name in which.variants}
     assert len({repr(c) for c in configs.values()}) == len(configs)  # no two rows are one experiment
-    first, base = which.variants[0], flags.plain(configs[which.variants[0].name])
-    for variant in which.variants[1:]:
-        own = variant.cpu if preset == "cpu" and variant.cpu is not None else variant.flags
-        named = {n.removeprefix("no-").replace("-", "_") for n in merged(first.flags, own)}
-        changed = {name for name, value in flags.plain(configs[variant.name]).items() if value != base[name]}
-        idle = study.idle_in(
-            merged(shlex.join(which.flags(variant, preset)))
-        )  # no difference where it does nothing
-        assert changed and not changed - named - {n.replace("-", "_") for n in idle}
+    first, *others = which.variants
+    base = flags.plain(configs[first])
+    for variant in others:
+        named = which.own_flags(first, preset).keys() | which.own_flags(variant, preset).keys()
+        changed = {name for name, value in flags.plain(configs[variant]).items() if value != base[name]}
+        assert changed and not changed - named - flags.idle_flags(configs[variant])
+
+
+def test_every_name_is_a_flag_of_train():
+    # to_argv passes over names that it does not know.
+    known = flags.defaults().keys()
+    assert study.CPU.keys() | study.SMOKE.keys() <= known
+    for one in studies.STUDIES.values():
+        for values in (one.base, one.cpu, *one.variants.values(), *one.cpu_variants.values()):
+            assert values.keys() <= known
 
 
 def test_the_studies_of_the_documents_are_all_here():
-    issue = """tiny_imagenet_01 tiny_imagenet_02 tiny_imagenet_03 imagenet100_architectures efficientnet_size_augmentation
-               tiny_imagenet_resnet18 cifar100_resnet34 lr_exploration sensitivity_grid augmentation optimizers schedules
-               blurpool resize_schedules drop_path_rate ema stored_sides"""
-    assert set(studies.STUDIES) == set(issue.split())
+    names = """tiny_imagenet_01 tiny_imagenet_02 tiny_imagenet_03 imagenet100_architectures
+               efficientnet_size_augmentation tiny_imagenet_resnet18 cifar100_resnet34 lr_exploration
+               sensitivity_grid augmentation optimizers schedules blurpool resize_schedules drop_path_rate
+               ema stored_sides"""
+    assert set(studies.STUDIES) == set(names.split())
     for one in studies.STUDIES.values():
-        assert len(one.seeds) >= 3 and one.score in ("val_top1", "ema_val_top1")
-        assert all(re.fullmatch(r"[\w.+=-]+", v.name) for v in one.variants)  # they name directories
-        assert not one.source or one.reported or any(v.reported for v in one.variants) or one.source == "004"
+        assert len(one.seeds) >= 3 and one.metric in ("val_top1", "ema_val_top1")
+        assert all(re.fullmatch(r"[\w.+=-]+", name) for name in one.variants)  # they name directories
+        assert not one.source or one.published or one.published_scores or one.source == "004"
+        assert one.published_scores.keys() | one.cpu_variants.keys() <= one.variants.keys()
 
 
 def test_the_resize_schedules_cost_the_same():
     costs = []
     for variant in studies.RESIZE_SCHEDULES.variants:
-        c = config_of(studies.RESIZE_SCHEDULES.flags(variant))
+        c = config_of(studies.RESIZE_SCHEDULES.flags_of(variant))
         costs.append(
             sum(n * px**2 for n, px in zip(c.phase_epochs or (c.epochs,), c.resize_schedule, strict=True))
         )
     assert max(costs) / min(costs) < 1.04
 
 
-def test_laying_command_lines_over_each_other():
-    assert merged("--lr 1 --ema --a b", "--no-ema --lr 2", "--x=-3") == {
-        "lr": "2",
-        "a": "b",
-        "no-ema": None,
-        "x": "-3",
-    }
-    assert study.as_list(merged("--subset --lr 1")) == ["--subset", "--lr", "1"]
+def test_a_grid_holds_every_combination_once_and_the_baseline_first():
+    variants = study.grid({"lr": "2", "batch_size": "8"}, lr=("1", "2"), batch_size=("4", "8", "16"))
+    assert len({tuple(own.values()) for own in variants.values()}) == 6
+    assert next(iter(variants.items())) == ("lr=2_batch-size=8", {"lr": "2", "batch_size": "8"})
+    assert next(iter(studies.SENSITIVITY_GRID.variants)) == "batch-size=400_weight-decay=1e-4_clip-norm=0.1"
 
 
-def test_a_grid_holds_every_combination_once_and_the_default_first():
-    variants = study.grid({"lr": "2", "batch-size": "8"}, lr=("1", "2"), batch_size=("4", "8", "16"))
-    assert len({v.factors for v in variants}) == 6
-    assert variants[0].flags == "--lr 2 --batch-size 8"
+def test_flags_after_two_dashes_override_the_base_but_not_the_variant():
+    changed = config_of(studies.LR_EXPLORATION.flags_of("lr=0.1", extra={"lr": 7.0, "epochs": 3}))
+    assert (changed.lr, changed.epochs) == (0.1, 3)
 
 
-def test_what_was_typed_after_two_dashes_lies_over_the_base_and_under_the_variant():
-    which = studies.LR_EXPLORATION
-    assert config_of(which.flags(which.variants[1], extra="--lr 7 --epochs 3")).lr == 0.1
-    assert config_of(which.flags(which.variants[1], extra="--lr 7 --epochs 3")).epochs == 3
+def test_a_recipe_is_spelled_out_without_the_flags_that_lost_their_effect():
+    flags_of = studies.SENSITIVITY_GRID.flags_of
+    assert flags_of("batch-size=400_weight-decay=1e-4_clip-norm=1")["clip_mode"] == "value"
+    assert "clip_mode" not in flags_of("batch-size=400_weight-decay=1e-4_clip-norm=0")
+    assert "data_dir" not in flags_of("batch-size=400_weight-decay=1e-4_clip-norm=1")
 
 
 def test_a_study_without_a_cpu_version_says_so():
@@ -155,7 +159,7 @@ def test_only_seeds_that_both_have_are_paired():
 def test_one_pair_has_no_interval_and_no_verdict():
     d = results.paired({0: 99.0}, {0: 1.0})
     assert (d.mean, d.low, d.p) == (98.0, None, None)
-    assert results.word_for(d, d.p) == results.UNKNOWN
+    assert d.verdict == results.UNKNOWN
 
 
 def test_equal_differences_are_not_certainty():
@@ -174,16 +178,18 @@ def test_holm_by_hand():
 
 def grid_results(value_of, seeds=3):
     variants = study.grid({"lr": "1", "wd": "0"}, lr=("1", "2"), wd=("0", "5"))
-    which = Study("g", "", "?", variants)
+    which = Study("g", "?", variants, grid=("lr", "wd"))
     runs = [
-        finished(v.name, s, val_top1=value_of(dict(v.factors), s)) for v in variants for s in range(seeds)
+        finished(name, seed, val_top1=value_of(own, seed))
+        for name, own in variants.items()
+        for seed in range(seeds)
     ]
     return which, runs
 
 
 def finished(variant, seed, **last):
-    row = {"epoch": 1, "train_top1": 90.0, "val_top1": 50.0, "val_top5": 80.0, "ema_val_top1": None, "seconds": 60.0,
-           "images_per_second": 100.0}  # fmt: skip
+    row = {"epoch": 1, "train_top1": 90.0, "val_top1": 50.0, "val_top5": 80.0, "ema_val_top1": None}
+    row |= {"seconds": 60.0, "images_per_second": 100.0}
     return results.Result(variant, seed, "done", [row | last], {"num_val": 200})
 
 
@@ -194,11 +200,11 @@ def test_a_grids_effects_are_ranked_and_agree_with_scipy():
         lambda f, s: 50 + 8 * (f["lr"] == "2") + noise[int(f["lr"] == "2"), int(f["wd"] == "5"), s]
     )
     lr, wd = results.effects(runs, which, "val_top1")
-    assert (lr.parameter, wd.parameter) == ("lr", "wd")
+    assert (lr.flag, wd.flag) == ("lr", "wd")
     assert lr.p < 1e-4 and lr.span == pytest.approx(abs(lr.means["2"] - lr.means["1"]))
     # One parameter alone is scipy's one-way analysis of variance.
-    one = Study("g", "", "?", study.grid({"lr": "1"}, lr=("1", "2", "3")))
-    scores = {v.name: np.random.default_rng(k).normal(k, 1, 4) for k, v in enumerate(one.variants)}
+    one = Study("g", "?", study.grid({"lr": "1"}, lr=("1", "2", "3")), grid=("lr",))
+    scores = {name: np.random.default_rng(k).normal(k, 1, 4) for k, name in enumerate(one.variants)}
     runs = [finished(n, s, val_top1=float(x)) for n, values in scores.items() for s, x in enumerate(values)]
     (effect,) = results.effects(runs, one, "val_top1")
     assert effect.p == pytest.approx(stats.f_oneway(*scores.values()).pvalue)
@@ -219,7 +225,7 @@ def test_the_last_epoch_counts_not_the_best():
 
 # Conclusions
 
-TWO = Study("two", "000", "Is b better?", (Variant("a"), Variant("b", "--lr 1"), Variant("c", "--lr 2")))
+TWO = Study("two", "Is b better?", {"a": {}, "b": {"lr": 1}, "c": {"lr": 2}})
 
 
 def made(**scores):
@@ -231,40 +237,40 @@ def made(**scores):
 
 
 def test_a_difference_inside_the_noise_concludes_nothing():
-    text = report.conclusion(TWO, made(a=(50, 51, 52), b=(51, 50, 55), c=(50, 53, 50)))
-    assert text == "Nothing can be said about b and c: the difference to a is inside the noise."
+    text = summary.conclusion(TWO, made(a=(50, 51, 52), b=(51, 50, 55), c=(50, 53, 50)))
+    assert text == "No conclusion about b and c: the difference to a is within the noise."
 
 
 def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
-    text = report.conclusion(TWO, made(a=(50, 51, 52), b=(60, 61.5, 61.5), c=(50, 53, 50)))
+    text = summary.conclusion(TWO, made(a=(50, 51, 52), b=(60, 61.5, 61.5), c=(50, 53, 50)))
     assert re.match(
         r"\*\*b\*\* is better than a by 10\.0 points .*interval \+8\.8 to \+11\.2, 3 seeds\)", text
     )
-    assert "smaller with b, by 10.0 points" in text and "Nothing can be said about c" in text
+    assert "10.0 points smaller with b" in text and "No conclusion about c" in text
 
 
 def test_what_sits_at_chance_is_named():
     runs = made(a=(30, 34, 32), b=(4.0, 6.0, 4.5), c=(5, 25, 5))
-    assert "chance" not in report.conclusion(TWO, runs)
+    assert "chance" not in summary.conclusion(TWO, runs)
     for r in runs:
         r.env["num_classes"] = 20
-    assert "At chance (5 %; the interval ends below twice that): b." in report.conclusion(TWO, runs)
+    assert "At chance (5 %; the interval ends below twice that): b." in summary.conclusion(TWO, runs)
 
 
 def test_many_comparisons_ask_for_more():
-    variants = (Variant("a"), *(Variant(f"v{k}", f"--lr {k}") for k in range(1, 21)))
+    variants = {"a": {}} | {f"v{k}": {"lr": k} for k in range(1, 21)}
     scores = {f"v{k}": (50, 50.2, 49.8) for k in range(2, 21)} | {"a": (50, 50, 50), "v1": (51.4, 52.0, 52.6)}
     runs = made(**scores)
-    alone = results.verdicts(runs, Study("s", "", "?", variants[:2]), "val_top1")
-    among = results.verdicts(runs, Study("s", "", "?", variants), "val_top1")
-    assert alone[0].word == results.BETTER and among[0].word == results.NOISE
-    assert alone[0].difference == among[0].difference
+    alone = results.compare(runs, Study("s", "?", {"a": {}, "v1": {"lr": 1}}), "val_top1")["v1"]
+    among = results.compare(runs, Study("s", "?", variants), "val_top1")["v1"]
+    assert alone.verdict == results.BETTER and among.verdict == results.NOISE
+    assert (alone.mean, alone.p) == (among.mean, among.p)
 
 
 def test_one_seed_and_failed_runs_conclude_nothing():
     runs = made(a=(50,), b=(90,), c=(10,))
     runs[2].status = "diverged"
-    text = report.conclusion(TWO, runs)
+    text = summary.conclusion(TWO, runs)
     assert text == "Not enough finished pairs of runs to judge b and c. Not every run finished: c (diverged)."
 
 
@@ -272,17 +278,17 @@ def test_one_seed_and_failed_runs_conclude_nothing():
 
 FAKE = """
 import json, pathlib, signal, sys, time
-words = dict(zip(sys.argv[1:], sys.argv[2:]))
+words = dict(word.partition("=")[::2] for word in sys.argv[1:])
 run = pathlib.Path(words["--save-dir"]); log = run / "metrics.jsonl"
 stop = []; signal.signal(signal.SIGTERM, lambda *a: stop.append(1))
-(run / "started").write_text(str(int((run / "started").read_text()) + 1) if (run / "started").exists() else "1")
+starts = run / "started"; starts.write_text(str(int(starts.read_text()) + 1) if starts.exists() else "1")
 (run / "best_x.pt").write_text(""); (run / "last_x.pt").write_text("")
 if words["--lr"] == "666": print("error: step 3: loss is nan"); sys.exit(5)
 if words["--lr"] == "13": print("error: no such thing\\nfix: none"); sys.exit(3)
 done = len(log.read_text().splitlines()) if log.exists() else 0
 for epoch in range(done + 1, 4):
-    row = dict(epoch=epoch, train_top1=50.0, val_top1=float(words["--lr"]) + int(words["--seed"]), val_top5=90.0,
-               ema_val_top1=None, images_per_second=10.0, seconds=6.0)
+    row = dict(epoch=epoch, train_top1=50.0, val_top5=90.0, ema_val_top1=None, images_per_second=10.0)
+    row |= dict(seconds=6.0, val_top1=float(words["--lr"]) + int(words["--seed"]))
     log.open("a").write(json.dumps(row) + "\\n")
     for _ in range(int(words.get("--epochs", 0))):
         time.sleep(.05)
@@ -292,12 +298,12 @@ for epoch in range(done + 1, 4):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A study of three variants and two seeds over a stand-in for train.py; returns the runner's arguments."""
+    """A study of three variants and two seeds with a stand-in for train.py; the runner's arguments."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
-    variants = (Variant("low", "--lr 1"), Variant("mid", "--lr 2"), Variant("high", "--lr 3"))
+    variants = {"low": {"lr": 1}, "mid": {"lr": 2}, "high": {"lr": 3}}
     monkeypatch.setattr(run, "TRAIN", script)
-    monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "", "?", variants, seeds=(0, 1)))
+    monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "?", variants, seeds=(0, 1)))
     return ["fake", "--data-dir", str(tmp_path), "--out", str(tmp_path / "runs")]
 
 
@@ -305,10 +311,9 @@ def starts(tmp_path):
     return {p.parent.name: int(p.read_text()) for p in (tmp_path / "runs" / "fake").glob("*/started")}
 
 
-def replace_variant(monkeypatch, flags_):
-    which = studies.STUDIES["fake"]
-    variants = (which.variants[0], Variant("mid", flags_), which.variants[2])
-    monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "", "?", variants, seeds=(0, 1)))
+def replace_variant(monkeypatch, lr):
+    variants = studies.STUDIES["fake"].variants | {"mid": {"lr": lr}}
+    monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "?", variants, seeds=(0, 1)))
 
 
 def test_what_is_done_is_skipped_and_its_checkpoints_make_room(fake, tmp_path, capsys):
@@ -317,16 +322,16 @@ def test_what_is_done_is_skipped_and_its_checkpoints_make_room(fake, tmp_path, c
     kept = {p.name for p in (tmp_path / "runs/fake/mid-seed1").iterdir()}
     assert "best_x.pt" in kept and "last_x.pt" not in kept
     assert run.main([*fake, "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("done      python train.py --lr") == 6
+    assert capsys.readouterr().out.count("done      python train.py --data-dir") == 6
     assert run.main(fake) == 0
     assert set(starts(tmp_path).values()) == {1}
 
 
-@pytest.mark.parametrize(("lr", "status", "code"), [("13", "failed", 3), ("666", "diverged", 0)])
+@pytest.mark.parametrize(("lr", "status", "code"), [(13, "failed", 3), (666, "diverged", 0)])
 def test_a_failing_variant_is_reported_and_the_others_run(
     fake, tmp_path, monkeypatch, capsys, lr, status, code
 ):
-    replace_variant(monkeypatch, f"--lr {lr}")
+    replace_variant(monkeypatch, lr)
     assert run.main(fake) == code
     said = capsys.readouterr().out
     assert f"mid-seed0: {status}" in said and "high-seed1: done" in said
@@ -340,12 +345,17 @@ def test_a_failing_variant_is_reported_and_the_others_run(
 
 def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monkeypatch, capsys):
     run.main([*fake, "--seeds", "0"])
-    replace_variant(monkeypatch, "--lr 2.5")
+    replace_variant(monkeypatch, 2.5)
     capsys.readouterr()
     run.main([*fake, "--seeds", "0", "--dry-run"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["done", "changed", "done"]
     assert run.main([*fake, "--seeds", "0"]) == 2 and set(starts(tmp_path).values()) == {1}
-    assert "mid-seed0: made with other flags; delete" in capsys.readouterr().out
+    assert "mid-seed0: the existing run has other flags; delete" in capsys.readouterr().out
+
+
+def test_a_flag_of_an_older_version_makes_it_another_run():
+    assert run.what_trains(["--lr", "1e-3", "--subset"]) == run.what_trains(["--lr=0.001", "--subset"])
+    assert run.what_trains(["--lr=0.001", "--gone=1"]) is None
 
 
 def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
@@ -355,8 +365,10 @@ def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
 
 
 def test_shards_share_out_every_run_once(fake):
-    everything = [r.name for r in run.chosen("fake", "full", None, (), (1, 1))]
-    parts = [[r.name for r in run.chosen("fake", "full", None, (), (i, 4))] for i in (1, 2, 3, 4)]
+    def names(part):
+        return [r.name for r in run.chosen_runs(run.build_parser().parse_args(["fake", "--shard", part]), {})]
+
+    everything, parts = names("1/1"), [names(f"{i}/4") for i in (1, 2, 3, 4)]
     assert sorted(name for part in parts for name in part) == sorted(everything) and len(everything) == 6
 
 
@@ -367,11 +379,11 @@ def test_a_shard_that_is_none_is_refused(fake, bad):
 
 
 def test_unknown_names_are_answered_with_the_known_ones(fake):
-    with pytest.raises(UsageError, match=r"no study 'emma'[\s\S]*ema"):
+    with pytest.raises(UsageError, match=r"unknown study 'emma'[\s\S]*ema"):
         run.main(["emma"])
     with pytest.raises(UsageError, match=r"no variant hi[\s\S]*low, mid, high"):
         run.main([*fake, "--variants", "hi"])
-    with pytest.raises(UsageError, match="no study"):
+    with pytest.raises(UsageError, match="unknown study"):
         report.main(["emma"])
 
 
@@ -382,9 +394,10 @@ def test_a_stopped_study_goes_on_where_it_was(tmp_path, fake):
 import pathlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 from ablation_runs import run, studies
-from ablation_runs.study import Study, Variant
+from ablation_runs.study import Study
 run.TRAIN = pathlib.Path({str(tmp_path / "fake.py")!r})
-studies.STUDIES["fake"] = Study("fake", "", "?", (Variant("low", "--lr 1 --epochs 10"), Variant("mid", "--lr 2 --epochs 0")))
+variants = {{"low": {{"lr": 1, "epochs": 10}}, "mid": {{"lr": 2, "epochs": 1}}}}
+studies.STUDIES["fake"] = Study("fake", "?", variants)
 sys.exit(run.main(sys.argv[1:]))
 """)
     command = [sys.executable, str(driver), *fake, "--seeds", "0"]
@@ -397,11 +410,20 @@ sys.exit(run.main(sys.argv[1:]))
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=20)
-    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in out
+    assert process.returncode == 128 + signal.SIGTERM and "run the same command again" in out
     assert starts(tmp_path) == {"low-seed0": 1} and len(log.read_text().splitlines()) < 3
     assert subprocess.run(command, capture_output=True, timeout=30).returncode == 0
     assert starts(tmp_path) == {"low-seed0": 2, "mid-seed0": 1}
     assert [json.loads(line)["epoch"] for line in log.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_stop_signal_reaches_a_run_that_is_just_starting(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "TRAIN", tmp_path / "slow.py")
+    run.TRAIN.write_text("import time; time.sleep(60)")
+    stopping = run.Stopping()
+    stopping(signal.SIGTERM)
+    with open(tmp_path / "log.txt", "w") as log:
+        assert run.launch([], log, stopping) == -signal.SIGTERM
 
 
 def test_list_names_every_study(capsys):
@@ -411,13 +433,12 @@ def test_list_names_every_study(capsys):
 
 
 def test_every_run_is_given_its_data(fake):
-    job = run.Job(study.Run("s", "v", 0, ["--dataset", "cifar100"]), ROOT / "x")
-    assert job.arguments[2:4] == ["--data-dir", "data/cifar100"]
-    assert job.arguments[-2:] == ["--resume", "auto"]
+    cifar100 = run.Job(study.Run("s", "v", 0, {"dataset": "cifar100"}), ROOT / "x").arguments
+    assert cifar100 == ["--data-dir=data/cifar100", "--dataset=cifar100", "--save-dir=x", "--resume=auto"]
     stored = studies.STORED_SIDES.runs(seeds=(0,))[1]
-    arguments = run.Job(stored, ROOT / "x", "/d/i100").arguments
-    assert arguments.count("--data-dir") == 1 and "/d/i100-packed-96-192-320" in arguments
-    assert "--data-dir" not in run.Job(study.Run("s", "v", 0, ["--dataset", "digits"]), ROOT / "x").arguments
+    assert "--data-dir=/d/i100-packed-96-192-320" in run.Job(stored, ROOT / "x", "/d/i100").arguments
+    digits = run.Job(study.Run("s", "v", 0, {"dataset": "digits"}), ROOT / "x").arguments
+    assert not any(word.startswith("--data-dir") for word in digits)
 
 
 # Report
@@ -426,19 +447,33 @@ def test_every_run_is_given_its_data(fake):
 def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, capsys):
     which = studies.SENSITIVITY_GRID
     rng = np.random.default_rng(1)
-    for v in which.variants:
+    for variant, own in which.variants.items():
         for seed in (0, 1):
-            folder = tmp_path / which.name / f"{v.name}-seed{seed}"
+            folder = tmp_path / which.name / f"{variant}-seed{seed}"
             folder.mkdir(parents=True)
-            score = 60 + 5 * (dict(v.factors)["clip-norm"] == "0.1") + rng.normal()
-            row = finished(v.name, seed, val_top1=score).rows[0]
+            score = 60 + 5 * (own["clip_norm"] == "0.1") + rng.normal()
+            row = finished(variant, seed, val_top1=score).rows[0]
             (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
             (folder / "run.json").write_text(json.dumps({"status": "done"}))
     assert report.main([which.name, "--runs", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "Parameters that matter beyond the noise, most first: clip-norm." in text
-    assert len(list((tmp_path / which.name).glob("heat_map_*.png"))) == 3
-    assert (tmp_path / which.name / "differences.png").stat().st_size > 5000
+    assert "Flags that matter beyond the noise, most important first: --clip-norm." in text
+    pictures = {path.name: path.stat().st_size for path in (tmp_path / which.name).glob("*.png")}
+    assert pictures.keys() == {"curves.png", "differences.png", "heat_maps.png"}
+    assert min(pictures.values()) > 5000
+
+
+def test_a_grids_curves_have_a_panel_for_each_flag_and_its_heat_maps_one_scale():
+    which, runs = grid_results(lambda f, s: 50 + 8 * (f["lr"] == "2") + s)
+    lines = plots.panel_lines(runs, which)
+    assert {flag: [*values] for flag, values in lines.items()} == {"--lr": ["1", "2"], "--wd": ["0", "5"]}
+    assert all(len(own) == 6 for values in lines.values() for own in values.values())
+    scores = results.grid_scores(runs[1:], which, "val_top1")
+    assert scores.mask.sum() == 1 and scores.mean(-1).tolist() == [[51.5, 51], [59, 59]]
+    (heat_map, _) = plots.heat_maps(runs, which, "title").axes
+    assert heat_map.images[0].get_clim() == (51, 59)
+    fig = plots.curves(runs, which, "val_top1", "title")
+    assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == ["--lr", "--wd"]
 
 
 def test_a_report_without_runs_names_the_command(tmp_path):
@@ -450,8 +485,8 @@ def test_no_difference_is_reported_for_what_is_still_running(fake, tmp_path, mon
     run.main([*fake, "--keep", "none"])
     (tmp_path / "runs/fake/mid-seed1/run.json").unlink()
     runs = results.load(tmp_path / "runs/fake", studies.STUDIES["fake"])
-    assert sorted(results.scores(runs, "mid", "val_top1")) == [0]
-    assert "mid (unfinished)" in report.conclusion(studies.STUDIES["fake"], runs)
+    assert sorted(results.by_seed(runs, "mid", "val_top1")) == [0]
+    assert "mid (unfinished)" in summary.conclusion(studies.STUDIES["fake"], runs)
 
 
 # From end to end
@@ -477,8 +512,8 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert run.main(["ema", "--smoke", "--seeds", "0,1", "--variants", "ramp-0.9999,plain-0.9999", *out]) == 0
     assert report.main(["ema", "--smoke", "--runs", str(tmp_path), "--publish"]) == 0
     text = (tmp_path / "published/ema-smoke/summary.md").read_text()
-    assert "smoke test: tiny sizes, the figures mean nothing" in text and "16 validation images" in text
-    assert "Averaged against raw weights" in text and "stuck at chance" in text
+    assert "smoke test: tiny sizes, the scores mean nothing" in text and "there are 16" in text
+    assert "EMA against raw weights" in text and "stuck at chance" in text
     rows = list(csv.DictReader((tmp_path / "published/ema-smoke/summary.csv").read_text().splitlines()))
     assert [(r["variant"], r["seed"], r["status"], r["epochs"]) for r in rows] == [
         ("ramp-0.9999", "0", "done", "3"), ("ramp-0.9999", "1", "done", "3"),
@@ -509,6 +544,13 @@ def test_notebooks_are_thin_and_hold_the_outputs_of_a_run(path):
     assert not any(o["output_type"] == "error" for o in outputs)
 
 
+def test_published_runs_are_known_by_the_flags_in_their_files():
+    for folder in (ROOT / "ablation_runs" / "results").iterdir():
+        name, _, preset = folder.name.partition("-")
+        for one in studies.STUDIES[name].runs(preset or "full"):
+            assert run.Job(one, folder / one.name).status() == "done"
+
+
 def test_published_results_hold_no_path_and_are_complete():
     for folder in (ROOT / "ablation_runs" / "results").iterdir():
         name, _, preset = folder.name.partition("-")
@@ -517,12 +559,10 @@ def test_published_results_hold_no_path_and_are_complete():
         assert {(r.variant, r.seed) for r in found} == {
             (r.variant, r.seed) for r in studies.STUDIES[name].runs(preset or "full")
         }
-        text = report.markdown(
-            studies.STUDIES[name], preset or "full", found, ["curves.png", "differences.png"]
-        )
-        assert (folder / "summary.md").read_text(
-            encoding="utf-8"
-        ) == text + "\n"  # the report is that of the files beside it
+        pictures = ["curves.png", "differences.png"]
+        text = summary.markdown(studies.STUDIES[name], preset or "full", found, pictures)
+        # The report is that of the files beside it.
+        assert (folder / "summary.md").read_text(encoding="utf-8") == text + "\n"
     small = [p for p in (ROOT / "ablation_runs" / "results").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in small) < 2_000_000
     assert not [

@@ -7,14 +7,21 @@ import json
 import numpy as np
 import pytest
 
-from analysis import figures, plots, runs
+from analysis import figures, learning_curves, plots, runs
 from base.errors import DataError, ResourceError, UsageError
 
 
 def row(epoch: int, size: int = 32, batch: int = 64, **values) -> dict:
-    return {"epoch": epoch, "image_size": size, "batch_size": batch, "lr": 1e-3, "train_loss": 2.0, "train_top1": 50.0,
-            "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0, "ema_val_loss": None, "ema_val_top1": None,
-            "ema_val_top5": None, "best": False, **values}  # fmt: skip
+    scores = {
+        "train_loss": 2.0,
+        "train_top1": 50.0,
+        "val_loss": 1.5,
+        "val_top1": 40.0 + epoch,
+        "val_top5": 80.0,
+    }
+    averaged = {"ema_val_loss": None, "ema_val_top1": None, "ema_val_top5": None}
+    place = {"epoch": epoch, "image_size": size, "batch_size": batch, "lr": 1e-3}
+    return {**place, **scores, **averaged, "best": False, **values}
 
 
 def write_run(folder, rows: list[dict]):
@@ -50,11 +57,18 @@ def test_curves_leave_out_epochs_that_were_not_scored_and_mark_phases_and_the_be
     rows = [row(1, val_top1=None, val_loss=None), row(2), row(3, 48, 32, best=True), row(4, 48, 32)]
     assert runs.series(rows, "val_top1") == ([2, 3, 4], [42.0, 43.0, 44.0])
     assert runs.phases(rows) == [(1, 32, 64), (3, 48, 32)]
-    _, top1 = plots.curves(runs.read_run(write_run(tmp_path / "run", rows), "a $name$")).axes
-    labels = [line.get_label() for line in top1.get_lines()]
+    _, top1 = learning_curves.curves(runs.read_run(write_run(tmp_path / "run", rows), "a $name$")).axes
+    labels = [text.get_text() for text in top1.get_legend().get_texts()]
     assert "best: 43.00 % at epoch 3" in labels and "validation, raw weights" in labels
     assert "validation, EMA weights" not in labels
     assert [t.get_text() for t in top1.texts] == ["32 px\nbatch 64", "48 px\nbatch 32"]
+
+
+def test_a_short_last_phase_keeps_its_label(tmp_path):
+    rows = [row(epoch) for epoch in range(1, 30)] + [row(30, 48, 32)]
+    fig = learning_curves.curves(runs.read_run(write_run(tmp_path / "run", rows), "run"))
+    for ax in fig.axes:
+        assert any("48 px" in text.get_text() for text in ax.texts)
 
 
 def test_a_heat_map_writes_every_number_and_leaves_gaps_empty():
@@ -83,19 +97,21 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
         folder = write_run(tmp_path / name, [row(1, seconds=1800.0), row(2, best=True, seconds=1800.0)])
         (folder / "config.json").write_text(json.dumps({**base, **changed}))
     found = runs.read_runs(runs.find_runs(tmp_path))
-    assert [runs.scores(one) for one in found] == [
+    assert [one.scores() for one in found] == [
         ["a-run", "2/2", "42.00", "2", "1.00"],
         ["b-run", "2/2", "42.00", "2", "1.00"],
     ]
     assert runs.differing_flags(found) == ["lr", "ema"]  # not save_dir: it changes nothing that is learned
-    assert runs.apart(found) == [
-        {"lr": "0.1", "ema": "on"},
-        {"lr": "0.2", "ema": "off"},
-    ]  # a tie: neither is usual
-    assert runs.apart([found[0], *found])[:2] == [{}, {}]
-    untypical = runs.untypical_flags(found[1].config)
-    assert untypical == {"lr": ("0.2", "0.0003"), "epochs": ("2", "90"), "resize_schedule": ("32", "64,128,224"),
-                         "ema": ("off", "on")}  # fmt: skip
+    tie = [{"lr": 0.1, "ema": True}, {"lr": 0.2, "ema": False}]
+    assert runs.unusual_flags(found) == tie  # neither value is usual
+    assert runs.unusual_flags([found[0], *found])[:2] == [{}, {}]
+    changed = runs.changed_flags(found[1].config)
+    assert changed == {
+        "lr": ("0.2", "0.0003"),
+        "epochs": ("2", "90"),
+        "resize_schedule": ("32", "64,128,224"),
+        "ema": ("off", "on"),
+    }
 
 
 def test_a_config_that_is_no_json_is_an_error_that_names_it(tmp_path):

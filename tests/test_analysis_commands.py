@@ -16,9 +16,20 @@ from base.errors import CheckpointError, DataError, UsageError
 from models import build_model
 
 DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "100", "--device", "cpu"]
-TRAIN = [*DIGITS, "--arch", "resnet_tiny", "--stem", "small", "--epochs", "2", "--resize-schedule", "16", "--batch-size",
-         "20", "--augment", "none", "--drop-path-rate", "0", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr", "1e-3",
-         "--num-workers", "0", "--amp", "off"]  # fmt: skip
+TINY = [
+    *DIGITS,
+    "--arch",
+    "resnet_tiny",
+    "--resize-schedule",
+    "16",
+    "--batch-size",
+    "20",
+    "--num-workers",
+    "0",
+]
+TINY += ["--amp", "off"]
+PLAIN = ["--augment", "none", "--drop-path-rate", "0", "--mixup-alpha", "0", "--cutmix-alpha", "0"]
+TRAIN = [*TINY, *PLAIN, "--stem", "small", "--epochs", "2", "--lr", "1e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -140,9 +151,18 @@ def test_the_last_map_is_found_in_every_kind_of_network():
     assert maps.shape == (1, 32, 32)
 
 
-@pytest.mark.parametrize("shape, wanted", [((2, 8, 4, 6), (2, 8, 4, 6)), ((2, 4, 4, 8), (2, 8, 4, 4)),
-                                           ((2, 17, 8), (2, 8, 4, 4)), ((2, 16, 8), (2, 8, 4, 4)), ((2, 8, 1, 1), None),
-                                           ((2, 15, 8), None), ((2, 8), None)])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, wanted",
+    [
+        ((2, 8, 4, 6), (2, 8, 4, 6)),
+        ((2, 4, 4, 8), (2, 8, 4, 4)),
+        ((2, 17, 8), (2, 8, 4, 4)),
+        ((2, 16, 8), (2, 8, 4, 4)),
+        ((2, 8, 1, 1), None),
+        ((2, 15, 8), None),
+        ((2, 8), None),
+    ],
+)
 def test_outputs_read_as_maps(shape, wanted):
     found = feature_maps.as_map(torch.zeros(shape))
     assert (None if found is None else tuple(found.shape)) == wanted
@@ -180,7 +200,7 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     found = json.loads((tmp_path / "misclassified.json").read_text())
     confidences = [m["confidence"] for m in found["mistakes"]]
     assert found["images"] == 10 and confidences == sorted(confidences, reverse=True)
-    assert all(m["truth"] != m["guess"] for m in found["mistakes"])
+    assert all(m["truth"] != m["prediction"] for m in found["mistakes"])
 
 
 def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
@@ -193,7 +213,9 @@ def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
         gradcam.main([str(tmp_path / "nothing.pt")])
     with pytest.raises(UsageError, match="there are 10 images"):
         gradcam.main([str(trained), *out, "--ids", "10"])
-    with pytest.raises(UsageError, match="would do nothing"):
+    with pytest.raises(UsageError, match="not allowed with"):
+        gradcam.main([str(trained), *out, "--ids", "1", "--misclassified"])
+    with pytest.raises(UsageError, match="no effect"):
         gradcam.main([str(trained), *out, "--ids", "1", "--count", "4"])
     with pytest.raises(UsageError, match="no such class"):
         misclassified.main([str(trained), *out, "--only", "unicorn"])
@@ -273,18 +295,8 @@ def test_loss_landscape_command(trained, tmp_path):
 def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
     from harness import checkpoint
 
-    save = [
-        "--save-dir",
-        str(tmp_path),
-        "--stop-after",
-        "1",
-        "--lr",
-        "1e-30",
-        "--weight-decay",
-        "0",
-        "--no-ema",
-    ]
-    train.main([*TRAIN, *save, "--seed", "5"])
+    frozen = ["--stop-after", "1", "--lr", "1e-30", "--weight-decay", "0", "--no-ema", "--seed", "5"]
+    train.main([*TRAIN, *frozen, "--save-dir", str(tmp_path)])
     (path,) = tmp_path.glob("last_*.pt")
     model, payload = checkpoint.load_model(path, "raw")
     begun = loss_landscape.initial_model(payload)
@@ -293,11 +305,10 @@ def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
 
 
 def test_batch_shows_the_very_batch_that_is_trained_on(tmp_path, monkeypatch):
-    """Pixels and targets that the picture is drawn from are those that the training step computes its loss on."""
+    """The picture is drawn from the pixels and targets that the training step computes its loss on."""
     import data_utils
 
-    flags_of_both = [*DIGITS, "--arch", "resnet_tiny", "--epochs", "1", "--resize-schedule", "16", "--batch-size", "20",
-                     "--augment", "basic", "--num-workers", "0", "--amp", "off"]  # fmt: skip
+    flags_of_both = [*TINY, "--epochs", "1", "--augment", "basic"]
     trained_on, shown = [], []
     mixed = data_utils.BatchMixer.__call__
 

@@ -55,8 +55,9 @@ sys.exit(bitflips.main(["--points", "3", "--out", sys.argv[1]]))
 
 @pytest.mark.parametrize("what", ["nothing", "a bit"])
 def test_a_fork_is_the_run_but_for_its_bit(tmp_path, what):
-    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, what], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, what], env=environment, **options)
     assert done.returncode == 0, done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["bitflips.json"]
     result = json.loads((tmp_path / "bitflips.json").read_text())

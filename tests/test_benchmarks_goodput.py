@@ -1,4 +1,4 @@
-"""The best possible goodput against a simulation of the kills, what is read from the log, and a run in miniature."""
+"""Goodput: the best possible against a simulation of the kills, reading the log, and a run in miniature."""
 
 import json
 import random
@@ -56,17 +56,8 @@ def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
 
 @pytest.mark.torture
 def test_a_run_in_miniature_ends_in_the_same_bits(tmp_path):
-    arguments = [
-        "--minutes",
-        "0.5",
-        "--mean-between-kills",
-        "15",
-        "--save-every",
-        "1",
-        "--out",
-        str(tmp_path),
-    ]
-    assert goodput.main(arguments) == 0
+    arguments = ["--minutes", "0.5", "--mean-between-kills", "15", "--save-every", "1"]
+    assert goodput.main([*arguments, "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "goodput.json").read_text())
     assert result["different"] == [] and result["kills"] > 0 and 0 < result["goodput"] < 1
 

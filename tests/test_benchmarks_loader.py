@@ -1,4 +1,4 @@
-"""The loader benchmarks run, and measure what they say."""
+"""The loader and storage benchmarks run, and measure what they say."""
 
 import json
 
@@ -7,11 +7,18 @@ import pytest
 from test_images import encoded, photo
 from test_packed import make_folders
 
-from base.errors import DataError, UsageError
-from benchmarks import loader, memory, stages, stored_sides
-from sources.packed import open_packed
+from base.errors import DataError
+from benchmarks import loader, storage
 
-KEYS = {"size", "loader", "augmentation", "workers", "images_per_second", "ratio_to_torchvision"}
+KEYS = {
+    "size",
+    "loader",
+    "augmentation",
+    "workers",
+    "images_per_second",
+    "ratio_to_torchvision",
+    "cpu_us_per_image",
+}
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +28,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsys):
-    out = tmp_path / "loader.json"
+    out = tmp_path / "new" / "loader.json"
     loader.main(["--data-dir", str(folders), "--sizes", "16", "--workers", "1", "--stored-sides", "24",
                  "--seconds", "0.1", "--json", str(out)])  # fmt: skip
     rows = json.loads(out.read_text())
@@ -34,7 +41,7 @@ def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsy
         )
         expected = row["images_per_second"] / base["images_per_second"]
         assert row["ratio_to_torchvision"] == pytest.approx(expected, rel=0.02)
-    assert (tmp_path / "loader.png").stat().st_size > 5000
+    assert out.with_suffix(".png").stat().st_size > 5000
     assert "x torchvision" in capsys.readouterr().out
 
 
@@ -44,9 +51,9 @@ def test_the_data_need_only_train_and_are_limited(folders, tmp_path):
     assert len(index.train) == 10 and index.train.labels.tolist() == [0] * 5 + [1] * 5
     packed = loader.pack(index, (24,), tmp_path / "packed")
     assert len(packed.train) == 10
-    for name, make in loader.loaders(index, packed, tmp_path / "scratch", 16, "crop-flip", 1).items():
+    for name, start in loader.loaders(index, packed, tmp_path / "scratch", 16, "crop-flip", 1).items():
         if name in ("packed", "full-size"):
-            images, labels, replaced = next(make())
+            images, labels, replaced = next(start())
             assert images.shape == (loader.BATCH, 16, 16, 3) and len(labels) == loader.BATCH and not replaced
 
 
@@ -60,43 +67,44 @@ def test_a_rate_is_images_over_seconds(monkeypatch):
     )  # the clock is read before each of 5 batches, half a second apart
 
 
-def test_wrong_arguments_are_refused_at_once(folders, tmp_path):
-    with pytest.raises(UsageError, match="no such folder"):
-        loader.main(["--data-dir", str(folders), "--json", str(tmp_path / "none" / "x.json")])
-    with pytest.raises(DataError, match="no folder train"):
+def test_the_rows_are_medians_of_measurements_in_turns(monkeypatch):
+    order = []
+    results = iter([(10.0, 5.0), (100.0, 1.0), (12.0, 7.0), (90.0, 3.0), (11.0, 6.0), (220.0, 2.0)])
+    monkeypatch.setattr(loader, "measure", lambda batches, *_: order.append(batches) or next(results))
+    rows = loader.compare({"torchvision": lambda: "t", "packed": lambda: "p"}, workers=1, seconds=1)
+    assert "".join(order) == "tptptp"
+    assert [(r["images_per_second"], r["cpu_us_per_image"]) for r in rows] == [(11, 6), (100, 2)]
+    assert rows[1]["ratio_to_torchvision"] == 9.09
+
+
+def test_a_folder_without_train_is_refused_at_once(tmp_path):
+    with pytest.raises(DataError, match="cannot list"):
         loader.main(["--data-dir", str(tmp_path), "--json", str(tmp_path / "x.json")])
 
 
 def test_psnr_and_spectrum_of_known_images():
     grey = np.full((32, 32, 3), 100, np.uint8)
-    assert stored_sides.psnr(grey, grey + 10) == pytest.approx(20 * np.log10(255 / 10))
+    assert storage.psnr(grey, grey + 10) == pytest.approx(20 * np.log10(255 / 10))
     wave = 128 + 100 * np.cos(2 * np.pi * 5 * np.arange(32) / 32)
-    power = stored_sides.spectrum(np.repeat(np.tile(wave, (32, 1))[:, :, None], 3, 2).astype(np.uint8))
+    power = storage.spectrum(np.repeat(np.tile(wave, (32, 1))[:, :, None], 3, 2).astype(np.uint8))
     assert power.argmax() == 5 and power[4:7].sum() > 0.95 * power.sum()
 
 
-def test_a_larger_stored_side_keeps_more(folders):
+def test_a_larger_stored_side_keeps_more():
     photographs = [(encoded(p), p) for p in (photo(300, 400, seed) + np.uint8(0) for seed in range(4))]
     noise = np.random.default_rng(0).integers(0, 60, (4, 300, 400, 3), dtype=np.uint8)
     photographs = [
         (data, np.clip(p.astype(int) + n, 0, 255).astype(np.uint8))
         for (data, p), n in zip(photographs, noise, strict=True)
     ]
-    rows = [stored_sides.measure(photographs, 32, side, 90)[0] for side in (32, 48, 96)]
+    rows = [storage.measure(photographs, 32, side, 90)[0] for side in (32, 48, 96)]
     assert rows[0]["psnr"] < rows[1]["psnr"] < rows[2]["psnr"]
     assert rows[0]["kilobytes"] < rows[1]["kilobytes"] < rows[2]["kilobytes"]
 
 
-def test_the_memory_benchmark(tmp_path, capsys):
-    memory.make_tree(str(tmp_path), 300, classes=10)
-    row = memory.measure("index", str(tmp_path), epochs=2, samples=200, workers=1)
-    assert len(row["worker_mb"]) == 2 and min(row["worker_mb"]) > 0
-    listed = memory.Tuples(str(tmp_path))
-    assert len(listed) == 300 and len({listed.path(i) for i in range(300)}) == 300
-
-
-def test_the_stages_add_up(folders, tmp_path):
-    index = loader.gather(str(folders), 40, tmp_path / "scratch")
-    loader.pack(index, (24,), tmp_path / "packed")
-    row = stages.stages(open_packed(tmp_path / "packed"), 16)
-    assert row["batch, crop and flip"] > row["decode"] > 0
+def test_the_storage_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsys):
+    out = tmp_path / "storage.json"
+    arguments = ["--images", "4", "--sizes", "16", "--ratios", "1.5", "2", "--json", str(out)]
+    assert storage.main(["--data-dir", str(folders), *arguments]) == 0
+    assert [row["side"] for row in json.loads(out.read_text())] == [24, 32]
+    assert out.with_suffix(".png").stat().st_size > 5000

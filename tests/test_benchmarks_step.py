@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from base.device import Runtime
-from benchmarks import device_rates, step, step_loops
+from benchmarks import step, step_loops
 from models import build_model
 
 CPU = Runtime(torch.device("cpu"))
-TINY = step_loops.Setting("resnet_tiny", 16, 8)
+TINY = step_loops.Setting("resnet_tiny", 16, 8, CPU)
 
 
 @pytest.mark.parametrize("name", [name for name in step_loops.LOOPS if name != "timm"])
@@ -22,7 +22,7 @@ def test_every_loop_takes_optimizer_steps(name, monkeypatch):
     monkeypatch.setattr(
         torch.optim.AdamW, "step", lambda self: stepped.append(len(self.param_groups[0]["params"]))
     )
-    loop = step_loops.LOOPS[name](TINY, CPU)
+    loop = step_loops.LOOPS[name](TINY)
     loop()
     loop()
     count = sum(p.ndim > 1 for p in build_model("resnet_tiny", num_classes=1000).parameters())
@@ -31,10 +31,10 @@ def test_every_loop_takes_optimizer_steps(name, monkeypatch):
 
 def test_without_its_guard_the_step_computes_the_same(monkeypatch):
     states = []
-    built = step_loops._built
-    monkeypatch.setattr(step_loops, "_built", lambda *args: states.append(built(*args)) or states[-1])
-    for make in (step_loops.project, step_loops.unguarded):
-        loop = make(TINY, CPU)
+    built = step_loops.built
+    monkeypatch.setattr(step_loops, "built", lambda *args: states.append(built(*args)) or states[-1])
+    for make in (step_loops.project, step_loops.no_guard):
+        loop = make(TINY)
         for _ in range(3):
             loop()
     (one, _), (two, _) = states
@@ -45,6 +45,13 @@ def test_without_its_guard_the_step_computes_the_same(monkeypatch):
         )
 
 
+def test_a_variant_changes_one_choice():
+    found = step_loops.variants(replace(TINY, runtime=Runtime(torch.device("cpu"), torch.bfloat16)))
+    assert list(found) == ["fp32", "nchw", "compile", "blurpool", "batch 4", "batch 16", "batch 32"]
+    assert found["fp32"].runtime == CPU and found["compile"].config().compile
+    assert found["blurpool"].config().use_blurpool and found["batch 32"].config().batch_size == 32
+
+
 def test_the_loops_take_turns_and_every_other_round_goes_backwards():
     calls = []
     loops = {name: lambda name=name: calls.append(name) for name in "abc"}
@@ -53,23 +60,7 @@ def test_the_loops_take_turns_and_every_other_round_goes_backwards():
     assert [len(times) for times in seconds.values()] == [4, 4, 4]
 
 
-def test_traffic_of_a_convolution_is_what_it_reads_and_writes():
-    """Forward: x, w -> y. The sum and its gradient: y -> 1, 1 -> y (a view). Backward: dy, x, w -> dx, dw."""
-    x, y, w = 2 * 3 * 64, 2 * 5 * 64, 15
-    moved = device_rates.step_traffic(lambda: torch.nn.Conv2d(3, 5, 1, bias=False), 8, 2, torch.float32)
-    assert 2 * moved / 4 == pytest.approx((x + w + y) + (y + 1) + (1 + 1) + (y + x + w + w), abs=3)
-
-
-def test_the_traffic_of_resnet50_is_that_of_the_notes():
-    """392 MB an image at 224 px; 475 with BatchNorm's second pass over its input."""
-    moved = device_rates.step_traffic(
-        lambda: build_model("resnet50", num_classes=1000), 224, 64, torch.bfloat16
-    )
-    assert 370e6 < moved < 480e6
-
-
 def test_the_command_writes_rows_and_a_picture(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(step, "device_rates", lambda runtime: {"bandwidth": 1e10, "matrix": 1e11})
     monkeypatch.setitem(step_loops.LOOPS, "timm", absent)
     file = tmp_path / "new" / "step.json"
     arguments = "--arch resnet_tiny --sizes 16 24 --batch-sizes 8 4 --rounds 2 --device cpu --amp off --json"
@@ -80,49 +71,48 @@ def test_the_command_writes_rows_and_a_picture(tmp_path, capsys, monkeypatch):
     ]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(1000 * row["batch_size"] / row["milliseconds"])
-        assert {"commit", "command", "device", "threads", "fraction_of_bandwidth", "memory_mib"} <= row.keys()
+        assert {"commit", "command", "device", "threads", "memory_mib"} <= row.keys()
     ratio = rows[1]["milliseconds"] / rows[0]["milliseconds"]
     assert rows[1]["times_bare"] == pytest.approx(ratio) and "times_bare" not in rows[0]
     assert file.with_suffix(".png").stat().st_size > 1000
-    assert "timm: not here" in capsys.readouterr().out
+    assert "timm: not available" in capsys.readouterr().out
 
 
 def test_a_variant_that_is_not_here_is_skipped_and_rows_are_written_as_they_come(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(step, "device_rates", lambda runtime: {"bandwidth": 1e10, "matrix": 1e11})
-    monkeypatch.setattr(
-        step_loops, "LOOPS", {"bare": step_loops.bare} | dict.fromkeys(list(step_loops.LOOPS)[1:], absent)
-    )
+    monkeypatch.setattr(step_loops, "LOOPS", {"bare": step_loops.bare, "timm": absent})
     monkeypatch.setitem(sys.modules, "antialiased_cnns", None)
     changed = {
-        "nchw": (replace(TINY, channels_last=False), CPU),
-        "blurpool": (replace(TINY, arch="resnet18", use_blurpool=True), CPU),
-        "batch 4": (replace(TINY, batch_size=4), CPU),
+        "nchw": replace(TINY, memory_format=torch.contiguous_format),
+        "blurpool": replace(TINY, arch="resnet18", options=("--use-blurpool",)),
+        "batch 4": replace(TINY, batch_size=4),
     }
-    monkeypatch.setattr(step_loops, "variants", lambda setting, runtime: changed)
+    monkeypatch.setattr(step_loops, "variants", lambda setting: changed)
     file = tmp_path / "step.json"
     written = []
-    write = step.write
-    monkeypatch.setattr(
-        step,
-        "write",
-        lambda path, rows: write(path, rows) or written.append(len(json.loads(file.read_text()))),
-    )
+    write = step.files.write_json
+
+    def write_and_count(path, rows):
+        write(path, rows)
+        written.append(len(json.loads(file.read_text())))
+
+    monkeypatch.setattr(step.files, "write_json", write_and_count)
     arguments = (
         "--arch resnet_tiny --sizes 16 --batch-sizes 8 --rounds 1 --device cpu --amp off --variants --json"
     )
     assert step.main([*arguments.split(), str(file)]) == 0
-    assert [row["variant"] for row in json.loads(file.read_text())] == [
-        "",
-        "nchw",
-        "batch 4",
-    ] and written == [1, 2, 3]
-    assert "blurpool: not here (--use-blurpool needs the antialiased-cnns package)" in capsys.readouterr().out
+    rows = json.loads(file.read_text())
+    assert [row["variant"] for row in rows] == ["", "nchw", "batch 4"] and written == [1, 2, 3]
+    assert rows[2]["base_batch_size"] == 8 and rows[2]["times_faster_than_default"] > 0
+    assert (
+        "blurpool: not available (--use-blurpool needs the antialiased-cnns package)"
+        in capsys.readouterr().out
+    )
     assert file.with_suffix(".png").stat().st_size > 1000
 
 
-def absent(setting, runtime):
+def absent(setting):
     raise ImportError("No module named 'timm'")
 
 

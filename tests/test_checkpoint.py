@@ -1,4 +1,4 @@
-"""A checkpoint on disk is whole or absent, refused or bit-identical; whatever happens, an older one is left."""
+"""A checkpoint on disk is complete or absent, refused or bit-identical; an older one always survives."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ from runs import ROOT, digest, exact, finish, spawn
 
 import loop
 import train
-from base import errors
+from base import errors, schemas
 from base.errors import CheckpointError, ResourceError
-from harness import checkpoint
+from harness import checkpoint, rundir
 from harness.log import read_metrics
 
-CRASH_POINTS = ("before_open", "after_open", "before_flush", "after_fsync", "before_rename", "between_renames",
-                "after_rename", "between_link_and_rename")  # fmt: skip
+CRASH_POINTS = ("before_open", "after_open", "before_flush", "after_fsync", "before_rename",
+                "between_renames", "after_rename", "between_link_and_rename")  # fmt: skip
 
 
 def main(*arguments) -> int:
@@ -272,7 +272,7 @@ def test_a_flipped_bit_of_a_weight_is_refused(small, tmp_path):
     for offset in (place, place + 701, place + 1199):
         path.write_bytes(small[:offset] + bytes([small[offset] ^ 1]) + small[offset + 1 :])
         torch.load(path, weights_only=True)
-        with pytest.raises(CheckpointError, match=r"damaged or incomplete.*checksum"):
+        with pytest.raises(CheckpointError, match=r"damaged or incomplete.*CRC"):
             checkpoint.load(path)
 
 
@@ -285,7 +285,7 @@ def test_a_truncated_file_is_refused(small, tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("empty.pt", b"", "it is empty"), ("text.pt", b"<html>login</html>", "not a whole file"),
+    ("empty.pt", b"", "it is empty"), ("text.pt", b"<html>login</html>", "not a complete file"),
     ("missing.pt", None, "no checkpoint at"), ("folder.pt", "folder", "no checkpoint at"),
 ])  # fmt: skip
 def test_what_is_no_checkpoint_is_named_with_what_there_is(run_dir, capsys, name, content, words):
@@ -347,31 +347,30 @@ def test_a_missing_or_malformed_part_is_named(key, tmp_path):
 
 def test_a_newer_schema_asks_for_newer_code_and_names_what_is_new(tmp_path):
     torch.save({"schema": checkpoint.SCHEMA + 1, "step": 1, "new\x1b": 1}, tmp_path / "x.pt")
-    with pytest.raises(CheckpointError, match=r"schema 2.*up to 1 and nothing of new\\x1b") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"schema 2 and has unknown fields: new\\x1b; this code reads up to 1"
+    ) as caught:
         checkpoint.load(tmp_path / "x.pt")
     assert "update" in caught.value.fix
 
 
-@pytest.mark.parametrize("wrapped", [lambda w: w, lambda w: {"model_state_dict": w, "epoch": 3, "accuracy": 0.5},
-                                     lambda w: {f"module.{k}": v for k, v in w.items()},
-                                     lambda w: {"state_dict": {f"_orig_mod.{k}": v for k, v in w.items()}}])  # fmt: skip
+WRAPPED = [
+    lambda weights: weights,
+    lambda weights: {"model_state_dict": weights, "epoch": 3, "accuracy": 0.5},
+    lambda weights: {f"module.{k}": v for k, v in weights.items()},
+    lambda weights: {"state_dict": {f"_orig_mod.{k}": v for k, v in weights.items()}},
+]
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
 def test_weights_alone_start_a_run_but_do_not_resume_one(wrapped, run_dir, tmp_path):
     weights = checkpoint.load(last(run_dir))["model"]
     torch.save(wrapped(weights), tmp_path / "weights.bin")
     with pytest.raises(CheckpointError, match="weights only") as caught:
         main("--resume", tmp_path / "weights.bin", "--save-dir", tmp_path / "new")
     assert "--init-from" in caught.value.fix
-    main(
-        *TINY,
-        "--init-from",
-        tmp_path / "weights.bin",
-        "--save-dir",
-        tmp_path / "new",
-        "--stop-after",
-        1,
-        "--lr",
-        1e-30,
-    )
+    where = ("--init-from", tmp_path / "weights.bin", "--save-dir", tmp_path / "new")
+    main(*TINY, *where, "--stop-after", 1, "--lr", 1e-30)
     started = checkpoint.load(last(tmp_path / "new"))["model"]
     assert all(
         torch.equal(started[k], v) for k, v in weights.items() if "running" not in k and "num_" not in k
@@ -382,8 +381,8 @@ def test_weights_alone_start_a_run_but_do_not_resume_one(wrapped, run_dir, tmp_p
     (("--arch", "resnet18"), "--arch was resnet_tiny, now resnet18"),
     (("--use-blurpool",), "--use-blurpool was False, now True"),
     (("--lr", "0.5", "--seed", "9"), "--lr was .*; --seed was"),
-    (("--arch", "resnet18", "--allow-change", "arch"), "checkpoint: arch resnet_tiny.*now: arch resnet18"),
-    (("--subset-size", "30", "--allow-change", "subset_size"), "the data is not what"),
+    (("--arch", "resnet18", "--allow-change", "arch"), "another model: arch resnet_tiny then, resnet18 now"),
+    (("--subset-size", "30", "--allow-change", "subset_size"), "not the data that the run was trained on"),
     (("--epochs", "4"), "--epochs was 3, now 4"),
 ])  # fmt: skip
 def test_a_checkpoint_of_another_run_is_refused_and_left_alone(flags, words, run_dir):
@@ -438,7 +437,7 @@ def test_auto_passes_over_damaged_files_and_says_why(run_dir, capsys):
     assert main("--resume", "auto", "--save-dir", run_dir, "--stop-after", 12) == 0
     out = capsys.readouterr().out
     assert (
-        f"passed over damaged or incomplete checkpoint {last(run_dir)}" in out
+        f"skipping damaged or incomplete checkpoint {last(run_dir)}" in out
         and f"resuming from {older}" in out
     )
     assert step < 12 and checkpoint.load(last(run_dir))["step"] == 12
@@ -452,21 +451,22 @@ def test_of_many_checkpoints_only_the_one_that_is_taken_is_read_whole(tmp_path, 
     content = damaged.read_bytes()
     place = content.index(torch.arange(300.0).numpy().tobytes())
     damaged.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-    whole_reads, real = [], checkpoint.find_damage
+    read_completely, real = [], checkpoint.find_damage
     monkeypatch.setattr(
         checkpoint,
         "find_damage",
-        lambda path, *only: (whole_reads.append(path.name) if only == ("",) else 0, real(path, *only))[1],
+        lambda path, *only: (read_completely.append(path.name) if only == ("",) else 0, real(path, *only))[1],
     )
-    path, payload, passed_over = checkpoint.newest(tmp_path)
-    assert (path.name, payload["step"]) == ("last_x.pt", 5) and whole_reads == ["prev_best_x.pt", "last_x.pt"]
-    assert len(passed_over) == 1 and "checksum" in passed_over[0]
+    path, payload, skipped = checkpoint.newest(tmp_path)
+    assert (path.name, payload["step"]) == ("last_x.pt", 5)
+    assert read_completely == ["prev_best_x.pt", "last_x.pt"]
+    assert len(skipped) == 1 and "CRC" in skipped[0]
 
 
 def test_a_resumed_run_does_not_keep_what_it_read(run_dir, monkeypatch):
     kept = []
-    monkeypatch.setattr(train, "restore", lambda built, saved, config: kept.append(saved))
-    monkeypatch.setattr(train, "fit", lambda config, index, built, who: kept.append(dict(kept[0])))
+    monkeypatch.setattr(rundir, "restore", lambda run, saved, config: kept.append(saved))
+    monkeypatch.setattr(loop, "fit", lambda run, log: kept.append(dict(kept[0])))
     main("--resume", "auto", "--save-dir", run_dir)
     assert kept == [{}, {}]
 
@@ -475,7 +475,7 @@ def test_auto_never_starts_from_scratch_over_damaged_files(run_dir):
     for path in run_dir.glob("*.pt"):
         path.write_bytes(b"rubbish")
     before = {p.name: p.read_bytes() for p in run_dir.glob("*.*")}
-    with pytest.raises(CheckpointError, match="no sound checkpoint") as caught:
+    with pytest.raises(CheckpointError, match="no intact checkpoint") as caught:
         main("--resume", "auto", "--save-dir", run_dir, *TINY)
     assert caught.value.exit_code == 4
     assert {p.name: p.read_bytes() for p in run_dir.glob("*.*")} == before
@@ -492,9 +492,8 @@ def test_a_path_that_is_damaged_is_refused_though_there_is_a_sound_one(run_dir):
 
 
 def row(epoch: int, score: float) -> dict:
-    return {"epoch": epoch, "ema_val_top1": score, "val_top1": 0.0, "lr": 0.1, "data_wait_percent": 0, "seconds": 1} | {
-        name: None for name in ("image_size", "batch_size", "train_loss", "train_top1", "val_loss", "val_top5", "better",
-                                "ema_val_loss", "ema_val_top5", "images_per_second")}  # fmt: skip
+    numbers = {"val_top1": 0.0, "lr": 0.1, "data_wait_percent": 0, "seconds": 1}
+    return dict.fromkeys(schemas.COLUMNS) | numbers | {"epoch": epoch, "ema_val_top1": score}
 
 
 @pytest.mark.parametrize("scores, best", [

@@ -22,12 +22,12 @@ from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, normal
 from harness.interrupts import STOP_SIGNALS, StopSignals, left_to_parent
 from sources.images import TrainTransform
 from sources.index import ArraySplit, Split, balanced_subset, take_subset
-from sources.layouts import index as find
+from sources.layouts import open_dataset
 
 
 @pytest.fixture
 def data(photos):
-    return find("imagenet", photos)
+    return open_dataset("imagenet", photos)
 
 
 def batches(data, workers: int, epoch: int = 1, start: int = 0, **options):
@@ -98,7 +98,7 @@ def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, 
     shutil.copytree(photos, tmp_path / "d")
     bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:200])
-    data = find("imagenet", tmp_path / "d")
+    data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(UserError, match=bad.name):
         batches(data, workers)
     loader = train_loader(
@@ -113,7 +113,7 @@ def test_validation_never_substitutes(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "d")
     bad = sorted((tmp_path / "d" / "val" / "owl").iterdir())[0]
     bad.write_bytes(b"<html>not found</html>")
-    data = find("imagenet", tmp_path / "d")
+    data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(DataError, match=bad.name):
         list(eval_loader(data.val, data, image_size=32, batch_size=8))
 
@@ -124,7 +124,7 @@ def test_scoring_with_skip_leaves_bad_images_out_and_names_them(photos, tmp_path
     bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[:3]
     for path in bad:
         path.write_bytes(path.read_bytes()[:200])
-    data = find("imagenet", tmp_path / "d")
+    data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(DataError, match=bad[0].name):
         list(eval_loader(data.train, data, image_size=16, batch_size=2))
     loader = eval_loader(

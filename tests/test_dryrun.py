@@ -62,9 +62,9 @@ def test_the_warm_up_is_not_timed():
 def test_the_estimate_counts_what_autograd_keeps(tmp_path):
     run = tiny_run(tmp_path)
     run.state.model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 1), torch.nn.ReLU(), torch.nn.Conv2d(5, 2, 1))
-    how = loop.start_phase(run, run.phases[0])[1]
+    _, options = loop.start_phase(run, run.phases[0])
     # each convolution keeps its input, the ReLU its output, which is the second convolution's input
-    assert dryrun.saved_bytes(run, how, 4, 8) == 4 * 4 * 8 * 8 * (3 + 5)
+    assert dryrun.saved_bytes(run, options, 4, 8) == 4 * 4 * 8 * 8 * (3 + 5)
 
 
 def test_the_projection_is_steps_times_the_measured_rate(tmp_path, monkeypatch, capsys):

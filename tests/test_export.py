@@ -1,4 +1,4 @@
-"""Exports answer as the model does, or are not there; cards tell the truth."""
+"""Exported files compute what the model computes, or do not exist; model cards tell the truth."""
 
 import json
 
@@ -16,33 +16,28 @@ CPU = Runtime(torch.device("cpu"))
 
 
 @pytest.fixture
-def opened(photo_run):
-    models, payload = predictions.open_models(str(photo_run), "ema", CPU)
-    return models["ema"], payload
+def classifier(photo_run):
+    return predictions.load(str(photo_run), "ema", CPU)
 
 
-def made(arch, **more):
-    """A model with statistics of its own, and the payload a run would have saved."""
+def untrained(arch, **more):
+    """A model with BatchNorm statistics of its own, and the payload a run would have saved."""
     torch.manual_seed(0)
     args = {"arch": arch, "num_classes": 5, "drop_path_rate": 0.2, "image_sizes": [32], **more}
     model = build_model(**args)
     model.train()(torch.randn(8, 3, 32, 32))
     names = ["a", "b|c", "<script>", "d\x1b", "e"]
-    facts = {"dataset": "x", "classes": names, "class_names": names, "mean": [0.5] * 3, "std": [0.2] * 3, "image_size": 32,
-             "crop": 0.875}  # fmt: skip
-    return model.eval(), {
-        "model_args": args,
-        "eval": facts,
-        "rows": [],
-        "config": {"lr": 0.1, "seed": 0},
-        "commit": "abc",
-    }
+    facts = {"dataset": "x", "classes": names, "class_names": names, "image_size": 32, "crop": 0.875}
+    facts |= {"mean": [0.5] * 3, "std": [0.2] * 3}
+    config = {"lr": 0.1, "seed": 0}
+    payload = {"model_args": args, "eval": facts, "rows": [], "config": config, "commit": "abc"}
+    return predictions.Classifier({"raw": model.eval()}, payload, CPU, 32)
 
 
-def test_safetensors_is_bit_for_bit_and_describes_itself(opened, tmp_path):
+def test_safetensors_is_bit_for_bit_and_describes_itself(classifier, tmp_path):
     safetensors = pytest.importorskip("safetensors")
-    model, payload = opened
-    path, card = export.export("safetensors", model, payload, "ema", tmp_path)
+    model, payload = classifier.model, classifier.payload
+    path, card = export.export("safetensors", classifier, tmp_path)
     with safetensors.safe_open(path, "pt") as file:
         facts = {key: json.loads(text) for key, text in file.metadata().items() if key != "weights"}
         assert all(torch.equal(file.get_tensor(name), value) for name, value in model.state_dict().items())
@@ -56,29 +51,28 @@ def test_safetensors_is_bit_for_bit_and_describes_itself(opened, tmp_path):
     )
 
 
-def test_onnx_answers_alike_for_any_batch(opened, tmp_path, capfd):
+def test_onnx_computes_the_same_for_any_batch(classifier, tmp_path, capfd):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         runtime = pytest.importorskip(package)
-    model, payload = opened
-    path, card = export.export("onnx", model, payload, "ema", tmp_path)
+    path, card = export.export("onnx", classifier, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {path.name, card.name}  # no weights in a file beside it
     session = runtime.InferenceSession(str(path))
     for count in (1, 7):
         images = torch.randn(count, 3, 24, 24)
-        (answers,) = session.run(["logits"], {"images": images.numpy()})
-        assert torch.allclose(torch.from_numpy(answers), model(images), atol=1e-5)
-    assert json.loads(session.get_modelmeta().custom_metadata_map["eval"]) == payload["eval"]
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        assert torch.allclose(torch.from_numpy(logits), classifier.model(images), atol=1e-5)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["eval"]) == classifier.payload["eval"]
     assert capfd.readouterr() == ("", "")
 
 
 def test_torchvision_loads_a_resnet18(tmp_path):
     torchvision = pytest.importorskip("torchvision")
-    model, payload = made("resnet18")
-    path, card = export.export("torchvision", model, payload, "raw", tmp_path)
+    classifier = untrained("resnet18")
+    path, card = export.export("torchvision", classifier, tmp_path)
     again = torchvision.models.resnet18(num_classes=5)
     again.load_state_dict(torch.load(path, weights_only=True))
     images = torch.randn(2, 3, 32, 32)
-    assert torch.allclose(again.eval()(images), model(images), atol=1e-5)
+    assert torch.allclose(again.eval()(images), classifier.model(images), atol=1e-5)
     text = card.read_text()
     assert "b\\|c" in text and "<script" not in text and "\x1b" not in text and "Not validated" in text
     assert checkpoint.find_damage(path) == ""
@@ -90,36 +84,35 @@ def test_torchvision_loads_a_resnet18(tmp_path):
 )
 def test_torchvision_has_no_such_model(more, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        export.export("torchvision", *made(**more), "raw", tmp_path)
+        export.export("torchvision", untrained(**more), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_answers_otherwise_is_deleted(opened, tmp_path, monkeypatch):
-    def wrong(model, payload, weights, path, images):
+def test_a_file_that_differs_from_the_model_is_deleted(classifier, tmp_path, monkeypatch):
+    def wrong(classifier, path, images):
         path.touch()
-        return model(images) + 1e-3
+        return classifier.model(images) + 1e-3
 
     monkeypatch.setitem(export.EXPORTS, "onnx", (".onnx", wrong))
-    with pytest.raises(UserError, match="answers otherwise"):
-        export.export("onnx", *opened, "ema", tmp_path)
+    with pytest.raises(UserError, match="differs from the model"):
+        export.export("onnx", classifier, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named_with_its_install_line(opened, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        export,
-        "optional",
-        lambda name, why: (_ for _ in ()).throw(UsageError(f"{why} needs {name}", f"pip install {name}")),
-    )
+def test_a_missing_package_is_named_with_its_install_line(classifier, tmp_path, monkeypatch):
+    def missing(name, why):
+        raise UsageError(f"{why} needs {name}", f"pip install {name}")
+
+    monkeypatch.setattr(export, "optional", missing)
     with pytest.raises(UsageError) as caught:
-        export.export("safetensors", *opened, "ema", tmp_path)
+        export.export("safetensors", classifier, tmp_path)
     assert caught.value.fix.startswith("pip install safetensors")
 
 
-def test_nowhere_to_write(opened, tmp_path):
+def test_nowhere_to_write(classifier, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write"):
-        export.export("safetensors", *opened, "ema", tmp_path / "file")
+        export.export("safetensors", classifier, tmp_path / "file")
 
 
 def test_the_command(photo_run, tmp_path, capsys):

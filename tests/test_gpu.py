@@ -16,7 +16,7 @@ from base.flags import parse_augment
 from dataloader import train_loader
 from harness import preflight
 from models import build_model
-from sources.layouts import index as find
+from sources.layouts import open_dataset
 from train_utils import train_step
 
 pytestmark = pytest.mark.gpu
@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_moves_nothing(tmp_path):
 
 
 def test_prefetched_batches_equal_those_of_the_cpu(photos):
-    data = find("imagenet", photos)
+    data = open_dataset("imagenet", photos)
     options = {
         "image_size": 48,
         "batch_size": 8,
@@ -150,14 +150,14 @@ def test_a_later_phase_that_does_not_fit_is_found_at_the_start(tmp_path):
     before = tensors(run.state)
     with (
         memory_limited_to(400),
-        pytest.raises(ResourceError, match=r"phase 2: 512 px, batch 32.*MiB free") as caught,
+        pytest.raises(ResourceError, match=r"phase 2: 512 px, batch size 32.*MiB free") as caught,
     ):
-        preflight.check_resources(run, workers=0)
+        preflight.check_resources(run)
     assert "--accumulate" in caught.value.fix and "--phase-batch-sizes 8," in caught.value.fix
     pieces = int(caught.value.fix.split("--accumulate ")[1].split(",")[0])
     fitting = tiny_run(tmp_path, *GPU, *sizes, "--accumulate", str(pieces))
     with memory_limited_to(400):
-        preflight.check_resources(fitting, workers=0)
+        preflight.check_resources(fitting)
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(fitting.state), strict=True))
 
 
@@ -166,8 +166,8 @@ def test_memory_that_runs_out_in_training_is_named(tmp_path):
     how = loop.start_phase(run, run.phases[0])[1]
     with (
         memory_limited_to(100),
-        pytest.raises(ResourceError, match="512 px, batch 32"),
-        preflight.out_of_memory_named(run),
+        pytest.raises(ResourceError, match="512 px, batch size 32"),
+        preflight.explain_out_of_memory(run),
     ):
         train_step(
             run.state,

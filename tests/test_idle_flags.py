@@ -1,4 +1,4 @@
-"""No idle flag: each one changes what its row of flags.TABLE names, or is refused; and what is refused changes nothing.
+"""No idle flag: each changes what its row of flags.TABLE says, or is refused; a refused one changes nothing.
 
 The pairs of a flag and a mode in which it is idle are quick; every flag in every mode is slow.
 """
@@ -13,9 +13,10 @@ from test_options import OPTIONS
 import train
 from base import flags
 from base.errors import UsageError
+from base.idle import never
 
-RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, resize-schedule: [8, 16, 24],
-             batch-size: 16, num-workers: 0, device: cpu, amp: off, seed: 6}"""  # what a mode idles of it is let go
+RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, seed: 6,
+             resize-schedule: [8, 16, 24], batch-size: 16, num-workers: 0, device: cpu, amp: off}"""
 # Flags with a mode each in which they can change nothing, by hand over RECIPE.
 IDLE = [
     ("batch_size", "--phase-batch-sizes 8,8,8"),
@@ -78,14 +79,15 @@ SETTINGS = {
 # Over these every flag is tried.
 MODES = [
     *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),
-    "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau", "--schedule constant",
-    "--schedule restarts", "--schedule triangular2 --cycles 2", "--loss bce --label-smoothing 0", "--accumulate 2",
-    "--augment none", "--stem small --head linear", "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value",
-    "--phase-mix on,off,off", "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
+    "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau",
+    "--schedule constant", "--schedule restarts", "--schedule triangular2 --cycles 2",
+    "--loss bce --label-smoothing 0", "--accumulate 2", "--augment none", "--stem small --head linear",
+    "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value", "--phase-mix on,off,off",
+    "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip
-# What these change is no matter of a step: files, output, which run; tried as whole runs below and in other tests.
-WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary", "dry_run",
-         "config", "debug"}  # fmt: skip
+# These change no step, but files, output, or which run: tested as whole runs below and elsewhere.
+WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary",
+         "dry_run", "config", "debug"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +134,8 @@ def judge(recipe: str, name: str, mode: str) -> bool:
             f"{name} works under {mode!r}"
         )
     else:
-        noted = any(
-            row.note and flags.why_idle(row, config_of(recipe, mode))
-            for row in flags.TABLE
-            if row.name == name
-        )
+        (row,) = (row for row in flags.TABLE if row.name == name)
+        noted = row.unused(config_of(recipe, mode))
         assert noted or any(one != plain for one in found), (
             f"{name} does nothing under {mode!r} and is not refused"
         )
@@ -150,15 +149,8 @@ def config_of(recipe: str, mode: str):
 def test_every_flag_has_a_row_and_a_test():
     actions = {action.dest for action in train.build_parser()._actions} - {"help"}
     assert {row.name for row in flags.TABLE} == actions == VALUES.keys() | WHOLE
-    assert {row.changes for row in flags.TABLE} == {
-        "plan",
-        "model",
-        "trace",
-        "processes",
-        "output",
-        "files",
-        "resume",
-    }
+    changes = {"plan", "model", "trace", "processes", "output", "files", "resume"}
+    assert {row.changes for row in flags.TABLE} == changes
 
 
 @pytest.mark.parametrize(("name", "mode"), IDLE)
@@ -167,18 +159,10 @@ def test_a_flag_that_can_change_nothing_is_refused(name, mode, recipe):
 
 
 def test_every_predicate_is_met_by_a_mode():
-    tried = {name for name, _ in IDLE} | {
-        "momentum",
-        "data_dir",
-        "use_blurpool",
-        "head",
-        "stem",
-        "init_from",
-        "save_dir",
-        "dry_run",
-    }
-    never = flags.Row("", "").idle.__code__.co_code
-    assert {row.name for row in flags.TABLE if row.idle.__code__.co_code != never} <= tried
+    tried = {name for name, _ in IDLE} | {"use_blurpool", "head", "stem", "init_from", "save_dir", "dry_run"}
+    assert {row.name for row in flags.TABLE if row.idle is not never} <= tried
+    noted = {row.name for row in flags.TABLE if row.unused is not never}
+    assert noted == {"momentum", "data_dir", "drop_path_rate"}  # tested below
 
 
 def refusal(*arguments) -> str:
@@ -191,7 +175,8 @@ def refusal(*arguments) -> str:
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ("--arch vit_b_16 --resize-schedule 32 --use-blurpool --head linear --stem small", "--use-blurpool --head --stem"),
+    ("--arch vit_b_16 --resize-schedule 32 --use-blurpool --head linear --stem small",
+     "--use-blurpool --head --stem"),
     ("--arch swin_t --sync-bn", "--sync-bn has no BatchNorm"),
     ("--resume a.pt --init-from b.pt --reset-head", "--init-from --reset-head brings the weights"),
     ("--resume auto --init-from b.pt --reset-head", ""),  # the first start of a job that is requeued
@@ -222,17 +207,15 @@ def test_a_packed_copy_has_what_it_was_packed_with(tmp_path):
 @pytest.mark.parametrize("row", flags.TABLE, ids=lambda row: row.name)
 def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
     name = row.name
-    typed = {"init_from": "--init-from a.pt", "device": "--device cpu", "save_dir": "--save-dir a", "resume": "--resume auto",
-             "overwrite": "--overwrite", "plot": "--plot", "tensorboard": "--tensorboard", "wandb": "--wandb a",
-             "debug": "--debug"}.get(name) or (VALUES.get(name) or [""])[0]  # fmt: skip
+    typed = {"init_from": "--init-from a.pt", "device": "--device cpu", "save_dir": "--save-dir a",
+             "resume": "--resume auto", "wandb": "--wandb a"}.get(name)  # fmt: skip
+    typed = typed or VALUES.get(name, [flags.dashed(name)])[0]
     unseen = {"--summary": ("trace", "processes", "files"), "--dry-run": ("files",)}
     for look_at, idle in unseen.items():
-        said = refusal(*typed.split(), look_at) if name not in ("summary", "dry_run", "config") else ""
-        expected = (
-            row.changes in idle and name not in ("momentum", "drop_path_rate")
-        ) or "would do nothing" in refusal(*typed.split())
-        if name not in ("momentum", "drop_path_rate", "save_dir"):
-            assert (flags.dashed(name) in said) == bool(expected), (look_at, said)
+        if name not in ("summary", "dry_run", "config", "save_dir"):
+            expected = row.changes in idle or "would do nothing" in refusal(*typed.split())
+            said = refusal(*typed.split(), look_at)
+            assert (flags.dashed(name) in said) == expected, (look_at, said)
 
 
 def test_a_value_given_twice_over_counts_as_given_and_one_error_names_them_all():
@@ -253,8 +236,8 @@ def test_what_a_file_idles_itself_is_refused_and_what_a_hand_idles_is_let_go(tmp
 
 
 def test_momentum_data_dir_and_drop_path_are_notes():
-    config, given = flags.parse(train.build_parser(), ["--momentum", "0.5", "--dataset", "digits", "--data-dir", "x", "--arch",
-                                                       "mobilenet_v3_large", "--drop-path-rate", "0.1"])  # fmt: skip
+    typed = "--momentum 0.5 --dataset digits --data-dir x --arch mobilenet_v3_large --drop-path-rate 0.1"
+    config, given = flags.parse(train.build_parser(), typed.split())
     notes = " ".join(flags.check_train(config, given))
     assert all(
         f"note: {flag} is not used" in notes for flag in ("--momentum", "--data-dir", "--drop-path-rate")
@@ -272,8 +255,8 @@ def test_every_flag_in_every_mode_changes_something_or_is_refused(mode, recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "typed"), [
     ("plot", "--plot"), ("tensorboard", "--tensorboard"), ("wandb", "--wandb p"), ("summary", "--summary"),
-    ("stop_after", "--stop-after 2"), ("dry_run", "--dry-run"), ("overwrite", "--overwrite"), ("resume", "--resume auto"),
-    ("save_dir", "--save-dir other"),
+    ("stop_after", "--stop-after 2"), ("dry_run", "--dry-run"), ("overwrite", "--overwrite"),
+    ("resume", "--resume auto"), ("save_dir", "--save-dir other"),
     ("init_from", "--init-from missing.pt"), ("device", "--device cuda"), ("config", "--config missing.yaml"),
 ])  # fmt: skip
 def test_a_whole_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,15 +17,19 @@ import ema
 import lr_finder
 import optim
 import train
-from analysis.lr_curve import Divergence, longest_descent, smooth, suggest
+from analysis.lr_suggestion import Divergence, longest_descent, smooth, suggest
+from base import flags
 from base.device import Runtime
 from base.errors import DivergedError, UsageError
 from sources.generated import digits
 from train_utils import BatchNormBuffers, StepOptions, TrainState, train_step
 
 CPU = torch.device("cpu")
-DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "160", "--arch", "resnet_tiny", "--num-workers", "0",
-          "--device", "cpu", "--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,16"]  # fmt: skip
+DIGITS = [
+    *("--dataset", "digits", "--subset", "--subset-size", "160", "--arch", "resnet_tiny"),
+    *("--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,16"),
+    *("--num-workers", "0", "--device", "cpu"),
+]
 
 
 def pixels(split):
@@ -142,20 +147,19 @@ def test_nan_ends_the_test_at_once_and_is_not_part_of_the_curve():
 
 
 def test_bf16_finds_what_fp32_finds():
-    found = [suggest(*lr_finder.range_test(*prepared(convnet, "adamw", amp=amp, mix=False), Batches(), 1e-6, 10, 60)[:2])["valley"]
-             for amp in (None, torch.bfloat16)]  # fmt: skip
+    found = []
+    for amp in (None, torch.bfloat16):
+        run = prepared(convnet, "adamw", amp=amp, mix=False)
+        rates, losses, _ = lr_finder.range_test(*run, Batches(), 1e-6, 10, 60)
+        found.append(suggest(rates, losses)["valley"])
     assert 1 / 2 < found[0] / found[1] < 2
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_a_gpu(tmp_path, amp):
-    assert (
-        lr_finder.main(
-            [*DIGITS, "--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]
-        )
-        == 0
-    )
+    arguments = ["--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]
+    assert lr_finder.main([*DIGITS, *arguments]) == 0
     assert json.loads((tmp_path / "lr_finder.json").read_text())["suggestion"]
 
 
@@ -216,11 +220,12 @@ def test_noise_around_almost_nothing_is_no_divergence():
 
 
 def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
-    arguments = [*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0", "--lr-scale", "sqrt",
-                 "--save-dir", str(tmp_path / "a run")]  # fmt: skip
-    assert (
-        lr_finder.main([*arguments, "--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]) == 0
-    )
+    arguments = [
+        *(*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0"),
+        *("--lr-scale", "sqrt", "--save-dir", str(tmp_path / "a run")),
+    ]
+    more = ["--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]
+    assert lr_finder.main([*arguments, *more]) == 0
     found = json.loads((tmp_path / "out" / "lr_finder.json").read_text())
     assert (found["phase"], found["image_size"], found["batch_size"]) == (3, 24, 16)
     assert len(found["lrs"]) == len(found["losses"]) > 30 and found["flags"]["arch"] == "resnet_tiny"
@@ -241,24 +246,9 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     # In this process: starting two others takes seconds and shows nothing more.
     here = SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=train.main(command[2:])))
     monkeypatch.setattr(lr_finder, "subprocess", here)
-    arguments = [
-        "--mode",
-        "accuracy",
-        "--trials",
-        "2",
-        "--trial-epochs",
-        "1",
-        "--start-lr",
-        "1e-3",
-        "--end-lr",
-        "1e-2",
-    ]
-    assert (
-        lr_finder.main(
-            [*DIGITS, *arguments, "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
-        )
-        == 0
-    )
+    arguments = ["--mode", "accuracy", "--trials", "2", "--trial-epochs", "1", "--start-lr", "1e-3"]
+    arguments += ["--end-lr", "1e-2", "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
+    assert lr_finder.main([*DIGITS, *arguments]) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
     assert found["lrs"] == pytest.approx([1e-3, 1e-2]) and found["suggestion"] in found["lrs"]
     assert all(0 <= accuracy <= 100 for accuracy in found["accuracies"])
@@ -266,44 +256,27 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"lr_finder.json", "lr_finder.png"}
 
 
-def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(tmp_path):
-    arguments = [
-        *DIGITS,
-        "--phase-mix",
-        "on,off,on",
-        "--phase-epochs",
-        "1,1,1",
-        "--lr-scale",
-        "sqrt",
-        "--no-ema",
-        "--amp",
-        "off",
-    ]
-    parser = lr_finder.flags.build_parser("train.py", "", "", lr_finder.flags.TRAIN_GROUPS)
-    run, _ = lr_finder.flags.parse(parser, arguments)
-    config = lr_finder.flags.make_config({**lr_finder.flags.plain(run), "trial_epochs": 2})
+@pytest.mark.parametrize("more", ["", "--schedule cosine --warmup-epochs 1"])
+def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
+    arguments = ["--phase-mix", "on,off,on", "--phase-epochs", "1,1,1", "--lr-scale", "sqrt", "--no-ema"]
+    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
+    run, _ = flags.parse(parser, [*DIGITS, *arguments, *more.split()])
+    config = flags.make_config({**flags.plain(run), "trial_epochs": 2})
     phase = SimpleNamespace(image_size=16, batch_size=8, mix=False)
-    (tmp_path / "recipe.yaml").write_text(lr_finder.trial_recipe(config, phase))
-    trial, typed = lr_finder.flags.parse(parser, ["--config", str(tmp_path / "recipe.yaml")])
-    lr_finder.flags.check_train(trial, typed)
-    was, now = lr_finder.flags.plain(run), lr_finder.flags.plain(trial)
+    trial, given = flags.parse(parser, flags.to_argv(lr_finder.trial_flags(config, phase)))
+    flags.check_train(trial, given)
+    was, now = flags.plain(run), flags.plain(trial)
     differ = {name for name, value in now.items() if value != was[name]}
-    assert differ == {"epochs", "resize_schedule", "batch_size", "phase_batch_sizes", "phase_epochs", "phase_mix", "lr_scale",
-                      "config"}  # fmt: skip
-    assert (trial.epochs, trial.resize_schedule, trial.batch_size, trial.phase_mix, trial.ema) == (
-        2,
-        (16,),
-        8,
-        (False,),
-        False,
-    )
+    wanted = {"epochs", "resize_schedule", "batch_size", "lr_scale", *(["warmup_epochs"] if more else [])}
+    assert differ == wanted | {"phase_batch_sizes", "phase_epochs", "phase_mix"}
+    assert (trial.epochs, trial.resize_schedule, trial.batch_size) == (2, (16,), 8)
+    assert (trial.phase_mix, trial.ema, trial.warmup_epochs) == ((False,), False, 0.4 if more else 5.0)
 
 
 def test_a_training_that_diverges_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
     codes = iter([0, 5])
-    monkeypatch.setattr(
-        lr_finder, "subprocess", SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
-    )
+    here = SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
+    monkeypatch.setattr(lr_finder, "subprocess", here)
     arguments = [*DIGITS, "--mode", "accuracy", "--trials", "2", "--out", str(tmp_path)]
     assert lr_finder.main(arguments) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
@@ -318,17 +291,18 @@ class Done:
     stderr = "noise\nerror: no memory\nfix: buy some\n"
 
     def __init__(self, returncode, command):
-        from pathlib import Path
-
-        self.returncode, run_dir = returncode, Path(command[-1])
+        (run_dir,) = (Path(word.partition("=")[2]) for word in command if word.startswith("--save-dir="))
+        self.returncode = returncode
         run_dir.mkdir()
         (run_dir / "metrics.jsonl").write_text('{"epoch": 1, "val_top1": 40.0, "val_loss": 1.0}\n')
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"), (["--num-iter", "2"], "num-iter"),
+    (["--phase", "4"], "has 3"), (["--start-lr", "1", "--end-lr", "0.1"], "not below"),
+    (["--num-iter", "2"], "num-iter"),
     (["--lr", "1"], "--lr would do nothing"), (["--trials", "3"], "--trials would do nothing"),
-    (["--mode", "accuracy", "--num-iter", "20"], "--num-iter would do nothing"), (["--cycles", "3"], "--cycles would do nothing"),
+    (["--mode", "accuracy", "--num-iter", "20"], "--num-iter would do nothing"),
+    (["--cycles", "3"], "--cycles would do nothing"),
     (["--resume", "auto"], "--resume"), (["--phas", "1"], "--phas"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, tmp_path):
@@ -339,12 +313,12 @@ def test_wrong_usage(arguments, message, tmp_path):
 
 def test_a_loss_that_is_never_finite_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(data_utils.LOSSES, "ce", lambda logits, targets: logits.sum() * math.nan)
-    with pytest.raises(DivergedError, match="no curve"):
+    with pytest.raises(DivergedError, match="too few for a curve"):
         lr_finder.main([*DIGITS, "--num-iter", "10", "--out", str(tmp_path)])
 
 
 def test_a_recipe_of_train_py_serves_here_too(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("plot: true\nbatch-size: 8\n")
-    config, _ = lr_finder.flags.parse(lr_finder.build_parser(), ["--config", str(recipe)])
+    config, _ = flags.parse(lr_finder.build_parser(), ["--config", str(recipe)])
     assert config.batch_size == 8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import models
-from base import flags
+from base import flags, idle
 from base.errors import UsageError
 from models import torchvision_zoo
 from models.convert import describe
@@ -27,8 +27,8 @@ def test_every_architecture_gives_logits_and_learns(arch):
     assert all(p.grad is not None for p in model.parameters())
     assert describe(model.state_dict()) == f"{arch}, 3 classes"
     droppable = any(type(m).__name__ in ("DropPath", "StochasticDepth") for m in model.modules())
-    assert droppable != (arch in flags.NO_DROP_PATH)
-    assert any("BatchNorm" in type(m).__name__ for m in model.modules()) != (arch in flags.NO_BATCH_NORM)
+    assert droppable != (arch in idle.NO_DROP_PATH)
+    assert any("BatchNorm" in type(m).__name__ for m in model.modules()) != (arch in idle.NO_BATCH_NORM)
 
 
 @pytest.mark.parametrize(("arch", "branches"), [("efficientnet_b0", 16), ("swin_t", 12)])

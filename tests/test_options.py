@@ -1,4 +1,4 @@
-"""Every option does something: its value changes the plan, the run or a trace of steps; it trains, and resumes.
+"""Every option has an effect: on the plan, the run or a trace of steps. Every value trains and resumes.
 
 The traces take two steps in the first phase and two in the last, of a tiny network on tiny images.
 The grid of whole runs is slow: `pytest -m slow tests/test_options.py`.
@@ -73,9 +73,9 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # What these do is no matter of a step: they are the business of other tests.
-ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from", "reset_head", "device",
-             "save_dir", "resume", "allow_change", "overwrite", "plot", "tensorboard", "wandb", "summary", "dry_run",
-             "config", "debug"}  # fmt: skip
+ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
+             "reset_head", "device", "save_dir", "resume", "allow_change", "overwrite", "plot", "tensorboard",
+             "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
 SLOW_VALUES = {
     "arch": ["resnet34", "resnet50", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large", "swin_t"],
     "augment": ["rrc,randaugment", "rrc,trivialaugment"],
@@ -122,7 +122,9 @@ def test_every_value_changes_what_is_observed(name, uncompiled):
 def test_the_batch_size_is_the_first_phases_and_is_halved():
     def batches(*arguments):
         config, _ = flags.parse(train.build_parser(), ["--dataset", "digits", *arguments])
-        return [p.batch_size for p in build.make_plan(config, layouts.index(**flags.data_args(config)), 1)]
+        return [
+            p.batch_size for p in build.make_plan(config, layouts.open_dataset(**flags.data_args(config)), 1)
+        ]
 
     assert batches() == [256, 128, 64] and batches("--batch-size", "40") == [40, 20, 10]
 
@@ -164,32 +166,33 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("epochs", "5"), ("epochs", True), ("epochs", None), ("epochs", [3]), ("epochs", 3.0), ("epochs", -1), ("lr", float("nan")),
-    ("lr", "3e-4"), ("resize_schedule", 16), ("resize_schedule", "8,16,24"), ("resize_schedule", [[8, 16]]), ("subset", 1),
-    ("subset", "yes"), ("phase_mix", ["on", "off", "on"]), ("save_every", 1), ("save_every", [0, "ep"]), ("optimizer", "adamax"),
-    ("dataset", None), ("dataset", {}), ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
+    ("epochs", "5"), ("epochs", True), ("epochs", None), ("epochs", [3]), ("epochs", 3.0), ("epochs", -1),
+    ("lr", float("nan")), ("lr", "3e-4"), ("resize_schedule", 16), ("resize_schedule", "8,16,24"),
+    ("resize_schedule", [[8, 16]]), ("subset", 1), ("subset", "yes"), ("phase_mix", ["on", "off", "on"]),
+    ("save_every", 1), ("save_every", [0, "ep"]), ("optimizer", "adamax"), ("dataset", None), ("dataset", {}),
+    ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
 ])  # fmt: skip
 def test_a_checkpoints_flag_of_another_kind_is_refused_by_name(name, value):
     with pytest.raises(
         CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")
     ):
-        rundir.check_saved(flags.plain(config_of()) | {name: value})
+        rundir.parse_saved_flags(flags.plain(config_of()) | {name: value})
 
 
 def test_a_list_that_holds_itself_is_refused_and_not_walked_through():
     knot: list = []
     for _ in range(100):
         knot = [knot, knot]  # 2 ** 100 of them, if one were to look
-    with pytest.raises(CheckpointError, match="resize_schedule is of a wrong type"):
-        rundir.check_saved({"resize_schedule": knot})
+    with pytest.raises(CheckpointError, match="resize_schedule has the wrong type"):
+        rundir.parse_saved_flags({"resize_schedule": knot})
 
 
 def test_a_checkpoint_of_another_version_lacks_flags_or_has_some_that_are_named():
     saved = flags.plain(config_of("--phase-mix", "on,off,on", "--save-every", "15min", "--lr", "1e-5"))
-    assert rundir.check_saved(saved) == saved
+    assert rundir.parse_saved_flags(saved) == saved
     older = {name: value for name, value in saved.items() if name not in ("l1", "cycles")}
-    assert rundir.check_saved(older) == saved  # at their defaults
-    with pytest.raises(CheckpointError, match="does not know: 5, warp") as caught:
+    assert rundir.parse_saved_flags(older) == saved  # at their defaults
+    with pytest.raises(CheckpointError, match=r"flags in the checkpoint.*5, warp") as caught:
         rundir.resumed_config(config_of(), frozenset(), saved | {"warp": 9, 5: 5})
     assert caught.value.exit_code == 4
 
@@ -211,9 +214,10 @@ def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, 
 
 def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
     def main(argv):
+        flags.parse(train.build_parser(), argv)
         raise errors.DataError("no data", "get some")
 
-    for argv, shown in ((["train.py"], False), (["train.py", "--debug"], True)):
+    for argv, shown in ((["train.py", "--debug"], True), (["train.py"], False)):
         monkeypatch.setattr(sys, "argv", argv)
         assert errors.run(main) == 3
         assert ("Traceback" in capsys.readouterr().err) == shown
@@ -228,8 +232,10 @@ def test_the_options_cover_every_choice_of_a_flag():
 
 # --- whole runs, slow ----------------------------------------------------------------------------
 
-LEARNS = ("--resize-schedule 16,16 --phase-batch-sizes 8,8 --epochs 6 --augment flip --mixup-alpha 0 --cutmix-alpha 0 "
-          "--drop-path-rate 0.1 --lr 3e-3")  # fmt: skip
+LEARNS = (
+    "--resize-schedule 16,16 --phase-batch-sizes 8,8 --epochs 6 --augment flip --mixup-alpha 0 "
+    "--cutmix-alpha 0 --drop-path-rate 0.1 --lr 3e-3"
+)
 LEARNING_RATE = {
     "--optimizer sgd": "0.1",
     "--optimizer rmsprop": "1e-3",
@@ -237,14 +243,15 @@ LEARNING_RATE = {
     "--loss bce": "1e-3",
     "--arch efficientnet_b0": "3e-4",
 }
+TRAINED = ("optimizer", "augment", "loss", "head", "stem", "use_blurpool", "accumulate", "clip_mode", "l1",
+           "label_smoothing", "ema", "ema_ramp", "ema_half_life", "amp", "nesterov", "seed",
+           "deterministic")  # fmt: skip
 GRID = [
     *(f"--{flag} {value}" for flag, values in SLOW_VALUES.items() for value in values),
-    *(change for name in ("optimizer", "augment", "loss", "head", "stem", "use_blurpool", "accumulate", "clip_mode", "l1",
-                          "label_smoothing", "ema", "ema_ramp", "ema_half_life", "amp", "nesterov", "seed", "deterministic")
-      for change in OPTIONS[name][1]),
+    *(change for name in TRAINED for change in OPTIONS[name][1]),
     *(f"--schedule {name}" for name in flags.SCHEDULES),
     *("--phase-mix on,off --mixup-alpha 0.2", "--lr-scale sqrt --phase-batch-sizes 8,4", "--mixup-alpha 0.2"),
-]  # fmt: skip
+]
 
 
 def fitted(arguments: list[str], save_dir: Path, resume: bool = False) -> loop.Run:

@@ -16,7 +16,7 @@ from test_packed import make_folders
 import pack_dataset
 from base.errors import DataError, ResourceError, UsageError
 from sources import packing
-from sources.layouts import index
+from sources.layouts import open_dataset
 from sources.packed import open_packed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def killed_then_finished(data, out, reached) -> bool:
     process.send_signal(signal.SIGKILL)
     killed = process.wait() == -signal.SIGKILL
     if killed and (out / "packing.json").exists():
-        with pytest.raises(DataError, match="not finished"):
+        with pytest.raises(DataError, match="unfinished"):
             open_packed(out)
     assert pack(data, out) == 0
     return killed
@@ -90,9 +90,11 @@ def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
     before = files(out)
     (out / "train-32" / "00001.arrow").unlink()
     calls, write = [], packing.write_group
-    monkeypatch.setattr(packing, "write_group", lambda *a: calls.append(a[2]) or write(*a))
     monkeypatch.setattr(
-        pack_dataset, "_in_processes", lambda work, jobs, *_: ((tag, work(*a)) for tag, a in jobs)
+        packing, "write_group", lambda *a, **options: calls.append(a[2]) or write(*a, **options)
+    )
+    monkeypatch.setattr(
+        pack_dataset, "in_processes", lambda work, jobs, workers: ((job, work(job)) for job in jobs)
     )
     pack(folders, out)
     assert [(group.part, group.k) for group in calls] == [("train", 1)]
@@ -100,7 +102,7 @@ def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
 
 
 def test_a_line_cut_by_a_kill_or_one_that_is_no_record_is_no_obstacle(folders, tmp_path):
-    plan = packing.make_plan(index("imagenet", str(folders)), (16, 32), 90)
+    plan = packing.make_plan(open_dataset("imagenet", str(folders)), (16, 32), 90)
     shard = {"rows": 1, "bytes": 2, "crc32": 3}
     val = {"part": "val", "k": 0, "shards": {"val": shard}, "skipped": []}
     train = {"part": "train", "k": 1, "shards": {"train-16": shard, "train-32": shard}, "skipped": []}
@@ -110,7 +112,7 @@ def test_a_line_cut_by_a_kill_or_one_that_is_no_record_is_no_obstacle(folders, t
         file.write('\n{"part": "train", "k"')
     for record in (*odd, train):
         packing.add_record(str(tmp_path), record)
-    assert packing._read_records(str(tmp_path / packing.RECORDS), plan) == [val, train]
+    assert packing._read_records(str(tmp_path), plan) == [val, train]
 
 
 # --- refusals --------------------------------------------------------------------------------------
@@ -132,15 +134,25 @@ def test_other_settings_are_refused(folders, tmp_path):
 def test_a_folder_with_other_files_is_refused(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").write_text("!")
-    with pytest.raises(UsageError, match="not a packing"):
+    with pytest.raises(UsageError, match="neither empty nor a packed dataset"):
         pack(folders, tmp_path / "out")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.doc"]
+
+
+def test_a_packing_killed_before_it_began_is_begun(folders, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "packing.json.partial").write_text('{"form')
+    assert pack(folders, tmp_path / "out") == 0
+    assert not list((tmp_path / "out").glob("*.partial"))
 
 
 def test_two_packings_at_once_are_refused(folders, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(pack_dataset.time, "sleep", lambda seconds: None)
-    with pack_dataset._locked(str(tmp_path / "out")), pytest.raises(UsageError, match="at work"):
+    with (
+        pack_dataset._locked(str(tmp_path / "out")),
+        pytest.raises(UsageError, match="another packing is running"),
+    ):
         pack(folders, tmp_path / "out")
 
 
@@ -202,8 +214,12 @@ def test_a_disk_that_fills_up_leaves_nothing_half(folders, tmp_path):
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
     )  # fmt: skip
     assert limited.returncode == 6, limited.stderr
-    assert "is full" in limited.stderr and "Traceback" not in limited.stderr
-    assert not list(out.rglob("*.tmp")) and not (out / "manifest.json").exists()
+    assert (
+        "cannot write" in limited.stderr
+        and "make room" in limited.stderr
+        and "Traceback" not in limited.stderr
+    )
+    assert not list(out.rglob("*.partial")) and not (out / "manifest.json").exists()
     assert pack(folders, out) == 0
     assert len(open_packed(out).train) == 240
 
@@ -214,7 +230,7 @@ def test_a_killed_worker_is_explained(folders, tmp_path, monkeypatch):
         pack(folders, tmp_path / "out")
 
 
-def _die(*_):
+def _die(*_, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 

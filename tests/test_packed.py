@@ -16,7 +16,7 @@ from base.errors import DataError
 from sources import packed, packing
 from sources.images import decode
 from sources.index import ArraySplit, DatasetIndex
-from sources.layouts import index
+from sources.layouts import open_dataset
 from sources.packed import open_packed
 
 SIDES = (16, 32)
@@ -53,7 +53,7 @@ def out(packed_once, tmp_path):
 
 
 def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
-    source, copy = index("imagenet", str(folders)), index("imagenet", str(packed_once))
+    source, copy = open_dataset("imagenet", str(folders)), open_dataset("imagenet", str(packed_once))
     assert (copy.name, copy.classes, copy.mean, copy.std) == (
         source.name,
         source.classes,
@@ -70,7 +70,7 @@ def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
 
 @pytest.mark.parametrize("side", SIDES)
 def test_each_copy_is_the_image_with_that_short_side(folders, packed_once, side):
-    source = index("imagenet", str(folders)).train
+    source = open_dataset("imagenet", str(folders)).train
     copy = next(split for split in open_packed(packed_once).train.copies() if split.side == side)
     ids = np.random.default_rng(0).permutation(len(source))[:40]
     for original, small in zip(source.read(ids), copy.read(ids), strict=True):
@@ -95,7 +95,7 @@ def test_the_copy_for_a_size_has_headroom(packed_once):
 def test_the_default_sides_serve_the_default_sizes():
     split = packed.PackedSplit.__new__(packed.PackedSplit)
     split.part, split.manifest, split.side = "train", {"sides": [96, 192, 320]}, None
-    split._at = lambda side: side
+    split.at_side = lambda side: side
     assert [split.for_size(size) for size in (64, 128, 160, 192, 224)] == [96, 192, 192, 320, 320]
 
 
@@ -277,14 +277,14 @@ def test_other_damage_has_clear_words(out, damage):
         "labels": "train-labels.npy",
         "manifest": "manifest.json is unreadable",
         "format": "another version",
-        "unfinished": "not fin",
+        "unfinished": "unfinished",
     }
     with pytest.raises(DataError, match=words[damage]):
         open_packed(out)
 
 
 def test_the_estimate_is_near_what_is_written(folders, packed_once):
-    source = index("imagenet", str(folders))
+    source = open_dataset("imagenet", str(folders))
     plan = packing.make_plan(source, SIDES, 90)
     needed = packing.estimate(source, plan, packing.groups_of(plan))
     for table in ("train-16", "train-32", "val"):

@@ -1,4 +1,4 @@
-"""predict.py: the pixels of validation, every bad image named, the answers as table, JSON and CSV."""
+"""predict.py: the pixels of validation, every bad image named, predictions as table, JSON and CSV."""
 
 import csv
 import io
@@ -24,21 +24,19 @@ def asked(capsys, *arguments):
     return capsys.readouterr().out
 
 
-def test_the_answers_are_those_of_validation_bit_for_bit(photos, photo_run):
-    index = layouts.index("imagenet", photos)
-    models, payload = predictions.open_models(str(photo_run), "ema", CPU)
-    facts, files = payload["eval"], [index.val.path(i) for i in range(len(index.val))]
-    theirs = torch.cat([predictions.logits_of(models["ema"], images, CPU)
-                        for images, _ in eval_loader(index.val, index, image_size=24, batch_size=64)])  # fmt: skip
-
-    class Config:
-        num_workers, batch_size, top = 0, 64, 3
-
-    found, bad = predict.predict(Config, models["ema"], facts, files, CPU)
-    assert not bad and [path for path, *_ in found] == files
-    best = theirs.softmax(1).topk(3)
-    assert torch.equal(torch.tensor([p for _, p, _ in found], dtype=torch.float32), best.values)
-    assert [c for *_, c in found] == best.indices.tolist()
+def test_predictions_are_those_of_validation_bit_for_bit(photos, photo_run):
+    index = layouts.open_dataset("imagenet", photos)
+    classifier = predictions.load(str(photo_run), "ema", CPU)
+    ((images, _),) = eval_loader(index.val, index, image_size=24, batch_size=64)
+    best = predictions.logits_of(classifier.model, images, CPU).softmax(1).topk(3)
+    files = [index.val.path(i) for i in range(len(index.val))]
+    found, bad = predict.predict(classifier, files, top=3, batch_size=64, num_workers=0)
+    assert not bad and [image["file"] for image in found] == files
+    rows = [image["predictions"] for image in found]
+    probabilities = torch.tensor([[each["probability"] for each in row] for row in rows])
+    assert torch.equal(probabilities, best.values)
+    labels = [[classifier.classes.index(each["class"]) for each in row] for row in rows]
+    assert labels == best.indices.tolist()
 
 
 def test_files_folders_and_flags_in_any_order(photos, photo_run, capsys):
@@ -75,9 +73,10 @@ def test_bad_images_are_named_and_the_others_answered(photos, photo_run, tmp_pat
     for name, content in zip(names, [b"no image", data, data, data[:300]], strict=True):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "empty").mkdir()
+    images = [str(tmp_path), str(tmp_path / "none.jpg"), str(tmp_path / "empty")]
+    where = ["--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")]
     with pytest.raises(DataError, match="4 of 6 images") as error:
-        predict.main([str(photo_run), str(tmp_path), str(tmp_path / "none.jpg"), str(tmp_path / "empty"), *PLAIN,
-                      "--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")])  # fmt: skip
+        predict.main([str(photo_run), *images, *PLAIN, *where])
     assert error.value.exit_code == 3
     said = capsys.readouterr().err
     for words in (
@@ -104,16 +103,17 @@ def test_workers_answer_alike(photos, photo_run, tmp_path, capsys):
     (tmp_path / "b.jpg").write_bytes(b"")
     outputs = []
     for workers in (0, 2):
+        more = ["--json", "-", "--batch-size", "4", "--num-workers", str(workers)]
         with pytest.raises(DataError):
-            predict.main([str(photo_run), str(tmp_path), str(photos / "val"), *PLAIN, "--json", "-", "--batch-size", "4",
-                          "--num-workers", str(workers)])  # fmt: skip
+            predict.main([str(photo_run), str(tmp_path), str(photos / "val"), *PLAIN, *more])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and json.loads(outputs[0])["bad"][0]["reason"] == "the file is empty"
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"), (["a.jpg", "--export", "pdf"], "--export"),
-    (["a.jpg", "--out", "x"], "--out would do nothing"), (["--export", "onnx", "--top", "3"], "--top would do nothing"),
+    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"),
+    (["a.jpg", "--export", "pdf"], "--export"), (["a.jpg", "--out", "x"], "--out would do nothing"),
+    (["--export", "onnx", "--top", "3"], "--top would do nothing"),
     (["a.jpg", "--top", "0"], "--top"), (["a.jpg", "--weight", "raw"], "--weight"),
 ])  # fmt: skip
 def test_wrong_usage(arguments, message, photo_run):

@@ -1,4 +1,4 @@
-"""Resources at every start: refused or warned of in time, and training none the wiser."""
+"""Resources at every start: refused or warned about in time, without any effect on training."""
 
 import copy
 import shutil
@@ -44,10 +44,10 @@ def test_a_disk_without_room_for_all_checkpoints_is_refused_before_the_first_ste
     size = preflight.checkpoint_bytes(run)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 5 * size - 1))
     with pytest.raises(ResourceError, match=r"MiB free.*need") as caught:
-        preflight.check_resources(run, workers=0)
+        preflight.check_resources(run)
     assert str(tmp_path) in caught.value.what and caught.value.exit_code == 6
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 5 * size))
-    preflight.check_resources(run, workers=0)
+    preflight.check_resources(run)
 
 
 def test_a_resumed_run_needs_room_for_the_checkpoints_it_does_not_have_yet(run, tmp_path, monkeypatch):
@@ -74,9 +74,9 @@ def test_full_shared_memory_is_warned_of_with_the_flag_to_lower(run, tmp_path, m
 
 def test_the_trial_step_leaves_no_trace(run):
     before, grown = copy.deepcopy(run.state.state_dict()), torch.random.get_rng_state()
-    how = loop.start_phase(run, run.phases[-1])[1]
+    _, options = loop.start_phase(run, run.phases[-1])
     run.state.model.eval()
-    preflight.try_step(run, how, run.phases[-1], 8)
+    preflight.try_step(run, options, run.phases[-1], 8)
     assert not run.state.model.training
     assert torch.equal(torch.random.get_rng_state(), grown)
     assert all(p.grad is None for p in run.state.model.parameters())
@@ -106,11 +106,9 @@ SAID = [
     RuntimeError("GET was unable to find an engine to execute this computation"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
+        "[enforce fail at x.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"
     ),
-    RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to allocate"
-    ),
+    RuntimeError("[enforce fail at x.cpp:81] data. DefaultCPUAllocator: not enough memory: you tried to"),
     RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
     MemoryError(),
 ]
@@ -123,7 +121,7 @@ def fail(error: Exception):
 @pytest.mark.parametrize("error", SAID, ids=lambda error: str(error)[:40])
 def test_whatever_says_that_memory_ran_out_is_exit_6(run, error, monkeypatch, capsys):
     assert preflight.largest_fitting(4, lambda images: images > 1 and fail(error)) == 1
-    for named in (preflight.out_of_memory_named(run), memory_for("x", "y", torch.device("cpu"))):
+    for named in (preflight.explain_out_of_memory(run), memory_for("x", "y", torch.device("cpu"))):
         with pytest.raises(ResourceError, match="out of memory"), named:
             fail(error)
     monkeypatch.setattr(signal, "signal", lambda *args: None)
@@ -146,17 +144,20 @@ def test_what_stands_for_later_memory_may_be_what_does_not_fit(run, monkeypatch)
 
 
 def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):
-    monkeypatch.setattr(preflight, "try_step", lambda run, how, phase, images: grab(images, 3))
+    monkeypatch.setattr(preflight, "try_step", lambda run, options, phase, images: grab(images, 3))
     with pytest.raises(ResourceError) as caught:
         preflight.check_step_memory(run)
-    assert "phase 3: 24 px, batch 8, 8 images at once" in caught.value.what
+    assert "phase 3: 24 px, batch size 8, 8 images at once" in caught.value.what
     assert "--accumulate 4" in caught.value.fix and "--phase-batch-sizes 8,8,2" in caught.value.fix
 
 
 def test_memory_that_runs_out_during_training_is_a_resource_error(run):
     run.state.step = run.phases[1].first_step
-    with pytest.raises(ResourceError, match="16 px, batch 8") as caught, preflight.out_of_memory_named(run):
+    with (
+        pytest.raises(ResourceError, match="16 px, batch size 8") as caught,
+        preflight.explain_out_of_memory(run),
+    ):
         grab(1, 0)
     assert "--resume auto" in caught.value.fix
-    with pytest.raises(RuntimeError, match="other"), preflight.out_of_memory_named(run):
+    with pytest.raises(RuntimeError, match="other"), preflight.explain_out_of_memory(run):
         raise RuntimeError("other")

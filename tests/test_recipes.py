@@ -29,6 +29,11 @@ def parsed(*arguments: object):
     return flags.parse(train.build_parser(), [str(a) for a in arguments])
 
 
+def plan_of(config):
+    sizes = {"phase_batch_sizes": config.phase_batch_sizes, "phase_epochs": config.phase_epochs}
+    return plan(config.epochs, config.resize_schedule, IMAGES[config.dataset], config.batch_size, **sizes)
+
+
 def test_the_recipes_of_the_documents_and_the_published_ones_are_there():
     assert {path.stem for path in RECIPES} >= {
         *("digits", "imagenet_documents", "tiny_imagenet", "tiny_imagenet_resnet18", "cifar100_resnet34"),
@@ -41,8 +46,7 @@ def test_a_recipe_is_parsed_planned_and_built(path):
     config, typed = parsed("--config", path)
     flags.check_train(config, typed)
     assert {key.replace("-", "_") for key in yaml.safe_load(path.read_text())} - {"ema"} <= typed
-    phases = plan(config.epochs, config.resize_schedule, IMAGES[config.dataset], config.batch_size,
-                  phase_batch_sizes=config.phase_batch_sizes, phase_epochs=config.phase_epochs)  # fmt: skip
+    phases = plan_of(config)
     assert phases[-1].last_epoch == config.epochs and len(phases) == len(config.resize_schedule)
     model = build_model(config.arch, num_classes=CLASSES[config.dataset], head=config.head, stem=config.stem,
                         drop_path_rate=config.drop_path_rate)  # fmt: skip
@@ -50,11 +54,21 @@ def test_a_recipe_is_parsed_planned_and_built(path):
                                 nesterov=config.nesterov, weight_decay=config.weight_decay)  # fmt: skip
     steps = sum(p.steps for p in phases)
     warmup = round(config.warmup_epochs * phases[0].steps_per_epoch) if config.schedule == "cosine" else 0
-    schedule = Schedule(optimizer, config.schedule, peak_lr=config.lr, total_steps=steps, cycles=config.cycles,
-                        warmup_steps=warmup)  # fmt: skip
+    options = {"total_steps": steps, "cycles": config.cycles, "warmup_steps": warmup}
+    schedule = Schedule(optimizer, config.schedule, peak_lr=config.lr, **options)
     assert max(schedule.lr_at(step) for step in range(0, steps, 1 + steps // 500)) == pytest.approx(
         config.lr, rel=0.05
     )
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_config_survives_the_way_to_a_command_line_and_back(path):
+    config = parsed(
+        "--config", path, "--save-every", "15min", "--no-ema-ramp", "--phase-epochs", "3,1,2", "--plot"
+    )[0]
+    values = flags.plain(config)
+    again, given = flags.parse(train.build_parser(), flags.to_argv(values))
+    assert flags.plain(again) == values and {"lr", "save_every", "ema_ramp", "plot"} <= given
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -69,9 +83,7 @@ def test_the_documents_recipe_is_the_defaults():
     defaults, _ = parsed()
     differ = {k for k, v in flags.plain(defaults).items() if flags.plain(recipe)[k] != v}
     assert differ == {"config", "phase_epochs", "phase_batch_sizes"}
-    of = [plan(c.epochs, c.resize_schedule, IMAGES["imagenet"], c.batch_size, phase_batch_sizes=c.phase_batch_sizes,
-               phase_epochs=c.phase_epochs) for c in (recipe, defaults)]  # fmt: skip
-    assert of[0] == of[1]
+    assert plan_of(recipe) == plan_of(defaults)
 
 
 def test_the_command_line_wins_over_the_recipe(tmp_path):
@@ -107,12 +119,13 @@ def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
 
 
 @pytest.mark.parametrize(("text", "name", "value"), [
-    ("amp: off", "amp", "off"), ("phase_mix: [on, off, on]", "phase_mix", (True, False, True)), ("ema: off", "ema", False),
-    ("subset: yes", "subset", True), ("wandb: no", "wandb", ""), ("save_every: 15min", "save_every", (15.0, "min")),
-    ("lr: 3e-4", "lr", 3e-4), ("epochs: 1_000", "epochs", 1000), ("epochs: 010", "epochs", 10), ("epochs: '5'", "epochs", 5),
-    ("wandb: 2024-01-01", "wandb", "2024-01-01"), ("save_dir: 2012", "save_dir", "2012"), ("batch-size: &n 8", "batch_size", 8),
-    ("augment: [padcrop:4, flip]", "augment", "padcrop:4,flip"), ("resize_schedule: 160", "resize_schedule", (160,)),
-    ("\ufeffepochs: 3", "epochs", 3),
+    ("amp: off", "amp", "off"), ("phase_mix: [on, off, on]", "phase_mix", (True, False, True)),
+    ("ema: off", "ema", False), ("subset: yes", "subset", True), ("wandb: no", "wandb", ""),
+    ("save_every: 15min", "save_every", (15.0, "min")), ("lr: 3e-4", "lr", 3e-4),
+    ("epochs: 1_000", "epochs", 1000), ("epochs: 010", "epochs", 10), ("epochs: '5'", "epochs", 5),
+    ("wandb: 2024-01-01", "wandb", "2024-01-01"), ("save_dir: 2012", "save_dir", "2012"),
+    ("batch-size: &n 8", "batch_size", 8), ("augment: [padcrop:4, flip]", "augment", "padcrop:4,flip"),
+    ("resize_schedule: 160", "resize_schedule", (160,)), ("\ufeffepochs: 3", "epochs", 3),
 ])  # fmt: skip
 def test_a_file_means_what_is_written_in_it(text, name, value, tmp_path):
     (tmp_path / "flags.yaml").write_text(text, encoding="utf-8")
@@ -121,13 +134,16 @@ def test_a_file_means_what_is_written_in_it(text, name, value, tmp_path):
 
 
 HOSTILE = {
-    "null": b"lr: null", "nothing": b"lr:", "twice": b"lr: 1\nlr: 2", "twice spelled": b"batch-size: 1\nbatch_size: 2",
-    "octal": b"epochs: 0o10", "list": b"lr: [1, 2]", "nested": b"resize-schedule: [[64]]", "map": b"lr: {a: 1}", "key": b"? [a]\n: 1",
-    "latin-1": b"wandb: \xe9", "utf-16": "lr: 1".encode("utf-16"), "tab": b"lr: 1\n\tepochs: 2", "NUL": b'wandb: "a\\0b"',
-    "surrogate": b'wandb: "\\ud800"', "raw NUL": b"wandb: a\0b", "deep": b"lr: " + b"[" * 5000, "deep maps": b"{lr: " * 5000,
-    "code": b"lr: !!python/name:os.system", "itself": b"lr: &x [*x]", "no such anchor": b"lr: *x", "merge": b"<<: {lr: 1}",
-    "two": b"lr: 1\n---\nlr: 2", "one value": b"5", "empty": b"", "huge": b"#" * 70_000, "inf": b"lr: .inf", "nan": b"lr: .nan",
-    "digits": b"epochs: " + b"9" * 6000, "number for a switch": b"subset: 1", "number for a key": b"5: 1", "key yes": b"yes: 1",
+    "null": b"lr: null", "nothing": b"lr:", "twice": b"lr: 1\nlr: 2",
+    "twice spelled": b"batch-size: 1\nbatch_size: 2", "octal": b"epochs: 0o10", "list": b"lr: [1, 2]",
+    "nested": b"resize-schedule: [[64]]", "map": b"lr: {a: 1}", "key": b"? [a]\n: 1",
+    "latin-1": b"wandb: \xe9", "utf-16": "lr: 1".encode("utf-16"), "tab": b"lr: 1\n\tepochs: 2",
+    "NUL": b'wandb: "a\\0b"', "surrogate": b'wandb: "\\ud800"', "raw NUL": b"wandb: a\0b",
+    "deep": b"lr: " + b"[" * 5000, "deep maps": b"{lr: " * 5000, "code": b"lr: !!python/name:os.system",
+    "itself": b"lr: &x [*x]", "no such anchor": b"lr: *x", "merge": b"<<: {lr: 1}",
+    "two": b"lr: 1\n---\nlr: 2", "one value": b"5", "empty": b"", "huge": b"#" * 70_000, "inf": b"lr: .inf",
+    "nan": b"lr: .nan", "digits": b"epochs: " + b"9" * 6000, "number for a switch": b"subset: 1",
+    "number for a key": b"5: 1", "key yes": b"yes: 1",
 }  # fmt: skip
 
 

@@ -10,18 +10,19 @@ from html.parser import HTMLParser
 
 import pytest
 
-from analysis import figures, markdown, page, report, svg
+from analysis import figures, learning_curves, markdown, page, report, runs
 from base.errors import DataError, ResourceError, UsageError
 
 EVIL = """<script>alert('x')</script>"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
-VOID = {"meta", "img", "br", "line", "circle", "polyline"}
+VOID = {"meta", "img", "br"}
 
 
 def row(epoch: int, **values) -> dict:
-    return {"epoch": epoch, "image_size": 32 if epoch < 3 else 48, "batch_size": 64, "lr": 1e-3, "train_loss": 2.0,
-            "train_top1": 51.0, "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0, "ema_val_loss": 1.4,
-            "ema_val_top1": 41.25 + epoch, "ema_val_top5": 81.0, "images_per_second": 1234.0, "data_wait_percent": 1.0,
-            "seconds": 1800.0, "bad_steps": 0, "best": False, "better": "ema", **values}  # fmt: skip
+    place = {"epoch": epoch, "image_size": 32 if epoch < 3 else 48, "batch_size": 64, "lr": 1e-3}
+    raw = {"train_loss": 2.0, "train_top1": 51.0, "val_loss": 1.5, "val_top1": 40.0 + epoch, "val_top5": 80.0}
+    averaged = {"ema_val_loss": 1.4, "ema_val_top1": 41.25 + epoch, "ema_val_top5": 81.0}
+    speed = {"images_per_second": 1234.0, "data_wait_percent": 1.0, "seconds": 1800.0, "bad_steps": 0}
+    return {**place, **raw, **averaged, **speed, "best": False, "better": "ema", **values}
 
 
 @pytest.fixture
@@ -40,10 +41,11 @@ def make_run(folder, *, name: str = "owl", lr: float = 0.1):
     (folder / "env.json").write_text(
         json.dumps({"torch": "2.x", "device": name, "command": f"train.py {name}"})
     )
-    scores = {"results": [{"image_size": 48, "weights": "ema", "bn": "trained", "tta": "none", "top1": 44.25, "top5": 81.0,
-                           "loss": 1.4, "macro_f1": 43.9, "ece": 2.5}],
-              "per_class": [{"class": "n1", "name": name, "precision": 0.5, "recall": 0.25, "f1": 0.3, "support": 4}],
-              "confused_pairs": [{"truth_name": name, "guess_name": "dog", "times": 3, "share": 0.75}]}  # fmt: skip
+    result = {"image_size": 48, "weights": "ema", "bn": "trained", "tta": "none", "top1": 44.25, "top5": 81.0}
+    result |= {"loss": 1.4, "macro_f1": 43.9, "ece": 2.5}
+    one_class = {"class": "n1", "name": name, "precision": 0.5, "recall": 0.25, "f1": 0.3, "support": 4}
+    pair = {"truth_name": name, "guess_name": "dog", "times": 3, "share": 0.75}
+    scores = {"results": [result], "per_class": [one_class], "confused_pairs": [pair]}
     (folder / "validation" / "scores.json").write_text(json.dumps(scores))
     for path in (
         folder / "validation" / "confusion.png",
@@ -95,17 +97,18 @@ def test_the_report_of_one_run_holds_what_is_known_about_it(run_dir, tmp_path):
         "2h00m",
         "32 px → 48 px",
         "resnet18",
-        "taken for",
+        "Most confused pairs",
         "75.0",
         "train.py owl",
         "2.x",
     ):
         assert expected in words, expected
-    assert reader.tags.count("img") == 2  # confusion and Grad-CAM; curves.png is drawn anew
+    pictures = [value[:15] for name, value in reader.attributes if name == "src"]
+    assert sorted(pictures) == ["data:image/png;"] * 2 + ["data:image/svg+"] * 4  # curves.png is a chart here
     charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
     assert len(charts) == 4 and charts[0]["epochs"] == [1, 2, 3, 4]
-    raw = next(s for s in charts[0]["series"] if s["name"] == "validation, raw")
-    assert raw["text"] == ["41.00", None, "43.00", "44.00"]
+    raw = next(s for s in charts[0]["series"] if s["name"] == "validation, raw weights")
+    assert raw["text"] == ["41", None, "43", "44"]
 
 
 def test_nothing_leads_out_of_the_page(run_dir, tmp_path):
@@ -114,7 +117,9 @@ def test_nothing_leads_out_of_the_page(run_dir, tmp_path):
         r"https?:|//[a-z]|url\(|@import|<link|<iframe|<base", re.sub(r"base64,[^\"]+", "", text)
     )
     links = [value for name, value in Reader(text).attributes if name in ("src", "href", "action")]
-    assert links and all(value.startswith(("#", "data:image/png;base64,")) for value in links)
+    assert links and all(
+        value.startswith(("#", "data:image/png;base64,", "data:image/svg+xml;base64,")) for value in links
+    )
     assert (
         f"sha256-{base64.b64encode(__import__('hashlib').sha256(page.SCRIPT.encode()).digest()).decode()}"
         in text
@@ -137,7 +142,7 @@ def test_several_runs_are_set_side_by_side_with_the_flags_that_differ(run_dir, t
     words = " ".join(" ".join(reader.text).split())
     assert "Flags that differ" in words and "--lr 0.1 0.5" in words and "--arch" in words
     charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
-    assert [s["name"] for s in charts[0]["series"]] == ["first", "second"]
+    assert [s["name"] for s in charts[0]["series"]] == ["first (best 44.25 %)", "second (best 44.25 %)"]
 
 
 def test_a_run_of_which_little_is_known_is_reported_all_the_same(tmp_path):
@@ -152,8 +157,9 @@ def test_a_studys_directory_is_reported_from_its_files(tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
     figures.save(figures.figure(1, 1), folder / "curves.png")
-    (folder / "summary.md").write_text("# A <b>study\n\nWhat?\n\n| v | top-1 |\n|---|---|\n| **a** | `--lr 1` |\n\n"
-                                       "![curves](curves.png)\n\n- one\n- two **bold**\n")  # fmt: skip
+    table = "| v | top-1 |\n|---|---|\n| **a** | `--lr 1` |"
+    text = f"# A <b>study\n\nWhat?\n\n{table}\n\n![curves](curves.png)\n\n- one\n- two **bold**\n"
+    (folder / "summary.md").write_text(text)
     (folder / "summary.csv").write_text("variant,seed\na,0\n")
     reader = Reader(written(folder, out=tmp_path / "r.html"))
     assert reader.tags.count("img") == 1 and reader.tags.count("li") == 2 and reader.tags.count("table") == 2
@@ -186,7 +192,7 @@ def test_the_list_names_each_runs_score_and_what_sets_it_apart(run_dir, tmp_path
     assert report.main(["--list", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["first", "4/4", "44.25", "3", "2.00"]
-    assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr", "0.5"]
+    assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr=0.5"]
 
 
 def test_what_is_missing_or_older_than_the_checkpoint_is_made_and_nothing_else(
@@ -217,15 +223,22 @@ def test_pictures_that_cannot_be_made_are_explained_and_cost_nothing(run_dir, tm
     assert "No gradcam.png: damaged or incomplete checkpoint" in text and "No scores.json" not in text
 
 
-def test_ticks_are_round_and_inside():
-    assert svg.ticks(0.3, 9.7) == [2, 4, 6, 8]
-    assert svg.ticks(0.000012, 0.0003) == pytest.approx([1e-4, 2e-4, 3e-4])
-    assert svg.ticks(5, 5) == [5]
+def test_a_chart_knows_where_its_epochs_are_and_is_the_same_file_every_time(run_dir):
+    run, panel = runs.read_run(run_dir, "a"), learning_curves.TOP1
+    first, second = (page.chart(learning_curves.single(run, panel)) for _ in range(2))
+    assert first == second
+    data = json.loads(dict(Reader(first).attributes)["data-chart"])
+    assert 0 < data["x"][0] < data["x"][-1] < 100
+    gaps = [b - a for a, b in zip(data["x"], data["x"][1:], strict=False)]
+    assert gaps == pytest.approx([gaps[0]] * 3, abs=0.02)
 
 
-def test_a_chart_puts_values_where_they_belong():
-    found = svg.chart("t", "u", [svg.Line("a", [1, 2], [0.0, 10.0], 0)])
-    (points,) = re.findall(r'<polyline[^>]*points="([^"]+)"', found)
-    (x0, y0), (x1, y1) = (tuple(map(float, p.split(","))) for p in points.split())
-    assert svg.LEFT < x0 < x1 < svg.WIDTH and svg.TOP < y1 < y0 < svg.HEIGHT - svg.BOTTOM
-    assert svg.chart("t", "u", [svg.Line("a", [], [], 0)]) == ""
+def test_a_chart_of_nothing_is_left_out(run_dir):
+    run = runs.read_run(run_dir, "a")
+    nothing = learning_curves.Panel("t", "u", {"unknown": "unknown"})
+    assert page.chart(learning_curves.single(run, nothing)) == ""
+
+
+def test_a_run_that_is_not_there_lists_those_beside_it(run_dir):
+    with pytest.raises(DataError, match="first"):
+        report.main([str(run_dir.parent / "frist"), "--no-pictures"])

@@ -142,7 +142,7 @@ def test_data_that_changes_during_a_run_is_told_and_not_trained_on(photos, tmp_p
     gone = sorted((data / "train").glob("*/*"))[3]
     before = gone.read_bytes()
     gone.unlink()
-    with pytest.raises(CheckpointError, match="the data is not what this run was trained on"):
+    with pytest.raises(CheckpointError, match="not the data that the run was trained on"):
         run("--save-dir", tmp_path / "run", "--resume", "auto", "--num-workers", 0)
     gone.write_bytes(before)
     run("--save-dir", tmp_path / "run", "--resume", "auto", "--num-workers", 0)

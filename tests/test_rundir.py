@@ -1,4 +1,4 @@
-"""A run's directory is its own: who may write there, what --overwrite deletes, and what a run does when it is taken away."""
+"""Who may write to a run's directory, what --overwrite deletes, and what happens if it disappears."""
 
 import errno
 import json
@@ -14,6 +14,7 @@ import pytest
 from inprocess import TINY, tiny_run
 from runs import ROOT, digest, environment, finish, payload, spawn
 
+import loop
 import train
 from base import errors, flags
 from base.errors import ResourceError, UsageError, UserError
@@ -27,8 +28,8 @@ def run(*arguments) -> int:
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:
-    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in directory.rglob("*")
-            if p.name != ".lock"}  # fmt: skip
+    paths = [p for p in directory.rglob("*") if p.name != ".lock"]
+    return {str(p.relative_to(directory)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
 def refused(code: int, *arguments, where: Path) -> UserError:
@@ -116,7 +117,7 @@ def test_a_fork_killed_right_after_it_was_made_goes_on_there(mine, tmp_path, mon
         raise KeyboardInterrupt
 
     step = payload(mine)["step"]
-    monkeypatch.setattr(train, "fit", killed)
+    monkeypatch.setattr(loop, "fit", killed)
     with pytest.raises(KeyboardInterrupt):
         run("--save-dir", tmp_path / "fork", "--resume", mine / f"last_{NAME}")
     assert payload(tmp_path / "fork")["step"] == step
@@ -155,7 +156,7 @@ def test_auto_passes_over_what_was_copied_in_from_another_run(mine, other, capsy
     assert env(mine)["run"] in error.what
     run("--save-dir", other, "--resume", "auto", "--stop-after", "2")
     assert checkpoint.load(other / f"last_{NAME}")["step"] == 2
-    assert "last_copied.pt: of another run" in capsys.readouterr().out
+    assert "last_copied.pt: it belongs to another run" in capsys.readouterr().out
 
 
 def test_a_foreign_best_is_not_carried_along(mine, other, tmp_path, capsys):
@@ -164,7 +165,7 @@ def test_a_foreign_best_is_not_carried_along(mine, other, tmp_path, capsys):
     checkpoint.save(mine / f"best_{NAME}", {**content, "run": "0123456789abcdef"})
     run("--save-dir", tmp_path / "fork", "--resume", mine / f"last_{NAME}", "--stop-after", "28")
     assert not (tmp_path / "fork" / f"best_{NAME}").exists()
-    assert "the best checkpoint so far, of epoch 5, is not beside" in capsys.readouterr().out
+    assert "the best checkpoint so far, from epoch 5, is not beside" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_complete_where_it_lies(mine, tmp_path, capsys):
@@ -175,10 +176,10 @@ def test_a_finished_run_is_complete_where_it_lies(mine, tmp_path, capsys):
 
 # What --overwrite deletes
 
-FOREIGN = (f"best_{'x' * 4}.pt", "weights.pt", "best_resnet_tiny_cifar10.pt", "plots/of_mine.png", "tensorboard/notes.txt",
-           "results.partial", "other.pt.partial", "notes.txt")  # fmt: skip
+FOREIGN = ("best_xxxx.pt", "weights.pt", "best_resnet_tiny_cifar10.pt", "plots/of_mine.png",
+           "tensorboard/notes.txt", "results.partial", "other.pt.partial", "notes.txt")  # fmt: skip
 OURS = ("plots/curves.png", "plots/lr.png", "tensorboard/events.out.tfevents.1.host.1.0", "wandb_id",
-        f"prev_best_{NAME}", f"last_{NAME}.partial", "config.partial")  # fmt: skip
+        f"prev_best_{NAME}", f"last_{NAME}.partial", "config.partial", "env.json.partial")  # fmt: skip
 
 
 @pytest.mark.parametrize("has_id", [True, False])
@@ -205,8 +206,8 @@ def test_what_no_run_has_written_is_not_written_over(name, flag, tmp_path):
 def test_a_record_that_points_elsewhere_deletes_nothing_there(mine, tmp_path):
     (tmp_path / "precious.pt").write_text("precious")
     (mine / "env.json").write_text(json.dumps(env(mine) | {"checkpoint": "x/../../precious.pt"}))
-    assert rundir.names("../precious.pt") == rundir.names("/precious.pt") == rundir.names(5) == []
-    assert not rundir.look(str(mine)).checkpoints and (tmp_path / "precious.pt").exists()
+    assert all(rundir.checkpoint_files(name) == [] for name in ("../precious.pt", "/precious.pt", 5))
+    assert not rundir.scan(str(mine)).checkpoints and (tmp_path / "precious.pt").exists()
 
 
 def test_the_former_run_is_there_until_disk_and_memory_were_judged(mine, monkeypatch):
@@ -259,31 +260,31 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_not_followed(kind, when, tm
 
 
 def test_the_check_writes_nothing(tmp_path):
-    lock = rundir.claim(rundir.look(str(tmp_path)), overwrite=False)
+    lock = rundir.acquire(rundir.scan(str(tmp_path)), overwrite=False)
     signed = (tmp_path / ".lock").read_text()
     assert f"pid {os.getpid()}" in signed
     with pytest.raises(UsageError, match=f"in use by pid {os.getpid()}"):
-        rundir.check(rundir.look(str(tmp_path)), resuming=True, overwrite=False)
+        rundir.check(rundir.scan(str(tmp_path)), resuming=True, overwrite=False)
     lock.release()
-    rundir.check(rundir.look(str(tmp_path)), resuming=True, overwrite=False)
+    rundir.check(rundir.scan(str(tmp_path)), resuming=True, overwrite=False)
     assert (tmp_path / ".lock").read_text() == signed
 
 
 @pytest.mark.parametrize("flag", [(), ("--overwrite",), ("--resume", "auto")])
 def test_a_run_that_came_and_went_between_check_and_lock_is_not_replaced(flag, tmp_path, monkeypatch):
-    real, held = build.build, []
+    real, left = build.build, []
 
     def meanwhile(*args, **how):
-        if not held:
-            held.append(1)
+        if not left:
+            left.append(1)
             run(*TINY, "--save-dir", tmp_path / "run", "--stop-after", "1")
-            held.append(snapshot(tmp_path))
+            left.append(snapshot(tmp_path))
         return real(*args, **how)
 
     monkeypatch.setattr(build, "build", meanwhile)
-    with pytest.raises(UsageError, match="was changed by another run while this one started"):
+    with pytest.raises(UsageError, match=r"another run changed .* while this one started"):
         run(*TINY, "--save-dir", tmp_path / "run", *flag)
-    assert snapshot(tmp_path) == held[1]
+    assert snapshot(tmp_path) == left[1]
 
 
 @pytest.mark.parametrize("number", sorted(rundir.NO_LOCKS))
@@ -294,15 +295,14 @@ def test_a_filesystem_without_locks_has_runs(number, tmp_path, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(filelock._unix.fcntl, "flock", no_locks)
-    rundir.claim(rundir.look(str(tmp_path)), overwrite=False).release()
+    rundir.acquire(rundir.scan(str(tmp_path)), overwrite=False).release()
 
 
 # What is taken away
 
 
 @pytest.mark.parametrize(
-    "place",
-    ["harness.checkpoint.save", "harness.log.MetricLogger.log", "base.files.write_json", "loop.evaluate"],
+    "place", ["harness.checkpoint.save", "harness.log.MetricLogger.log", "loop.evaluate"]
 )
 def test_a_directory_that_is_removed_ends_the_run_by_name(place, tmp_path, monkeypatch):
     owner, _, name = place.rpartition(".")
@@ -331,17 +331,19 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault, words", FAULTS)
-def test_trouble_with_the_machine_is_two_lines_and_exit_6(fault, words, capsys, monkeypatch):
+def test_trouble_with_the_machine_is_two_lines_and_exit_6(fault, words, capsys):
     def main(argv):
         raise fault
 
-    monkeypatch.setattr(sys, "argv", ["train.py"])
+    def main_with_debug(argv):
+        errors.debug = True  # as the parser does
+        raise fault
+
     assert errors.run(main) == 6
     said = capsys.readouterr().err
     assert words in said and "fix: " in said and "Traceback" not in said
-    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
     with pytest.raises(type(fault)):
-        errors.run(main)
+        errors.run(main_with_debug)
 
 
 @pytest.mark.parametrize(
@@ -359,8 +361,13 @@ def test_a_bug_of_ours_still_shows(bug):
 
 
 @pytest.mark.parametrize("flag, package", [(("--tensorboard",), "tensorboard"), (("--wandb", "p"), "wandb")])
-@pytest.mark.parametrize("code, cause", [("import no_such_dependency", "No module named 'no_such_dependency'"),
-                                         ("raise TypeError('Descriptors cannot be created')", "TypeError: Descriptors")])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, cause",
+    [
+        ("import no_such_dependency", "No module named 'no_such_dependency'"),
+        ("raise TypeError('Descriptors cannot be created')", "TypeError: Descriptors"),
+    ],
+)
 def test_a_tracker_that_does_not_import_says_why_before_anything_is_written(
     flag, package, code, cause, tmp_path, monkeypatch
 ):
@@ -391,23 +398,14 @@ def test_a_save_by_the_second_survives_a_resume(tmp_path):
 
 
 def test_a_start_imports_nothing_that_it_does_not_need(tmp_path):
-    code = ("import sys, train\n"
-            f"assert train.main({[*TINY, '--save-dir', str(tmp_path), '--stop-after', '1']!r}) == 0\n"
-            "print('loaded', *sorted({n.split('.')[0] for n in sys.modules} & set(sys.argv[1:])))")  # fmt: skip
-    needless = (
-        "albumentations",
-        "torchvision",
-        "sklearn",
-        "scipy",
-        "pandas",
-        "matplotlib",
-        "pyarrow",
-        "tensorboard",
-        "datasets",
+    arguments = [*TINY, "--save-dir", str(tmp_path), "--stop-after", "1"]
+    code = (
+        f"import sys, train\nassert train.main({arguments!r}) == 0\n"
+        "print('loaded', *sorted({n.split('.')[0] for n in sys.modules} & set(sys.argv[1:])))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *needless], cwd=ROOT, capture_output=True, text=True, env=environment()
-    )
+    needless = ["albumentations", "torchvision", "sklearn", "scipy", "pandas", "matplotlib", "pyarrow"]
+    command = [sys.executable, "-c", code, *needless, "tensorboard", "datasets"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
     assert done.stdout.splitlines()[-1].strip() == "loaded", done.stderr
 
 

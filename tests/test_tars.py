@@ -10,7 +10,7 @@ from test_images import encoded, photo
 
 import pack_dataset
 from base.errors import DataError
-from sources import tars
+from sources.archives import ilsvrc, tars
 from sources.packed import open_packed
 
 CLASSES = ("n01440764", "n01443537")
@@ -51,8 +51,9 @@ def archives(tmp_path):
     meta = io.BytesIO()
     synsets = np.array([(2, CLASSES[0]), (1, CLASSES[1])], dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])
     savemat(meta, {"synsets": synsets})
-    folder = "ILSVRC2012_devkit_t12/data/"
-    devkit = {folder + "meta.mat": meta.getvalue(), folder + tars.DEVKIT_FILES[1]: b"2\n1\n2\n"}
+    contents = (meta.getvalue(), b"2\n1\n2\n")
+    paths = [f"{ilsvrc.DEVKIT_FOLDER}/{name}" for name in ilsvrc.DEVKIT_LABELS]
+    devkit = dict(zip(paths, contents, strict=True))
     tar(devkit, data / tars.DEVKIT, "w:gz")
     return data
 
@@ -83,9 +84,16 @@ def test_other_members_are_never_touched(archives):
         add(archive, "notes.txt", b"x")
     inner = {"n01440764.tar": file.getvalue(), "readme": b"x"}
     tar(inner, archives / tars.TRAIN)
-    assert [name for name, _, _ in tars._train_images(str(archives / tars.TRAIN))] == [
-        "train/n01440764/n01440764_1.JPEG"
-    ]
+    found = tars._entries(archives / tars.TRAIN, tars._train_images)
+    assert [name for name, _, _ in found] == ["train/n01440764/n01440764_1.JPEG"]
+
+
+def test_an_image_that_ends_outside_its_class_is_refused(archives):
+    inner = tar({"n01440764_1.JPEG": b"x" * 600})
+    cut = inner[:1024]  # the header says 600 bytes, 512 are there
+    tar({"n01440764.tar": cut, "n01443537.tar": inner}, archives / tars.TRAIN)
+    with pytest.raises(DataError, match="ends without"):
+        tars.imagenet_tars(archives)
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.5, 0.65])
@@ -98,7 +106,7 @@ def test_a_truncated_archive_is_refused(archives, keep):
 
 def test_what_is_missing_is_named(archives):
     (archives / tars.DEVKIT).unlink()
-    with pytest.raises(DataError, match="labels are nowhere near"):
+    with pytest.raises(DataError, match="labels were not found"):
         tars.imagenet_tars(archives)
     (archives / tars.VAL).unlink()
     with pytest.raises(DataError, match=tars.VAL):

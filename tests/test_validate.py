@@ -1,8 +1,10 @@
-"""validate.py from the command line's side, and the model's side of it: opening, asking, recalibrating."""
+"""validate.py as a command, and below it: loading a model, predicting, recalibrating, pictures of scores."""
 
 import csv
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +14,12 @@ from torch import nn
 import validate
 from analysis import figures, predictions, score_figures
 from analysis.scores import calibration, confused_pairs, confusion
+from base import flags
 from base.device import Runtime
 from base.errors import CheckpointError, DataError, ResourceError, UsageError
+from dataloader import eval_loader
 from harness import checkpoint, rundir
+from sources import layouts
 
 CPU = Runtime(torch.device("cpu"))
 PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
@@ -24,15 +29,8 @@ PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
 def scored(photo_run, tmp_path_factory):
     """(folder, scores.json) of one call with everything switched on."""
     out = tmp_path_factory.mktemp("scored")
-    everything = [
-        "--image-sizes",
-        "24,32",
-        "--tta",
-        "flip",
-        "--recalibrate-bn",
-        "--json",
-        str(out / "copy.json"),
-    ]
+    everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn"]
+    everything += ["--json", str(out / "copy.json")]
     assert validate.main([str(photo_run), *PLAIN, *everything, "--out", str(out)]) == 0
     return out, json.loads((out / "scores.json").read_text())
 
@@ -63,6 +61,10 @@ def test_files_agree_with_each_other(scored):
     assert 100 * matrix.trace() / 21 == pytest.approx(numbers["details_of"]["top1"])
     assert [float(row["recall"]) for row in per_class] == pytest.approx(matrix.diagonal() / 7, abs=1e-6)
     pairs = list(csv.DictReader((out / "confused_pairs.csv").open()))
+    assert list(pairs[0]) == ["truth", "prediction", "truth name", "prediction name", "times", "share"]
+    assert [pair["prediction_name"] for pair in numbers["confused_pairs"]] == [
+        pair["prediction name"] for pair in pairs
+    ]
     assert sum(int(pair["times"]) for pair in pairs) == 21 - matrix.trace()
     assert 100 * np.mean([c["f1"] for c in numbers["per_class"]]) == pytest.approx(
         numbers["details_of"]["macro_f1"]
@@ -90,26 +92,19 @@ def copy_of(photos, tmp_path, names: dict):
 def test_fewer_classes_keep_their_places(photos, photo_run, tmp_path, capsys):
     """owl alone is class 0 of its data and class 2 of the model."""
     data = copy_of(photos, tmp_path / "data", {"owl": "owl", "dog": "dog"})
-    assert (
-        validate.main(
-            [str(photo_run), *PLAIN, "--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")]
-        )
-        == 0
-    )
+    where = ["--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")]
+    assert validate.main([str(photo_run), *PLAIN, *where]) == 0
     said = capsys.readouterr()
     assert "2 of the model's 3 classes" in said.err
     numbers = json.loads(said.out)
     assert [line["class"] for line in numbers["per_class"]] == ["dog", "owl"]
-    models, _ = predictions.open_models(str(photo_run), "ema", CPU)
-    whole = predictions.ask(models, batches_of(photos, [1, 2]), CPU)["ema"]
-    assert numbers["details_of"]["top1"] == pytest.approx(100 * whole.right[:, 0].mean())
+    models = predictions.load(str(photo_run), "ema", CPU).models
+    whole = predictions.predict(models, batches_of(photos, [1, 2]), CPU)["ema"]
+    assert numbers["details_of"]["top1"] == pytest.approx(100 * whole.hits[:, 0].mean())
 
 
 def batches_of(photos, classes):
-    from dataloader import eval_loader
-    from sources import layouts
-
-    index = layouts.index("imagenet", photos)
+    index = layouts.open_dataset("imagenet", photos)
     for images, labels in eval_loader(index.val, index, image_size=24, batch_size=64):
         keep = torch.isin(labels, torch.tensor(classes))
         yield images[keep], labels[keep]
@@ -117,10 +112,8 @@ def batches_of(photos, classes):
 
 def test_classes_the_model_does_not_know_are_refused(photos, photo_run, tmp_path):
     data = copy_of(photos, tmp_path / "data", {"cat": "cat", "dog": "=cow", "owl": "ape"})
-    with pytest.raises(
-        DataError,
-        match=r"does not know 2 of the data's 3 classes: =cow, ape \(it was trained on imagenet_1k: cat",
-    ):
+    message = r"does not know 2 of the data's 3 classes: =cow, ape \(it was trained on imagenet_1k: cat"
+    with pytest.raises(DataError, match=message):
         validate.main([str(photo_run), *PLAIN, "--data-dir", str(data), "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
@@ -137,37 +130,33 @@ def test_wrong_input(photos, photo_run, tmp_path):
         validate.main([])
     with pytest.raises(UsageError, match="--image-sizes"):
         validate.main([str(photo_run), "--image-sizes", "224,4"])
-    facts = {"model_args": {"arch": "vit_b_16"}, "eval": {"image_size": 224}}
+    config = SimpleNamespace(recalibrate_bn=False)
     with pytest.raises(UsageError, match="224 px only"):
-        validate.check_sizes((224, 256), facts)
+        validate.check_architecture("vit_b_16", 224, (224, 256), config)
+    with pytest.raises(UsageError, match="swin_t has no BatchNorm"):
+        validate.check_architecture("swin_t", 224, (224,), SimpleNamespace(recalibrate_bn=True))
 
 
 def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(predictions, "ask", full)
+    monkeypatch.setattr(predictions, "predict", full)
     with pytest.raises(ResourceError, match="at 24 px, batch 64") as error:
         validate.main([str(photo_run), *PLAIN, "--out", str(tmp_path)])
     assert "--batch-size" in error.value.fix
 
 
 def test_data_flags_come_from_the_checkpoint_unless_typed():
-    saved = {"data_dir": "there", "dataset": "imagenet", "split": "official", "class_list": "", "allow_class_mismatch": True,
-             "subset": True, "subset_size": 30}  # fmt: skip
-    config, typed = validate.flags.parse(
-        validate.build_parser(), ["x.pt", "--no-subset", "--data-dir", "here"]
-    )
-    found = rundir.with_saved_data(config, typed, saved)
-    assert (found.data_dir, found.subset, found.subset_size, found.allow_class_mismatch) == (
-        "here",
-        False,
-        30,
-        True,
-    )
+    saved = {"data_dir": "there", "dataset": "imagenet", "split": "official", "class_list": ""}
+    saved |= {"allow_class_mismatch": True, "subset": True, "subset_size": 30}
+    typed = ["x.pt", "--no-subset", "--data-dir", "here"]
+    found = rundir.with_saved_data(*flags.parse(validate.build_parser(), typed), saved)
+    assert (found.data_dir, found.subset) == ("here", False)
+    assert (found.subset_size, found.allow_class_mismatch) == (30, True)
 
 
-# --- asking a model ---
+# --- predicting ---
 
 
 class Colour(nn.Module):
@@ -179,7 +168,7 @@ class Colour(nn.Module):
 
 def test_flip_averages_the_probabilities_of_both_pictures():
     images = torch.randn(4, 3, 6, 6)
-    found = predictions.ask({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
+    found = predictions.predict({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
     both = predictions.flipped_logits(Colour(), images, Colour()(images), CPU)
     assert both.exp().sum(1) == pytest.approx(torch.ones(4).numpy(), rel=1e-5)  # of probabilities, the log
     probabilities = (Colour()(images).softmax(1) + Colour()(images.flip(3)).softmax(1)) / 2
@@ -208,12 +197,24 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
         predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
 
-def test_raw_is_what_is_there_without_an_average(photo_run, tmp_path):
-    models, payload = predictions.open_models(str(photo_run), "both", CPU)
-    assert list(models) == ["raw", "ema"]
-    checkpoint.save(tmp_path / "x.pt", {k: v for k, v in payload.items() if k != "schema"} | {"ema": {}})
-    for asked in ("both", "ema", "raw"):
-        assert list(predictions.open_models(tmp_path / "x.pt", asked, CPU)[0]) == ["raw"]
+def test_raw_weights_are_used_if_there_is_no_average(photo_run, tmp_path):
+    classifier = predictions.load(str(photo_run), "both", CPU)
+    assert list(classifier.models) == ["raw", "ema"] and classifier.weights == "ema"
+    payload = {name: value for name, value in classifier.payload.items() if name != "schema"}
+    checkpoint.save(tmp_path / "x.pt", payload | {"ema": {}})
+    for weights in ("both", "ema", "raw"):
+        classifier = predictions.load(tmp_path / "x.pt", weights, CPU)
+        assert list(classifier.models) == ["raw"] and classifier.weights == "raw"
+
+
+def test_one_normalization_for_pictures_and_for_the_loader(photos, photo_run):
+    """Pixels that a command of analysis shows become the very input that validation uses."""
+    index = layouts.open_dataset("imagenet", photos)
+    classifier = replace(predictions.load(str(photo_run), "ema", CPU), index=index)
+    ((images, _),) = eval_loader(index.val, index, image_size=24, batch_size=64)
+    assert torch.equal(classifier.batch(classifier.val_pixels(range(21))), images)
+    ((same, _),) = classifier.loader(index.val)
+    assert torch.equal(same, images)
 
 
 # --- pictures ---
@@ -223,8 +224,8 @@ def test_raw_is_what_is_there_without_an_average(photo_run, tmp_path):
 def test_pictures_of_any_number_of_classes(num_classes, tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, num_classes, 500)
-    guesses = np.where(rng.random(500) < 0.7, labels, rng.integers(0, num_classes, 500))
-    matrix = confusion(labels, guesses, num_classes)
+    predicted = np.where(rng.random(500) < 0.7, labels, rng.integers(0, num_classes, 500))
+    matrix = confusion(labels, predicted, num_classes)
     names = [f"a $class$ with_a long name {k}" for k in range(num_classes)]
     made = score_figures.confusion(matrix, names, confused_pairs(matrix), "title")
     shown = made.axes[0].images[0].get_array()

@@ -1,4 +1,4 @@
-"""What a user can get wrong: an exit code, a line that says what and where, one that says what to do, nothing written."""
+"""User errors: an exit code, a line with what is wrong and where, a line with the fix, nothing written."""
 
 import os
 import shutil
@@ -16,8 +16,8 @@ from base import errors
 from base.errors import UserError
 from harness import rundir
 
-SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
-         "--device", "cpu", "--amp", "off")  # fmt: skip
+SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8",
+         "--num-workers", "0", "--device", "cpu", "--amp", "off")  # fmt: skip
 
 
 def refusal(tmp_path: Path, *arguments) -> UserError:
@@ -45,29 +45,29 @@ def check(error: UserError, code: int, *words: str) -> None:
 
 # Arguments: judged by the parser, so even before the data is looked at.
 
-NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha", "--cutmix-alpha",
-           "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
+NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha",
+           "--cutmix-alpha", "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
 WRONG_NUMBERS = [(flag, value) for flag in NUMBERS for value in ("nan", "inf", "-1", "x")]
-WRONG_NUMBERS += [
-    ("--lr", "0"),
-    ("--momentum", "1"),
-    ("--ema-decay", "1"),
-    ("--drop-path-rate", "1"),
-    ("--label-smoothing", "1"),
-]
+WRONG_NUMBERS += [("--lr", "0"), ("--momentum", "1"), ("--ema-decay", "1"), ("--drop-path-rate", "1")]
 WRONG_NUMBERS += [
     (flag, v)
     for flag in ("--batch-size", "--epochs", "--subset-size", "--accumulate")
     for v in ("0", "-1", "1.5")
 ]
-WRONG_NUMBERS += [("--num-workers", "-1"), ("--num-workers", "100000"), ("--seed", "-1"), ("--resize-schedule", "64,0"),
-                  ("--resize-schedule", "-64"), ("--resize-schedule", "64,x"), ("--save-every", "0"), ("--save-every", "-5min"),
-                  ("--save-every", "0s"), ("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]  # fmt: skip
+WRONG_NUMBERS += [("--resize-schedule", v) for v in ("64,0", "-64", "64,x")]
+WRONG_NUMBERS += [("--save-every", v) for v in ("0", "-5min", "0s")]
+WRONG_NUMBERS += [
+    ("--num-workers", "-1"),
+    ("--num-workers", "100000"),
+    ("--seed", "-1"),
+    ("--label-smoothing", "1"),
+]
+WRONG_NUMBERS += [("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]
 
 
 @pytest.mark.parametrize("flag, value", WRONG_NUMBERS, ids=lambda value: value.strip("-"))
 def test_a_number_out_of_range_is_refused_with_the_range(flag, value, tmp_path):
-    check(refusal(tmp_path, f"{flag}={value}"), 2, flag, "is not a", "number in ")
+    check(refusal(tmp_path, f"{flag}={value}"), 2, flag, "must be a ", "number, ")
 
 
 ARGUMENTS = [
@@ -77,19 +77,19 @@ ARGUMENTS = [
     (("--augment", "flip,wrong"), 2, ["unknown augmentation 'wrong'"]),
     (("--augment", "padcrop"), 2, ["needs a size"]),
     (("--phase-mix", "on,maybe"), 2, ["neither on nor off"]),
-    (("--augment", "rrc,padcrop:4"), 2, ["rrc and padcrop", "cropped once"]),
+    (("--augment", "rrc,padcrop:4"), 2, ["rrc and padcrop", "only one crop"]),
     (("--augment", "padcrop:100"), 2, ["padcrop:100 leaves nothing of an image of 16 px", "padcrop:15"]),
     (("--augment", "cutout:32"), 2, ["cutout:32 leaves nothing", "cutout:31"]),
-    (("--augment", "jitter:101"), 2, ["101 is not a"]),
-    (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "1000000]"]),  # a decay of 1
-    (("--epochs", "9" * 5000), 2, ["--epochs", "1000000000]"]),
+    (("--augment", "jitter:101"), 2, ["from 1 to 100", "got 101"]),
+    (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "at most 1,000,000"]),  # a decay of 1
+    (("--epochs", "9" * 5000), 2, ["--epochs", "1,000,000,000"]),
     (("--dataset", "synthetic:size=100000"), 2, ["'size=100000'", "size up to 4,096"]),
     (("--dataset", "synthetic:train=" + "9" * 5000), 2, ["train=999", "train up to 100,000,000"]),
-    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is no size"]),
+    (("--dataset", "synthetic:size=8,size=16"), 2, ["'size=16' is not a size"]),
     (("--dataset", "synthetic:classes=-1"), 2, ["'classes=-1'"]),
     (("--dataset", "synthetic:colour=3"), 2, ["'colour=3'"]),
-    (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' has a NUL"]),
-    (("--init-from", "a\udcff"), 2, ["--init-from 'a\\udcff' has a NUL or bytes"]),
+    (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' contains a NUL"]),
+    (("--init-from", "a\udcff"), 2, ["--init-from 'a\\udcff' contains a NUL or bytes"]),
     (("--resize-schedule", ","), 2, ["empty"]),
     (("--phase-batch-sizes", "8,8"), 2, ["2 entries", "1 phases"]),
     (("--subset-size", "20"), 2, ["--subset-size would do nothing", "--subset"]),
@@ -107,9 +107,9 @@ ARGUMENTS = [
     (("--sync-bn",), 2, ["--sync-bn would do nothing", "one process"]),
     (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
     (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
-    (("--batch-size", "100"), 2, ["batch 100 > 72 training images", "--batch-size 72"]),
-    (("--batch-size", "1"), 2, ["phase 1: batch 1 at 16 px", "one value per channel", "--batch-size 2"]),
-    (("--batch-size", "1", "--dry-run"), 2, ["phase 1: batch 1 at 16 px"]),
+    (("--batch-size", "100"), 2, ["batch size 100 at 16 px", "72 training images", "--batch-size 72"]),
+    (("--batch-size", "1"), 2, ["phase 1: batch size 1 at 16 px", "one value per channel", "--batch-size 2"]),
+    (("--batch-size", "1", "--dry-run"), 2, ["phase 1: batch size 1 at 16 px"]),
     (("--resume", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
     (("--init-from", "missing.pt"), 4, ["no checkpoint at missing.pt"]),
 ]
@@ -122,8 +122,10 @@ def test_an_argument_that_cannot_work_is_refused(arguments, code, words, photos,
     check(refusal(tmp_path, "--data-dir", photos, *arguments), code, *words)
 
 
-@pytest.mark.parametrize("text, words", [("lr: [1", ["is not YAML"]), ("- a", ["holds no flags"]), ("lrr: 1", ["'lrr'"]),
-                                         ("lr: fast", ["--lr", "fast"]), ("epochs: 1.5", ["--epochs"])])  # fmt: skip
+@pytest.mark.parametrize("text, words", [
+    ("lr: [1", ["is not YAML"]), ("- a", ["holds no flags"]), ("lrr: 1", ["'lrr'"]),
+    ("lr: fast", ["--lr", "fast"]), ("epochs: 1.5", ["--epochs"]),
+])  # fmt: skip
 def test_a_config_file_meets_the_same_checks(text, words, tmp_path):
     (tmp_path / "flags.yaml").write_text(text)
     check(refusal(tmp_path, "--config", tmp_path / "flags.yaml"), 2, *words)
@@ -170,8 +172,8 @@ def a_file(root: Path) -> None:
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (no_directory, ["data"]), (no_train, ["train"]), (no_val, ["val"]), (empty_class, ["dog"]), (missing_in_train, ["dog"]),
-    (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["data"]),
+    (no_directory, ["data"]), (no_train, ["train"]), (no_val, ["val"]), (empty_class, ["dog"]),
+    (missing_in_train, ["dog"]), (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["data"]),
 ])  # fmt: skip
 def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, tmp_path):
     data = tmp_path / "data"
@@ -227,14 +229,14 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError) as caught:
-        rundir.claim(rundir.look(str(tmp_path / "run")), overwrite=False)
+        rundir.acquire(rundir.scan(str(tmp_path / "run")), overwrite=False)
     check(caught.value, 6, "No space left", str(tmp_path / "run"))
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
 def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
     save_dir = tmp_path / "run"
-    lock = rundir.claim(rundir.look(str(save_dir)), overwrite=False)
+    lock = rundir.acquire(rundir.scan(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
         with pytest.raises(UserError) as caught:
             train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(save_dir), *flags])
@@ -253,7 +255,7 @@ def test_a_plain_second_run_and_one_refused_for_another_reason_leave_the_first_a
         == 0
     )
     check(refusal(tmp_path, "--data-dir", photos), 2, "already holds a run", "--resume auto", "--overwrite")
-    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--batch-size", "100"), 2, "batch 100 > 72")
+    check(refusal(tmp_path, "--data-dir", photos, "--overwrite", "--batch-size", "100"), 2, "batch size 100")
     check(
         refusal(tmp_path, "--data-dir", photos, "--overwrite", "--init-from", "missing.pt"), 4, "missing.pt"
     )
@@ -267,8 +269,8 @@ def test_a_plain_second_run_and_one_refused_for_another_reason_leave_the_first_a
 
 @pytest.mark.parametrize("variables, refused", [
     ({"RANK": "1"}, True), ({"WORLD_SIZE": "2"}, True), ({"RANK": "2", "WORLD_SIZE": "2"}, True),
-    ({"RANK": "one", "WORLD_SIZE": "2"}, True), ({"LOCAL_RANK": "3"}, True), ({}, False), ({"WORLD_SIZE": "1"}, False),
-    ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
+    ({"RANK": "one", "WORLD_SIZE": "2"}, True), ({"LOCAL_RANK": "3"}, True), ({}, False),
+    ({"WORLD_SIZE": "1"}, False), ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, False),
 ])  # fmt: skip
 def test_half_of_torchruns_variables_are_refused(variables, refused, photos, tmp_path, monkeypatch):
     for name, value in variables.items():
@@ -276,7 +278,7 @@ def test_half_of_torchruns_variables_are_refused(variables, refused, photos, tmp
     if refused:
         check(refusal(tmp_path, "--data-dir", photos), 2, "torchrun", *variables)
     else:
-        check(refusal(tmp_path, "--data-dir", photos, "--batch-size", "100"), 2, "batch 100")
+        check(refusal(tmp_path, "--data-dir", photos, "--batch-size", "100"), 2, "batch size 100")
 
 
 def test_training_needs_no_network(photos, tmp_path, monkeypatch):
@@ -294,18 +296,42 @@ def test_training_needs_no_network(photos, tmp_path, monkeypatch):
 
 
 def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
-    code = ("import sys, errors, train\n"
+    code = ("import sys\nimport train\nfrom base import errors\n"
             "sys.argv = ['train.py', *{arguments!r}]\n"
             "try:\n    code = errors.run(train.main)\n"
             "except SystemExit as exit:\n    code = exit.code\n"
             "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)")  # fmt: skip
-    for arguments, wanted in ((["--help"], "code 0 False False"), (["--lr", "-1"], "code 2 False False"),
-                              (["--nope"], "code 2 False False"), (["--nesterov"], "code 2 False"),
-                              (["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")], "code 3 False")):  # fmt: skip
-        done = subprocess.run([sys.executable, "-c", code.format(arguments=arguments)], cwd=ROOT, capture_output=True,
-                              text=True, env=environment())  # fmt: skip
+    no_data = ["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")]
+    for arguments, wanted in (
+        (["--help"], "code 0 False False"),
+        (["--lr", "-1"], "code 2 False False"),
+        (["--nope"], "code 2 False False"),
+        (["--nesterov"], "code 2 False"),
+        (no_data, "code 3 False"),
+    ):
+        command = [sys.executable, "-c", code.format(arguments=arguments)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment())
         assert wanted in done.stdout.splitlines()[-1], (done.stdout[-300:], done.stderr)
     assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = capsys.readouterr().out
+    assert (
+        said.startswith("usage: python train.py [flags]\n")
+        and max(map(len, said.split("examples:")[0].splitlines())) < 80
+    )
+    for words in (
+        "(above 0; default: 0.0003)",
+        "one of ce, bce",
+        "(at least 1; default: 90)",
+        "default: 64,128,224",
+    ):
+        assert words in " ".join(said.split())
+    assert "None" not in said and "SUPPRESS" not in said
 
 
 def test_two_lines_on_stderr_and_no_traceback(tmp_path):

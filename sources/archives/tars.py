@@ -1,43 +1,30 @@
-"""ImageNet read straight from the published tars, without unpacking them: for pack_dataset.py.
-
-ILSVRC2012_img_train.tar holds one tar per class. Nothing is ever extracted: members are listed,
-and an image is read by its offset. Links and other special members are never followed.
-"""
+"""Read ImageNet in place from its published tar files, for pack_dataset.py."""
 
 from __future__ import annotations
 
-import io
 import os
 import re
-import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from base.errors import DataError
-from sources import ilsvrc, unpack
-from sources.imagenet import flat_val_labels, human_names
+from sources.archives import ilsvrc
+from sources.archives.unpack import FILE, Member, opened, tar_members, unpack
+from sources.imagenet import human_names
 from sources.index import DatasetIndex, Names, Split
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-CLASS_TAR, TRAIN_IMAGE = re.compile(r"(n\d{8})\.tar"), re.compile(r"n\d{8}_\d+\.JPEG")
-VAL_IMAGE = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG")
-DEVKIT_FILES = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
+Entry = tuple[str, int, int]  # name, offset and size in bytes
 
 
 class TarSplit(Split):
-    """Images inside one tar: (n,) offsets and sizes in bytes."""
+    """Labelled images inside one tar file."""
 
-    def __init__(
-        self,
-        path: str,
-        names: Sequence[str],
-        labels: Sequence[int],
-        offsets: Sequence[int],
-        sizes: Sequence[int],
-    ):
+    def __init__(self, path: Path, entries: Sequence[Entry], labels: Sequence[int]):
+        names, offsets, sizes = zip(*entries, strict=True)
         self.path, self.names, self.labels = path, Names(names), np.asarray(labels, np.int64)
         self.offsets, self.sizes = np.asarray(offsets, np.int64), np.asarray(sizes, np.int64)
         self._file = None
@@ -49,137 +36,84 @@ class TarSplit(Split):
         return self.names[i]
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-        self._file = self._file or open(self.path, "rb", buffering=0)  # noqa: SIM115  (open as long as the split)
-        # pread: a file that processes share by fork has one position for all of them.
+        # Open as long as the split lives; pread, because forked processes share the position of an open file.
+        self._file = self._file or open(self.path, "rb", buffering=0)  # noqa: SIM115
         return [os.pread(self._file.fileno(), int(self.sizes[i]), int(self.offsets[i])) for i in ids]
 
 
 def present(data_dir: str | os.PathLike) -> bool:
-    return os.path.isfile(os.path.join(data_dir, TRAIN)) and not os.path.isdir(
-        os.path.join(data_dir, "train")
-    )
+    """Return whether `data_dir` holds the training tar, not yet unpacked."""
+    return Path(data_dir, TRAIN).is_file() and not Path(data_dir, "train").is_dir()
 
 
 def imagenet_tars(data_dir: str | os.PathLike) -> DatasetIndex:
-    """ImageNet from the three published archives in `data_dir` (the devkit may be unpacked, or a csv of labels)."""
-    data_dir = os.fspath(data_dir)
-    train, val = os.path.join(data_dir, TRAIN), os.path.join(data_dir, VAL)
-    if not os.path.isfile(val):
-        raise DataError(f"{os.path.abspath(data_dir)} has {TRAIN} but not {VAL}", "put both there")
-    found = sorted(_train_images(train))
-    classes = sorted({name.split("/")[1] for name, _, _ in found})
-    number = {name: k for k, name in enumerate(classes)}
-    label_of = {key.decode(): number.get(value.decode(), -1) for key, value in _val_labels(data_dir).items()}
-    pictures = sorted(_val_images(val))
-    unknown = [name for name, _, _ in pictures if label_of.get(_stem(name), -1) < 0]
-    if unknown:
+    """Index the published tars in `data_dir`; the validation labels may be packed, unpacked or a CSV file.
+
+    Raises DataError if an archive or a label is missing, or an archive is damaged.
+    """
+    data_dir = Path(data_dir)
+    if not (data_dir / VAL).is_file():
+        raise DataError(f"{data_dir.resolve()} has {TRAIN} but not {VAL}", "put both there")
+    train, val = _entries(data_dir / TRAIN, _train_images), _entries(data_dir / VAL, _val_images)
+    classes = sorted({_class(name) for name, _, _ in train})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = {name: number.get(os.fsdecode(label)) for name, label in _val_labels(data_dir).items()}
+    val_numbers = [labels.get(Path(name).stem.encode()) for name, _, _ in val]
+    if None in val_numbers:
+        example = val[val_numbers.index(None)][0]
         raise DataError(
-            f"{len(unknown):,} validation images have no label among the {len(classes)} training classes, "
-            f"such as {unknown[0]}",
-            "check that the archives and the devkit belong together",
+            f"{val_numbers.count(None):,} validation images, such as {example}, have no label among the "
+            f"{len(classes)} training classes",
+            "check that the archives and the development kit belong together",
         )
     return DatasetIndex(
         name="imagenet_1k",
         classes=tuple(classes),
-        train=_split(train, found, [number[name.split("/")[1]] for name, _, _ in found]),
-        val=_split(val, pictures, [label_of[_stem(name)] for name, _, _ in pictures]),
-        class_names=human_names(tuple(classes), Path(data_dir)),
+        train=TarSplit(data_dir / TRAIN, train, [number[_class(name)] for name, _, _ in train]),
+        val=TarSplit(data_dir / VAL, val, val_numbers),
+        class_names=human_names(tuple(classes), data_dir),
     )
 
 
-def _split(path: str, found: list[tuple[str, int, int]], labels: list[int]) -> TarSplit:
-    names, offsets, sizes = zip(*found, strict=True)
-    return TarSplit(path, names, labels, offsets, sizes)
+def _class(name: str) -> str:
+    return name.split("/")[1]
 
 
-def _stem(name: str) -> str:
-    return os.path.splitext(os.path.basename(name))[0]
+def _entries(path: Path, images: Callable[[Iterator[Member]], Iterator[Entry]]) -> list[Entry]:
+    with opened(path) as members:
+        entries = sorted(images(members))
+    if not entries:
+        raise DataError(f"{path} contains no ImageNet images", "is this the published archive?")
+    return entries
 
 
-def _train_images(path: str) -> Iterator[tuple[str, int, int]]:
-    """(train/<class>/<image>, offset, size) of every image of the nested tars."""
-    with open(path, "rb") as file:
-        for name, offset, size in _members(file, path, CLASS_TAR):
-            part = _Window(file, offset, size)
-            for image, start, length in _members(part, f"{path}:{name}", TRAIN_IMAGE):
-                yield f"train/{name[:-4]}/{image}", offset + start, length
+def _train_images(members: Iterator[Member]) -> Iterator[Entry]:
+    for name, outer in _matching(r"n\d{8}\.tar", members):
+        for image, member in _matching(r"n\d{8}_\d+\.JPEG", tar_members(outer.stream, outer)):
+            yield f"train/{name[:-4]}/{image}", member.offset, member.size
 
 
-def _val_images(path: str) -> Iterator[tuple[str, int, int]]:
-    with open(path, "rb") as file:
-        for name, offset, size in _members(file, path, VAL_IMAGE):
-            yield f"val/{name}", offset, size
+def _val_images(members: Iterator[Member]) -> Iterator[Entry]:
+    for name, member in _matching(r"ILSVRC2012_val_\d{8}\.JPEG", members):
+        yield f"val/{name}", member.offset, member.size
 
 
-def _members(file, where: str, wanted: re.Pattern) -> list[tuple[str, int, int]]:
-    """(base name, offset, size) of the regular members whose base name is `wanted`."""
-    found, end, last = [], file.seek(0, os.SEEK_END), -1
-    file.seek(0)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                if member.offset <= last or member.offset_data + member.size > end:
-                    raise DataError(f"{where} is truncated or damaged at {member.name}", "download it again")
-                last, name = member.offset, os.path.basename(member.name)
-                if member.isreg() and not member.issparse() and wanted.fullmatch(name):
-                    found.append((name, member.offset_data, member.size))
-                archive.members.clear()  # 1.28 million TarInfo objects are a gigabyte
-    except (
-        tarfile.TarError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        EOFError,
-        OverflowError,
-        RecursionError,
-        MemoryError,
-    ) as error:
-        raise DataError(f"cannot read {where}: {error}", "download it again, and check its MD5") from error
-    if not found:
-        raise DataError(f"{where} holds no {wanted.pattern}", "is this the published archive?")
-    return found
+def _matching(pattern: str, members: Iterator[Member]) -> Iterator[tuple[str, Member]]:
+    """Yield the regular files whose base name matches; everything else is passed over."""
+    for member in members:
+        name = os.path.basename(member.name)
+        if member.kind == FILE and re.fullmatch(pattern, name):
+            yield name, member
 
 
-class _Window(io.RawIOBase):
-    """Bytes `start` ... `start + size` - 1 of an open file, as a file."""
-
-    def __init__(self, file, start: int, size: int):
-        self.file, self.start, self.size, self.at = file, start, size, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        if self.at < 0:
-            raise ValueError("seek before the start")
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.size - self.at)
-        size = left if size < 0 else min(size, left)
-        self.file.seek(self.start + self.at)
-        data = self.file.read(size)
-        self.at += len(data)
-        return data
-
-
-def _val_labels(data_dir: str) -> dict[bytes, bytes]:
-    """{image name without ending: class}, from the devkit's archive or from what lies unpacked near."""
-    devkit = os.path.join(data_dir, DEVKIT)
-    if not os.path.isfile(devkit):
-        return flat_val_labels(data_dir, data_dir)
+def _val_labels(data_dir: Path) -> dict[bytes, bytes]:
+    """Return {image name without suffix: class} from the devkit's archive, or as `ilsvrc.val_labels`."""
+    devkit = data_dir / DEVKIT
+    if not devkit.is_file():
+        return ilsvrc.val_labels(data_dir)
     with tempfile.TemporaryDirectory() as scratch:
         kit = Path(scratch, "kit")
-        with unpack.opened(Path(devkit)) as members:
-            unpack.unpack(members, kit, ilsvrc.devkit_place, max_size=64 << 20)
-        if not all((kit / "data" / name).is_file() for name in DEVKIT_FILES):
-            raise DataError(f"{devkit} lacks {' or '.join(DEVKIT_FILES)}", "download it again")
-        return flat_val_labels(os.fspath(kit), os.fspath(kit))
+        unpack(devkit, kit, ilsvrc.devkit_place)
+        if not all((kit / name).is_file() for name in ilsvrc.DEVKIT_LABELS):
+            raise DataError(f"{devkit} lacks {' or '.join(ilsvrc.DEVKIT_LABELS)}", "download it again")
+        return ilsvrc.val_labels(kit)

@@ -1,7 +1,7 @@
-"""Archives, read without trust: plain files under expected names, into a fresh folder, complete or absent.
+"""Read tar and zip archives without trusting them; unpack one into a new folder, completely or not at all.
 
-`tarfile` is not used: links, devices, sparse files and odd offsets are where its holes have been, and
-the archives we read have none of them. A name that is not expected is refused, not cleaned up.
+Only regular files with expected names are written; an unexpected name is refused, not cleaned up. `tarfile`
+is not used: its holes were in links, devices, sparse files and odd offsets; our archives have none of those.
 """
 
 from __future__ import annotations
@@ -19,102 +19,49 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 from base.errors import DataError, ResourceError
+from base.progress import Progress
 
-BLOCK = 512  # bytes; everything in a tar file begins at a multiple of it
+BLOCK = 512  # bytes; a tar file consists of such blocks
 CHUNK = 1 << 20
 MAX_FILES = 3_000_000
-PLAIN, FOLDER, REMARK = "file", "folder", "remark"
+MAX_SIZE = 256 << 20  # bytes of one unpacked file; the largest, CIFAR-100's training images, has 155 MB
+FILE, FOLDER, REMARK = "file", "folder", "remark"
 TAR_KINDS = {
-    b"0": PLAIN,
-    b"\0": PLAIN,
-    b"5": FOLDER,
-    b"1": "hard link",
-    b"2": "symbolic link",
-    b"3": "device",
-    b"4": "device",
-    b"6": "pipe",
-    b"L": "long name",
-    b"x": REMARK,
-    b"g": REMARK,
-}
+    b"0": FILE, b"\0": FILE, b"5": FOLDER, b"x": REMARK, b"g": REMARK,
+    b"1": "hard link", b"2": "symbolic link", b"3": "device", b"4": "device", b"6": "pipe", b"L": "long name",
+}  # fmt: skip
+PUBLISHED = "this is not the published archive: download that one"
+# Raised by damaged archives; so is an OSError without a number, or with EINVAL (a seek before the start).
+DAMAGE = (EOFError, ValueError, NotImplementedError, OverflowError, BadZipFile, zlib.error, struct.error)
 
 
 @dataclass
 class Member:
-    """A file inside an archive; `read` gives its bytes once, before the next member is asked for."""
+    """An entry of an archive. Read it before asking for the next one."""
 
     name: str
-    kind: str  # PLAIN, FOLDER, REMARK (pax headers), or what it is instead
+    kind: str  # FILE, FOLDER, REMARK (a pax header), or what it is instead
     size: int  # bytes
     stream: BinaryIO
-    left: int  # bytes of it that were not read yet
+    offset: int = 0  # of its content in a tar file, bytes
+    position: int = 0  # bytes read so far
 
-    def read(self, n: int = -1) -> bytes:
-        """Up to `n` bytes; b"" at the end. Raises EOFError where the archive ends too early."""
-        n = self.left if n < 0 else min(n, self.left)
-        data = self.stream.read(n)
-        if len(data) < n:
+    def read(self, limit: int) -> bytes:
+        """Return up to `limit` bytes, b"" at the end. Raises EOFError if the archive is truncated."""
+        wanted = min(limit, self.size - self.position)
+        data = self.stream.read(wanted)
+        if len(data) < wanted:
             raise EOFError(f"the archive ends inside {self.name}")
-        self.left -= n
+        self.position += wanted
         return data
-
-
-def tar_members(stream: BinaryIO | Member) -> Iterator[Member]:
-    """The members of a POSIX or GNU tar stream, in order (pubs.opengroup.org, pax, 'ustar Interchange Format')."""
-    while True:
-        header = stream.read(BLOCK)
-        if len(header) < BLOCK:
-            raise EOFError("the archive ends without its end mark")
-        if not header.strip(b"\0"):
-            return
-        member = _tar_header(header, stream)
-        padding = -member.size % BLOCK
-        yield member
-        while member.left:  # whoever took the member may have read only some of it
-            member.read(CHUNK)
-        stream.read(padding)
-
-
-def _tar_header(header: bytes, stream: BinaryIO | Member) -> Member:
-    try:
-        # The sum counts its own eight bytes as spaces.
-        if int(header[148:156].strip(b" \0"), 8) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
-            raise ValueError
-        size = int(header[124:136].strip(b" \0") or b"0", 8)
-        if size < 0:
-            raise ValueError
-    except (ValueError, IndexError):
-        raise DataError("a header of the archive is damaged", "fetch the archive again") from None
-    name = header[:100].split(b"\0")[0]
-    if header[257:263] == b"ustar\0" and header[345]:
-        name = header[345:500].split(b"\0")[0] + b"/" + name
-    return Member(os.fsdecode(name), TAR_KINDS.get(header[156:157], "special file"), size, stream, size)
-
-
-def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
-    """The members of a zip file; their checksums are compared as they are read."""
-    for info in archive.infolist():
-        mode = info.external_attr >> 16
-        special = (
-            stat.S_IFMT(mode) not in (0, stat.S_IFREG, stat.S_IFDIR)
-            or info.flag_bits & 1
-            or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-        )
-        kind = (
-            "link, device, encrypted or oddly packed file" if special else FOLDER if info.is_dir() else PLAIN
-        )
-        if kind != PLAIN:
-            yield Member(info.filename, kind, 0, archive.fp, 0)
-            continue
-        with archive.open(info) as stream:
-            yield Member(info.filename, kind, info.file_size, stream, info.file_size)
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[Iterator[Member]]:
-    """The members of a .tar, .tar.gz or .zip file; anything wrong inside it is a DataError naming it."""
+    """Open a .tar, .tar.gz or .zip file and yield its members; any damage becomes a DataError."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
@@ -124,96 +71,123 @@ def opened(path: Path) -> Iterator[Iterator[Member]]:
                 yield tar_members(stream)
     except DataError as error:
         raise DataError(f"{path}: {error.what}", error.fix) from error
-    except (
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        gzip.BadGzipFile,
-        NotImplementedError,
-        ValueError,
-        struct.error,
-        OverflowError,
-        OSError,
-    ) as error:
-        if isinstance(error, OSError) and error.errno not in (
-            None,
-            errno.EINVAL,
-        ):  # that: sought before the start
+    except (*DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise
-        raise DataError(f"{path} is damaged: {error}", "fetch the archive again") from error
+        raise DataError(f"{path} is damaged: {error}", "download the archive again") from error
+
+
+def tar_members(stream: BinaryIO, outer: Member | None = None) -> Iterator[Member]:
+    """Yield the members of a POSIX or GNU tar file, or of one that is itself a member (`outer`) of `stream`.
+
+    Format: https://pubs.opengroup.org/onlinepubs/9799919799/utilities/pax.html, "ustar Interchange Format".
+    """
+    position, end = (outer.offset, outer.offset + outer.size) if outer else (0, float("inf"))
+    while position + BLOCK <= end:
+        stream.seek(position)
+        header = stream.read(BLOCK)
+        if len(header) < BLOCK:
+            break
+        if not header.strip(b"\0"):
+            return
+        member = _tar_header(header, stream, position + BLOCK)
+        position = member.offset + member.size + -member.size % BLOCK
+        yield member
+    raise EOFError("the archive ends without its end mark")
+
+
+def _tar_header(header: bytes, stream: BinaryIO, offset: int) -> Member:
+    try:
+        # The checksum is the sum of all bytes, its own eight taken as spaces.
+        if int(header[148:156].strip(b" \0"), 8) != sum(header[:148]) + sum(header[156:]) + 8 * 32:
+            raise ValueError
+        size = int(header[124:136].strip(b" \0") or b"0", 8)
+        if size < 0:
+            raise ValueError
+    except ValueError:
+        raise DataError("a header of the archive is damaged", "download the archive again") from None
+    name = header[:100].split(b"\0")[0]
+    if header[257:263] == b"ustar\0" and header[345]:
+        name = header[345:500].split(b"\0")[0] + b"/" + name
+    return Member(os.fsdecode(name), TAR_KINDS.get(header[156:157], "special file"), size, stream, offset)
+
+
+def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
+    """Yield the members of a zip file, whose checksums zipfile compares as they are read."""
+    packings = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    for info in archive.infolist():
+        file_type = stat.S_IFMT(info.external_attr >> 16)
+        plain = file_type in (0, stat.S_IFREG, stat.S_IFDIR) and info.compress_type in packings
+        if not plain or info.flag_bits & 1:
+            yield Member(info.filename, "link, device, encrypted or unusually packed file", 0, archive.fp)
+        elif info.is_dir():
+            yield Member(info.filename, FOLDER, 0, archive.fp)
+        else:
+            with archive.open(info) as stream:
+                yield Member(info.filename, FILE, info.file_size, stream)
 
 
 def unpack(
-    members: Iterator[Member],
-    into: Path,
+    archive: Path,
+    folder: Path,
     place: Callable[[str], str | None],
-    *,
-    max_size: int,
-    report: Callable[[int], None] = lambda files: None,
-) -> int:
-    """Write the plain files among `members` into the new folder `into`; returns how many.
+    expected_files: int = 0,
+    inside: Callable[[Iterator[Member]], Iterator[Member]] = iter,
+) -> None:
+    """Unpack the regular files of `archive` into `folder`, which appears when all of them are there.
 
-    place: where a member's name belongs below `into`, None to leave it out; raises DataError for a name
-        that has no business there
-    max_size: bytes; a larger file is refused
+    place: where a name belongs below `folder`, or None to leave it out; raises `unexpected` for any other
+    expected_files: total of the progress bar, which is only shown with it
+    inside: turns the archive's members into those to unpack, for archives inside an archive
     """
-    into.mkdir(parents=True)
-    count, made = 0, set()
-    for member in members:
-        if member.kind in (FOLDER, REMARK):
-            continue  # folders are made for the files in them; remarks hold times and owners
-        if member.kind != PLAIN:
-            raise DataError(
-                f"holds a {member.kind} ({member.name})", "this is not the published archive: fetch that"
-            )
-        target = place(member.name)
-        if target is None:
-            continue
-        if member.size > max_size or count >= MAX_FILES:
-            raise DataError(
-                f"{member.name} is too large ({member.size:,} bytes), or one file too many", "fetch it again"
-            )
-        path = into / target
-        _write(path, member, new_folder=path.parent not in made)
-        made.add(path.parent)
-        count += 1
-        report(count)
-    return count
+    name = f"unpacking {archive.name}"
+    bar = Progress(expected_files, name, unit="files", enabled=expected_files > 0)
+    with bar, complete_or_absent(folder) as partial, opened(archive) as members:
+        for member in inside(members):
+            if member.kind in (FOLDER, REMARK):
+                continue  # folders are made for the files in them; remarks hold times and owners
+            if member.kind != FILE:
+                raise DataError(f"contains a {member.kind} ({member.name})", PUBLISHED)
+            target = place(member.name)
+            if target is None:
+                continue
+            if member.size > MAX_SIZE or bar.count >= MAX_FILES:
+                problem = f"{member.name} is too large ({member.size:,} bytes), or one file too many"
+                raise DataError(problem, PUBLISHED)
+            _write(partial / target, member)
+            bar.update()
 
 
-def _write(path: Path, member: Member, new_folder: bool) -> None:
+def _write(path: Path, member: Member) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
     try:
-        if new_folder:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
         with open(os.open(path, flags, 0o644), "wb") as file:
             while chunk := member.read(CHUNK):
                 file.write(chunk)
     except FileExistsError as error:
-        raise DataError(
-            f"holds {member.name} twice", "this is not the published archive: fetch that"
-        ) from error
-    except OSError as error:
-        raise ResourceError(
-            f"cannot write {path}: {error.strerror}", "free some space and run it again"
-        ) from error
+        raise DataError(f"contains {member.name} twice", PUBLISHED) from error
 
 
 def unexpected(name: str) -> DataError:
-    """For a `place` function: this name should not be in the archive."""
-    return DataError(f"holds an unexpected name ({name})", "this is not the published archive: fetch that")
+    """Return the error for a name that should not be in the archive."""
+    return DataError(f"contains an unexpected name ({name})", PUBLISHED)
 
 
 @contextmanager
-def complete_or_absent(final: Path) -> Iterator[Path]:
-    """A fresh folder to fill, renamed to `final` at the end; after an error there is neither."""
-    partial = final.with_name(final.name + ".partial")
-    if partial.exists():  # a killed run's
+def complete_or_absent(folder: Path) -> Iterator[Path]:
+    """Yield a new folder to fill. It gets its final name at the end, and is deleted if anything fails."""
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():  # left by a killed run
         shutil.rmtree(partial)
     try:
+        partial.mkdir(parents=True)
         yield partial
-        os.sync()  # a power cut after the rename must not find empty files under the final name
-        os.rename(partial, final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        os.sync()  # after a power cut, no empty files may stand under the final name
+        os.rename(partial, folder)
+    except OSError as error:
+        problem = f"cannot write {folder}: {error.strerror or error}"
+        raise ResourceError(problem, "free some space and run the same command again") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # gone after the rename

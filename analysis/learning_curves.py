@@ -1,0 +1,117 @@
+"""Learning curves: accuracy, loss, learning rate and speed over the epochs, for plots/ and for the report.
+
+Each panel is drawn by one function, so that the PNG and the page show the same picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis import figures
+from analysis.runs import RunFiles, phases, series
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart of a run: its title, its y axis and the columns of metrics.jsonl that it shows."""
+
+    title: str
+    unit: str
+    columns: dict[str, str]  # column -> label in the legend
+
+
+RAW, EMA = "validation, raw weights", "validation, EMA weights"
+TOP1_LINES = {"train_top1": "training sample, no augmentation", "val_top1": RAW, "ema_val_top1": EMA}
+LOSS_LINES = {"train_loss": "training, mixed targets", "val_loss": RAW, "ema_val_loss": EMA}
+TOP1 = Panel("Top-1 accuracy", "top-1 accuracy (%)", TOP1_LINES)
+LOSS = Panel("Loss", "cross-entropy (nats)", LOSS_LINES)
+LR = Panel("Learning rate", "rate at the end of the epoch", {"lr": "learning rate"})
+SPEED = Panel("Training speed", "images per second", {"images_per_second": "images per second"})
+STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (figures.VERMILLION, "-")}
+
+# Charts of several runs: title, y axis and the column to draw of each run.
+COMPARISONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
+    ("Validation top-1 (EMA weights if kept)", "top-1 accuracy (%)", lambda run: run.score),
+    ("Validation loss (same weights)", "cross-entropy (nats)", lambda run: run.score.replace("top1", "loss")),
+    ("Training loss (mixed targets)", "cross-entropy (nats)", lambda run: "train_loss"),
+    ("Learning rate", "rate at the end of the epoch", lambda run: "lr"),
+)
+
+
+def charts(runs: Sequence[RunFiles]) -> list[Figure]:
+    """Draw what a report shows: every panel of one run, or one curve of each of several runs."""
+    if len(runs) == 1:
+        return [single(runs[0], panel) for panel in (TOP1, LOSS, LR, SPEED)]
+    return [compare(runs, *comparison) for comparison in COMPARISONS]
+
+
+def curves(run: RunFiles) -> Figure:
+    """Draw the loss and the accuracy of a run side by side."""
+    fig = figures.figure(11, 4.6, f"Learning curves of {figures.shorten(run.name, 60)}")
+    for ax, panel in zip(fig.subplots(1, 2), (LOSS, TOP1), strict=True):
+        draw(ax, run, panel)
+    return fig
+
+
+def single(run: RunFiles, panel: Panel, title: str = "") -> Figure:
+    """Draw one panel of a run."""
+    fig = figures.figure(4.6, 3.4, title)
+    draw(fig.subplots(), run, panel)
+    return fig
+
+
+def draw(ax, run: RunFiles, panel: Panel) -> None:
+    """Draw a panel: its columns over the epochs, the phases and, in the accuracy, the best epoch."""
+    for column, label in panel.columns.items():
+        epochs, values = series(run.rows, column)
+        colour, dash = STYLES.get(column.split("_")[0], (figures.BLUE, "-"))
+        if epochs:
+            ax.plot(epochs, values, dash, color=colour, label=label, marker="o", markersize=3)
+    if panel is TOP1 and run.best:
+        label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
+        star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
+        ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
+    ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
+    mark_phases(ax, run.rows)
+    if len(panel.columns) > 1 and ax.lines:
+        ax.legend()
+
+
+def mark_phases(ax, rows: list[dict]) -> None:
+    """Draw a line where each phase begins, with its image size and batch size above the chart."""
+    first_epoch, last_epoch = rows[0]["epoch"], rows[-1]["epoch"]
+    ax.set_xlim(first_epoch - 0.5, last_epoch + 0.5)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    width, ends = 0.16, []  # of a label, as a share of the axis; where each line of labels ends
+    for epoch, size, batch in phases(rows):
+        if epoch > first_epoch:
+            ax.axvline(epoch - 0.5, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
+        # A label that would leave the chart is moved to the left, one that would cover another, up.
+        left = min((epoch - first_epoch) / (last_epoch - first_epoch + 1), 1 - width)
+        line = next((k for k, end in enumerate(ends) if end <= left), len(ends))
+        ends[line : line + 1] = [left + width]
+        place = {"xycoords": "axes fraction", "xytext": (2, 3 + 19 * line), "textcoords": "offset points"}
+        ax.annotate(f"{size} px\nbatch {batch}", (left, 1), fontsize=7, color="0.25", **place)
+    ax.set_title(ax.get_title(), pad=6 + 19 * len(ends))
+
+
+def compare(
+    runs: Sequence[RunFiles], title: str, unit: str, column_of: Callable[[RunFiles], str], width: float = 4.6
+) -> Figure:
+    """Draw one column of each run; the legend below gives the best score."""
+    columns = int(width // 4)
+    fig = figures.figure(width, 0.65 * width + 0.2 * -(-len(runs) // columns))
+    ax = fig.subplots()
+    for k, run in enumerate(runs):
+        epochs, values = series(run.rows, column_of(run))
+        best = f" (best {run.best_top1:.2f} %)" if run.best else ""
+        label = figures.shorten(run.name, 40) + best
+        ax.plot(epochs, values, label=label, marker="o", markersize=3, **figures.line_style(k))
+    ax.set(title=title, xlabel="epoch", ylabel=unit)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    fig.legend(loc="outside lower center", ncols=columns)
+    return fig

@@ -1,0 +1,135 @@
+"""Flags from YAML files and checkpoints, through the same parser as the command line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from base.errors import UsageError
+from base.parser import Parser, dashed, typed_text
+
+MAX_BYTES = 2**16  # of a --config file
+SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+PLAIN_TAGS = ("str", "int", "float", "bool", "timestamp")
+ONE_PER_LINE = "write one `flag: value` per line"
+KEYS = "the keys are the flags of train.py without the dashes"
+
+
+def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dict[str, Any]:
+    """Return the flags of a YAML file, parsed as if they had been typed. Raises UsageError.
+
+    ignored: flags that `parser` may lack; a recipe may hold --plot, which lr_finder.py does not have
+    """
+    known = {action.dest for action in parser._actions}
+    texts = read_yaml(path)
+    if unknown := [name for name in texts if name not in known.union(ignored) - {"config", "help"}]:
+        raise UsageError(f"--config {path}: unknown key {unknown[0].replace('_', '-')[:80]!r}", KEYS)
+    try:
+        values = from_file(parser, {name: value for name, value in texts.items() if name in known})
+    except UsageError as error:
+        raise UsageError(f"--config {path}: {error.what}", "write the value as you would type it") from None
+    # `plot: false` gives nothing: there is no --no-plot.
+    one_way = {action.dest for action in parser._actions if isinstance(action, argparse._StoreTrueAction)}
+    return {name: value for name, value in values.items() if value or name not in one_way}
+
+
+def read_yaml(path: str) -> dict[str, str | list[str]]:
+    """Return {flag: text, or list of texts} as written: `off`, `3e-4` and `1_000` stay what they are.
+
+    The file is composed, not loaded: no object is ever made from it.
+    """
+    import yaml
+
+    text = _read_text(path)
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UsageError(
+            f"--config {path} is not YAML: {' '.join(str(error).split())}", ONE_PER_LINE
+        ) from None
+    except RecursionError:
+        raise UsageError(f"--config {path} is nested too deeply", ONE_PER_LINE) from None
+    if not isinstance(node, yaml.MappingNode) or not node.value:
+        raise UsageError(f"--config {path} holds no flags", ONE_PER_LINE)
+    found: dict[str, str | list[str]] = {}
+    for key, value in node.value:
+        several = isinstance(value, yaml.SequenceNode)
+        items = value.value if several else [value]
+        problem = next(filter(None, (_problem(item) for item in (key, *items))), "")
+        name = "a key" if isinstance(key.value, list) else key.value.replace("-", "_")
+        if name in found:
+            problem = "appears twice"
+        if problem:
+            line = key.start_mark.line + 1
+            raise UsageError(f"--config {path}, line {line}: {name[:80]!r} {problem}", ONE_PER_LINE)
+        found[name] = [item.value for item in items] if several else value.value
+    return found
+
+
+def _problem(node: Any) -> str:
+    """Return what is wrong with a YAML node that should be a plain value, or ''."""
+    tag = node.tag.removeprefix("tag:yaml.org,2002:")
+    if not isinstance(node.value, str):
+        return "is neither a value nor a list of values"
+    if tag == "null":
+        return "has no value"
+    return "" if tag in PLAIN_TAGS else f"holds a {tag[:80]}"
+
+
+def _read_text(path: str) -> str:
+    recipes = ", ".join(sorted(p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml")))
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UsageError(f"--config {path} is not a file", f"recipes/ holds {recipes}")
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise UsageError(f"--config {path} is larger than {MAX_BYTES:,} bytes", "name a file of flags")
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror}", f"recipes/ holds {recipes}") from None
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise UsageError(f"--config {path} is not UTF-8: {where}", "save it as UTF-8") from None
+
+
+def from_file(parser: Parser, content: Mapping[str, Any], *, exact: bool = False) -> dict[str, Any]:
+    """Return {flag: value} as `parser` makes it of what a file holds.
+
+    exact: the values were parsed before, and must come out unchanged
+    Raises UsageError naming the flag that is unknown, has the wrong type, or is out of range.
+    """
+    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    if unknown := sorted(str(name)[:80] for name in content if name not in actions or name == "help"):
+        raise UsageError(f"unknown: {', '.join(unknown)}", KEYS)
+    return {name: _parsed(parser, actions[name], value, exact) for name, value in content.items()}
+
+
+def _parsed(parser: Parser, action: argparse.Action, value: Any, exact: bool) -> Any:
+    name, several = action.dest, isinstance(value, list | tuple)
+    if exact and value is None and action.default is None:
+        return None
+    items = list(value) if several else [value]
+    if not all(type(item) in (str, int, float, bool) for item in items):
+        raise UsageError(f"{name} has the wrong type", "use a plain value")
+    separator = getattr(action.type, "separator", None)
+    if several and separator is None:
+        raise UsageError(f"{name} is a list, but takes one value", "give one value")
+    text = typed_text(items, separator or "")
+    switch = SWITCH_WORDS.get(text.lower())
+    if action.nargs == 0:
+        parsed = switch
+    elif switch is False and action.default == "":  # `wandb: no` names no project
+        parsed = ""
+    else:
+        parsed = parser.given([f"{dashed(name)}={text}"])[name]
+    as_stored = list(parsed) if isinstance(parsed, tuple) else parsed
+    if parsed is None or (exact and as_stored != (items if several else value)):
+        raise UsageError(
+            f"{name} is {text[:80]!r}, which {dashed(name)} does not take", "use a value that --help names"
+        )
+    return parsed

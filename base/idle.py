@@ -1,0 +1,155 @@
+"""Flags that can have no effect under a config: why, and what to do about it.
+
+A flag that is given shows in what its row of the table says it changes, or it is refused:
+  plan    the data and the steps              trace      what a step computes
+  model   the layers that --summary prints    processes  where, and by how many, it is computed
+  output  what is printed                     files      what --save-dir holds, and when
+  resume  which run continues
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from base import process
+from base.errors import UsageError
+from base.parser import dashed
+from base.phases import used_phases
+
+Reason = str | bool | None  # a false one: the flag has an effect
+
+
+class Given(frozenset):
+    """The names of the flags that were given, on the command line (`by_hand`) or in a --config file."""
+
+    by_hand: frozenset[str] = frozenset()
+    file: Any = None  # the config that the file makes alone
+
+
+def never(config: Any) -> Reason:
+    return None
+
+
+def refuse_idle(flags: Iterable[Any], config: Any, given: Given) -> list[str]:
+    """Return notes on those of `flags` (`Flag`s) that are given but unused. Raises UsageError for idle ones.
+
+    A flag from a file is refused only if the file alone leaves it without effect: the command line may
+    override what the flag depends on.
+    """
+    by_hand, by_file, notes = {}, {}, []
+    for flag in flags:
+        if flag.name not in given:
+            continue
+        if reason := flag.unused(config):
+            notes.append(f"note: {dashed(flag.name)} is not used: {reason}")
+        if reason := why_idle(flag, config):
+            if flag.name in given.by_hand:
+                by_hand[dashed(flag.name)] = reason
+            elif why_idle(flag, given.file):
+                by_file[dashed(flag.name).removeprefix("--")] = reason
+    for found, where in ((by_hand, ""), (by_file, f"--config {getattr(config, 'config', '')}: ")):
+        if found:
+            what = "; ".join(f"{name} would do nothing: {reason}" for name, reason in found.items())
+            raise UsageError(where + what, f"leave {', '.join(found)} out")
+    return notes
+
+
+def why_idle(flag: Any, config: Any) -> Reason:
+    """Return why the flag can have no effect under `config`; false if it has one."""
+    if getattr(config, "summary", False) and flag.changes in ("trace", "processes"):
+        return "--summary runs no step"
+    if flag.changes == "files":
+        for name in ("summary", "dry_run"):
+            if getattr(config, name, False):
+                return f"{dashed(name)} writes nothing"
+    return flag.idle(config)
+
+
+# --- reasons that more than one flag has, or that take more than a line -----------------------------
+
+NO_FILES = ("digits", "synthetic", "hf")  # datasets that are not in --data-dir
+NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # torchvision's have no stochastic depth
+NO_BATCH_NORM = ("vit_b_16", "swin_t")
+
+
+def dataset_kind(config: Any) -> str:
+    """Return the dataset without its options: 'synthetic' of 'synthetic:size=8'."""
+    return config.dataset.partition(":")[0]
+
+
+def packed(config: Any) -> Reason:
+    on_disk = dataset_kind(config) not in NO_FILES
+    found = on_disk and os.path.isfile(os.path.join(config.data_dir, "manifest.json"))
+    return found and f"{config.data_dir} is a packed copy, which has the images it was packed with"
+
+
+def classes_known(config: Any) -> Reason:
+    known = dataset_kind(config) in ("cifar10", "cifar100", *NO_FILES)
+    return packed(config) or (known and f"{config.dataset} has all its classes in train and val")
+
+
+def no_split(config: Any) -> Reason:
+    return packed(config) or (config.dataset != "tiny-imagenet" and "it needs --dataset tiny-imagenet")
+
+
+def no_class_list(config: Any) -> Reason:
+    imagenet = config.dataset in ("imagenet", "imagenet100")
+    return packed(config) or (not imagenet and "it needs --dataset imagenet or imagenet100")
+
+
+def no_image_files(config: Any) -> Reason:
+    cifar = dataset_kind(config).startswith("cifar") and not packed(config)
+    return (
+        cifar or dataset_kind(config) in ("digits", "synthetic")
+    ) and f"{config.dataset} has no image files"
+
+
+def torchvision_arch(config: Any) -> Reason:
+    return "resnet" not in config.arch and f"{config.arch} is torchvision's and cannot be changed"
+
+
+def weights_resumed(config: Any) -> Reason:
+    return config.resume not in ("", "auto") and "--resume brings the weights"
+
+
+def one_phase(config: Any) -> Reason:
+    return len(config.resize_schedule) == 1 and "there is one phase"
+
+
+def mix_off(config: Any) -> Reason:
+    return not any(mix for _, mix in used_phases(config)) and "--phase-mix is off in every phase"
+
+
+def single_images(config: Any) -> Reason:
+    return max(batch for batch, _ in used_phases(config)) == 1 and "every batch is one image"
+
+
+def one_batch_size(config: Any) -> Reason:
+    batches = {batch for batch, _ in used_phases(config)}
+    return len(batches) == 1 and "every phase has the same batch size"
+
+
+def nothing_mixed(config: Any) -> Reason:
+    return mix_off(config) or single_images(config)
+
+
+def nothing_to_mix(config: Any) -> Reason:
+    drop_path = config.drop_path_rate and config.arch not in NO_DROP_PATH
+    used = config.mixup_alpha or config.cutmix_alpha or drop_path
+    return not used and "there is no MixUp, CutMix or drop-path"
+
+
+def no_ema(config: Any) -> Reason:
+    return not config.ema and "EMA is off"
+
+
+def decay_unread(config: Any) -> Reason:
+    return no_ema(config) or (config.ema_half_life is not None and "--ema-half-life sets the decay")
+
+
+def no_sync(config: Any) -> Reason:
+    if config.arch in NO_BATCH_NORM:
+        return f"{config.arch} has no BatchNorm"
+    return process.world_size() == 1 and "there is one process (torchrun starts several)"

@@ -1,0 +1,184 @@
+"""A stricter argparse, and the argument types that flags are made of."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from base import errors
+from base.errors import UsageError
+
+AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
+AUGMENTS = {  # name -> its argument
+    "rrc": "", "padcrop": ":N", "flip": "", "affine": "", "jitter": "[:N]", "dropout": "", "cutout": ":N",
+    "randaugment": "", "trivialaugment": "",
+}  # fmt: skip
+MISSING = object()  # the value of a flag that was not given
+
+
+def dashed(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with ranges, choices and defaults; the usage line names the positional arguments alone."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        self._prog = f"python {self._prog.removeprefix('python ')} [flags]"
+        super().add_usage(usage, [action for action in actions if not action.option_strings], [], prefix)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = (action.help or "").removesuffix(" (default: %(default)s)")  # which Python adds to a switch
+        notes = [getattr(action.type, "range", "")]
+        if action.choices and action.metavar:
+            notes = ["one of " + ", ".join(filter(None, action.choices))]
+        default = typed_text(action.default, getattr(action.type, "separator", ","))
+        if default not in ("", argparse.SUPPRESS) and "default" not in text.lower():
+            notes.append(f"default: {default}")
+        shown = "; ".join(filter(None, notes)).replace("%", "%%")
+        return f"{text} ({shown})" if shown else text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that never abbreviates a flag, and raises `UsageError` where argparse would exit."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        errors.debug = errors.debug or "--debug" in words
+        for word in words:
+            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+                self.error(f"{word}: -- is not a value")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str):
+        raise UsageError(message, f"run python {self.prog.removeprefix('python ')} --help")
+
+    def given(self, argv: list[str] | None) -> dict[str, Any]:
+        """Return the values of the arguments that `argv` holds, without those left at their defaults."""
+        empty = argparse.Namespace(**{action.dest: MISSING for action in self._actions})
+        # Intermixed: flags may stand between the image files that predict.py takes.
+        values = vars(self.parse_intermixed_args(argv, empty))
+        values = {name: value for name, value in values.items() if value is not MISSING}
+        for action in self._actions:
+            if action.option_strings:
+                _check_text(action.dest, values.get(action.dest))
+        return values
+
+    def defaults(self) -> dict[str, Any]:
+        return {a.dest: a.default for a in self._actions if a.default is not argparse.SUPPRESS}
+
+
+def _check_text(name: str, value: Any) -> None:
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+            raise UsageError(
+                f"{dashed(name)} {text!r} contains a NUL or bytes that are not UTF-8",
+                "use another name; rename the file or folder if it has this name",
+            )
+
+
+def typed_text(value: Any, separator: str = ",") -> str:
+    """Return `value` as one would type it; '' for a switch that is off and for no value."""
+    if isinstance(value, tuple | list):
+        return separator.join("on" if v is True else "off" if v is False else str(v) for v in value)
+    return "on" if value is True else "" if value is None or value is False else str(value)
+
+
+# --- types ------------------------------------------------------------------------------------------
+# A type may carry `range`, for the help, and `separator`, which joins the parts of its value as text.
+
+
+def number(
+    kind: type, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
+) -> Callable[[str], Any]:
+    """Return an argparse type for a finite `kind` in [low, high]; an open end excludes the bound itself."""
+    lower = f"above {low:,}" if open_low else f"at least {low:,}"
+    if high == math.inf:
+        allowed = lower
+    elif open_low or open_high:
+        allowed = f"{lower} and {'below' if open_high else 'at most'} {high:,}"
+    else:
+        allowed = f"from {low:,} to {high:,}"
+    problem = f"must be a {'whole number' if kind is int else 'number'}, {allowed}"
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{problem}; got {text[:80]!r}") from None
+        above = value > low if open_low else value >= low
+        below = value < high if open_high else value <= high
+        if not (above and below) or value == math.inf:  # NaN fails every comparison
+            raise argparse.ArgumentTypeError(f"{problem}; got {text[:80]}")
+        return value
+
+    parse.range = lower if high == LARGEST else allowed
+    return parse
+
+
+def listing(item: Callable[[str], Any]) -> Callable[[str], tuple]:
+    """Return an argparse type for comma-separated items."""
+
+    def parse(text: str) -> tuple:
+        return tuple(item(part.strip()) for part in str(text).split(",") if part.strip())
+
+    parse.separator, parse.range = ",", getattr(item, "range", "")
+    return parse
+
+
+def on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither on nor off")
+    return text == "on"
+
+
+LARGEST = 10**9  # larger counts of steps would not fit exactly into floats and files
+positive, above_zero = number(int, 1, LARGEST), number(float, 0, open_low=True)
+Switch = argparse.BooleanOptionalAction
+
+
+def save_interval(text: str) -> tuple[float, str]:
+    """Parse '2' or '2ep' (every 2 epochs), '15min' or '30s' (that long after a save, and every epoch)."""
+    for unit, minutes in (("min", 1), ("s", 1 / 60)):
+        if text.endswith(unit):
+            return above_zero(text.removesuffix(unit)) * minutes, "min"
+    return positive(text.removesuffix("ep")), "ep"
+
+
+save_interval.separator = ""
+
+
+def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
+    """Parse 'full', 'basic', 'none' or steps such as 'padcrop:4,flip' into ((name, N or None), ...)."""
+    steps = []
+    for part in AUGMENT_SETS.get(text, text).split(","):
+        name, _, argument = part.strip().partition(":")
+        if not name:
+            continue
+        if name not in AUGMENTS:
+            raise argparse.ArgumentTypeError(f"unknown augmentation {name!r}; use {', '.join(AUGMENTS)}")
+        if AUGMENTS[name] == ":N" and not argument:
+            raise argparse.ArgumentTypeError(f"{name} needs a size in pixels, such as {name}:4")
+        if argument and not AUGMENTS[name]:
+            raise argparse.ArgumentTypeError(f"{name} takes no argument")
+        size = number(int, 1, 100 if name == "jitter" else 4096)
+        steps.append((name, size(argument) if argument else None))
+    crops = [name for name, _ in steps if name in ("rrc", "padcrop")]
+    if len(crops) > 1:
+        raise argparse.ArgumentTypeError(f"{' and '.join(crops)}: use only one crop")
+    return tuple(steps)
+
+
+def augment_text(text: str) -> str:
+    """Check a list of augmentations; it stays text, as files store it."""
+    parse_augment(text)
+    return text
+
+
+augment_text.separator = ","

@@ -1,0 +1,42 @@
+"""How epochs and batch sizes are divided among the phases of a run. No torch: usage errors need it too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+def share_epochs(epochs: int, weights: Sequence[int] | None, phases: int) -> list[int]:
+    """Divide `epochs` in proportion to `weights` (largest remainder); the last phase always gets one.
+
+    Without weights three phases share 30 : 20 : 40, as in the documents; any other number shares evenly.
+    """
+    weights = weights or ((30, 20, 40) if phases == 3 else (1,) * phases)
+    exact = [epochs * weight / sum(weights) for weight in weights]
+    shares = [math.floor(x) for x in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda k: (exact[k] - shares[k], k), reverse=True)
+    for k in by_remainder[: epochs - sum(shares)]:
+        shares[k] += 1
+    if shares[-1] == 0:
+        shares[shares.index(max(shares))] -= 1
+        shares[-1] = 1
+    return shares
+
+
+def phase_batches(first: int, phases: int) -> list[int]:
+    """Return the batch size of each phase: `first`, halved from phase to phase."""
+    return [max(1, first >> k) for k in range(phases)]
+
+
+def used_epochs(config: Any) -> list[int]:
+    """Return the number of epochs of each phase."""
+    return share_epochs(config.epochs, config.phase_epochs, len(config.resize_schedule))
+
+
+def used_phases(config: Any) -> list[tuple[int, bool]]:
+    """Return (global batch size, whether it is mixed) of every phase that has an epoch."""
+    count = len(config.resize_schedule)
+    batches = config.phase_batch_sizes or phase_batches(config.batch_size, count)
+    mixes = config.phase_mix or [True] * count
+    return [(batch, mix) for batch, mix, n in zip(batches, mixes, used_epochs(config), strict=False) if n]
