@@ -29,7 +29,7 @@ from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import layouts
-from sources.images import EVAL_CROP, BadImage, EvalTransform, TrainTransform
+from sources.images import EVAL_CROP, BadImage, EvalTransform, Steps, TrainTransform
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
@@ -40,7 +40,7 @@ def train_loader(
     *,
     image_size: int,
     batch_size: int,
-    augment: tuple,
+    augment: Steps,
     seed: int = 0,
     on_bad_image: str = "fail",
     rank: int = 0,
