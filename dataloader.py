@@ -29,7 +29,7 @@ from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import layouts
-from sources.images import EVAL_CROP, BadImage, EvalTransform, TrainTransform
+from sources.images import EVAL_CROP, BadImage, EvalTransform, Steps, TrainTransform
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
@@ -40,7 +40,7 @@ def train_loader(
     *,
     image_size: int,
     batch_size: int,
-    augment: tuple,
+    augment: Steps,
     seed: int = 0,
     on_bad_image: str = "fail",
     rank: int = 0,
@@ -289,8 +289,10 @@ class Loader:
             yield images, labels
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, labels = batch
-        return normalise(images, self.mean, self.std, self.device), _copied(labels, self.device)
+        # Only CUDA's batches are pinned: an unawaited copy to Metal would read memory that is reused already.
+        cuda = self.device.type == "cuda"
+        images, labels = (tensor.to(self.device, non_blocking=cuda) for tensor in batch)
+        return normalise(images, self.mean, self.std, self.device), labels
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         stream = torch.cuda.Stream(self.device)
@@ -322,7 +324,7 @@ def normalise(
     device = torch.device(device)
     offset, scale = _normalisation(tuple(mean), tuple(std), device)
     # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last, so the permutation copies nothing.
-    return _copied(images, device).permute(0, 3, 1, 2).float().sub_(offset).mul_(scale)
+    return images.to(device).permute(0, 3, 1, 2).float().sub_(offset).mul_(scale)
 
 
 @functools.cache  # building them anew for each batch would make the host wait for a GPU
@@ -330,11 +332,6 @@ def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tenso
     """Return what to subtract from pixels in [0, 255], and what to multiply the difference by."""
     offset, divisor = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return offset.to(device), (1 / divisor).to(device)
-
-
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    # Only CUDA's loaders pin memory. An unawaited copy to Metal would read memory that is reused already.
-    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def _init_worker(ignored: list[int], worker: int) -> None:

@@ -149,7 +149,7 @@ def test_only_cuda_copies_without_waiting(data, monkeypatch, device, waits):
             seen.append((where.type, non_blocking))
             return torch.zeros(2, 16, 16, 3)
 
-    monkeypatch.setattr(dataloader, "_normalisation", lambda *_: (torch.zeros(()), torch.ones(())))
+    monkeypatch.setattr(dataloader, "normalise", lambda images, *_: images)
     loader.device = torch.device(device)
     loader._to_device((Pixels(), Pixels()))
     assert seen == [(device, not waits)] * 2

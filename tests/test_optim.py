@@ -1,4 +1,4 @@
-"""Optimizers against loops written out from their papers, schedules against torch's own, clipping against torch's."""
+"""Optimizers against loops written out from their papers; schedules and clipping against torch's own."""
 
 import copy
 import io
