@@ -92,7 +92,7 @@ def test_a_signal_when_nothing_is_left_to_do_does_not_unmake_a_finished_run(stat
 def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
     """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
     assert stop_at("loop.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
-    assert "go on with" in (tmp_path / "log").read_text()
+    assert "To continue" in (tmp_path / "log").read_text()
     assert resumed(tmp_path / "run") == straight
 
 
@@ -116,7 +116,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     assert code == (130 if number == INT else 143), said
     assert "Traceback" not in said
     assert said.count("Finishing this step") == 1, said
-    assert f"go on with: python train.py --save-dir {save_dir} --resume auto" in said
+    assert f"To continue: python train.py --save-dir {save_dir} --resume auto" in said
     assert payload(save_dir)["step"] == STATES[state]
     assert resumed(save_dir) == straight
 
@@ -126,7 +126,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
 def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     assert stop_at(state, f"{TERM} . {INT}", save_dir, log, 1) == 130
-    assert "go on with" not in log.read_text() and "Traceback" not in log.read_text()
+    assert "To continue" not in log.read_text() and "Traceback" not in log.read_text()
     assert payload(save_dir)["step"] == 5
     assert resumed(save_dir) == straight
 
