@@ -20,8 +20,8 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path]:
     """Yield a path to write to; it replaces `path` at the end, or is deleted if anything fails.
 
-    The directory is made if `parents`. A pipe or a device (/dev/stdout) is written directly, because a rename would
-    put a file in its place. Raises ResourceError if `path` cannot be written.
+    The directory is made if `parents`. A pipe or a device (/dev/stdout) is written directly, because a
+    rename would put a file in its place. Raises ResourceError if `path` cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
