@@ -129,8 +129,8 @@ def safely(run, config, directory, saved: dict | None, identity) -> Iterator:
                     rundir.copy_best(saved, config.resume, run.path("best"), identity.id)
             (saved or {}).clear()  # restored: its tensors would stay in memory for the whole run
             if main:
-                write_json(run.save_dir / "config.json", values)
-                write_json(run.save_dir / "env.json", environment(run, identity))
+                write_json(run.save_dir / "config.json", values, parents=False)
+                write_json(run.save_dir / "env.json", environment(run, identity), parents=False)
             log = MetricLogger(
                 run.save_dir,
                 run.state.rows,

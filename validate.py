@@ -43,7 +43,8 @@ def build_parser() -> flags.Parser:
     help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
     flags.add_flags(parser, "scores", SCORES)
-    flags.add_flags(parser, "data", flags.DATASET).description = "Flags that are not given come from the checkpoint."
+    data = flags.add_flags(parser, "data", flags.DATASET)
+    data.description = "Flags that are not given come from the checkpoint."
     flags.add_flags(parser, "device", flags.ASKING)
     return parser
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -33,28 +35,26 @@ def as_map(output: object) -> Tensor | None:
     return found if found.shape[2] * found.shape[3] > 1 else None
 
 
-class Recorder:
-    """Within `with`, keeps the outputs of `modules` (name -> module) in the order they are computed.
+@contextmanager
+def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, object]]:
+    """Yield a dict that receives the outputs of `modules` (by name) in the order they are computed.
 
     The hooks are removed at the end: a hook left behind would keep the features of every later batch.
     """
+    outputs, handles = {}, []
 
-    def __init__(self, modules: dict[str, nn.Module]):
-        self.modules, self.outputs, self.handles = modules, {}, []
+    def keep_as(name: str):
+        def hook(module: nn.Module, args: tuple, output: object) -> None:
+            outputs[name] = output
 
-    def __enter__(self) -> dict[str, object]:
-        for name, module in self.modules.items():
-            self.handles.append(module.register_forward_hook(self._keeper(name)))
-        return self.outputs
+        return hook
 
-    def _keeper(self, name: str):
-        def keep(module: nn.Module, args: tuple, output: object) -> None:
-            self.outputs[name] = output
-
-        return keep
-
-    def __exit__(self, *exc) -> None:
-        for handle in self.handles:
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(keep_as(name)))
+        yield outputs
+    finally:
+        for handle in handles:
             handle.remove()
 
 
@@ -78,7 +78,7 @@ def last_map(model: nn.Module, images: Tensor) -> str:
     images: (1, 3, H, W). In a ViT this is not the last block: the logits read its class token alone, so
     no gradient reaches the patches after the last attention. Raises UsageError if there is no map.
     """
-    with Recorder(named(model)) as outputs:
+    with recorded(named(model)) as outputs:
         logits = model(images)
     maps = {name: output for name, output in outputs.items() if as_map(output) is not None}
     grads = torch.autograd.grad(logits.max(), list(maps.values()), allow_unused=True) if maps else ()
@@ -92,7 +92,7 @@ def last_map(model: nn.Module, images: Tensor) -> str:
 
 def stage_maps(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return the last map of every resolution, the largest first: name -> (N, C, h, w)."""
-    with torch.no_grad(), Recorder(named(model)) as outputs:
+    with torch.no_grad(), recorded(named(model)) as outputs:
         model(images)
     stages: dict[tuple[int, int], tuple[str, Tensor]] = {}
     for name, output in outputs.items():

@@ -81,12 +81,12 @@ def picture(classifier, pixels, labels, layer_name: str):
     import torch
 
     from analysis import figures
-    from analysis.feature_maps import Recorder, as_map, last_map, module_named
+    from analysis.feature_maps import as_map, last_map, module_named, recorded
 
     model, images = classifier.model, classifier.batch(pixels)
     layer_name = layer_name or last_map(model, images[:1])
     layer = module_named(model, layer_name)
-    with torch.no_grad(), Recorder({"layer": layer}) as outputs:
+    with torch.no_grad(), recorded({"layer": layer}) as outputs:
         confidence, predicted = model(images).float().softmax(1).max(1)
     names = [figures.shorten(name) for name in classifier.names]
     sure = zip(predicted.tolist(), confidence.tolist(), strict=True)
@@ -119,10 +119,10 @@ def grad_cam(model, layer, images, classes):
     import torch
     from torch.nn import functional as F
 
-    from analysis.feature_maps import Recorder, as_map
+    from analysis.feature_maps import as_map, recorded
 
     grads = None
-    with torch.enable_grad(), Recorder({"layer": layer}) as outputs:
+    with torch.enable_grad(), recorded({"layer": layer}) as outputs:
         score = model(images).gather(1, classes[:, None]).sum()
         features = as_map(outputs.get("layer"))
         if features is not None:  # autograd.grad leaves the parameters' .grad alone

@@ -10,12 +10,16 @@ import base64
 import hashlib
 import html
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from analysis import figures
 
 CSS, SCRIPT = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
+
+
+NUMBER = re.compile(r"-|[-+]?[\d,]*\.?\d+(e[-+]\d+)?( ?%)?")
 
 
 class Markup(str):
@@ -39,7 +43,7 @@ def join(parts: Iterable[object], between: str = "\n") -> Markup:
 
 def table(header: Sequence[object], rows: Sequence[Sequence[object]], caption: str = "") -> Markup:
     """Return a table. A column is aligned to the right if all its cells are numbers or '-'."""
-    numeric = [bool(rows) and all(_is_number(str(row[k])) for row in rows) for k in range(len(header))]
+    numeric = [bool(rows) and all(NUMBER.fullmatch(str(row[k])) for row in rows) for k in range(len(header))]
 
     def line(kind: str, cells: Sequence[object]) -> Markup:
         attributes = [{"class_": "n"} if number else {} for number in numeric]
@@ -48,14 +52,6 @@ def table(header: Sequence[object], rows: Sequence[Sequence[object]], caption: s
     parts = [tag("caption", caption)] if caption else []
     parts += [tag("thead", line("th", header)), tag("tbody", *(line("td", row) for row in rows))]
     return tag("div", tag("table", *parts), class_="wide")
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text.replace(",", "").removesuffix("%"))
-    except ValueError:
-        return text == "-"
-    return True
 
 
 def facts(values: dict[str, object]) -> Markup:

@@ -21,18 +21,18 @@ EPILOG = """examples:
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.report", "Write an HTML report of runs or studies.", EPILOG)
     add = parser.add_argument
-    run_dirs = "Directories that train.py or ablation_runs.report wrote."
-    add("run_dirs", nargs="*", metavar="RUN_DIR", help=run_dirs)
-    out = "The page to write. Default: report.html in the only RUN_DIR."
-    add("--out", default="", metavar="FILE", help=out)
-    listed = "Print a table of the runs below DIR and write nothing."
-    add("--list", default="", metavar="DIR", help=listed)
+    add(
+        "run_dirs",
+        nargs="*",
+        metavar="RUN_DIR",
+        help="Directory that train.py or ablation_runs.report wrote.",
+    )
+    add("--out", default="", metavar="FILE", help="Page to write. Default: report.html in the only RUN_DIR.")
+    add("--list", default="", metavar="DIR", help="Print a table of the runs below DIR and write nothing.")
     pictures = "First score the checkpoint and draw the pictures that are missing, if its data can be read."
     add("--pictures", action=flags.Switch, default=True, help=pictures)
-    data_dir = "Dataset directory of the runs. Default: the one they were trained on."
-    add("--data-dir", default="", metavar="DIR", help=data_dir)
-    device = "Device for the pictures: auto, cpu, cuda, cuda:1 or mps."
-    add("--device", default="auto", metavar="NAME", help=device)
+    add("--data-dir", default="", metavar="DIR", help="Dataset directory. Default: the one of the training.")
+    add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
     flags.DEBUG.add_to(parser)
     return parser
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from base import flags
@@ -103,11 +104,8 @@ def series(rows: Sequence[dict], column: str) -> tuple[list[int], list[float]]:
 
 def phases(rows: Sequence[dict]) -> list[tuple[int, int, int]]:
     """Return (first epoch, image size in px, batch size) of every phase that has begun."""
-    found: list[tuple[int, int, int]] = []
-    for row in rows:
-        if not found or found[-1][1:] != (row["image_size"], row["batch_size"]):
-            found.append((row["epoch"], row["image_size"], row["batch_size"]))
-    return found
+    groups = groupby(rows, key=lambda row: (row["image_size"], row["batch_size"]))
+    return [(next(group)["epoch"], size, batch) for (size, batch), group in groups]
 
 
 def shown(value: object) -> str:

@@ -17,16 +17,17 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
+def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path]:
     """Yield a path to write to; it replaces `path` at the end, or is deleted if anything fails.
 
-    The directory is made. A pipe or a device (/dev/stdout) is written directly, because a rename would
-    put a file in its place. Raises ResourceError if `path` cannot be written.
+    The directory is made if `parents`. A pipe or a device (/dev/stdout) is written directly, because a
+    rename would put a file in its place. Raises ResourceError if `path` cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         if partial != path:
             os.replace(partial, path)
@@ -38,15 +39,15 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
                 partial.unlink(missing_ok=True)
 
 
-def write(path: str | os.PathLike, text: str) -> Path:
+def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:
     """Write `text` to `path` through `replacing`."""
-    with replacing(path) as partial:
+    with replacing(path, parents=parents) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
 
 
-def write_json(path: str | os.PathLike, content: object) -> Path:
-    return write(path, json_text(content))
+def write_json(path: str | os.PathLike, content: object, *, parents: bool = True) -> Path:
+    return write(path, json_text(content), parents=parents)
 
 
 def json_text(content: object) -> str:

@@ -223,12 +223,11 @@ def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_si
     for number, phase in enumerate(phases, 1):
         if not fits(phase.image_size, phase.batch_size):
             ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
-            piece = (
-                f" in the smallest piece of --accumulate {config.accumulate}" if config.accumulate > 1 else ""
-            )
+            pieces = config.accumulate
+            piece = f" in the smallest piece of --accumulate {pieces}" if pieces > 1 else ""
             raise UsageError(
-                f"phase {number}: batch size {phase.batch_size} at {phase.image_size} px leaves one image{ranks}"
-                f"{piece}, so BatchNorm of {config.arch} would see one value per channel",
+                f"phase {number}: batch size {phase.batch_size} at {phase.image_size} px leaves one image"
+                f"{ranks}{piece}, so BatchNorm of {config.arch} would see one value per channel",
                 "use " + " or ".join(plans_that_fit(config, phases, len(index.train), fits)),
             )
 

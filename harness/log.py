@@ -83,7 +83,7 @@ class MetricLogger:
             self.wandb.init(
                 project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow"
             )
-        files.write(self.path, "".join(_line(row) for row in rows))
+        files.write(self.path, "".join(_line(row) for row in rows), parents=False)
 
     def log(self, row: dict) -> None:
         if not self.enabled:

@@ -133,7 +133,7 @@ def test_overflows_are_counted_in_their_epoch_and_said_once(tmp_path, capsys):
 def test_overflows_without_end_end_the_run_with_a_clean_checkpoint(tmp_path, capsys):
     run = overflowing(tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
-    with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\n"):
+    with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\)\n"):
         loop.fit(run, MetricLogger(tmp_path))
     saved = payload(tmp_path)
     assert saved["step"] == 25 and saved["optimizer"]["state"] == {}

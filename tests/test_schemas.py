@@ -136,7 +136,7 @@ def test_every_field_of_a_checkpoint_deleted_or_made_wrong_is_refused(payload, r
     (("rows",), [5], "rows.0 should be a valid dictionary, not 5"),
     (("eval", "classes"), ["a"], "different numbers of classes"),
     (("best", "epoch"), 3, "best epoch 3 after its last row, 2"),
-    (("ema",), {"num_updates": 1}, "ema lacks shadow"), (("step",), 4, "2 finished epochs but step 4"),
+    (("ema",), {"num_updates": 1}, "ema lacks shadow"), (("step",), 4, "2 finished epochs and step 4"),
     (("step",), 2**60, "step"),
     (("model", "conv1.weight"), torch.zeros(8, 3, 7, 7).half(),
      "model.conv1.weight is .*float16, it should be .*float32"),

@@ -22,9 +22,9 @@ INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "
 # What is about to be done when the signal comes -> the step that is saved then.
 STATES = {
     "train_utils.seed_everything:9": 9,
-    "train_utils.train_step:1": 1,
-    "train_utils.train_step:5": 5,  # the last of its epoch
-    "train_utils.train_step:8": 8,
+    "loop.train_step:1": 1,
+    "loop.train_step:5": 5,  # the last of its epoch
+    "loop.train_step:8": 8,
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1": 0,  # workers start
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of validation
     "loop.evaluate:1": 5,
@@ -91,12 +91,12 @@ def test_a_signal_when_nothing_is_left_to_do_does_not_unmake_a_finished_run(stat
 @pytest.mark.torture
 def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
     """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
-    assert stop_at("train_utils.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
+    assert stop_at("loop.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
     assert "go on with" in (tmp_path / "log").read_text()
     assert resumed(tmp_path / "run") == straight
 
 
-FAST = [("train_utils.train_step:8", INT), ("train_utils.hits:1", TERM), ("harness.checkpoint._write_and_prove:1", TERM),
+FAST = [("loop.train_step:8", INT), ("train_utils.hits:1", TERM), ("harness.checkpoint._write_and_prove:1", TERM),
         ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
 REST = (
     [(state, TERM) for state in STATES]
@@ -122,7 +122,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
 
 
 @pytest.mark.parametrize("state", ["harness.checkpoint._write_and_prove:2",
-                                   pytest.param("train_utils.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
+                                   pytest.param("loop.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
 def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     assert stop_at(state, f"{TERM} . {INT}", save_dir, log, 1) == 130
