@@ -63,7 +63,7 @@ class Lamb(torch.optim.Optimizer):
 
     as used by ResNet Strikes Back (https://arxiv.org/abs/2110.00476), without clipping. The trust ratio
     |w| / |update| is 1 where either norm is 0, and for parameters of at most one dimension: the norm
-    of a BatchNorm's shift says nothing about how far it should move.
+    of a BatchNorm's shift says nothing about how far it should move, and a shift of 0 never would.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
@@ -96,13 +96,13 @@ class Lamb(torch.optim.Optimizer):
         updates = list(torch._foreach_div(means, roots))
         torch._foreach_div_(updates, [1 - beta1**step for step in steps])
         torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-        weights = [(p, update) for p, update in zip(params, updates, strict=True) if p.ndim > 1]
+        weights = [i for i, p in enumerate(params) if p.ndim > 1]
         if weights:
-            _apply_trust_ratio(*zip(*weights, strict=True))
+            _apply_trust_ratio([params[i] for i in weights], [updates[i] for i in weights])
         return updates
 
 
-def _apply_trust_ratio(params: Sequence[Tensor], updates: Sequence[Tensor]) -> None:
+def _apply_trust_ratio(params: list[Tensor], updates: list[Tensor]) -> None:
     weight_norm = torch.stack(torch._foreach_norm(params))
     update_norm = torch.stack(torch._foreach_norm(updates))
     defined = (weight_norm > 0) & (update_norm > 0)

@@ -17,7 +17,7 @@ from .layers import has_blur
 
 # Where a checkpoint keeps its weights: the earlier code; this project and torchvision's references; timm.
 WRAPPERS = ("model_state_dict", "model", "state_dict")
-PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
 # (has bottlenecks, blocks in each stage) -> name
 RESNETS = {
     (False, (1, 1, 1, 1)): "resnet_tiny",
@@ -77,7 +77,7 @@ def find_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
             f"no model weights in this checkpoint (it holds {found})",
             f"give a state dict, or a file that keeps one as {' or '.join(WRAPPERS)}",
         )
-    return _without_blur({_without_prefix(key): value for key, value in weights.items()})
+    return _without_blur({PREFIXES.sub("", key): value for key, value in weights.items()})
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
@@ -116,12 +116,6 @@ def to_torchvision(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, T
     head = f"{head_of(state)}.weight"
     state = {**state, head: state[head].flatten(1)}
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
-
-
-def _without_prefix(key: str) -> str:
-    while key.startswith(PREFIXES):
-        key = key.split(".", 1)[1]
-    return key
 
 
 def _without_blur(state: dict[str, Tensor]) -> dict[str, Tensor]:
