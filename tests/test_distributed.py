@@ -126,12 +126,7 @@ def test_only_the_loss_of_a_rank_is_named_so():
 def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_goes_on(tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     codes = run(
-        2,
-        log,
-        *TINY,
-        "--save-dir",
-        save_dir,
-        only={1: {"AT": "loop.train_step:7", "SIGNALS": str(TERM)}},
+        2, log, *TINY, "--save-dir", save_dir, only={1: {"AT": "loop.train_step:7", "SIGNALS": str(TERM)}}
     )
     said = log.read_text()
     assert codes == [143, 143] and "Traceback" not in said, said
@@ -154,9 +149,7 @@ def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize(
-    "where", ["loop.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"]
-)
+@pytest.mark.parametrize("where", ["loop.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"])
 def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
     if dies == 1 and "save" in where:
         where = "runtime.Runtime.barrier:1"

@@ -18,7 +18,7 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
     ),
     **dict.fromkeys(("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log"), 2),
     **dict.fromkeys(("loop", "analysis.predictions", "analysis.export"), 3),
-    **dict.fromkeys(("harness.build", "harness.preflight", "harness.dryrun"), 4),
+    **dict.fromkeys(("harness.build", "harness.preflight", "harness.dryrun", "harness.session"), 4),
     **dict.fromkeys(("train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"), 5),
     **dict.fromkeys(("ablation_runs", "benchmarks"), 5),
     # Their __init__.py, which imports nothing; and what analysis has besides the parts above are commands.

@@ -1,0 +1,127 @@
+"""A training run around its loop: built and restored first, then kept safe while it trains."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from base import flags
+from base.device import Runtime, environment
+from base.files import write_json
+from base.process import say
+from dataloader import end_workers
+from harness import build, preflight, rundir
+from harness.log import ROW_HEADER, MetricLogger
+from harness.rundir import RunIdentity, SaveDir
+from loop import Finished, Run, best_is_lost, save
+from models import notes
+from sources.index import DatasetIndex
+
+
+def prepare(
+    config, index: DatasetIndex, runtime: Runtime, directory: SaveDir, saved: dict | None
+) -> tuple[Run | None, RunIdentity]:
+    """Build the run and restore its checkpoint; write nothing. The run is None if it is complete."""
+    name = rundir.checkpoint_name(config.arch, index.name)
+    identity = rundir.identify(directory, config.resume, saved, name)
+    phases = build.make_plan(config, index, runtime.world_size)
+    run = build.build(config, index, runtime, phases, directory.path, identity.id)
+    if saved:
+        rundir.restore(run, saved, config)
+    elif config.init_from:
+        build.load_init_from(run, config)
+        say(f"starting from the weights of {config.init_from}" + ", with a new head" * config.reset_head)
+    if run.finished and not best_is_lost(run):
+        where = Path(config.resume).parent if identity.is_new else directory.path
+        say(f"This run is complete: {len(run.state.rows)} epochs in {where}.")
+        return None, identity
+    former = [path for path in directory.checkpoints if path in directory.files or not identity.is_new]
+    preflight.check_resources(run, former)
+    return run, identity
+
+
+@contextmanager
+def kept_safe(
+    run: Run, config, directory: SaveDir, saved: dict | None, identity: RunIdentity
+) -> Iterator[MetricLogger]:
+    """Hold the save directory, log, honour stop signals and explain a lack of memory while a run trains."""
+    values, main = flags.plain(config), run.runtime.is_main
+    lock = rundir.acquire(directory, overwrite=config.overwrite, checkpoint=run.file_name) if main else None
+    log = None
+    try:
+        with rundir.explain_removal(run.save_dir):
+            if saved and not rundir.resumes_in_place(config.resume, run.save_dir):
+                if identity.is_new:
+                    save(run, "last")
+                if main and not best_is_lost(run):
+                    rundir.copy_best(saved, config.resume, run.path("best"), identity.id)
+            (saved or {}).clear()  # restored: its tensors would stay in memory for the whole run
+            if main:
+                write_json(run.save_dir / "config.json", values, parents=False)
+                write_json(run.save_dir / "env.json", environment_of(run, identity), parents=False)
+            log = MetricLogger(
+                run.save_dir,
+                run.state.rows,
+                enabled=main,
+                tensorboard=config.tensorboard,
+                wandb_project=config.wandb,
+                config=values,
+                plot=config.plot,
+            )
+            if not gc.isenabled():
+                gc.freeze()
+                gc.enable()
+            with run.stop.installed(), preflight.explain_out_of_memory(run):
+                yield log
+    except Finished as reached:
+        say(str(reached))
+    finally:
+        if log:
+            log.close()
+        end_workers()
+        if lock:
+            lock.release()
+
+
+def environment_of(run: Run, identity: RunIdentity) -> dict:
+    """Return what a reader needs to reproduce the run, for env.json."""
+    values = {
+        **environment(run.runtime),
+        "command": " ".join(sys.argv),
+        "commit": run.metadata["commit"],
+        "num_train": len(run.index.train),
+        "num_val": len(run.index.val),
+        "num_classes": len(run.index.classes),
+        "run": identity.id,
+        "checkpoint": run.file_name,
+    }
+    return values | ({"parent": identity.parent} if identity.parent else {})
+
+
+def introduction(run: Run, config) -> str:
+    state, runtime, index = run.state, run.runtime, run.index
+    parameters = sum(p.numel() for p in state.model.parameters())
+    images = f"{len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"
+    lines = [f"{config.arch}, {parameters:,} parameters, on {runtime.device} ({runtime.precision}), {images}"]
+    if runtime.device.type == "cpu" and config.device == "auto":
+        lines.append("no GPU found: training on the CPU")
+    lines += filter(None, (flags.workers_note(config.num_workers), *notes(config.use_blurpool)))
+    for p in run.phases:
+        lines.append(
+            f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
+            f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path")
+        )
+    return "\n".join([*lines, ROW_HEADER])
+
+
+def conclusion(run: Run, config) -> str:
+    best, path = run.state.best, run.path("best")
+    lines = [f"done: best top-1 {best['score']:.2f} % at epoch {best['epoch']}, in {path}"]
+    if config.plot:
+        lines.append(f"curves: {run.save_dir / 'plots' / 'curves.png'}")
+    on_disk = config.dataset.partition(":")[0] not in ("digits", "synthetic", "hf")
+    data = f"--data-dir {config.data_dir}" if on_disk else f"--dataset {config.dataset}"
+    return "\n".join([*lines, f"next: python validate.py {path} {data}"])
