@@ -16,7 +16,7 @@ from dataloader import end_workers
 from harness import build, preflight, rundir
 from harness.log import ROW_HEADER, MetricLogger
 from harness.rundir import RunIdentity, SaveDir
-from loop import Finished, Run, best_is_lost, save
+from loop import Run, StopAfterReached, best_is_lost, save
 from models import notes
 from sources.index import DatasetIndex
 
@@ -76,8 +76,8 @@ def kept_safe(
                 gc.enable()
             with run.stop.installed(), preflight.explain_out_of_memory(run):
                 yield log
-    except Finished as reached:
-        say(str(reached))
+    except StopAfterReached as stop:
+        say(str(stop))
     finally:
         if log:
             log.close()

@@ -10,6 +10,7 @@ from runs import digest, payload
 
 import loop
 import train
+from base.device import Runtime
 from base.errors import DataError, DivergedError
 from harness.log import MetricLogger, read_metrics
 
@@ -110,6 +111,18 @@ def test_without_patience_the_best_is_past_two_thirds_and_nothing_stops(tmp_path
     run = tiny_run(tmp_path, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
     assert judged(run, dict(enumerate([90, 80, 70, 60, 50, 40, 30, 35, 20], 1))) == [7, 8]
     assert run.state.best == {"score": 35, "epoch": 8, "waited": 1}
+
+
+@pytest.mark.parametrize("signal_before", [0, 1, 3])
+def test_on_many_ranks_a_signal_between_two_steps_drops_and_repeats_no_batch(signal_before, tmp_path):
+    """The ranks agree to stop after a step: until then each must take the step that the others take."""
+    run, taken = tiny_run(tmp_path), []
+    run.runtime = Runtime(torch.device("cpu"), None, rank=0, world_size=2)
+    run.stop.received = 15 * (signal_before == 0)
+    for batch in loop.interruptible(run, [1, 2, 3]):
+        taken.append(batch)
+        run.stop.received = 15 * (len(taken) >= signal_before)
+    assert taken == [1, 2, 3]
 
 
 def overflowing(tmp_path, until: float, *arguments: object):
