@@ -57,9 +57,7 @@ class Run:
     runtime: Runtime
     # data
     index: DatasetIndex
-    train_sample: (
-        Split  # training images scored for train_top1: with MixUp, train_loss does not show overfitting
-    )
+    train_sample: Split  # training images that train_top1 is measured on
     augment: tuple[tuple[str, int | None], ...]
     num_workers: int
     on_bad_image: str
@@ -175,7 +173,7 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: Ste
 
 
 def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of `loader`. A stop signal ends the wait for one, which a hung disk may never send."""
+    """Yield the batches of `loader`. A stop signal ends the wait for one: a hung disk may never send it."""
     if run.runtime.world_size > 1:  # every rank takes every step; they stop together, after one
         yield from loader
         return
