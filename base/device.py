@@ -86,10 +86,8 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
             ) from error
     if deterministic:  # cuBLAS requires this before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if (
-        deterministic != torch.are_deterministic_algorithms_enabled()
-    ):  # setting it imports the compiler: seconds
-        torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)  # imports the compiler, which takes seconds
     if chosen.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = not deterministic
