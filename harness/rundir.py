@@ -275,7 +275,7 @@ def restore(run, saved: dict, config) -> None:
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
     before = (saved["config"].get("optimizer"), saved["config"].get("momentum"))
-    if not optim.keeps_alike(config.optimizer, config.momentum, *before):
+    if not optim.same_state(config.optimizer, config.momentum, *before):
         say("note: the optimizer differs from the checkpoint's and starts without its state")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
