@@ -212,7 +212,7 @@ class Meter:
     def __exit__(self, *exception) -> None:
         self.bar.close()
         if self.overflows and exception[0] is None:
-            tell(
+            say_or_stop(
                 self.run,
                 f"note: {self.overflows} steps of epoch {self.epoch} overflowed in fp16 and were skipped; "
                 f"the scale is now {self.run.state.scaler.get_scale():g}",
@@ -250,8 +250,8 @@ class Meter:
         first = position * self.phase.batch_size
         ids = self.loader.order.ids(self.epoch)[first : first + self.phase.batch_size]
         names = listed([self.run.index.train.name(int(i)) for i in ids[:9]])
-        step = self.run.state.step
-        tell(self.run, f"WARNING: step {step} was not finite and was skipped; its {len(ids)} images: {names}")
+        what = f"step {self.run.state.step} was not finite and was skipped; its {len(ids)} images: {names}"
+        say_or_stop(self.run, f"WARNING: {what}")
 
 
 def save_or_stop(run: Run) -> None:
@@ -312,7 +312,8 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
     train, bad = evaluate_split(run, {"train": model}, run.train_sample, phase)
     if bad and not run.bad_sample_reported:
         run.bad_sample_reported = True
-        tell(run, f"note: train_top1 leaves out {len(bad)} of {len(run.train_sample)} images: {listed(bad)}")
+        left_out = f"{len(bad)} of {len(run.train_sample)} images: {listed(bad)}"
+        say_or_stop(run, f"note: train_top1 leaves out {left_out}")
     row = {"train_top1": train["train"].top1 if train["train"].num_samples else None}
     for kind, result in results.items():
         row |= {f"{kind}_{name}": getattr(result, name) for name in ("loss", "top1", "top5")}
@@ -357,11 +358,11 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
         save(run, "last")
     if row["best"]:
         save(run, "best")
-    tell(run, format_row(row))
+    say_or_stop(run, format_row(row))
     percent = row["data_wait_percent"] or 0
     seconds = percent / 100 * row["seconds"]
     if run.data_hint and percent > SLOW_DATA_PERCENT and seconds > SLOW_DATA_SECONDS:
-        tell(run, f"note: {percent:.0f} % of the time was spent waiting for data. {run.data_hint}")
+        say_or_stop(run, f"note: {percent:.0f} % of the time was spent waiting for data. {run.data_hint}")
         run.data_hint = ""
     log.draw(now=run.finished)
 
@@ -411,7 +412,7 @@ def best_is_lost(run: Run) -> bool:
     return just_saved and not (best.exists() and last.exists() and best.samefile(last))
 
 
-def tell(run: Run, text: str) -> None:
+def say_or_stop(run: Run, text: str) -> None:
     """Print `text`. A closed pipe or terminal counts as SIGHUP: the run is saved and stopped."""
     try:
         say(text)
