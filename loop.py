@@ -68,7 +68,7 @@ class Run:
     compiled: bool
     # validation and checkpoints
     save_dir: Path
-    file_name: str  # checkpoints are called last_<file_name> and best_<file_name>
+    checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
     metadata: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
     early: EarlyStopping
     eval_every: int = 1  # epochs
@@ -96,7 +96,7 @@ class Run:
         return "val_top1" if self.state.ema.module is None else "ema_val_top1"
 
     def path(self, kind: str) -> Path:
-        return self.save_dir / f"{kind}_{self.file_name}"
+        return self.save_dir / f"{kind}_{self.checkpoint_name}"
 
     def is_scored(self, epoch: int) -> bool:
         return epoch % self.eval_every == 0 or epoch == self.epochs

@@ -96,7 +96,7 @@ def build(
         drop_path_rate=config.drop_path_rate,
         compiled=config.compile,
         save_dir=save_dir,
-        file_name=rundir.checkpoint_name(config.arch, index.name),
+        checkpoint_name=rundir.checkpoint_name(config.arch, index.name),
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
         early=EarlyStopping(config.early_stop_patience),
         eval_every=config.eval_every,

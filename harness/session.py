@@ -54,8 +54,9 @@ def protected(
     ResourceErrors. At the end the log is closed, the loader workers are killed and the lock is released.
     """
     values, main = flags.plain(config), run.runtime.is_main
-    lock = rundir.acquire(directory, overwrite=config.overwrite, checkpoint=run.file_name) if main else None
-    log = None
+    lock = log = None
+    if main:
+        lock = rundir.acquire(directory, overwrite=config.overwrite, checkpoint=run.checkpoint_name)
     try:
         with rundir.explain_removal(run.save_dir):
             if saved and not rundir.resumes_in_place(config.resume, run.save_dir):
@@ -101,7 +102,7 @@ def environment_of(run: Run, identity: RunIdentity) -> dict:
         "num_val": len(run.index.val),
         "num_classes": len(run.index.classes),
         "run": identity.id,
-        "checkpoint": run.file_name,
+        "checkpoint": run.checkpoint_name,
     }
     return values | ({"parent": identity.parent} if identity.parent else {})
 
