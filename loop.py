@@ -114,8 +114,8 @@ def fit(run: Run, log: MetricLogger) -> None:
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
     if best_is_lost(run):
-        save(run, "last")
-        save(run, "best")
+        save(run)
+        name_best(run)
     for phase in run.phases:
         epochs = range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1)
         if run.finished or not epochs:
@@ -124,7 +124,7 @@ def fit(run: Run, log: MetricLogger) -> None:
         for epoch in epochs:
             trained = train_epoch(run, phase, epoch, loader, options)
             if trained and run.is_scored(epoch) and run.is_saved(epoch):
-                save(run, "last")  # in case scoring fails; `finish_epoch` saves again, with the row
+                save(run)  # in case scoring fails; `finish_epoch` saves again, with the row
             finish_epoch(run, score_epoch(run, phase, epoch), log)
             if run.finished:
                 break
@@ -264,7 +264,7 @@ def save_or_stop(run: Run) -> None:
     stopping = run.runtime.any_rank(run.stop.received)
     reached = run.stop_after is not None and run.state.step >= run.stop_after
     if due or stopping or reached:
-        save(run, "last")
+        save(run)
     if stopping or reached:
         command = f"python train.py --save-dir {run.save_dir} --resume auto"
         text = f"Stopped at step {run.state.step:,}. To continue: {command}"
@@ -355,9 +355,9 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     run.state.start_epoch()
     log.log(row)  # before saving: a resumed run can cut surplus rows but cannot restore a lost one
     if row["best"] or run.finished or run.is_saved(row["epoch"]):
-        save(run, "last")
+        save(run)
     if row["best"]:
-        save(run, "best")
+        name_best(run)
     say_or_stop(run, format_row(row))
     percent = row["data_wait_percent"] or 0
     seconds = percent / 100 * row["seconds"]
@@ -385,19 +385,19 @@ def is_best(run: Run, row: dict) -> bool:
     return False
 
 
-def save(run: Run, kind: str) -> None:
-    """Write the checkpoint last_*, or (kind "best") make best_* a second name of the one just written.
-
-    Raises DivergedError if the state is not finite.
-    """
-    if kind == "last":
-        run.state.check_finite()  # on every rank: all hold the same state and end together
+def save(run: Run) -> None:
+    """Write the checkpoint last_*. Raises DivergedError if the state is not finite."""
+    run.state.check_finite()  # on every rank: all hold the same state and end together
     if run.runtime.is_main:
-        if kind == "last":
-            checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
-        else:
-            checkpoint.link(run.path("last"), run.path("best"))
+        checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
     run.last_save = time.monotonic()
+    run.runtime.barrier()
+
+
+def name_best(run: Run) -> None:
+    """Make best_* a second name of the last_* that was just written."""
+    if run.runtime.is_main:
+        checkpoint.link(run.path("last"), run.path("best"))
     run.runtime.barrier()
 
 

@@ -61,7 +61,7 @@ def protected(
         with rundir.explain_removal(run.save_dir):
             if saved and not rundir.resumes_in_place(config.resume, run.save_dir):
                 if identity.is_new:
-                    save(run, "last")
+                    save(run)
                 if main and not best_is_lost(run):
                     rundir.copy_best(saved, config.resume, run.path("best"), identity.id)
             (saved or {}).clear()  # already restored: free its tensors

@@ -159,7 +159,7 @@ def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
 @pytest.mark.parametrize("where", ["loop.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"])
 def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
     if dies == 1 and "save" in where:
-        where = "runtime.Runtime.barrier:1"
+        where = "base.device.Runtime.barrier:1"
     log, save_dir = tmp_path / "log", tmp_path / "run"
     codes = run(2, log, *TINY, "--save-dir", save_dir, only={dies: {"AT": where, "SIGNALS": "9"}})
     said = log.read_text()

@@ -67,8 +67,8 @@ def test_an_epoch_that_is_due_is_saved_before_it_is_scored_and_again_with_its_ro
     every, eval_every, saves, tmp_path, monkeypatch
 ):
     run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], loop.save
-    monkeypatch.setattr(loop, "save", lambda run, kind: (
-        kind == "last" and seen.append((run.state.step, len(run.state.rows))), real(run, kind)))  # fmt: skip
+    monkeypatch.setattr(loop, "save", lambda run: (
+        seen.append((run.state.step, len(run.state.rows))), real(run)))  # fmt: skip
     loop.fit(run, MetricLogger(tmp_path))
     assert seen == saves
 
@@ -157,7 +157,7 @@ def test_overflows_without_end_end_the_run_with_a_clean_checkpoint(tmp_path, cap
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
 def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
     built = tiny_run(tmp_path)
-    loop.save(built, "last")
+    loop.save(built)
     before = built.path("last").read_bytes()
     state, model = built.state, built.state.model
     first = next(model.parameters())
@@ -167,7 +167,7 @@ def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
               "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan))}  # fmt: skip
     ruined[what]()
     with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
-        loop.save(built, "last")
+        loop.save(built)
     assert built.path("last").read_bytes() == before
 
 
