@@ -267,7 +267,7 @@ def save_or_stop(run: Run) -> None:
         save(run)
     if stopping or reached:
         command = f"python train.py --save-dir {run.save_dir} --resume auto"
-        text = f"Stopped at step {run.state.step:,}. To continue: {command}"
+        text = f"Stopped at step {run.state.step:,}. To continue: {command}"  # docs/slurm.sh looks for it
         raise Stopped(stopping, text) if stopping else StopAfterReached(text)
 
 

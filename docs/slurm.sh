@@ -1,11 +1,11 @@
 #!/bin/bash
-# Train on several nodes, and go on by itself when the time is up or the job is preempted.
+# Train on several nodes; requeue the job when its time is up or it is preempted.
 #
 #   sbatch docs/slurm.sh --data-dir /data/imagenet --save-dir runs/r50
 #
-# Two minutes before the limit SLURM sends USR1 to the job's steps: train.py finishes the step, saves and exits. This
-# script then puts the job back into the queue, where --resume auto goes on at that step. Submit it from the
-# repository; everything after the script's name goes to train.py. Adapt the next lines to the cluster.
+# Two minutes before the time limit SLURM sends USR1 to the job's steps: train.py finishes its step, saves and exits.
+# This script then requeues the job, and --resume auto continues at that step. Submit it from the repository. All
+# arguments go to train.py. Adapt the next lines to your cluster.
 
 #SBATCH --job-name=resnet50
 #SBATCH --nodes=2
@@ -20,11 +20,13 @@
 
 log="slurm-$SLURM_JOB_ID.log"
 export HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
-stops() { grep -c "^stopped at step" "$log"; }
+stops() { grep -ci "^stopped at step" "$log"; } # a message of train.py (loop.py)
 before=$(stops)
-trap : USR1 TERM # they are for the ranks; this shell waits until those have saved (ignored, no child could trap them)
+# The signals are for the ranks; this shell waits until they have saved. (An ignored signal could not be trapped by
+# child processes, so the trap is a command that does nothing.)
+trap : USR1 TERM
 
-# One launcher a node. torchrun hands TERM on to its ranks but would die of USR1, so that is translated.
+# One launcher per node. torchrun forwards TERM to its ranks, but USR1 would kill it, so USR1 becomes TERM.
 srun --kill-on-bad-exit=1 bash -c '
   (trap "" USR1; exec torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-1}" \
      --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$HEAD" train.py --resume auto "$@") &
@@ -36,6 +38,6 @@ srun --kill-on-bad-exit=1 bash -c '
   exit $code' bash "$@"
 code=$?
 
-# Only a run that was stopped goes back into the queue: an error would meet it again.
+# Requeue the job only if the run was stopped: an error would happen again.
 [ $code -ne 0 ] && [ "$(stops)" -gt "$before" ] && scontrol requeue "$SLURM_JOB_ID"
 exit $code

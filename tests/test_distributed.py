@@ -243,8 +243,8 @@ def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
     for module in run.state.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval().train = lambda mode=True, module=module: module
-    losses, real = [], train_utils.train_step
-    train_utils.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
+    losses, real = [], loop.train_step
+    loop.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
     loop.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main))
     if run.runtime.is_main:
         (Path(save_dir) / "losses.json").write_text(json.dumps(losses))
