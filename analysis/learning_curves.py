@@ -77,7 +77,7 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
         ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
     ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
     mark_phases(ax, run.rows)
-    if len(panel.columns) > 1 and ax.lines:
+    if len(panel.columns) > 1 and ax.get_legend_handles_labels()[1]:
         ax.legend()
 
 

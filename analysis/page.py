@@ -17,13 +17,14 @@ from pathlib import Path
 from analysis import figures
 
 CSS, SCRIPT = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
-
-
 NUMBER = re.compile(r"-|[-+]?[\d,]*\.?\d+(e[-+]\d+)?( ?%)?")
 
 
 class Markup(str):
     """Text that is already HTML."""
+
+
+Section = tuple[str, str, Markup]  # of the page: title, anchor, content
 
 
 def escape(text: object) -> Markup:
@@ -104,12 +105,11 @@ def details(title: str, content: object) -> Markup:
     return tag("details", tag("summary", title), content)
 
 
-def section(title: str, anchor: str, *content: object) -> tuple[str, str, Markup]:
-    """Return a chapter for `page`: (title, anchor, markup)."""
+def section(title: str, anchor: str, *content: object) -> Section:
     return title, anchor, tag("section", tag("h2", title), join(content), id=anchor)
 
 
-def page(title: str, lead: str, sections: Sequence[tuple[str, str, Markup]]) -> str:
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """Return the whole document."""
     # The policy allows this one script, by its hash, and no address: even markup that slipped through
     # could neither run nor load anything.

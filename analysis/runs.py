@@ -138,6 +138,15 @@ def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
     return unusual
 
 
+def listing(runs: Sequence[RunFiles]) -> str:
+    """Return the runs as an aligned text table with the flags in which each is not like most others."""
+    rows = [[*SCORE_COLUMNS, "flags that differ"]]
+    for run, unusual in zip(runs, unusual_flags(runs), strict=True):
+        rows.append([*run.scores(), " ".join(flags.to_argv(unusual))])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(SCORE_COLUMNS))]
+    return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
+
+
 def changed_flags(config: dict) -> dict[str, tuple[str, str]]:
     """Return {flag: (value, default)} of the flags that affect training and are not at their default."""
     values = {name: (shown(config.get(name)), shown(v)) for name, v in flags.defaults().items()}
