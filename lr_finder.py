@@ -57,7 +57,7 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     config, given = flags.parse(build_parser(), argv)
     low, high = rate_limits(config)
-    # What is called below may read any flag of train.py: those that are no flags here get their defaults.
+    # The code below reads any flag of train.py; those that this command lacks get their defaults.
     config = flags.make_config(flags.defaults() | flags.plain(config))
     if "lr" in given.by_hand:  # a recipe may bring it
         raise UsageError("--lr would do nothing: this command looks for it", "leave --lr out")
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
 
     phases = build.make_plan(config, index, world_size=1)
     if config.phase > len(phases):
-        what = f"--phase {config.phase}, but the plan has {len(phases)}"
+        what = f"--phase {config.phase}, but the plan has {len(phases)} phases"
         raise UsageError(what, "run python train.py --dry-run to see the plan")
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)

@@ -180,7 +180,7 @@ def galleries(run: RunFiles) -> Markup:
     found = {path.name: path for path in paths if path.name not in DRAWN_AS_CHARTS and path.is_file()}
     if not found:
         commands = "gradcam, misclassified, batch, filters or loss_landscape"
-        return tag("p", f"No pictures yet. They come from python -m analysis.NAME with {commands}.")
+        return tag("p", f"No pictures yet. Draw them with python -m analysis.NAME, where NAME is {commands}.")
     names = [*(name for name in CAPTIONS if name in found), *(name for name in found if name not in CAPTIONS)]
     return join(image(found[name], CAPTIONS.get(name, name)) for name in names)
 

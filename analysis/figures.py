@@ -1,4 +1,4 @@
-"""How every picture looks and how it is saved: one style, one set of colours, galleries.
+"""The style of every picture, how it is saved, and galleries of images.
 
 The functions draw the values they are given and know nothing about runs or models. The colours are those
 of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.

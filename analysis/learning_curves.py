@@ -70,7 +70,8 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
         epochs, values = series(run.rows, column)
         colour, dash = STYLES.get(column.split("_")[0], (figures.BLUE, "-"))
         if epochs:
-            ax.plot(epochs, values, dash, color=colour, label=label, marker="o", markersize=3)
+            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
+            ax.plot(epochs, values, label=label, **style)
     if panel is TOP1 and run.best:
         label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
         star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}

@@ -72,10 +72,7 @@ def _embedded(data: bytes, kind: str, alt: str) -> Markup:
 
 
 def chart(fig) -> Markup:
-    """Return a figure with one chart over epochs as SVG that shows its values when pointed at.
-
-    A chart without lines becomes ''.
-    """
+    """Return a chart over epochs as SVG; pointing at it shows its values. '' for a chart without lines."""
     (ax,) = fig.axes
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
     if not lines:

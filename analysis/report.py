@@ -28,12 +28,8 @@ def build_parser() -> flags.Parser:
     add("--list", default="", metavar="DIR", help="Print a table of the runs below DIR and write nothing.")
     pictures = "First score the checkpoint and draw missing pictures, if its data can be read."
     add("--pictures", action=flags.Switch, default=True, help=pictures)
-    add(
-        "--data-dir",
-        default="",
-        metavar="DIR",
-        help="Dataset directory; by default the one used in training.",
-    )
+    data_dir = "Dataset directory; by default the one used in training."
+    add("--data-dir", default="", metavar="DIR", help=data_dir)
     add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
     flags.DEBUG.add_to(parser)
     return parser
@@ -76,7 +72,7 @@ def check_exists(path: Path) -> None:
 
 
 def make_missing(run, data_dir: str, device: str) -> list[str]:
-    """Start the commands whose output is missing or older than the checkpoint; return what failed and why."""
+    """Run the commands whose output is missing or older than the checkpoint; return what failed and why."""
     checkpoint = run.checkpoint()
     if checkpoint is None:
         return ["There is no checkpoint, so nothing was scored or drawn."]

@@ -26,17 +26,16 @@ def model_labels(classifier: Classifier, say: Callable[[str], None]) -> list[int
     known = {name: label for label, name in enumerate(classifier.classes)}
     classes = classifier.index.classes
     if unknown := [name for name in classes if name not in known]:
-        some = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+        names = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
         trained_on = f"{classifier.payload['eval']['dataset']}: {', '.join(classifier.classes[:5])}, ..."
         raise DataError(
-            f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {some} "
+            f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {names} "
             f"(it was trained on {trained_on})",
             "name the data it was trained on: --dataset NAME --data-dir DIR",
         )
     if len(classes) < len(known):
-        say(
-            f"note: the data has {len(classes)} of the model's {len(known)} classes; it may predict any class"
-        )
+        some = f"{len(classes)} of the model's {len(known)} classes"
+        say(f"note: the data has {some}; the model may predict any class")
     return [known[name] for name in classes]
 
 
