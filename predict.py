@@ -54,10 +54,10 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
+    config, given = flags.parse(build_parser(), argv)
     if not (config.images or config.export):
         raise UsageError("no images given", "name image files or folders, or --export FORMAT")
-    flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, typed)
+    flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, given)
     if config.json == config.csv == "-":
         raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
     from harness import rundir

@@ -28,9 +28,9 @@ def parse(parser: flags.Parser, argv: list[str] | None):
     """Parse as `flags.parse`, and check that the checkpoint exists before torch is imported."""
     from harness import rundir
 
-    config, typed = flags.parse(parser, argv)
+    config, given = flags.parse(parser, argv)
     rundir.check_checkpoint(config.checkpoint)
-    return config, typed
+    return config, given
 
 
 def out_dir(config) -> Path:

@@ -31,8 +31,8 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
-    flags.check_train(config, typed)
+    config, given = flags.parse(build_parser(), argv)
+    flags.check_train(config, given)
     if config.show_epoch > config.epochs:
         problem = f"--show-epoch {config.show_epoch} > --epochs {config.epochs}"
         raise UsageError(problem, "name an epoch of the run")

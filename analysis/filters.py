@@ -26,11 +26,11 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = arguments.parse(build_parser(), argv)
+    config, given = arguments.parse(build_parser(), argv)
     from analysis import filter_figures
     from analysis.predictions import load_with_data
 
-    classifier = load_with_data(config, typed)
+    classifier = load_with_data(config, given)
     pixels = classifier.val_pixels(classifier.check_ids([config.id], "--id"))
     images = classifier.batch(pixels)
     arguments.save(config, filter_figures.draw(classifier.model, images, pixels[0], classifier.title))

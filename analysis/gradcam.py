@@ -32,13 +32,13 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = arguments.parse(build_parser(), argv)
-    if "count" in typed and (config.ids or config.files):
+    config, given = arguments.parse(build_parser(), argv)
+    if "count" in given and (config.ids or config.files):
         raise UsageError("--count has no effect with --ids and --files", "leave --count out")
     from analysis import gradcam_figures
     from analysis.predictions import load_with_data
 
-    classifier = load_with_data(config, typed, needs_data=not config.files)
+    classifier = load_with_data(config, given, needs_data=not config.files)
     if config.image_size:
         classifier = replace(classifier, image_size=config.image_size)
     pixels, labels = choose_images(classifier, config)

@@ -33,11 +33,11 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = arguments.parse(build_parser(), argv)
+    config, given = arguments.parse(build_parser(), argv)
     from analysis import landscape_figures
     from analysis.predictions import load_with_data
 
-    classifier = load_with_data(config, typed)
+    classifier = load_with_data(config, given)
     ids = classifier.spread_ids(config.samples)
     images, labels = classifier.batch(classifier.val_pixels(ids)), classifier.index.val.labels[ids]
     steps = landscape_figures.steps_along(config.reach, config.points)

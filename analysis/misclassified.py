@@ -25,11 +25,11 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = arguments.parse(build_parser(), argv)
+    config, given = arguments.parse(build_parser(), argv)
     from analysis import figures
     from analysis.predictions import load_with_data
 
-    classifier = load_with_data(config, typed)
+    classifier = load_with_data(config, given)
     predictions = classifier.predict_val()
     wrong, total = predictions.most_confident_errors(), len(predictions.labels)
     if config.only:
