@@ -42,7 +42,7 @@ bench: setup     ## loader and step, side by side with public peers: make bench 
 	$(PYTHON) -m benchmarks.loader --data-dir $(or $(DATA),data/imagenet) --json benchmarks/loader.json
 	$(PYTHON) -m benchmarks.step --json benchmarks/step.json
 
-TORTURED := checkpoint schemas rundir trainer signals resume wrong_input distributed torture security
+TORTURED := checkpoint schemas rundir loop signals resume wrong_input distributed torture security
 
 torture: setup   ## hundreds of killed, damaged and resumed runs; about half an hour
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
