@@ -216,7 +216,7 @@ def test_an_empty_validation_class_is_a_missing_one(tmp_path):
 def test_a_flat_val_without_labels_is_explained(tmp_path):
     error = refused(DataError, "imagenet", make_flat(tmp_path))
     assert (
-        "flat val" in error.what
+        "no class folders" in error.what
         and "LOC_val_solution.csv" in error.fix
         and "download_imagenet.py" in error.fix
     )
@@ -754,4 +754,6 @@ def test_a_subset_larger_than_the_data_says_how_much_there_is():
     def notes(size: int) -> tuple[str, ...]:
         return layouts.open_dataset("synthetic:classes=4,train=40,val=8,size=8", "", subset_size=size).notes
 
-    assert notes(40) == () and notes(41) == ("note: --subset-size 41 of 40 training images: all are used",)
+    assert notes(40) == () and notes(41) == (
+        "note: --subset-size 41 exceeds the 40 training images: all are used",
+    )

@@ -151,7 +151,7 @@ def test_two_packings_at_once_are_refused(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(pack_dataset.time, "sleep", lambda seconds: None)
     with (
         pack_dataset._locked(str(tmp_path / "out")),
-        pytest.raises(UsageError, match="another packing is running"),
+        pytest.raises(UsageError, match="another process is packing"),
     ):
         pack(folders, tmp_path / "out")
 
