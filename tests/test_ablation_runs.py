@@ -516,9 +516,11 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "EMA against raw weights" in text and "stuck at chance" in text
     rows = list(csv.DictReader((tmp_path / "published/ema-smoke/summary.csv").read_text().splitlines()))
     assert [(r["variant"], r["seed"], r["status"], r["epochs"]) for r in rows] == [
-        ("ramp-0.9999", "0", "done", "3"), ("ramp-0.9999", "1", "done", "3"),
-        ("plain-0.9999", "0", "done", "3"), ("plain-0.9999", "1", "done", "3"),
-    ]  # fmt: skip
+        ("ramp-0.9999", "0", "done", "3"),
+        ("ramp-0.9999", "1", "done", "3"),
+        ("plain-0.9999", "0", "done", "3"),
+        ("plain-0.9999", "1", "done", "3"),
+    ]
     # The average does not touch training, so with one seed the raw weights score the same.
     assert rows[0]["val_top1"] == rows[2]["val_top1"]
     for path in (tmp_path / "published").rglob("*.json*"):

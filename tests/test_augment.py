@@ -174,8 +174,11 @@ def test_affine_is_albumentations(A, shift, scale, angle):
     image = photo(64, 64)
     theirs = A.Affine(
         translate_percent={"x": (shift, shift), "y": (-shift / 2, -shift / 2)},
-        scale={"x": (scale, scale), "y": (1.02, 1.02)}, rotate=(angle, angle), fill=FILL, p=1.0,
-    )  # fmt: skip
+        scale={"x": (scale, scale), "y": (1.02, 1.02)},
+        rotate=(angle, angle),
+        fill=FILL,
+        p=1.0,
+    )
     ours = augment.affine(image, (shift, -shift / 2), (scale, 1.02), angle, FILL)
     assert np.array_equal(ours, theirs(image=image)["image"])
 

@@ -29,8 +29,22 @@ def folders(tmp_path_factory):
 @pytest.mark.slow
 def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsys):
     out = tmp_path / "new" / "loader.json"
-    loader.main(["--data-dir", str(folders), "--sizes", "16", "--workers", "1", "--stored-sides", "24",
-                 "--seconds", "0.1", "--json", str(out)])  # fmt: skip
+    loader.main(
+        [
+            "--data-dir",
+            str(folders),
+            "--sizes",
+            "16",
+            "--workers",
+            "1",
+            "--stored-sides",
+            "24",
+            "--seconds",
+            "0.1",
+            "--json",
+            str(out),
+        ]
+    )
     rows = json.loads(out.read_text())
     assert {row["loader"] for row in rows} >= {"packed", "full-size", "torchvision"}
     assert {row["augmentation"] for row in rows} == {"crop-flip", "full"}

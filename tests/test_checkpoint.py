@@ -84,9 +84,14 @@ def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tm
     )
     checkpoint.save(path, whole(step=4))
     partial, older = f"{path}.partial", f"{path.with_name('prev_last_x.pt')}"
-    assert done == [("fsync", partial), ("read", partial), ("read", str(path)),
-                    ("replace", (f"{older}.partial", older)), ("replace", (partial, str(path))),
-                    ("fsync", str(tmp_path))]  # fmt: skip
+    assert done == [
+        ("fsync", partial),
+        ("read", partial),
+        ("read", str(path)),
+        ("replace", (f"{older}.partial", older)),
+        ("replace", (partial, str(path))),
+        ("fsync", str(tmp_path)),
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_x.pt", "prev_last_x.pt"]
     assert checkpoint.load(path)["step"] == 4 and checkpoint.load(older)["step"] == 3
 

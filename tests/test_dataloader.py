@@ -31,8 +31,15 @@ def data(photos):
 
 
 def batches(data, workers: int, epoch: int = 1, start: int = 0, **options):
-    loader = train_loader(data, image_size=24, batch_size=16, augment=parse_augment("full"), seed=5,
-                          num_workers=workers, **options)  # fmt: skip
+    loader = train_loader(
+        data,
+        image_size=24,
+        batch_size=16,
+        augment=parse_augment("full"),
+        seed=5,
+        num_workers=workers,
+        **options,
+    )
     loader.order.seek(epoch, start)
     return [(images.clone(), labels) for images, labels in loader]
 

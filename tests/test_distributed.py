@@ -36,14 +36,25 @@ def free_port() -> str:
 
 def ranks(world: int, port: str) -> list[dict[str, str]]:
     """What torchrun tells each rank."""
-    return [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "GLOO_SOCKET_IFNAME": "lo"} for k in range(world)]  # fmt: skip
+    return [
+        {
+            "RANK": str(k),
+            "LOCAL_RANK": str(k),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        for k in range(world)
+    ]
 
 
 def run(world: int, log: Path, *arguments, only: dict[int, dict[str, str]] | None = None) -> list[int]:
     """train.py on `world` ranks; `only` holds more variables for some of them. Their exit codes."""
-    started = [spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
-               for k, variables in enumerate(ranks(world, free_port()))]  # fmt: skip
+    started = [
+        spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
+        for k, variables in enumerate(ranks(world, free_port()))
+    ]
     return [finish(process) for process in started]
 
 
@@ -167,8 +178,22 @@ def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path
     data, log = tmp_path / "data", tmp_path / "log"
     shutil.copytree(photos, data)
     (data / "train" / "dog" / "dog_3.JPEG").write_bytes(b"")
-    flags = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
-             "--device", "cpu", "--amp", "off")  # fmt: skip
+    flags = (
+        "--arch",
+        "resnet_tiny",
+        "--resize-schedule",
+        "16",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    )
     codes = run(2, log, *flags, "--data-dir", data, "--save-dir", tmp_path / "run")
     assert sorted(codes) == [3, 6], log.read_text()
     assert "dog_3.JPEG" in log.read_text() and "Traceback" not in log.read_text()
@@ -177,10 +202,29 @@ def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path
 @pytest.mark.slow
 def test_two_runs_on_one_host_do_not_meet(tmp_path):
     """Through torchrun, as a user starts them."""
-    started = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                 str(ROOT / "train.py"), *TINY, "--seed", str(k), "--save-dir", str(tmp_path / str(k))],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-               for k in range(2)]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                str(ROOT / "train.py"),
+                *TINY,
+                "--seed",
+                str(k),
+                "--save-dir",
+                str(tmp_path / str(k)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        for k in range(2)
+    ]
     for k, process in enumerate(started):
         out, _ = process.communicate(timeout=400)
         assert process.returncode == 0 and out.count("done: best") == 1, out
@@ -202,13 +246,25 @@ def test_the_slurm_script_puts_a_stopped_job_back_into_the_queue_and_a_finished_
         (tmp_path / name).chmod(0o755)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     log = tmp_path / "slurm-7.log"
-    variables = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node1",
-                            SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", PYTHONPATH=str(ROOT))  # fmt: skip
+    variables = environment(
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="node1",
+        SLURM_NNODES="1",
+        SLURM_GPUS_ON_NODE="2",
+        PYTHONPATH=str(ROOT),
+    )
 
     def job(stop: bool) -> int:
         with log.open("a") as out:
-            process = subprocess.Popen(["bash", str(ROOT / "docs" / "slurm.sh"), *TINY, "--save-dir", "run"], cwd=tmp_path,
-                                       env=variables, stdout=out, stderr=out, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                ["bash", str(ROOT / "docs" / "slurm.sh"), *TINY, "--save-dir", "run"],
+                cwd=tmp_path,
+                env=variables,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + 200
         while stop and "    1    8     8" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -249,8 +305,10 @@ def test_two_ranks_have_the_losses_and_scores_of_one(tmp_path):
     for world in (1, 2):
         save_dir = tmp_path / str(world)
         save_dir.mkdir()
-        started = [SERVER.Process(target=losses_of_a_run, args=(variables, str(save_dir)))
-                   for variables in ranks(world, free_port())]  # fmt: skip
+        started = [
+            SERVER.Process(target=losses_of_a_run, args=(variables, str(save_dir)))
+            for variables in ranks(world, free_port())
+        ]
         for process in started:
             process.start()
         assert [finish(process) for process in started] == [0] * world

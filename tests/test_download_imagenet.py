@@ -599,8 +599,10 @@ def test_a_zip_is_read_and_its_checksums_compared(tmp_path):
 
 def test_a_mutated_archive_is_read_or_refused(tmp_path):
     rng = random.Random(0)
-    for name, data in (("x.zip", zip_of({f"{k}": rng.randbytes(200) for k in range(5)})),
-                       ("x.tar", tar_of([(f"{k}", rng.randbytes(700)) for k in range(5)]))):  # fmt: skip
+    for name, data in (
+        ("x.zip", zip_of({f"{k}": rng.randbytes(200) for k in range(5)})),
+        ("x.tar", tar_of([(f"{k}", rng.randbytes(700)) for k in range(5)])),
+    ):
         for _ in range(150):
             damaged = bytearray(data)
             for _ in range(rng.choice((1, 2, 8))):
@@ -659,12 +661,16 @@ def small_imagenet():
     return {
         "ILSVRC2012_img_train.tar": tar_of([(f"{wnid}.tar", class_tar(wnid)) for wnid in IDS]),
         "ILSVRC2012_img_val.tar": tar_of(val),
-        "ILSVRC2012_devkit_t12.tar.gz": tar_of([
-            special(kit, tarfile.DIRTYPE), (f"{kit}/readme.txt", b"read me"),
-            (f"{kit}/data/meta.mat", meta.getvalue()),
-            (f"{kit}/data/ILSVRC2012_validation_ground_truth.txt", truth),
-        ], "x.tar.gz"),
-    }  # fmt: skip
+        "ILSVRC2012_devkit_t12.tar.gz": tar_of(
+            [
+                special(kit, tarfile.DIRTYPE),
+                (f"{kit}/readme.txt", b"read me"),
+                (f"{kit}/data/meta.mat", meta.getvalue()),
+                (f"{kit}/data/ILSVRC2012_validation_ground_truth.txt", truth),
+            ],
+            "x.tar.gz",
+        ),
+    }
 
 
 @pytest.fixture
@@ -689,8 +695,18 @@ def is_arranged(data_dir):
 
 def auto_args(server, data_dir):
     at = f"{server.at}/plain/ILSVRC2012_"
-    return ["--method", "auto", "--data-dir", str(data_dir), "--train-url", f"{at}img_train.tar",
-            "--val-url", f"{at}img_val.tar", "--devkit-url", f"{at}devkit_t12.tar.gz"]  # fmt: skip
+    return [
+        "--method",
+        "auto",
+        "--data-dir",
+        str(data_dir),
+        "--train-url",
+        f"{at}img_train.tar",
+        "--val-url",
+        f"{at}img_val.tar",
+        "--devkit-url",
+        f"{at}devkit_t12.tar.gz",
+    ]
 
 
 def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(small, server, tmp_path, capsys):
@@ -792,14 +808,22 @@ def test_a_flat_val_is_filed_into_class_folders(killed_after, small, tmp_path, m
         assert not (tmp_path / "val").exists()
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
-        "ILSVRC2012_devkit_t12", "train", "val", "val.leftovers"]  # fmt: skip
+        "ILSVRC2012_devkit_t12",
+        "train",
+        "val",
+        "val.leftovers",
+    ]
 
 
 def test_a_train_archive_with_foreign_things_in_a_class_is_refused(small, tmp_path, monkeypatch):
     inner = tar_of([("n01440764_1.JPEG", b"1"), special("n01440764_2.JPEG", tarfile.SYMTYPE, "/etc/passwd")])
     cut = class_tar(IDS[0])[:1300] + bytes(700)
-    for name, content in (("n01440764.tar", inner), ("../n01440764.tar", class_tar(IDS[0])),
-                          ("n01440764.tar", class_tar(IDS[1])), ("n01440764.tar", cut)):  # fmt: skip
+    for name, content in (
+        ("n01440764.tar", inner),
+        ("../n01440764.tar", class_tar(IDS[0])),
+        ("n01440764.tar", class_tar(IDS[1])),
+        ("n01440764.tar", cut),
+    ):
         data = tar_of([(name, content)])
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(DataError):

@@ -116,10 +116,21 @@ def test_the_flag_table_is_the_parser():
 def test_the_documents_flags_have_the_documents_defaults():
     defaults = flags.defaults()
     documents = {
-        "epochs": 90, "batch_size": 256, "lr": 3e-4, "momentum": 0.9, "weight_decay": 1e-4, "resume": "",
-        "save_dir": "./checkpoints", "data_dir": "./data/imagenet", "subset": False, "subset_size": 10000,
-        "num_workers": 8, "plot": False, "drop_path_rate": 0.2, "use_blurpool": False,
-    }  # fmt: skip
+        "epochs": 90,
+        "batch_size": 256,
+        "lr": 3e-4,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "resume": "",
+        "save_dir": "./checkpoints",
+        "data_dir": "./data/imagenet",
+        "subset": False,
+        "subset_size": 10000,
+        "num_workers": 8,
+        "plot": False,
+        "drop_path_rate": 0.2,
+        "use_blurpool": False,
+    }
     assert {name: defaults[name] for name in documents} == documents
 
 

@@ -207,8 +207,13 @@ def test_a_packed_copy_has_what_it_was_packed_with(tmp_path):
 @pytest.mark.parametrize("row", flags.TABLE, ids=lambda row: row.name)
 def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
     name = row.name
-    typed = {"init_from": "--init-from a.pt", "device": "--device cpu", "save_dir": "--save-dir a",
-             "resume": "--resume auto", "wandb": "--wandb a"}.get(name)  # fmt: skip
+    typed = {
+        "init_from": "--init-from a.pt",
+        "device": "--device cpu",
+        "save_dir": "--save-dir a",
+        "resume": "--resume auto",
+        "wandb": "--wandb a",
+    }.get(name)
     typed = typed or VALUES.get(name, [flags.dashed(name)])[0]
     unseen = {"--summary": ("trace", "processes", "files"), "--dry-run": ("files",)}
     for look_at, idle in unseen.items():

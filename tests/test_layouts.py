@@ -349,8 +349,11 @@ def test_tiny_imagenet_as_published(below, tmp_path):
     found = open_dataset("tiny-imagenet", tmp_path)
     assert (len(found.train), len(found.val), found.native_size) == (6, 4, 64)
     assert class_of(found, found.val) == {
-        "val_0.JPEG": "n01443537", "val_10.JPEG": "n01443537", "val_1.JPEG": "n01629819", "val_11.JPEG": "n01629819",
-    }  # fmt: skip
+        "val_0.JPEG": "n01443537",
+        "val_10.JPEG": "n01443537",
+        "val_1.JPEG": "n01629819",
+        "val_11.JPEG": "n01629819",
+    }
     assert found.class_names == ("goldfish", "European fire salamander")
     assert found.notes == () and found.mean == imagenet.TINY_MEAN
 
@@ -398,7 +401,8 @@ def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(pho
 
 @pytest.mark.parametrize("damage", [
     b"", b"a,b\n1,2\n", b"ImageId,PredictionString\n\xff\xff,n01440764\n", b"ImageId,PredictionString\nx\n",
-    b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000, b"ImageId\0,PredictionString\nx,n\0",
+    b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000,
+    b"ImageId\0,PredictionString\nx,n\0",
 ], ids=range(7))  # fmt: skip
 def test_damaged_labels_are_no_traceback(damage, tmp_path):
     make_flat(tmp_path)
@@ -439,7 +443,7 @@ def test_damaged_class_names_are_no_traceback(names, tmp_path):
 
 
 class Py2:
-    """Writes a pickle as Python 2 did, which made CIFAR's: byte strings with opcodes Python 3 never writes."""
+    """Pickles as Python 2 did, which made CIFAR's files: byte strings with opcodes Python 3 never writes."""
 
     def string(self, value):
         return b"T" + len(value).to_bytes(4, "little") + value
@@ -457,8 +461,14 @@ class Py2:
                 + self.string(b"b")
                 + b"tR"
             )
-            dtype = b"cnumpy\ndtype\n(" + self.string(b"u1") + b"K\x00K\x01tR" + b"(K\x03" + self.string(b"|") + \
-                b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"  # fmt: skip
+            dtype = (
+                b"cnumpy\ndtype\n("
+                + self.string(b"u1")
+                + b"K\x00K\x01tR"
+                + b"(K\x03"
+                + self.string(b"|")
+                + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+            )
             shape = b"(" + b"".join(map(self.value, value.shape)) + b"t"
             return empty + b"(K\x01" + shape + dtype + b"\x89" + self.string(value.tobytes()) + b"tb"
         return self.string(value)
@@ -582,16 +592,23 @@ def test_a_cifar_archive_with_other_contents_is_refused(meta, tmp_path):
     (path / "meta").write_bytes(pickle.dumps(meta))
     refused(DataError, "cifar100", tmp_path)
     make_cifar(tmp_path, CIFAR100, pickle.dumps)
-    for content in ({}, {b"data": 1, b"fine_labels": 1}, {b"data": [], b"fine_labels": []}, {b"data": b"x", b"fine_labels": {}},
-                    {b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []}):  # fmt: skip
+    for content in (
+        {},
+        {b"data": 1, b"fine_labels": 1},
+        {b"data": [], b"fine_labels": []},
+        {b"data": b"x", b"fine_labels": {}},
+        {b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []},
+    ):
         (path / "train").write_bytes(pickle.dumps(content))
         refused(DataError, "cifar100", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-1],
-                                    lambda b: pickle.dumps({b"data": np.zeros((4, 3072)), b"fine_labels": [0] * 4}),
-                                    lambda b: pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [9] * 4}),
-                                    lambda b: pickle.dumps([1])])  # fmt: skip
+@pytest.mark.parametrize("damage", [
+    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-1],
+    lambda b: pickle.dumps({b"data": np.zeros((4, 3072)), b"fine_labels": [0] * 4}),
+    lambda b: pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [9] * 4}),
+    lambda b: pickle.dumps([1]),
+])  # fmt: skip
 def test_a_damaged_cifar_archive_is_refused(damage, tmp_path):
     from sources.cifar import CIFAR100
 
@@ -664,8 +681,10 @@ def test_a_packed_directory_is_opened_whatever_dataset_is_named(tmp_path, monkey
     assert open_dataset("imagenet", tmp_path) == str(tmp_path) == open_dataset("tiny-imagenet", tmp_path)
 
 
-@pytest.mark.parametrize("sign,dataset", [("tiny-imagenet-200/x", "tiny-imagenet"), ("cifar-100-python/meta", "cifar100"),
-                                          ("cifar-10-batches-py/x", "cifar10"), ("train.X1/a/b.jpg", "imagenet100")])  # fmt: skip
+@pytest.mark.parametrize("sign,dataset", [
+    ("tiny-imagenet-200/x", "tiny-imagenet"), ("cifar-100-python/meta", "cifar100"),
+    ("cifar-10-batches-py/x", "cifar10"), ("train.X1/a/b.jpg", "imagenet100"),
+])  # fmt: skip
 def test_another_dataset_than_the_named_one_is_recognised(sign, dataset, tmp_path):
     put(tmp_path / sign)
     assert refused(DataError, "imagenet", tmp_path).fix == f"this looks like --dataset {dataset}"

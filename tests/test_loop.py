@@ -13,8 +13,10 @@ import train
 from base.errors import DataError, DivergedError
 from harness.log import MetricLogger, read_metrics
 
-SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24", "--num-workers", "0",
-         "--device", "cpu", "--amp", "off")  # fmt: skip
+SMALL = (
+    "--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24",
+    "--num-workers", "0", "--device", "cpu", "--amp", "off",
+)  # fmt: skip
 
 
 def main(*arguments) -> int:
@@ -53,21 +55,42 @@ def test_a_bad_validation_image_fails_and_costs_no_epoch(photos, tmp_path):
     saved = payload(tmp_path / "run")
     assert saved["step"] == 3 and saved["rows"] == []  # the steps of the first epoch, not yet scored
     shutil.copy(photos / "val" / "owl" / name, tmp_path / "d" / "val" / "owl" / name)
-    assert main("--resume", "auto", "--save-dir", tmp_path / "run", "--on-bad-image", "fail", "--allow-change",
-                "on_bad_image") == 0  # fmt: skip
+    assert (
+        main(
+            "--resume",
+            "auto",
+            "--save-dir",
+            tmp_path / "run",
+            "--on-bad-image",
+            "fail",
+            "--allow-change",
+            "on_bad_image",
+        )
+        == 0
+    )
     assert digest(tmp_path / "run") == digest(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("every, eval_every, saves", [
-    ("1", 1, [(5, 0), (5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]), ("2", 1, [(10, 1), (10, 2), (15, 2), (15, 3)]),
-    ("1", 2, [(5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "every, eval_every, saves",
+    [
+        ("1", 1, [(5, 0), (5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
+        ("2", 1, [(10, 1), (10, 2), (15, 2), (15, 3)]),
+        ("1", 2, [(5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
+    ],
+)
 def test_an_epoch_that_is_due_is_saved_before_it_is_scored_and_again_with_its_row(
     every, eval_every, saves, tmp_path, monkeypatch
 ):
     run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], loop.save
-    monkeypatch.setattr(loop, "save", lambda run, kind: (
-        kind == "last" and seen.append((run.state.step, len(run.state.rows))), real(run, kind)))  # fmt: skip
+    monkeypatch.setattr(
+        loop,
+        "save",
+        lambda run, kind: (
+            kind == "last" and seen.append((run.state.step, len(run.state.rows))),
+            real(run, kind),
+        ),
+    )
     loop.fit(run, MetricLogger(tmp_path))
     assert seen == saves
 
@@ -84,13 +107,16 @@ def judged(run, scores: dict[int, float]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("scores, bests, end", [
-    ([50, 60, 55, 54, 53, 99], [1, 2], 5),  # waits for three
-    ([60, 10, 20, 30, 99], [1], 4),
-    ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is lowered or begun anew
-    ([10, 20, 30, 40, 50, 60, 70, 80, 90], list(range(1, 10)), 9),
-    ([math.nan] * 3 + [50], [], 3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scores, bests, end",
+    [
+        ([50, 60, 55, 54, 53, 99], [1, 2], 5),  # waits for three
+        ([60, 10, 20, 30, 99], [1], 4),
+        ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is lowered or begun anew
+        ([10, 20, 30, 40, 50, 60, 70, 80, 90], list(range(1, 10)), 9),
+        ([math.nan] * 3 + [50], [], 3),
+    ],
+)
 def test_an_early_end_keeps_the_best_epoch_and_waits_as_long_as_it_says(scores, bests, end, tmp_path):
     run = tiny_run(
         tmp_path, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8, "--early-stop-patience", 3
@@ -148,10 +174,12 @@ def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
     before = built.path("last").read_bytes()
     state, model = built.state, built.state.model
     first = next(model.parameters())
-    ruined = {"weight": lambda: first.data[0].fill_(math.nan),
-              "statistic": lambda: next(model.buffers())[0].fill_(math.inf),
-              "average": lambda: next(state.ema.module.parameters()).data[0].fill_(-math.inf),
-              "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan))}  # fmt: skip
+    ruined = {
+        "weight": lambda: first.data[0].fill_(math.nan),
+        "statistic": lambda: next(model.buffers())[0].fill_(math.inf),
+        "average": lambda: next(state.ema.module.parameters()).data[0].fill_(-math.inf),
+        "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan)),
+    }
     ruined[what]()
     with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
         loop.save(built, "last")

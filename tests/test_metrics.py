@@ -65,13 +65,15 @@ def test_a_line_cut_short_is_passed_over_and_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    (b"5", "should be a valid dictionary, not 5"), (b'"x"', "dictionary"), (b"[]", "dictionary"), (b"null", "dictionary"),
-    (b"", "unreadable"), (b'{"epo', "unreadable"), (b'{"epoch": "\xff"}', "unreadable: 'utf-8'"), (b"[" * 50_000, "unreadable"),
-    (b'{"epoch": "x"}', r"epoch should be a valid integer, not 'x'"), (b"{}", "lacks epoch"), (b'{"epoch": 0}', "epoch"),
-    (b'{"epoch": true}', "epoch should be a valid integer, not True"), (b'{"epoch": 2, "best": 1}', "best"),
-    (b'{"epoch": 2, "image_size": -5}', "image_size"), (b'{"epoch": 2, "val_top1": "5"}', "val_top1"),
-    (b'{"epoch": 2, "val_top1": 101}', "val_top1"), (b'{"epoch": 2, "seconds": 1e999}', "seconds"),
-    (b'{"epoch": 2, "new": {"deep": []}}', "plain"), (b'{"epoch": 2, "better": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
+    (b"5", "should be a valid dictionary, not 5"), (b'"x"', "dictionary"), (b"[]", "dictionary"),
+    (b"null", "dictionary"), (b"", "unreadable"), (b'{"epo', "unreadable"),
+    (b'{"epoch": "\xff"}', "unreadable: 'utf-8'"), (b"[" * 50_000, "unreadable"),
+    (b'{"epoch": "x"}', r"epoch should be a valid integer, not 'x'"), (b"{}", "lacks epoch"),
+    (b'{"epoch": 0}', "epoch"), (b'{"epoch": true}', "epoch should be a valid integer, not True"),
+    (b'{"epoch": 2, "best": 1}', "best"), (b'{"epoch": 2, "image_size": -5}', "image_size"),
+    (b'{"epoch": 2, "val_top1": "5"}', "val_top1"), (b'{"epoch": 2, "val_top1": 101}', "val_top1"),
+    (b'{"epoch": 2, "seconds": 1e999}', "seconds"), (b'{"epoch": 2, "new": {"deep": []}}', "plain"),
+    (b'{"epoch": 2, "better": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
     (b'{"epoch": ' + b"9" * 5000 + b"}", "unreadable"),
 ])  # fmt: skip
 def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
@@ -104,10 +106,13 @@ def test_tensorboard_gets_every_number_of_a_row(tmp_path):
     assert (point.step, point.value) == (1, 50.0)
 
 
-@pytest.mark.parametrize("module, options, flag, install", [
-    ("wandb", {"wandb_project": "p"}, "--wandb", "pip install wandb"),
-    ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard", "pip install tensorboard"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, options, flag, install",
+    [
+        ("wandb", {"wandb_project": "p"}, "--wandb", "pip install wandb"),
+        ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard", "pip install tensorboard"),
+    ],
+)
 def test_a_tracker_that_is_not_installed_is_named_with_its_install_line(
     tmp_path, monkeypatch, module, options, flag, install
 ):

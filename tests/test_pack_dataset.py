@@ -38,8 +38,18 @@ def files(out) -> dict[str, bytes]:
 
 
 def command(data, out) -> list[str]:
-    return [sys.executable, str(ROOT / "pack_dataset.py"), "--data-dir", str(data), "--out", str(out),
-            "--stored-sides", "16,32", "--workers", "2"]  # fmt: skip
+    return [
+        sys.executable,
+        str(ROOT / "pack_dataset.py"),
+        "--data-dir",
+        str(data),
+        "--out",
+        str(out),
+        "--stored-sides",
+        "16,32",
+        "--workers",
+        "2",
+    ]
 
 
 def killed_then_finished(data, out, reached) -> bool:
@@ -156,8 +166,10 @@ def test_two_packings_at_once_are_refused(folders, tmp_path, monkeypatch):
         pack(folders, tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--verify"], ["--out", "x", "--quality", "0"],
-                                       ["--out", "x", "--stored-sides", "3"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--out", "x", "--verify"], ["--out", "x", "--quality", "0"], ["--out", "x", "--stored-sides", "3"]],
+)
 def test_usage(arguments):
     with pytest.raises(UsageError):
         pack_dataset.main(["--data-dir", "nowhere", *arguments])
@@ -210,9 +222,11 @@ def test_a_disk_that_fills_up_leaves_nothing_half(folders, tmp_path):
     """A real failing write: the size of files is limited in the command's process."""
     out = tmp_path / "out"
     limited = subprocess.run(
-        command(folders, out), capture_output=True, text=True,
+        command(folders, out),
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )  # fmt: skip
+    )
     assert limited.returncode == 6, limited.stderr
     assert (
         "cannot write" in limited.stderr

@@ -210,12 +210,16 @@ STRUCT = [{"bytes": b"x", "path": "a"}] * 90
 OTHER_SHARDS = {
     "no image": pa.table({"picture": STRUCT}),
     "images that are text": pa.table({"image": ["x"] * 90}),
-    "images with 64-bit offsets": pa.table({"image": pa.array(STRUCT, pa.struct({"bytes": pa.large_binary(), "path": pa.string()}))}),
+    "images with 64-bit offsets": pa.table(
+        {"image": pa.array(STRUCT, pa.struct({"bytes": pa.large_binary(), "path": pa.string()}))}
+    ),
     "images that are missing": pa.table({"image": [{"bytes": None, "path": "a"}] * 90}),
-    "a name that is missing": pa.table({"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.COLUMNS.field("image").type)}),
+    "a name that is missing": pa.table(
+        {"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.COLUMNS.field("image").type)}
+    ),
     "other images": pa.table({"image": STRUCT[:7]}),
     "nothing": pa.table({}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("table", OTHER_SHARDS.values(), ids=OTHER_SHARDS.keys())
@@ -231,8 +235,10 @@ def test_a_shard_with_other_columns_is_refused(table, packed_once, tmp_path):
         assert shard.image(3) == b"x" and shard.name(3).endswith("00000.arrow#3")
 
 
-@pytest.mark.parametrize("labels", [np.full(90, 3), np.full(90, -1), np.zeros(89, np.int64), np.zeros(90), np.zeros((90, 1), np.int64),
-                                    np.array(0), b"\x93NUMPY", b""])  # fmt: skip
+@pytest.mark.parametrize("labels", [
+    np.full(90, 3), np.full(90, -1), np.zeros(89, np.int64), np.zeros(90), np.zeros((90, 1), np.int64),
+    np.array(0), b"\x93NUMPY", b"",
+])  # fmt: skip
 def test_labels_that_do_not_fit_are_refused(labels, out):
     path = out / "train-labels.npy"
     path.write_bytes(labels) if isinstance(labels, bytes) else np.save(path, labels)

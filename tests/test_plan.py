@@ -57,8 +57,13 @@ def test_planned_yielded_and_scheduled_steps_are_one_number(samples, sizes, batc
     )
     total = sum(p.steps for p in phases)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
-    schedule = optim.Schedule(torch.optim.SGD([weight], 1.0), "onecycle", peak_lr=1.0, total_steps=total,
-                              phases=tuple((p.steps, 1.0) for p in phases))  # fmt: skip
+    schedule = optim.Schedule(
+        torch.optim.SGD([weight], 1.0),
+        "onecycle",
+        peak_lr=1.0,
+        total_steps=total,
+        phases=tuple((p.steps, 1.0) for p in phases),
+    )
     yielded = 0
     for epoch in range(1, epochs + 1):
         phase = phase_of(phases, epoch)

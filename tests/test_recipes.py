@@ -48,10 +48,21 @@ def test_a_recipe_is_parsed_planned_and_built(path):
     assert {key.replace("-", "_") for key in yaml.safe_load(path.read_text())} - {"ema"} <= typed
     phases = plan_of(config)
     assert phases[-1].last_epoch == config.epochs and len(phases) == len(config.resize_schedule)
-    model = build_model(config.arch, num_classes=CLASSES[config.dataset], head=config.head, stem=config.stem,
-                        drop_path_rate=config.drop_path_rate)  # fmt: skip
-    optimizer = build_optimizer(config.optimizer, model, lr=config.lr, momentum=config.momentum,
-                                nesterov=config.nesterov, weight_decay=config.weight_decay)  # fmt: skip
+    model = build_model(
+        config.arch,
+        num_classes=CLASSES[config.dataset],
+        head=config.head,
+        stem=config.stem,
+        drop_path_rate=config.drop_path_rate,
+    )
+    optimizer = build_optimizer(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
     steps = sum(p.steps for p in phases)
     warmup = round(config.warmup_epochs * phases[0].steps_per_epoch) if config.schedule == "cosine" else 0
     options = {"total_steps": steps, "cycles": config.cycles, "warmup_steps": warmup}
@@ -92,14 +103,17 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     assert {"epochs", "lr", "optimizer"} <= typed
 
 
-@pytest.mark.parametrize("text, message", [
-    ("learning-rate: 1", "unknown key 'learning-rate'"),
-    ("lr: -1", "--lr"),
-    ("optimizer: adamax", "adamax"),
-    ("- lr", "holds no flags"),
-    ("lr: [1", "is not YAML"),
-    ("config: other.yaml", "unknown key 'config'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning-rate: 1", "unknown key 'learning-rate'"),
+        ("lr: -1", "--lr"),
+        ("optimizer: adamax", "adamax"),
+        ("- lr", "holds no flags"),
+        ("lr: [1", "is not YAML"),
+        ("config: other.yaml", "unknown key 'config'"),
+    ],
+)
 def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):

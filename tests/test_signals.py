@@ -1,4 +1,4 @@
-"""A stop signal anywhere: the step is finished, the state saved, the run resumes to the same bits, nothing is left behind."""
+"""After a stop signal anywhere, the step is finished and saved, and the run resumes to the same bits."""
 
 import fcntl
 import os
@@ -96,8 +96,12 @@ def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
     assert resumed(tmp_path / "run") == straight
 
 
-FAST = [("loop.train_step:8", INT), ("train_utils.hits:1", TERM), ("harness.checkpoint._write_and_prove:1", TERM),
-        ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
+FAST = [
+    ("loop.train_step:8", INT),
+    ("train_utils.hits:1", TERM),
+    ("harness.checkpoint._write_and_prove:1", TERM),
+    ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP),
+]
 REST = (
     [(state, TERM) for state in STATES]
     + [(state, INT) for state in list(STATES)[::3]]
@@ -121,8 +125,10 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     assert resumed(save_dir) == straight
 
 
-@pytest.mark.parametrize("state", ["harness.checkpoint._write_and_prove:2",
-                                   pytest.param("loop.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
+@pytest.mark.parametrize(
+    "state",
+    ["harness.checkpoint._write_and_prove:2", pytest.param("loop.train_step:8", marks=pytest.mark.torture)],
+)
 def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     assert stop_at(state, f"{TERM} . {INT}", save_dir, log, 1) == 130
@@ -131,8 +137,10 @@ def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state
     assert resumed(save_dir) == straight
 
 
-@pytest.mark.parametrize("place", ["dataloader.BatchDataset.__getitem__:3",
-                                   pytest.param("dataloader.BatchDataset.__getitem__:8", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("place", [
+    "dataloader.BatchDataset.__getitem__:3",
+    pytest.param("dataloader.BatchDataset.__getitem__:8", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_path):
     """A disk that does not answer, in training and in validation; with a worker, and without."""
     log, save_dir, workers = tmp_path / "log", tmp_path / "run", int(place.endswith("3"))
@@ -160,8 +168,13 @@ def catches(process: subprocess.Popen, number: int) -> bool:
     [(TERM, 143, 0.0), (INT, 130, 0.4), pytest.param(HUP, 143, 0.8, marks=pytest.mark.slow)],
 )
 def test_before_training_begins_a_signal_ends_it_quickly_with_nothing_written(number, code, delay, tmp_path):
-    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path / "run"), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env=environment())  # fmt: skip
+    process = subprocess.Popen(
+        command(*TINY, "--save-dir", tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
     while process.poll() is None and not catches(process, TERM):
         time.sleep(0.01)
     time.sleep(delay)
@@ -180,8 +193,14 @@ def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), stdin=slave, stdout=slave, stderr=slave,
-                               env=environment(), preexec_fn=own_terminal)  # fmt: skip
+    process = subprocess.Popen(
+        command(*TINY, "--save-dir", tmp_path),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=environment(),
+        preexec_fn=own_terminal,
+    )
     os.close(slave)
     seen = b""
     while b"  1    8" not in seen:  # the row of the first epoch
@@ -195,8 +214,12 @@ def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
 @pytest.mark.slow
 def test_a_closed_pipe_stops_the_run_saved(straight, tmp_path):
     """train.py | head"""
-    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment())  # fmt: skip
+    process = subprocess.Popen(
+        command(*TINY, "--save-dir", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read().decode()

@@ -42,18 +42,36 @@ def make(
     model = build_model("resnet_tiny", num_classes=CLASSES, drop_path_rate=drop_path).to(dtype)
     optimizer = optim.build_optimizer("adamw", model, lr=lr, momentum=0.9, nesterov=False, weight_decay=0.05)
     schedule = optim.Schedule(optimizer, "onecycle", peak_lr=lr, total_steps=100)
-    state = TrainState(model, optimizer, schedule, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler),
-                       ema.EMA(model, 0.99))  # fmt: skip
+    state = TrainState(
+        model,
+        optimizer,
+        schedule,
+        torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler),
+        ema.EMA(model, 0.99),
+    )
     mixer = data_utils.BatchMixer(CLASSES, *alphas, 0.1)
-    how = StepOptions(model, mixer, data_utils.LOSSES["ce"], CPU, BatchNormBuffers(model), seed=7, clip=clip,
-               accumulate=accumulate)  # fmt: skip
+    how = StepOptions(
+        model,
+        mixer,
+        data_utils.LOSSES["ce"],
+        CPU,
+        BatchNormBuffers(model),
+        seed=7,
+        clip=clip,
+        accumulate=accumulate,
+    )
     return state, how
 
 
 def batches(n=STEPS, size=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 16, 16, generator=generator, dtype=dtype),
-             torch.randint(0, CLASSES, (size,), generator=generator)) for _ in range(n)]  # fmt: skip
+    return [
+        (
+            torch.randn(size, 3, 16, 16, generator=generator, dtype=dtype),
+            torch.randint(0, CLASSES, (size,), generator=generator),
+        )
+        for _ in range(n)
+    ]
 
 
 class PlainLoop:
@@ -145,10 +163,23 @@ def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces):
         torch.manual_seed(0)
         model = NoNorm().double()
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        state = TrainState(model, optimizer, optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
-                           torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())  # fmt: skip
-        how = StepOptions(model, data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1), data_utils.LOSSES["ce"], CPU,
-                   BatchNormBuffers(model), 7, ("norm", 0.0), accumulate)  # fmt: skip
+        state = TrainState(
+            model,
+            optimizer,
+            optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
+            torch.amp.GradScaler("cpu", enabled=False),
+            ema.NoEMA(),
+        )
+        how = StepOptions(
+            model,
+            data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1),
+            data_utils.LOSSES["ce"],
+            CPU,
+            BatchNormBuffers(model),
+            7,
+            ("norm", 0.0),
+            accumulate,
+        )
         train_step(state, how, *batches(1)[0])
         grads.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -160,8 +191,13 @@ def test_a_step_that_is_not_finite_moves_nothing_but_the_plan(poison):
     state, how = make(torch.float32)
     data = batches(3, dtype=torch.float32)
     train_step(state, how, *data[0])
-    before = copy.deepcopy({"model": state.model.state_dict(), "ema": state.ema.state_dict(),
-                            "optimizer": state.optimizer.state_dict()["state"]})  # fmt: skip
+    before = copy.deepcopy(
+        {
+            "model": state.model.state_dict(),
+            "ema": state.ema.state_dict(),
+            "optimizer": state.optimizer.state_dict()["state"],
+        }
+    )
     images = data[1][0].clone()
     if poison == "pixel":
         images[0, 0, 0, 0] = float("nan")

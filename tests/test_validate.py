@@ -37,8 +37,11 @@ def scored(photo_run, tmp_path_factory):
 
 def test_the_first_lines_are_what_training_logged(photo_run, scored):
     row = checkpoint.load(photo_run)["rows"][-1]
-    by_weights = {line["weights"]: line for line in scored[1]["results"][::-1]
-                  if (line["bn"], line["tta"], line["image_size"]) == ("trained", "none", 24)}  # fmt: skip
+    by_weights = {
+        line["weights"]: line
+        for line in scored[1]["results"][::-1]
+        if (line["bn"], line["tta"], line["image_size"]) == ("trained", "none", 24)
+    }
     for weights, column in (("raw", "val"), ("ema", "ema_val")):
         for name in ("top1", "top5", "loss"):
             assert by_weights[weights][name] == pytest.approx(row[f"{column}_{name}"], rel=1e-5)

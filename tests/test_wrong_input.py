@@ -296,11 +296,13 @@ def test_training_needs_no_network(photos, tmp_path, monkeypatch):
 
 
 def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
-    code = ("import sys\nimport train\nfrom base import errors\n"
-            "sys.argv = ['train.py', *{arguments!r}]\n"
-            "try:\n    code = errors.run(train.main)\n"
-            "except SystemExit as exit:\n    code = exit.code\n"
-            "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys\nimport train\nfrom base import errors\n"
+        "sys.argv = ['train.py', *{arguments!r}]\n"
+        "try:\n    code = errors.run(train.main)\n"
+        "except SystemExit as exit:\n    code = exit.code\n"
+        "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     no_data = ["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")]
     for arguments, wanted in (
         (["--help"], "code 0 False False"),
