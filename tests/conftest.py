@@ -43,7 +43,7 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photo_run(photos, tmp_path_factory) -> Path:
-    """The best checkpoint of two epochs on the photos at 24 px, whose predictions are not all right or wrong."""
+    """The best checkpoint of two epochs on the photos at 24 px: some of its predictions are right."""
     import train
 
     folder = tmp_path_factory.mktemp("photo_run")

@@ -19,8 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 # Three phases with mixing, drop-path, augmentation and EMA.
 TINY = shlex.split(
-    "--arch resnet_tiny --epochs 3 --resize-schedule 16,24,32 --phase-batch-sizes 24,16,16 --phase-epochs 1,1,1 "
-    "--drop-path-rate 0.3 --augment full --lr 1e-3 --device cpu --amp off --seed 3"
+    "--arch resnet_tiny --epochs 3 --resize-schedule 16,24,32 --phase-batch-sizes 24,16,16 "
+    "--phase-epochs 1,1,1 --drop-path-rate 0.3 --augment full --lr 1e-3 --device cpu --amp off --seed 3"
 )
 TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns that differ between any two runs
 

@@ -41,7 +41,7 @@ def test_the_average_is_the_closed_form_for_weights_and_buffers(ramp):
         train_a_little(model)
         ema.update()
         history.append(snapshot(model))
-    # shadow = sum of share_n * w_n with share_n = (1 - d_n) * d_(n+1) * ... * d_steps; d_0 = 0: initial values
+    # shadow = sum of share_n * w_n with share_n = (1 - d_n) * d_(n+1) * ... * d_steps; d_0 = 0 (initial)
     decays = [0.0] + [min(0.6, (1 + n) / (10 + n)) if ramp else 0.6 for n in range(1, steps + 1)]
     shares, left = [], 1.0
     for decay in reversed(decays):

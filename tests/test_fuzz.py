@@ -109,9 +109,9 @@ CHECKPOINTS = [  # (what uses the checkpoint, the damaged place, the damage, the
     *[("resume auto", place, how, ANY) for place, how in (
         ("best/score", "text"), ("best/waited", "none"), ("best", "emptied"), ("rows/0", "five"),
         ("rows/0/epoch", "gone"), ("rows", "shared"), ("schedule/position", "minus"),
-        ("ema/num_updates", "none"), ("ema/shadow/conv1.weight", "resized"), ("step", "huge"), ("step", "minus"),
-        ("epoch_sums/waited", "none"), ("epoch_sums", "emptied"), ("fingerprint/num_train", "escape"),
-        ("precision", "escape"), ("optimizer/param_groups/0/lr", "text"), ("optimizer/param_groups", "emptied"),
+        ("ema/num_updates", "none"), ("ema/shadow/conv1.weight", "resized"), ("step", "huge"),
+        ("step", "minus"), ("epoch_sums/waited", "none"), ("epoch_sums", "emptied"),
+        ("fingerprint/num_train", "escape"), ("precision", "escape"), ("optimizer/param_groups/0/lr", "text"), ("optimizer/param_groups", "emptied"),
         ("model/conv1.weight", "meta"), ("optimizer/state/14/step", "meta"))],
     ("init", "model/conv1.weight", "billions", ANY), ("export", "model/conv1.weight", "sparse", ANY),
     ("analysis.gradcam", "eval/std", "none", ANY),

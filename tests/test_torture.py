@@ -1,4 +1,4 @@
-"""A hundred kills at random times during constant saving; `make torture` runs this and the other torture tests."""
+"""A hundred kills at random times during constant saving: part of `make torture`."""
 
 import os
 import random
