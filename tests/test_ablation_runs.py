@@ -118,7 +118,7 @@ def test_flags_after_two_dashes_override_the_base_but_not_the_variant():
     assert (changed.lr, changed.epochs) == (0.1, 3)
 
 
-def test_a_recipe_is_spelled_out_without_the_flags_that_lost_their_effect():
+def test_a_recipes_flags_are_left_out_where_they_have_no_effect():
     flags_of = studies.SENSITIVITY_GRID.flags_of
     assert flags_of("batch-size=400_weight-decay=1e-4_clip-norm=1")["clip_mode"] == "value"
     assert "clip_mode" not in flags_of("batch-size=400_weight-decay=1e-4_clip-norm=0")
@@ -249,7 +249,7 @@ def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
     assert "10.0 points smaller with b" in text and "No conclusion about c" in text
 
 
-def test_what_sits_at_chance_is_named():
+def test_variants_at_chance_are_named():
     runs = made(a=(30, 34, 32), b=(4.0, 6.0, 4.5), c=(5, 25, 5))
     assert "chance" not in summary.conclusion(TWO, runs)
     for r in runs:
@@ -316,7 +316,7 @@ def replace_variant(monkeypatch, lr):
     monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "?", variants, seeds=(0, 1)))
 
 
-def test_what_is_done_is_skipped_and_its_checkpoints_make_room(fake, tmp_path, capsys):
+def test_finished_runs_are_skipped_and_their_checkpoints_deleted(fake, tmp_path, capsys):
     assert run.main([*fake, "--jobs", "3"]) == 0
     assert len(starts(tmp_path)) == 6
     kept = {p.name for p in (tmp_path / "runs/fake/mid-seed1").iterdir()}
@@ -343,7 +343,7 @@ def test_a_failing_variant_is_reported_and_the_others_run(
     assert starts(tmp_path)["low-seed0"] == 1
 
 
-def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monkeypatch, capsys):
+def test_a_run_with_other_flags_does_not_count_as_done(fake, tmp_path, monkeypatch, capsys):
     run.main([*fake, "--seeds", "0"])
     replace_variant(monkeypatch, 2.5)
     capsys.readouterr()
@@ -353,12 +353,12 @@ def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monk
     assert "mid-seed0: the existing run has other flags; delete" in capsys.readouterr().out
 
 
-def test_a_flag_of_an_older_version_makes_it_another_run():
+def test_a_flag_of_an_older_version_makes_a_run_changed():
     assert run.what_trains(["--lr", "1e-3", "--subset"]) == run.what_trains(["--lr=0.001", "--subset"])
     assert run.what_trains(["--lr=0.001", "--gone=1"]) is None
 
 
-def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
+def test_other_workers_or_devices_do_not_make_a_run_changed(fake, tmp_path):
     run.main([*fake, "--seeds", "0"])
     assert run.main([*fake, "--seeds", "0", "--", "--num-workers", "3", "--device", "cuda:1"]) == 0
     assert set(starts(tmp_path).values()) == {1}
@@ -373,12 +373,12 @@ def test_shards_share_out_every_run_once(fake):
 
 
 @pytest.mark.parametrize("bad", ["0/4", "5/4", "2", "a/b", "1/0"])
-def test_a_shard_that_is_none_is_refused(fake, bad):
+def test_an_invalid_shard_argument_is_refused(fake, bad):
     with pytest.raises(UsageError, match="such as 2/8"):
         run.main([*fake, "--shard", bad])
 
 
-def test_unknown_names_are_answered_with_the_known_ones(fake):
+def test_an_unknown_name_lists_the_known_ones(fake):
     with pytest.raises(UsageError, match=r"unknown study 'emma'[\s\S]*ema"):
         run.main(["emma"])
     with pytest.raises(UsageError, match=r"no variant hi[\s\S]*low, mid, high"):
@@ -387,7 +387,7 @@ def test_unknown_names_are_answered_with_the_known_ones(fake):
         report.main(["emma"])
 
 
-def test_a_stopped_study_goes_on_where_it_was(tmp_path, fake):
+def test_a_stopped_study_is_continued(tmp_path, fake):
     """SIGTERM reaches the run under way, which saves; the same command takes it up and runs the rest."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
@@ -481,7 +481,7 @@ def test_a_report_without_runs_names_the_command(tmp_path):
         report.main(["ema", "--preset", "cpu", "--runs", str(tmp_path)])
 
 
-def test_no_difference_is_reported_for_what_is_still_running(fake, tmp_path, monkeypatch):
+def test_no_difference_is_reported_for_unfinished_runs(fake, tmp_path, monkeypatch):
     run.main([*fake, "--keep", "none"])
     (tmp_path / "runs/fake/mid-seed1/run.json").unlink()
     runs = results.load(tmp_path / "runs/fake", studies.STUDIES["fake"])

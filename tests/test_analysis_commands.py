@@ -168,7 +168,7 @@ def test_outputs_read_as_maps(shape, wanted):
     assert (None if found is None else tuple(found.shape)) == wanted
 
 
-def test_tokens_keep_their_places():
+def test_tokens_become_a_map_in_reading_order():
     tokens = torch.arange(5.0).view(1, 5, 1)  # class token 0, patches 1 2 / 3 4
     assert feature_maps.as_map(tokens)[0, 0].tolist() == [[1, 2], [3, 4]]
 
@@ -203,7 +203,7 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     assert all(m["truth"] != m["prediction"] for m in found["mistakes"])
 
 
-def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
+def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
     out = ["--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(DataError, match="10 classes, the data has 3"):
         gradcam.main(
@@ -292,7 +292,7 @@ def test_loss_landscape_command(trained, tmp_path):
     }
 
 
-def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
+def test_the_initial_model_is_the_one_the_run_started_with(tmp_path):
     from harness import checkpoint
 
     frozen = ["--stop-after", "1", "--lr", "1e-30", "--weight-decay", "0", "--no-ema", "--seed", "5"]
@@ -304,7 +304,7 @@ def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
         torch.testing.assert_close(wanted, found)
 
 
-def test_batch_shows_the_very_batch_that_is_trained_on(tmp_path, monkeypatch):
+def test_batch_shows_the_batch_that_is_trained_on(tmp_path, monkeypatch):
     """The picture is drawn from the pixels and targets that the training step computes its loss on."""
     import data_utils
 

@@ -52,7 +52,7 @@ def test_the_library_policies_depend_on_the_key_alone(policy, A):
     assert all(image.shape == (32, 32, 3) and image.dtype == np.uint8 for image in one_way)
 
 
-def test_what_happens_half_of_the_time_happens_independently():
+def test_augmentations_fire_independently():
     """Albumentations' set_random_seed would fire them all together: correlation 1."""
     names, fired = ("flip", "affine", "jitter", "dropout"), []
     randomness = augment.KeyedRandom()
@@ -133,13 +133,13 @@ def test_a_panorama_falls_back_to_a_central_box():
     assert (top, h, w) == (0, 10, 13) and left == (1000 - 13) // 2
 
 
-def test_a_cut_of_the_right_size_is_the_picture_itself():
+def test_a_crop_of_the_right_size_is_not_resampled():
     image = photo(50, 60)
     assert np.array_equal(augment.cut_and_resize(image, (7, 5, 32, 32), 32), image[7:39, 5:37])
 
 
 @pytest.mark.parametrize("factor", [2, 3, 7])
-def test_shrinking_averages(factor):
+def test_shrinking_averages_pixels(factor):
     image = np.random.default_rng(0).integers(0, 256, (32 * factor, 32 * factor, 3), dtype=np.uint8)
     blocks = image.reshape(32, factor, 32, factor, 3).mean((1, 3))
     ours = augment.cut_and_resize(image, (0, 0, 32 * factor, 32 * factor), 32)

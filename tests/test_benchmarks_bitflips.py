@@ -54,7 +54,7 @@ sys.exit(bitflips.main(["--points", "3", "--out", sys.argv[1]]))
 
 
 @pytest.mark.parametrize("what", ["nothing", "a bit"])
-def test_a_fork_is_the_run_but_for_its_bit(tmp_path, what):
+def test_a_fork_differs_from_the_run_in_its_bit_only(tmp_path, what):
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, what], env=environment, **options)

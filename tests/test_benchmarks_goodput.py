@@ -16,7 +16,7 @@ from benchmarks import goodput
 
 
 @pytest.mark.parametrize(("save", "restart", "mean"), [(2, 3, 60), (10, 5, 30), (0.5, 0.1, 1)])
-def test_the_best_possible_is_what_a_simulation_of_the_kills_gives(save, restart, mean):
+def test_the_best_possible_agrees_with_a_simulation_of_kills(save, restart, mean):
     rng, intervals, clock, to_do = random.Random(0), 100_000, 0.0, float(save)
     next_kill = rng.expovariate(1 / mean)
     for _ in range(intervals):
@@ -48,7 +48,7 @@ def test_the_figures_of_known_lives():
     assert "1 kills, 5 steps done twice" in goodput.table(found | {"different": []})
 
 
-def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
+def test_a_line_cut_short_by_a_kill_is_skipped(tmp_path):
     (tmp_path / "log").write_text("step 1 10.5\nsave 10.5 10.75\nstep 2 11.0\nstep 3")
     assert goodput.read_log(tmp_path / "log") == ([(1, 10.5), (2, 11.0)], [(10.5, 10.75)])
     assert goodput.read_log(tmp_path / "none") == ([], [])
@@ -94,7 +94,7 @@ def wait_until(true) -> None:
         time.sleep(0.05)
 
 
-def test_the_same_bits_are_told_from_equal_numbers():
+def test_equal_numbers_of_different_bits_are_distinguished():
     zero, other = torch.zeros(2), torch.tensor([0.0, -0.0])
     assert (
         goodput.bits({"a": [zero, 1]})

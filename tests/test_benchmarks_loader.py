@@ -59,7 +59,7 @@ def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsy
     assert "x torchvision" in capsys.readouterr().out
 
 
-def test_the_data_need_only_train_and_are_limited(folders, tmp_path):
+def test_the_data_need_only_train_folders_and_are_limited(folders, tmp_path):
     (folders / "val").rename(folders / "unused")
     index = loader.gather(str(folders), 10, tmp_path / "scratch")
     assert len(index.train) == 10 and index.train.labels.tolist() == [0] * 5 + [1] * 5
@@ -91,7 +91,7 @@ def test_the_rows_are_medians_of_measurements_in_turns(monkeypatch):
     assert rows[1]["ratio_to_torchvision"] == 9.09
 
 
-def test_a_folder_without_train_is_refused_at_once(tmp_path):
+def test_a_folder_without_train_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot list"):
         loader.main(["--data-dir", str(tmp_path), "--json", str(tmp_path / "x.json")])
 

@@ -101,7 +101,7 @@ def test_normalisation_is_torchvisions_formula(data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, workers):
+def test_a_bad_image_is_named_or_replaced_and_counted(photos, tmp_path, workers):
     shutil.copytree(photos, tmp_path / "d")
     bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[0]
     bad.write_bytes(bad.read_bytes()[:200])
@@ -232,7 +232,7 @@ def carrying(marker: str) -> list[str]:
     ("", None, 0), ("del first, second", None, 0), ("raise SystemExit(7)", None, 7), ("1 / 0", None, 1),
     ("time.sleep(60)", signal.SIGINT, -signal.SIGINT), ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM),
 ])  # fmt: skip
-def test_a_users_script_ends_at_once_and_leaves_no_process(photos, tmp_path, ending, number, code):
+def test_a_users_script_ends_without_delay_and_leaves_no_process(photos, tmp_path, ending, number, code):
     """The documents' snippet, both iterators alive at the end; a signal goes to the group, as Ctrl-C does."""
     marker = f"LOADER_TEST={tmp_path}"
     script = subprocess.Popen(
@@ -292,7 +292,7 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
     assert threading.active_count() < 10
 
 
-def test_more_workers_than_cores_are_capped_and_said(photos, monkeypatch):
+def test_more_workers_than_cores_are_capped_with_a_note(photos, monkeypatch):
     monkeypatch.setattr(process, "cores", lambda: 3)
     with pytest.warns(UserWarning, match="8 loader workers requested, 3 cores: using 3"):
         loaders = get_dataloaders(data_path=str(photos), batch_size=8, image_size=16, num_workers=8)

@@ -115,7 +115,7 @@ def test_an_error_that_one_rank_alone_knows_of_is_printed_there(rank, marked):
     assert caught.value.rank == marked
 
 
-def test_only_the_loss_of_a_rank_is_named_so():
+def test_only_a_lost_rank_is_reported_as_one():
     words = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5001"
     with (
         pytest.raises(ResourceError, match="another rank ended"),
@@ -134,7 +134,7 @@ def test_only_the_loss_of_a_rank_is_named_so():
 # Two ranks through train.py, with gloo
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_goes_on(tmp_path):
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resume(tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     codes = run(
         2, log, *TINY, "--save-dir", save_dir, only={1: {"AT": "loop.train_step:7", "SIGNALS": str(TERM)}}
@@ -148,7 +148,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_goes_on(tmp_pa
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
+def test_a_run_stopped_and_resumed_on_two_ranks_is_the_same_run(tmp_path):
     log = tmp_path / "log"
     assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
     only = {0: {"AT": "train_utils.hits:1", "SIGNALS": str(TERM)}}
@@ -200,7 +200,7 @@ def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path
 
 
 @pytest.mark.slow
-def test_two_runs_on_one_host_do_not_meet(tmp_path):
+def test_two_runs_on_one_host_do_not_interfere(tmp_path):
     """Through torchrun, as a user starts them."""
     started = [
         subprocess.Popen(

@@ -195,7 +195,7 @@ def refused(kind, *args, **options):
     return caught.value
 
 
-def test_a_file_arrives_whole_and_alone(want, tmp_path, monkeypatch):
+def test_a_download_leaves_the_complete_file_and_nothing_else(want, tmp_path, monkeypatch):
     shown = []
     bar = fetch.Progress
     monkeypatch.setattr(
@@ -206,7 +206,7 @@ def test_a_file_arrives_whole_and_alone(want, tmp_path, monkeypatch):
     assert [desc for _, desc in shown] == ["downloading x.tar.gz", "checking x.tar.gz"]
 
 
-def test_a_short_read_is_noticed_and_kept_and_resumed(want, server, tmp_path):
+def test_a_short_read_is_kept_and_resumed(want, server, tmp_path):
     error = refused(DataError, want("short"), tries=1)
     assert "150,001 of 300,002 bytes" in error.what and "to resume" in error.fix
     assert not (tmp_path / "x.tar.gz").exists() and (tmp_path / "x.tar.gz.part").stat().st_size == 150_001
@@ -216,19 +216,19 @@ def test_a_short_read_is_noticed_and_kept_and_resumed(want, server, tmp_path):
     assert server.requests[-1] == ("/plain/x.tar.gz", "bytes=150001-", '"v1"')
 
 
-def test_a_connection_that_keeps_breaking_gets_there(want, server):
+def test_a_download_over_a_breaking_connection_completes(want, server):
     assert download(want("short"), tries=2).read_bytes() == BODY  # each try brings half of the rest
     assert len(server.requests) > 10
 
 
-def test_a_server_that_ignores_ranges_starts_again(want):
+def test_a_server_that_ignores_ranges_starts_over(want):
     wanted = want("norange")
     wanted.part.write_bytes(b"\x1f\x8bstale")
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_a_file_that_changed_meanwhile_starts_again(want, server):
+def test_a_file_that_changed_on_the_server_starts_over(want, server):
     wanted = want()
     wanted.part.write_bytes(b"\x1f\x8b" + bytes(1000))
     write_note(wanted, '"v0"')
@@ -236,14 +236,14 @@ def test_a_file_that_changed_meanwhile_starts_again(want, server):
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "http://elsewhere", "validator": "\\"v1\\""}'])
-def test_a_part_of_unknown_origin_starts_again(note, want):
+def test_a_part_of_unknown_origin_starts_over(note, want):
     wanted = want()
     wanted.part.write_bytes(b"\x1f\x8b of something else")
     wanted.note.write_text(note)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_a_part_that_is_already_whole(want):
+def test_a_complete_part_needs_no_request(want):
     wanted = want()
     wanted.part.write_bytes(BODY)
     write_note(wanted)
@@ -256,20 +256,20 @@ def test_a_part_that_is_already_whole(want):
     assert download(wanted).read_bytes() == BODY
 
 
-def test_another_part_than_the_one_asked_for_is_not_appended(want):
+def test_another_range_than_the_one_requested_is_not_appended(want):
     wanted = want("wrongpart")
     wanted.part.write_bytes(BODY[:1000])
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_a_wrong_checksum_is_set_aside(want, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_renamed(want, tmp_path):
     assert "checksum" in refused(DataError, want(md5="0" * 32)).what
     assert sorted(os.listdir(tmp_path)) == ["x.tar.gz.bad", "x.tar.gz.part.json"]
     assert download(want()).read_bytes() == BODY  # and does not poison the next try
 
 
-def test_a_wrong_length_is_refused_before_anything_is_fetched(want, tmp_path):
+def test_a_wrong_length_is_refused_before_the_transfer(want, tmp_path):
     assert "300,002 bytes; the published file has 7" in refused(DataError, want(size=7)).what
     assert os.listdir(tmp_path) == []
 
@@ -278,13 +278,13 @@ def test_a_wrong_length_is_refused_before_anything_is_fetched(want, tmp_path):
     ("html", "web page"), ("login", "does not start like a .gz"), ("gzip", "re-encoded"),
     ("404", "404 Not Found"), ("403", "403 Forbidden"),
 ])  # fmt: skip
-def test_what_is_not_the_file_is_refused_and_not_kept(how, words, want, tmp_path, server):
+def test_what_is_not_the_requested_file_is_refused_and_not_kept(how, words, want, tmp_path, server):
     assert words in refused(DataError, want(how)).what
     assert os.listdir(tmp_path) == [] and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("how", ["500", "503", "429"])
-def test_a_busy_server_is_asked_again_and_then_given_up(how, want, server):
+def test_a_busy_server_is_retried_then_given_up(how, want, server):
     pauses = []
     assert how in refused(DataError, want(how), tries=3, pause=pauses.append).what
     assert len(server.requests) == 3 and pauses == [2.0, 4.0]
@@ -297,13 +297,13 @@ def test_a_server_without_lasting_progress_is_given_up(how, want, server, tmp_pa
     assert "are kept in" in error.what and ("to resume" in error.fix or "another URL" in error.fix)
 
 
-def test_what_was_kept_outlives_giving_up(want, tmp_path):
+def test_bytes_received_are_kept_after_giving_up(want, tmp_path):
     refused(DataError, want("bytewise"))
     assert (tmp_path / "x.tar.gz.part").read_bytes() == BODY[: 512 + 4]
 
 
 @pytest.mark.parametrize("how", ["drip", "driphead"])
-def test_a_server_that_drips_is_given_up(how, want, server, monkeypatch):
+def test_a_server_that_sends_too_slowly_is_given_up(how, want, server, monkeypatch):
     monkeypatch.setattr(fetch, "WINDOW", 0.2)
     assert "fewer than 1,000 bytes a second" in refused(DataError, want(how), tries=2).what
     assert len(server.requests) == 2
@@ -320,12 +320,12 @@ def test_the_body_of_a_redirect_is_not_read(want, server):
     assert server.sent < 50 << 20
 
 
-def test_a_range_that_is_no_number_is_no_traceback(want, server):
+def test_an_invalid_content_range_has_no_traceback(want, server):
     refused(DataError, want("hugerange"))
     assert len(server.requests) <= 5
 
 
-def test_how_long_to_wait_is_not_the_servers_to_say(want):
+def test_the_server_cannot_choose_the_pause(want):
     pauses = []
     assert "503" in refused(DataError, want("later"), pause=pauses.append).what
     assert pauses == [2.0, 4.0, 8.0, 16.0]
@@ -334,20 +334,20 @@ def test_how_long_to_wait_is_not_the_servers_to_say(want):
 @pytest.mark.parametrize(
     "address", ["http://[", "https://[::1", "https://a..b/x", "http://127.0.0.1:99999999/x"]
 )
-def test_an_address_that_is_none_is_no_traceback(address, tmp_path, server, want):
+def test_an_invalid_url_has_no_traceback(address, tmp_path, server, want):
     wanted = RemoteFile(address, tmp_path / "x.zip", 10, MD5)
     refused((DataError, UsageError), wanted)
     server.location = address
     refused((DataError, UsageError), want("to"))
 
 
-def test_no_server_at_all(tmp_path):
+def test_an_unreachable_server_is_reported(tmp_path):
     file = RemoteFile("http://127.0.0.1:9/x.zip", tmp_path / "x.zip", 10, MD5)
     assert "refused" in refused(DataError, file).what
 
 
 @pytest.mark.parametrize("how", ["unsaid", "oddlength"])
-def test_a_length_that_the_server_does_not_say_is_known(how, want):
+def test_a_server_need_not_send_the_length(how, want):
     assert download(want(how)).read_bytes() == BODY
 
 
@@ -371,7 +371,7 @@ def test_a_redirect_from_https_to_http_is_refused():
         follow(request, None, 302, "Found", {}, "http://elsewhere.org/x.tar")
 
 
-def test_which_addresses_are_allowed():
+def test_only_http_and_https_urls_are_allowed():
     check_url("https://image-net.org/x")
     check_url("http://image-net.org/x")  # its checksum is known
     for url in (
@@ -386,7 +386,7 @@ def test_which_addresses_are_allowed():
             check_url(url)
 
 
-def test_messages_show_no_secrets(want, server):
+def test_messages_hide_secrets(want, server):
     wanted = replace(want("404"), url=f"{server.at}/404/x.tar.gz?token=SECRET")
     server.files["x.tar.gz?token=SECRET"] = b""
     assert "SECRET" not in str(refused(DataError, wanted))
@@ -395,13 +395,13 @@ def test_messages_show_no_secrets(want, server):
     assert "SECRET" not in str(caught.value)
 
 
-def test_a_disk_without_room_is_said_before_the_transfer(want, monkeypatch, tmp_path):
+def test_a_disk_without_room_is_reported_before_the_transfer(want, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
     assert "300,002 are still to come" in refused(ResourceError, want()).what
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_fills_up_keeps_what_came(want, monkeypatch, tmp_path):
+def test_a_disk_that_fills_up_keeps_the_bytes_received(want, monkeypatch, tmp_path):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -419,7 +419,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, monkeypatch, tmp_path):
+def test_a_download_killed_at_twenty_offsets_is_resumed_to_the_same_bytes(
+    want, server, monkeypatch, tmp_path
+):
     monkeypatch.setattr(fetch, "CHUNK", 4096)
     offsets = sorted(random.Random(1).sample(range(1, len(BODY) - 8192), 20))
     for offset in offsets:
@@ -479,7 +481,7 @@ def write_and_unpack(data, into, place=anything, name="x.tar"):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_a_tar_is_read_as_tarfile_wrote_it(format, name, tmp_path):
+def test_a_tar_written_by_tarfile_is_read_back(format, name, tmp_path):
     rng = random.Random(0)
     files = {f"d{i}/{'f' * i}.bin": rng.randbytes(rng.randrange(2000)) for i in range(1, 40)} | {
         "empty": b"",
@@ -512,7 +514,7 @@ EVIL = {
 
 
 @pytest.mark.parametrize("members", EVIL.values(), ids=EVIL.keys())
-def test_a_tar_with_more_than_plain_files_is_refused_whole(members, tmp_path, monkeypatch):
+def test_a_tar_with_more_than_plain_files_is_refused(members, tmp_path, monkeypatch):
     monkeypatch.setattr(unpack, "MAX_SIZE", 1 << 20)
     with pytest.raises(DataError) as caught:
         write_and_unpack(tar_of([("fine", b"1"), *members], format=tarfile.GNU_FORMAT), tmp_path / "out")
@@ -546,7 +548,7 @@ def test_a_label_cannot_lead_outside():
         ilsvrc.val_place({b"ILSVRC2012_val_00000001": b"../../evil"})("ILSVRC2012_val_00000001.JPEG")
 
 
-def test_a_damaged_tar_is_refused_whole(tmp_path):
+def test_a_damaged_tar_is_refused_as_a_whole(tmp_path):
     data = tar_of([("a", b"1" * 3000), ("b", b"2" * 3000)])
     for cut in (0, 100, 512, 600, 4000, 4700, 7168):
         with pytest.raises(DataError, match=r"x\.tar"):
@@ -757,7 +759,7 @@ def test_auto_killed_anywhere_can_be_run_again(small, server, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.part"))
 
 
-def test_manual_says_what_to_do_and_arranges_what_is_there(small, tmp_path, capsys):
+def test_manual_explains_what_to_do_and_arranges_existing_files(small, tmp_path, capsys):
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     for words in (
@@ -775,7 +777,7 @@ def test_manual_says_what_to_do_and_arranges_what_is_there(small, tmp_path, caps
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
 
 
-def test_manual_names_what_is_missing_and_refuses_half_a_download(small, tmp_path):
+def test_manual_names_missing_files_and_refuses_a_partial_download(small, tmp_path):
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(small["ILSVRC2012_img_val.tar"][:2000])
     with pytest.raises(DataError, match=r"no ILSVRC2012_devkit_t12\.tar\.gz"):
         main(["--method", "manual", "--data-dir", str(tmp_path)])
@@ -943,7 +945,7 @@ def test_simple_explains_why_it_cannot_have_imagenet(capsys):
     assert "terms" in said and "tiny-imagenet" in said and "hf:" in said and "--method manual" in said
 
 
-def test_without_a_method_it_says_what_there_is(capsys):
+def test_without_a_method_the_options_are_listed(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("--method manual", "--method auto", "--method simple", "digits"))

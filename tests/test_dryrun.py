@@ -30,7 +30,7 @@ def test_the_dry_run_tries_every_phase_and_writes_nothing(tmp_path, capsys, monk
     assert re.search(r"[\d.]+ h for the whole run.*\n.*projection", out)
 
 
-def test_the_summary_has_a_table_for_every_size(tmp_path, capsys, monkeypatch):
+def test_the_summary_has_a_table_for_each_size(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = ["--epochs", "3", "--resize-schedule", "8,16,24"]
     assert train.main(["--dataset", "digits", "--arch", "resnet_tiny", *sizes, "--summary"]) == 0

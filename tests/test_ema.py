@@ -137,7 +137,7 @@ def test_calls_out_of_order_are_refused():
     ema.update()
 
 
-def test_state_survives_a_file_and_goes_on_bit_for_bit():
+def test_state_survives_a_file_and_resumes_bit_for_bit():
     torch.manual_seed(3)
     model = a_model()
     ema = EMA(model, decay=0.99)

@@ -99,7 +99,7 @@ def test_a_file_that_differs_from_the_model_is_deleted(classifier, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named_with_its_install_line(classifier, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(classifier, tmp_path, monkeypatch):
     def missing(name, why):
         raise UsageError(f"{why} needs {name}", f"pip install {name}")
 
@@ -109,13 +109,13 @@ def test_a_missing_package_is_named_with_its_install_line(classifier, tmp_path, 
     assert caught.value.fix.startswith("pip install safetensors")
 
 
-def test_nowhere_to_write(classifier, tmp_path):
+def test_an_output_that_cannot_be_written_is_refused(classifier, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write"):
         export.export("safetensors", classifier, tmp_path / "file")
 
 
-def test_the_command(photo_run, tmp_path, capsys):
+def test_the_export_command(photo_run, tmp_path, capsys):
     pytest.importorskip("safetensors")
     arguments = [str(photo_run), "--export", "safetensors", "--out", str(tmp_path), "--device", "cpu"]
     assert predict.main([*arguments, "--weights", "raw"]) == 0

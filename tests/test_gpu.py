@@ -81,7 +81,7 @@ def test_every_precision_trains(tmp_path, amp):
     ) <= 2 + 16 * (amp == "fp16")
 
 
-def test_fp16_that_overflows_backs_off_and_moves_nothing(tmp_path):
+def test_an_overflow_in_fp16_lowers_the_scale_and_changes_no_weight(tmp_path):
     run = tiny_run(tmp_path, *LEARNS, "--amp", "fp16")
     run.state.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
     how, (images, labels) = loop.start_phase(run, run.phases[0])[1], batch_of(run)
@@ -177,7 +177,7 @@ def test_memory_that_runs_out_in_training_is_named(tmp_path):
         )
 
 
-def test_the_look_at_memory_changes_no_bit_of_the_run(tmp_path):
+def test_the_memory_check_changes_no_bit_of_the_run(tmp_path):
     arguments = [*LEARNS, "--deterministic", "--amp", "bf16"]
     fitted(arguments, tmp_path / "plain")
     looked = tiny_run(tmp_path, *arguments)

@@ -60,7 +60,7 @@ def test_imports_point_downwards(name):
         )
 
 
-def test_imports_run_in_no_circle():
+def test_imports_have_no_cycle():
     graph = {name: imports(name, path) - {name} for name, path in modules().items()}
     while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
         for name in leaves:

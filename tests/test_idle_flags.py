@@ -154,7 +154,7 @@ def test_every_flag_has_a_row_and_a_test():
 
 
 @pytest.mark.parametrize(("name", "mode"), IDLE)
-def test_a_flag_that_can_change_nothing_is_refused(name, mode, recipe):
+def test_an_idle_flag_is_refused(name, mode, recipe):
     assert judge(recipe, name, mode)
 
 
@@ -188,7 +188,7 @@ def refusal(*arguments) -> str:
     ("--split official --dataset tiny-imagenet", ""),
     ("--save-every 2 --epochs 1", "--save-every"), ("--save-every 2min --epochs 1", ""),
 ])  # fmt: skip
-def test_idle_by_the_words(arguments, words):
+def test_the_message_names_the_idle_flag(arguments, words):
     said = refusal(*arguments.split())
     assert all(word in said for word in words.split()) and bool(said) == bool(words), said
 
@@ -205,7 +205,7 @@ def test_a_packed_copy_has_what_it_was_packed_with(tmp_path):
 
 
 @pytest.mark.parametrize("row", flags.TABLE, ids=lambda row: row.name)
-def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
+def test_summary_and_dry_run_refuse_flags_that_only_training_uses(row):
     name = row.name
     typed = {
         "init_from": "--init-from a.pt",
@@ -223,12 +223,12 @@ def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
             assert (flags.dashed(name) in said) == expected, (look_at, said)
 
 
-def test_a_value_given_twice_over_counts_as_given_and_one_error_names_them_all():
+def test_one_error_names_all_flags_without_effect():
     said = refusal("--clip-norm", "0", "--clip-mode", "norm", "--dataset", "digits", "--cycles", "3")
     assert "--clip-mode would do nothing" in said and "leave --cycles, --clip-mode out" in said
 
 
-def test_what_a_file_idles_itself_is_refused_and_what_a_hand_idles_is_let_go(tmp_path):
+def test_a_config_file_may_hold_flags_that_only_the_command_line_makes_idle(tmp_path):
     file = tmp_path / "flags.yaml"
     file.write_text("dataset: digits\ncycles: 2\n")
     assert f"--config {file}: cycles would do nothing" in refusal("--config", file)
@@ -264,7 +264,7 @@ def test_every_flag_in_every_mode_changes_something_or_is_refused(mode, recipe):
     ("resume", "--resume auto"), ("save_dir", "--save-dir other"),
     ("init_from", "--init-from missing.pt"), ("device", "--device cuda"), ("config", "--config missing.yaml"),
 ])  # fmt: skip
-def test_a_whole_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):
+def test_a_complete_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):
     def shown(*more) -> tuple:
         try:
             code = train.main(["--config", recipe, *more])

@@ -131,14 +131,14 @@ def test_the_ilsvrc_tree_is_found_from_each_of_its_levels(tmp_path):
     assert prints[0] == prints[1] == prints[2]
 
 
-def test_a_dataset_has_the_same_fingerprint_wherever_it_lies(tmp_path):
+def test_a_datasets_fingerprint_does_not_depend_on_its_place(tmp_path):
     one, other = make_folders(tmp_path / "a"), make_folders(tmp_path / "b")
     assert open_dataset("imagenet", one).fingerprint() == open_dataset("imagenet", other).fingerprint()
     (other / "val" / IDS[0] / "ILSVRC2012_val_00000003.JPEG").rename(other / "val" / IDS[0] / "renamed.JPEG")
     assert open_dataset("imagenet", one).fingerprint() != open_dataset("imagenet", other).fingerprint()
 
 
-def test_what_is_not_an_image_is_passed_over_and_counted(tmp_path):
+def test_files_that_are_not_images_are_skipped_and_counted(tmp_path):
     make_folders(tmp_path)
     for name in (".DS_Store", "._n01440764_7.JPEG", "Thumbs.db", "list.txt", "moving.gif"):
         put(tmp_path / "train" / IDS[0] / name)
@@ -252,7 +252,7 @@ def test_a_linked_dataset_works(tmp_path):
     assert open_dataset("imagenet", tmp_path / "linked").fingerprint() == found.fingerprint()
 
 
-def test_links_to_nothing_are_listed(tmp_path):
+def test_broken_links_are_listed(tmp_path):
     make_folders(tmp_path)
     (tmp_path / "train" / IDS[0] / "gone.JPEG").symlink_to(tmp_path / "nowhere.JPEG")
     (tmp_path / "train" / IDS[1] / "self.JPEG").symlink_to("self.JPEG")
@@ -312,7 +312,7 @@ def test_imagenet100_is_the_published_list_over_imagenet(tmp_path):
     assert len(open_dataset("imagenet", tmp_path).classes) == 102
 
 
-def test_imagenet100_as_class_folders_is_taken_as_it_is(tmp_path):
+def test_imagenet100_as_class_folders_is_used_as_it_is(tmp_path):
     assert open_dataset("imagenet100", make_folders(tmp_path)).classes == tuple(IDS)
 
 
@@ -380,7 +380,7 @@ def test_70_30_of_the_real_sizes_is_77000_and_33000():
     assert set(np.bincount(labels[val])) == {165} and not set(train) & set(val)
 
 
-def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(photos, tmp_path):
+def test_only_a_class_folder_whose_name_is_not_text_is_refused(photos, tmp_path):
     """Class names go into checkpoints, tables and pages; file names only into messages."""
     root = os.fsencode(shutil.copytree(photos, tmp_path / "d"))
     for part in (b"train", b"val"):
@@ -404,7 +404,7 @@ def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(pho
     b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000,
     b"ImageId\0,PredictionString\nx,n\0",
 ], ids=range(7))  # fmt: skip
-def test_damaged_labels_are_no_traceback(damage, tmp_path):
+def test_damaged_labels_have_no_traceback(damage, tmp_path):
     make_flat(tmp_path)
     put(tmp_path / "LOC_val_solution.csv", damage)
     refused(DataError, "imagenet", tmp_path)
@@ -416,7 +416,7 @@ def test_damaged_labels_are_no_traceback(damage, tmp_path):
     assert str(devkit) in refused(DataError, "imagenet", tmp_path).what
 
 
-def test_annotations_are_looked_into_only_so_far(tmp_path):
+def test_only_the_beginning_of_an_annotation_is_read(tmp_path):
     """No XML is parsed, so entities that expand to gigabytes are nothing to it; nor is a huge file read."""
     make_flat(tmp_path)
     laughs = (
@@ -436,7 +436,7 @@ def test_annotations_are_looked_into_only_so_far(tmp_path):
 
 
 @pytest.mark.parametrize("names", [b"[1]", b"{", b"[" * 100_000, b"\xff"])
-def test_damaged_class_names_are_no_traceback(names, tmp_path):
+def test_damaged_class_names_have_no_traceback(names, tmp_path):
     make_folders(tmp_path, {"n99999999_1.JPEG": "n99999999"}, {"x.JPEG": "n99999999"})
     put(tmp_path / "Labels.json", names)
     assert "Labels.json" in refused(DataError, "imagenet", tmp_path).what
@@ -659,7 +659,7 @@ def test_a_huge_synthetic_dataset_costs_labels_only():
 
 
 @pytest.mark.parametrize("text", ["classes=0", "classes=x", "colour=3", "classes", "train=-1"])
-def test_a_size_that_cannot_be_is_a_usage_error(text):
+def test_an_impossible_size_is_a_usage_error(text):
     assert "synthetic" in refused(UsageError, f"synthetic:{text}", "").fix
 
 
@@ -769,7 +769,7 @@ def test_the_size_of_the_synthetic_dataset_is_in_its_name():
     assert sizes == {**generated.SYNTHETIC, "size": 32, "classes": 3}
 
 
-def test_a_subset_larger_than_the_data_says_how_much_there_is():
+def test_a_subset_larger_than_the_data_is_noted():
     def notes(size: int) -> tuple[str, ...]:
         return layouts.open_dataset("synthetic:classes=4,train=40,val=8,size=8", "", subset_size=size).notes
 

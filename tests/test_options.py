@@ -172,14 +172,14 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
     ("save_every", 1), ("save_every", [0, "ep"]), ("optimizer", "adamax"), ("dataset", None), ("dataset", {}),
     ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
 ])  # fmt: skip
-def test_a_checkpoints_flag_of_another_kind_is_refused_by_name(name, value):
+def test_a_flag_of_a_wrong_type_in_a_checkpoint_is_refused_and_named(name, value):
     with pytest.raises(
         CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")
     ):
         rundir.parse_saved_flags(flags.plain(config_of()) | {name: value})
 
 
-def test_a_list_that_holds_itself_is_refused_and_not_walked_through():
+def test_a_list_that_contains_itself_is_refused_quickly():
     knot: list = []
     for _ in range(100):
         knot = [knot, knot]  # 2 ** 100 of them, if one were to look

@@ -52,7 +52,7 @@ def out(packed_once, tmp_path):
     return shutil.copytree(packed_once, tmp_path / "copy")
 
 
-def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
+def test_a_packed_dataset_equals_its_source(folders, packed_once):
     source, copy = open_dataset("imagenet", str(folders)), open_dataset("imagenet", str(packed_once))
     assert (copy.name, copy.classes, copy.mean, copy.std) == (
         source.name,
@@ -178,7 +178,7 @@ def test_flipped_bits_are_found_by_verify(out, capsys):
     assert "00000.arrow: its checksum is wrong" in capsys.readouterr().out
 
 
-def test_a_shard_damaged_anywhere_is_an_error_or_harmless_never_a_crash(out):
+def test_a_damaged_shard_is_an_error_or_harmless_never_a_crash(out):
     path = out / "train-16" / "00000.arrow"
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     refused = 0
@@ -252,7 +252,7 @@ def test_labels_that_do_not_fit_are_refused(labels, out):
         open_packed(out)
 
 
-def test_a_shard_cut_short_while_it_is_read_is_an_error_not_a_signal(out):
+def test_a_shard_truncated_while_it_is_read_is_an_error_not_a_crash(out):
     split = open_packed(out).train.for_size(8)
     split.read([0])
     os.truncate(out / "train-16" / "00000.arrow", 0)
@@ -267,7 +267,7 @@ def test_a_shard_cut_short_while_it_is_read_is_an_error_not_a_signal(out):
 
 
 @pytest.mark.parametrize("damage", ["labels", "manifest", "format", "unfinished"])
-def test_other_damage_has_clear_words(out, damage):
+def test_other_damage_has_clear_messages(out, damage):
     manifest = out / "manifest.json"
     if damage == "labels":
         labels = bytearray((out / "train-labels.npy").read_bytes())

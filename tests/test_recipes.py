@@ -73,7 +73,7 @@ def test_a_recipe_is_parsed_planned_and_built(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_config_survives_the_way_to_a_command_line_and_back(path):
+def test_a_config_survives_conversion_to_a_command_line_and_back(path):
     config = parsed(
         "--config", path, "--save-every", "15min", "--no-ema-ramp", "--phase-epochs", "3,1,2", "--plot"
     )[0]
@@ -122,7 +122,7 @@ def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
         parsed("--config", tmp_path / "absent.yaml")
 
 
-def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
+def test_typed_flags_may_make_a_recipes_flags_idle_but_not_each_other():
     recipe = RECIPES[0].parent / "tiny_imagenet_resnet18.yaml"  # triangular2, with cycles
     config, given = parsed("--config", recipe, "--schedule", "plateau")
     flags.check_train(config, given)
@@ -141,7 +141,7 @@ def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
     ("batch-size: &n 8", "batch_size", 8), ("augment: [padcrop:4, flip]", "augment", "padcrop:4,flip"),
     ("resize_schedule: 160", "resize_schedule", (160,)), ("\ufeffepochs: 3", "epochs", 3),
 ])  # fmt: skip
-def test_a_file_means_what_is_written_in_it(text, name, value, tmp_path):
+def test_a_yaml_value_means_what_is_written(text, name, value, tmp_path):
     (tmp_path / "flags.yaml").write_text(text, encoding="utf-8")
     config, given = parsed("--config", tmp_path / "flags.yaml")
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value) and name in given
@@ -162,7 +162,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_that_means_nothing_is_one_error_with_its_name(name, tmp_path):
+def test_a_config_file_that_is_not_a_mapping_of_flags_is_named(name, tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_bytes(HOSTILE[name])
     with pytest.raises(UsageError) as caught:
@@ -171,7 +171,7 @@ def test_a_file_that_means_nothing_is_one_error_with_its_name(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["directory", "FIFO", "device"])
-def test_what_is_no_file_is_not_read(kind, tmp_path):
+def test_only_regular_files_are_read(kind, tmp_path):
     path = Path("/dev/zero") if kind == "device" else tmp_path / "flags.yaml"
     if kind != "device":
         (os.mkdir if kind == "directory" else os.mkfifo)(path)

@@ -86,7 +86,7 @@ def test_every_torch_load_reads_weights_only():
     ("import numpy as np\nnp.load('x', allow_pickle=True)", "allow_pickle=True"),
     ("from torch import load\nload('x')", "torch.load"), ("import yaml\nyaml.load('x')", "yaml.load"),
 ])  # fmt: skip
-def test_the_gate_sees_it(source, what):
+def test_forbidden_calls_are_found(source, what):
     assert findings(source) == {what}
 
 

@@ -82,14 +82,14 @@ def resumed(save_dir: Path) -> dict[str, str]:
 
 @pytest.mark.torture
 @pytest.mark.parametrize("state", ["metrics.MetricLogger.log:3", "harness.checkpoint.link:1"])
-def test_a_signal_when_nothing_is_left_to_do_does_not_unmake_a_finished_run(state, straight, tmp_path):
+def test_a_signal_after_the_last_save_leaves_the_run_finished(state, straight, tmp_path):
     assert stop_at(state, str(TERM), tmp_path / "run", tmp_path / "log", 0) == 0
     assert "done: best" in (tmp_path / "log").read_text()
     assert digest(tmp_path / "run") == straight
 
 
 @pytest.mark.torture
-def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
+def test_the_same_signal_from_two_senders_counts_once(straight, tmp_path):
     """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
     assert stop_at("loop.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
     assert "To continue" in (tmp_path / "log").read_text()
@@ -129,7 +129,7 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     "state",
     ["harness.checkpoint._write_and_prove:2", pytest.param("loop.train_step:8", marks=pytest.mark.torture)],
 )
-def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
+def test_a_second_signal_ends_the_run_at_once_and_the_older_checkpoint_is_intact(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     assert stop_at(state, f"{TERM} . {INT}", save_dir, log, 1) == 130
     assert "To continue" not in log.read_text() and "Traceback" not in log.read_text()
@@ -167,7 +167,7 @@ def catches(process: subprocess.Popen, number: int) -> bool:
     "number, code, delay",
     [(TERM, 143, 0.0), (INT, 130, 0.4), pytest.param(HUP, 143, 0.8, marks=pytest.mark.slow)],
 )
-def test_before_training_begins_a_signal_ends_it_quickly_with_nothing_written(number, code, delay, tmp_path):
+def test_a_signal_before_training_ends_the_run_quickly_with_nothing_written(number, code, delay, tmp_path):
     process = subprocess.Popen(
         command(*TINY, "--save-dir", tmp_path / "run"),
         stdout=subprocess.PIPE,
@@ -253,7 +253,7 @@ def test_sighup_stays_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_handlers_found_are_put_back(tmp_path):
+def test_the_former_signal_handlers_are_restored(tmp_path):
     before = [signal.getsignal(number) for number in interrupts.STOP_SIGNALS]
     train.main([*TINY, "--save-dir", str(tmp_path), "--stop-after", "1"])
     assert [signal.getsignal(number) for number in interrupts.STOP_SIGNALS] == before

@@ -231,7 +231,7 @@ def train_on(state, how, data) -> list[bool]:
     return seen
 
 
-def test_some_bad_steps_in_a_row_end_the_run():
+def test_too_many_bad_steps_in_a_row_end_the_run():
     state, how = make(torch.float32)
     poisoned = [(images * float("nan"), labels) for images, labels in batches(12, dtype=torch.float32)]
     with pytest.raises(DivergedError, match="10 steps in a row"):
@@ -301,7 +301,7 @@ def overflowing_above(state, limit: float) -> None:
     state.model.fc.weight.register_hook(lambda g: g * (math.inf if state.scaler.get_scale() > limit else 1.0))
 
 
-def test_a_scale_that_is_too_large_is_found_by_halves_and_costs_nothing_but_steps():
+def test_a_scale_that_is_too_large_is_halved_until_it_fits():
     state, how = scaled("sgd", fused=True, scale=65536.0)
     overflowing_above(state, 4.0)
     assert train_on(state, how, batches(20, dtype=torch.float32)) == [False] * 14 + [True] * 6
@@ -319,7 +319,7 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(scale, steps):
     assert bits(state) == before
 
 
-def test_32_images_are_learned_by_heart_in_60_steps():
+def test_32_images_are_memorized_in_60_steps():
     state, how = make(torch.float32, alphas=(0.0, 0.0), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     images, labels = (
@@ -361,7 +361,7 @@ def test_evaluate_counts_each_sample_once_whatever_the_batching():
     assert model.training  # as it was before
 
 
-def test_images_that_were_left_out_are_not_in_the_score():
+def test_skipped_images_are_not_in_the_score():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
     images, labels = torch.randn(4, 3, 2, 2), torch.arange(4)
     wanted = evaluate({"m": model}, [(images, labels)], CPU)["m"]

@@ -55,7 +55,7 @@ def test_every_combination_is_scored_once(scored):
     assert json.loads((scored[0] / "copy.json").read_text()) == scored[1]
 
 
-def test_files_agree_with_each_other(scored):
+def test_the_output_files_agree(scored):
     out, numbers = scored
     matrix = np.array([row[1:] for row in csv.reader((out / "confusion.csv").open())][1:], int)
     per_class = list(csv.DictReader((out / "per_class.csv").open()))
@@ -92,7 +92,7 @@ def copy_of(photos, tmp_path, names: dict):
     return tmp_path
 
 
-def test_fewer_classes_keep_their_places(photos, photo_run, tmp_path, capsys):
+def test_fewer_classes_keep_their_labels(photos, photo_run, tmp_path, capsys):
     """owl alone is class 0 of its data and class 2 of the model."""
     data = copy_of(photos, tmp_path / "data", {"owl": "owl", "dog": "dog"})
     where = ["--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")]
@@ -140,7 +140,7 @@ def test_wrong_input(photos, photo_run, tmp_path):
         validate.check_architecture("swin_t", 224, (224,), SimpleNamespace(recalibrate_bn=True))
 
 
-def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monkeypatch):
+def test_running_out_of_memory_is_an_error_with_a_fix(photo_run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -200,7 +200,7 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
         predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
 
-def test_raw_weights_are_used_if_there_is_no_average(photo_run, tmp_path):
+def test_raw_weights_are_used_without_an_ema(photo_run, tmp_path):
     classifier = predictions.load(str(photo_run), "both", CPU)
     assert list(classifier.models) == ["raw", "ema"] and classifier.weights == "ema"
     payload = {name: value for name, value in classifier.payload.items() if name != "schema"}

@@ -184,7 +184,7 @@ def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", "half", "all but 3 bytes"])
-def test_a_bad_image_ends_the_run_by_name(split, content, photos, tmp_path):
+def test_a_bad_image_ends_the_run_and_is_named(split, content, photos, tmp_path):
     bad = spoiled(photos, tmp_path / "data", split, content)
     with pytest.raises(UserError) as caught:
         train.main([*SMALL, "--data-dir", str(tmp_path / "data"), "--save-dir", str(tmp_path / "run")])
@@ -193,7 +193,7 @@ def test_a_bad_image_ends_the_run_by_name(split, content, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_bad_image_met_by_a_worker_ends_the_run_by_name(split, photos, tmp_path):
+def test_a_bad_image_in_a_worker_ends_the_run_and_is_named(split, photos, tmp_path):
     bad, log = spoiled(photos, tmp_path / "data", split, b""), tmp_path / "log"
     flags = (*SMALL, "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", "--num-workers", 2)
     assert finish(spawn(*flags, output=log)) == 3
@@ -212,7 +212,7 @@ def spoiled(photos: Path, data: Path, split: str, content: bytes | str) -> str:
 # Surroundings
 
 
-def test_a_save_dir_that_cannot_be_one(photos, tmp_path):
+def test_a_save_dir_that_is_a_file_is_refused(photos, tmp_path):
     (tmp_path / "run").write_text("a file")
     check(refusal(tmp_path, "--data-dir", photos), 6, "--save-dir", "is a file")
     check(refusal(tmp_path, "--data-dir", photos, "--save-dir", tmp_path / "run" / "below"), 6, "is a file")
@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
-def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
+def test_only_a_directory_still_in_use_is_refused(photos, tmp_path):
     save_dir = tmp_path / "run"
     lock = rundir.acquire(rundir.scan(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
@@ -336,7 +336,7 @@ def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
     assert "None" not in said and "SUPPRESS" not in said
 
 
-def test_two_lines_on_stderr_and_no_traceback(tmp_path):
+def test_an_error_is_two_lines_on_stderr_without_a_traceback(tmp_path):
     done = cli("--epochs", "0")
     assert done.returncode == 2 and done.stdout == ""
     first, second = done.stderr.splitlines()
@@ -348,7 +348,7 @@ def test_two_lines_on_stderr_and_no_traceback(tmp_path):
 @pytest.mark.parametrize(
     "variables", [{"LANG": "C", "LC_ALL": "C"}, {"TZ": "Nowhere/Land"}, {"HOME": "/nonexistent"}]
 )
-def test_odd_surroundings_do_not_matter(variables, photos, tmp_path):
+def test_odd_paths_and_environments_do_not_matter(variables, photos, tmp_path):
     strange = tmp_path / "dätä \n$(touch x)"
     shutil.copytree(photos, strange)
     done = cli(*SMALL, "--data-dir", strange, "--save-dir", tmp_path / "run", **variables)
