@@ -41,7 +41,7 @@ def config_of(values):
     return config
 
 
-# Studies
+# --- studies ---
 
 
 @pytest.mark.parametrize(("which", "preset"), EVERY, ids=ids)
@@ -65,7 +65,7 @@ def test_every_variant_is_accepted_and_planned(which, preset):
 @pytest.mark.parametrize(("which", "preset"), [(s, preset) for s, preset in EVERY if preset != "smoke"])
 def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(which, preset):
     configs = {name: config_of(which.flags_of(name, preset)) for name in which.variants}
-    assert len({repr(c) for c in configs.values()}) == len(configs)  # no two rows are one experiment
+    assert len({repr(c) for c in configs.values()}) == len(configs)  # no two variants are the same experiment
     first, *others = which.variants
     base = flags.plain(configs[first])
     for variant in others:
@@ -75,7 +75,7 @@ def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(w
 
 
 def test_every_name_is_a_flag_of_train():
-    # to_argv passes over names that it does not know.
+    # to_argv skips names that it does not know.
     known = flags.defaults().keys()
     assert study.CPU.keys() | study.SMOKE.keys() <= known
     for one in studies.STUDIES.values():
@@ -130,7 +130,7 @@ def test_a_study_without_a_cpu_version_says_so():
         studies.BLURPOOL.runs("cpu")
 
 
-# Statistics
+# --- statistics ---
 
 
 def test_paired_differences_agree_with_scipy():
@@ -223,7 +223,7 @@ def test_the_last_epoch_counts_not_the_best():
     assert r.score("val_top1") is None
 
 
-# Conclusions
+# --- conclusions ---
 
 TWO = Study("two", "Is b better?", {"a": {}, "b": {"lr": 1}, "c": {"lr": 2}})
 
@@ -274,7 +274,7 @@ def test_one_seed_and_failed_runs_conclude_nothing():
     assert text == "Not enough finished pairs of runs to judge b and c. Not every run finished: c (diverged)."
 
 
-# The runner, with a stand-in for train.py that knows its flags and no torch
+# --- the runner, with a stand-in for train.py that has its flags and needs no torch ---
 
 FAKE = """
 import json, pathlib, signal, sys, time
@@ -298,7 +298,7 @@ for epoch in range(done + 1, 4):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A study of three variants and two seeds with a stand-in for train.py; the runner's arguments."""
+    """Arguments of the runner for a study of three variants and two seeds, with a stand-in for train.py."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     variants = {"low": {"lr": 1}, "mid": {"lr": 2}, "high": {"lr": 3}}
@@ -339,7 +339,7 @@ def test_a_failing_variant_is_reported_and_the_others_run(
     assert run.main(fake) == code
     assert starts(tmp_path)["mid-seed0"] == (
         2 if code else 1
-    )  # what failed is tried again; diverging is a result
+    )  # a failed run is tried again; a diverged one is a result
     assert starts(tmp_path)["low-seed0"] == 1
 
 
@@ -388,7 +388,7 @@ def test_an_unknown_name_lists_the_known_ones(fake):
 
 
 def test_a_stopped_study_is_continued(tmp_path, fake):
-    """SIGTERM reaches the run under way, which saves; the same command takes it up and runs the rest."""
+    """SIGTERM makes the active run save; the same command resumes it and runs the rest."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import pathlib, sys
@@ -441,7 +441,7 @@ def test_every_run_is_given_its_data(fake):
     assert not any(word.startswith("--data-dir") for word in digits)
 
 
-# Report
+# --- report ---
 
 
 def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, capsys):
@@ -489,11 +489,11 @@ def test_no_difference_is_reported_for_unfinished_runs(fake, tmp_path, monkeypat
     assert "mid (unfinished)" in summary.conclusion(studies.STUDIES["fake"], runs)
 
 
-# From end to end
+# --- end to end ---
 
 
 def in_process(arguments, log, stopping):
-    """train.py in this process, as errors.run would end it."""
+    """Run train.py in this process and return its exit code."""
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -521,7 +521,7 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
         ("plain-0.9999", "0", "done", "3"),
         ("plain-0.9999", "1", "done", "3"),
     ]
-    # The average does not touch training, so with one seed the raw weights score the same.
+    # The EMA does not affect training, so with one seed the raw weights score the same.
     assert rows[0]["val_top1"] == rows[2]["val_top1"]
     for path in (tmp_path / "published").rglob("*.json*"):
         assert str(tmp_path) not in path.read_text()
@@ -531,7 +531,7 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     }
 
 
-# What is committed
+# --- what is committed ---
 
 
 @pytest.mark.parametrize(
@@ -563,7 +563,7 @@ def test_published_results_hold_no_path_and_are_complete():
         }
         pictures = ["curves.png", "differences.png"]
         text = summary.markdown(studies.STUDIES[name], preset or "full", found, pictures)
-        # The report is that of the files beside it.
+        # The committed report is what its files give today.
         assert (folder / "summary.md").read_text(encoding="utf-8") == text + "\n"
     small = [p for p in (ROOT / "ablation_runs" / "results").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in small) < 2_000_000

@@ -1,4 +1,4 @@
-"""The pictures of a run: what they are drawn from, and that they are written whole."""
+"""The pictures of a run: what they show, and that they are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
         ["a-run", "2/2", "42.00", "2", "1.00"],
         ["b-run", "2/2", "42.00", "2", "1.00"],
     ]
-    assert runs.differing_flags(found) == ["lr", "ema"]  # not save_dir: it changes nothing that is learned
+    assert runs.differing_flags(found) == ["lr", "ema"]  # not save_dir, which does not affect training
     tie = [{"lr": 0.1, "ema": True}, {"lr": 0.2, "ema": False}]
     assert runs.unusual_flags(found) == tie  # neither value is usual
     assert runs.unusual_flags([found[0], *found])[:2] == [{}, {}]

@@ -1,4 +1,4 @@
-"""Looking inside a model: Grad-CAM by hand, hooks gone, the landscape's centre, what training sees."""
+"""The commands that look inside a model: Grad-CAM, feature maps, filters, loss landscape, batches."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_gradcam_equals_the_formula_by_hand():
     # d logit_0 / d map_0 is 2 / 16 everywhere (all positive) and 0 for map_1: the map is channel 0 itself.
     brightness = images[0].sum(0)
     torch.testing.assert_close(maps[0], brightness / brightness.max())
-    assert (maps[1] == 0).all()  # darkness of a bright image is cut off by the network's ReLU: no evidence
+    assert (maps[1] == 0).all()  # the network's ReLU removes the darkness of a bright image: no evidence
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -126,7 +126,7 @@ def test_gradcam_refuses_a_layer_the_logits_do_not_depend_on():
 
 
 class Tokens(nn.Module):
-    """As ViT: patches with a class token in front; the last block lets only that token out."""
+    """Like ViT: a class token before the patches; the last block returns that token alone."""
 
     def __init__(self):
         super().__init__()
@@ -146,7 +146,7 @@ def test_the_last_map_is_found_in_every_kind_of_network():
     assert feature_maps.last_map(model, images) == "layer4" and hooks(model) == 0
     assert (
         feature_maps.last_map(Tokens().eval(), images) == "attention"
-    )  # not `last`: its patches reach no logit
+    )  # not `last`: its patches do not reach the logits
     maps = gradcam.grad_cam(tokens := Tokens(), tokens.attention, images, torch.tensor([1]))
     assert maps.shape == (1, 32, 32)
 
@@ -180,7 +180,9 @@ def test_tokens_become_a_map_in_reading_order():
 def test_gradcam_on_every_architecture(arch):
     model = build_model(arch, num_classes=4, image_sizes=(64,)).eval()
     for p in model.parameters():
-        nn.init.normal_(p, 0, 0.05)  # torchvision's ViT begins with a head of zeros, which explains nothing
+        nn.init.normal_(
+            p, 0, 0.05
+        )  # torchvision initialises ViT's head with zeros, which would give empty maps
     images = torch.randn(1, 3, 64, 64)
     layer = feature_maps.module_named(model, feature_maps.last_map(model, images))
     assert gradcam.grad_cam(model, layer, images, torch.tensor([1])).shape == (1, 64, 64)

@@ -15,7 +15,7 @@ FILL = (124, 116, 104)
 
 
 def fixed(*numbers):
-    """A draw that gives these numbers in turn."""
+    """Return a `Draw` that returns these numbers in turn."""
     return iter(numbers).__next__
 
 
@@ -53,7 +53,7 @@ def test_the_library_policies_depend_on_the_key_alone(policy, A):
 
 
 def test_augmentations_fire_independently():
-    """Albumentations' set_random_seed would fire them all together: correlation 1."""
+    """With Albumentations' set_random_seed all would fire together (correlation 1)."""
     names, fired = ("flip", "affine", "jitter", "dropout"), []
     randomness = augment.KeyedRandom()
     operations = [augment.build(name, None, FILL, randomness) for name in names]
@@ -144,7 +144,7 @@ def test_shrinking_averages_pixels(factor):
     blocks = image.reshape(32, factor, 32, factor, 3).mean((1, 3))
     ours = augment.cut_and_resize(image, (0, 0, 32 * factor, 32 * factor), 32)
     assert np.abs(ours - blocks).max() <= 1
-    # No aliasing for a broken factor either: noise of standard deviation 74 must average out.
+    # No aliasing for non-integer factors either: noise of standard deviation 74 must average out.
     assert (
         augment.cut_and_resize(image, (0, 0, 32 * factor - 5, 32 * factor - 3), 32).std() < 74 / factor * 1.5
     )
@@ -211,7 +211,7 @@ def test_jitter_in_each_order_stays_next_to_albumentations(A):
             expected = steps[i](expected, values[i])
         ours = augment.jitter(photo(32, 32), values, order).astype(int)
         difference = ours - expected
-        assert np.abs(difference).mean() < 1.5, order  # 180 hues: a rounding before is a step after
+        assert np.abs(difference).mean() < 1.5, order  # one of 180 hues: earlier rounding may shift it by one
 
 
 def test_dropout_is_albumentations_coarse_dropout(A):

@@ -20,7 +20,7 @@ def test_the_best_possible_agrees_with_a_simulation_of_kills(save, restart, mean
     rng, intervals, clock, to_do = random.Random(0), 100_000, 0.0, float(save)
     next_kill = rng.expovariate(1 / mean)
     for _ in range(intervals):
-        while clock + to_do > next_kill:  # what was done since the last save is lost, and R is spent anew
+        while clock + to_do > next_kill:  # the work since the last save is lost, and a restart costs R
             clock, to_do = next_kill, restart + save
             next_kill += rng.expovariate(1 / mean)
         clock, to_do = clock + to_do, save
@@ -28,7 +28,7 @@ def test_the_best_possible_agrees_with_a_simulation_of_kills(save, restart, mean
 
 
 def life(began: float, steps: range, killed: bool) -> dict:
-    """Two seconds of start, ten steps a second, a save of 10 ms after every tenth."""
+    """Return a life: two seconds of start, ten steps a second, a save of 10 ms after every tenth step."""
     done = [(step, began + 2 + 0.1 * (i + 1)) for i, step in enumerate(steps)]
     saves = [(at, at + 0.01) for step, at in done if step % 10 == 0]
     return {"began": began, "ended": done[-1][1], "killed": killed, "steps": done, "saves": saves}
@@ -75,13 +75,13 @@ def test_nothing_is_left_running_when_it_is_interrupted(tmp_path, number):
 
 
 def running(directory: Path) -> list[int]:
-    """The processes that name `directory` on their command line."""
+    """Return the processes with `directory` on their command line."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has just ended
         if b"--child" in words and str(directory).encode() in words:
             found.append(int(file.parent.name))
     return found

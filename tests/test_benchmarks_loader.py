@@ -1,4 +1,4 @@
-"""The loader and storage benchmarks run, and measure what they say."""
+"""The loader and storage benchmarks run and measure what they claim."""
 
 import json
 

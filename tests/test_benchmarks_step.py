@@ -1,4 +1,4 @@
-"""benchmarks.step: the loops train what they say, take turns, and the rows say what was measured."""
+"""benchmarks.step: the loops train as described and take turns, and the rows hold what was measured."""
 
 import json
 import sys

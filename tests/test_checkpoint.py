@@ -33,7 +33,7 @@ def main(*arguments) -> int:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
-    """A run of two epochs and a bit, in one directory."""
+    """A run of a little more than two epochs."""
     save_dir = tmp_path_factory.mktemp("stopped")
     assert main(*TINY, "--save-dir", save_dir, "--stop-after", 12) == 0
     return save_dir
@@ -41,14 +41,14 @@ def stopped(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(stopped, tmp_path) -> Path:
-    """A copy of it for a test to damage."""
+    """A copy of the run that a test may damage."""
     subprocess.run(["cp", "-a", f"{stopped}/.", tmp_path], check=True)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> bytes:
-    """A checkpoint of the shape of ours, small enough to damage a hundred times."""
+    """A checkpoint like ours, small enough to be damaged a hundred times."""
     path = tmp_path_factory.mktemp("small") / "last_x.pt"
     checkpoint.save(path, whole())
     return path.read_bytes()
@@ -63,7 +63,7 @@ def content_of(path: Path) -> str:
     return exact(checkpoint.load(path))
 
 
-# Writing
+# --- writing ---
 
 
 def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tmp_path, monkeypatch):
@@ -140,12 +140,12 @@ def test_a_name_that_occurs_twice_leaves_nothing_behind(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best_x.pt", "last_x.pt", "prev_best_x.pt"]
 
 
-# A disk that is full
+# --- full disks ---
 
 
 @pytest.fixture
 def full_disk(tmp_path, monkeypatch):
-    """A directory with two checkpoints, and no patience for retries: (path, bytes of both)."""
+    """A directory with two checkpoints, with retries turned off: (path, bytes of both)."""
     path, slept = tmp_path / "last_x.pt", []
     for step in (1, 2):
         checkpoint.save(path, whole(step=step))
@@ -218,7 +218,7 @@ def test_a_full_disk_is_a_two_line_error_for_any_file(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-# Damage
+# --- damage ---
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
@@ -227,7 +227,7 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
 
 
 def refused_or_identical(path: Path, content: bytes, wanted: str) -> bool:
-    """True if refused; a flip where nothing is stored (padding, a date) leaves what is read as it was."""
+    """Return whether the file is refused. If not (padding, a date), its content must be unchanged."""
     path.write_bytes(content)
     try:
         assert content_of(path) == wanted
@@ -249,7 +249,7 @@ def test_a_flipped_bit_is_refused_or_harmless(small, tmp_path, count):
 
 @pytest.mark.torture
 def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path):
-    """Also those of the archive's own records, which torch's reader believes without a checksum."""
+    """This includes the archive's own records, which torch's reader trusts without a checksum."""
     path = tmp_path / "last_x.pt"
     path.write_bytes(small)
     wanted, refused = content_of(path), 0
@@ -261,7 +261,7 @@ def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path)
 
 
 def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_path):
-    """torch would hand out memory that it never filled in place of a weight."""
+    """torch would return uninitialised memory as a weight."""
     place = (
         small.rindex(b"archive/data/1") - 8
     )  # the external attributes of its record in the central directory
@@ -271,7 +271,7 @@ def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_pat
 
 
 def test_a_flipped_bit_of_a_weight_is_refused(small, tmp_path):
-    """torch alone loads it without a word."""
+    """torch alone loads it without an error."""
     place = small.index(torch.arange(300.0).numpy().tobytes())
     path = tmp_path / "last_x.pt"
     for offset in (place, place + 701, place + 1199):
@@ -306,7 +306,7 @@ def test_a_path_that_is_not_a_checkpoint_lists_those_beside_it(run_dir, capsys, 
     )
 
 
-# Malice
+# --- malice ---
 
 
 @pytest.mark.parametrize("name", sorted(PAYLOADS))
@@ -317,7 +317,7 @@ def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_model(path)
     assert caught.value.exit_code == 4 and caught.value.fix
-    with suppress(CheckpointError):  # two are whole but hold no model: restoring them is what fails
+    with suppress(CheckpointError):  # two are intact but hold no model: restoring them fails
         checkpoint.newest(tmp_path)
     assert not list(tmp_path.glob(f"*{SENTINEL}*"))
     assert time.monotonic() - started < 10
@@ -338,7 +338,7 @@ def test_train_reports_a_file_that_contains_code(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# Other files
+# --- other files ---
 
 
 @pytest.mark.parametrize("key", sorted(whole()))
@@ -398,14 +398,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(flags, words, run
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is elsewhere until `cpu` is called."""
+    """A tensor that claims to be on another device until `cpu` is called."""
 
     def cpu(self):
         return self.as_subclass(torch.Tensor)
 
 
 def test_tensors_are_saved_from_the_cpu(tmp_path):
-    """Saved from a GPU, plain `torch.load` fails on a machine without one."""
+    """Plain `torch.load` could not read tensors of a GPU on a machine without one."""
     weights = {"w": torch.arange(3.0).as_subclass(OnDevice)}
     checkpoint.save(tmp_path / "x.pt", whole(model=weights))
     checkpoint.save_weights(tmp_path / "w.pt", weights)
@@ -432,7 +432,7 @@ def test_malformed_flags_in_a_checkpoint_are_refused(run_dir):
             main("--resume", run_dir / "odd.bin", "--save-dir", run_dir)
 
 
-# Which one a run goes on from
+# --- which checkpoint is resumed ---
 
 
 def test_auto_skips_damaged_files_and_says_why(run_dir, capsys):
@@ -493,7 +493,7 @@ def test_a_damaged_path_is_refused_although_another_checkpoint_is_intact(run_dir
         main("--resume", path, "--save-dir", run_dir)
 
 
-# The best
+# --- the best checkpoint ---
 
 
 def row(epoch: int, score: float) -> dict:
@@ -545,7 +545,7 @@ def test_a_run_resumed_elsewhere_takes_its_best_checkpoint_along(run_dir, tmp_pa
     assert digest(elsewhere, "best") == whole == digest(elsewhere, "last")
 
 
-# Killed while saving, through the command line
+# --- killed while saving, through the command line ---
 
 
 FAST_POINTS = ("between_renames", "between_link_and_rename")
@@ -568,7 +568,7 @@ def test_a_run_killed_while_saving_and_resumed_ends_in_the_same_bits(point, tmp_
     assert not list(killed.glob("*.partial"))
 
 
-# Older schemas
+# --- older schemas ---
 
 
 @pytest.mark.parametrize(

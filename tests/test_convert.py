@@ -1,4 +1,4 @@
-"""models.convert: weights travel between ours, torchvision's and the earlier code's files."""
+"""models.convert: weights convert between this project, torchvision and the earlier code."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def equal(state: dict, other: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def source() -> nn.Module:
-    """A trained-looking ResNet-18: every tensor differs from a fresh model's."""
+    """A ResNet-18 in which every tensor differs from a new model's."""
     torch.manual_seed(0)
     model = resnet18(7)
     with torch.no_grad():
@@ -146,7 +146,7 @@ def test_another_architecture_is_refused_by_name(source, reset_head):
     ) as caught:
         adapt_state_dict(other.state_dict(), source, reset_head)
     assert "--arch" in caught.value.fix
-    assert equal(before, source.state_dict())  # refused before anything was touched
+    assert equal(before, source.state_dict())  # refused before anything was changed
     with pytest.raises(CheckpointError, match="now: resnet18, small stem, 7 classes"):
         adapt_state_dict(source.state_dict(), resnet18(7, stem="small"), reset_head)
 

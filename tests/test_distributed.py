@@ -1,4 +1,4 @@
-"""Several ranks are one run: the same samples, the same scores, one stop, one checkpoint, one end."""
+"""Several ranks act as one run: the same samples and scores, one stop, one checkpoint, one end."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def free_port() -> str:
 
 
 def ranks(world: int, port: str) -> list[dict[str, str]]:
-    """What torchrun tells each rank."""
+    """Return the environment variables that torchrun sets for each rank."""
     return [
         {
             "RANK": str(k),
@@ -50,7 +50,7 @@ def ranks(world: int, port: str) -> list[dict[str, str]]:
 
 
 def run(world: int, log: Path, *arguments, only: dict[int, dict[str, str]] | None = None) -> list[int]:
-    """train.py on `world` ranks; `only` holds more variables for some of them. Their exit codes."""
+    """Run train.py on `world` ranks, with the variables in `only` for some; return the exit codes."""
     started = [
         spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
         for k, variables in enumerate(ranks(world, free_port()))
@@ -58,7 +58,7 @@ def run(world: int, log: Path, *arguments, only: dict[int, dict[str, str]] | Non
     return [finish(process) for process in started]
 
 
-# Without processes
+# --- without processes ---
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -74,7 +74,7 @@ def test_the_ranks_take_the_samples_that_one_rank_would_in_the_same_order(world)
 
 
 class OneOfMany(Runtime):
-    """A rank that keeps what it would send to the others."""
+    """A rank that records what it would send to the others."""
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         self.sent.append(values.clone())
@@ -131,7 +131,7 @@ def test_only_a_lost_rank_is_reported_as_one():
         raise RuntimeError(words)
 
 
-# Two ranks through train.py, with gloo
+# --- two ranks of train.py with gloo ---
 
 
 def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resume(tmp_path):
@@ -155,7 +155,7 @@ def test_a_run_stopped_and_resumed_on_two_ranks_is_the_same_run(tmp_path):
     assert run(2, log, *TINY, "--save-dir", tmp_path / "run", only=only) == [143, 143], log.read_text()
     assert run(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
     assert digest(tmp_path / "run") == digest(tmp_path / "straight")
-    assert log.read_text().count("done: best") == 2  # one rank speaks
+    assert log.read_text().count("done: best") == 2  # only one rank prints
 
 
 @pytest.mark.slow
@@ -201,7 +201,7 @@ def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path
 
 @pytest.mark.slow
 def test_two_runs_on_one_host_do_not_interfere(tmp_path):
-    """Through torchrun, as a user starts them."""
+    """Started through torchrun, as by a user."""
     started = [
         subprocess.Popen(
             [
@@ -278,14 +278,14 @@ def test_the_slurm_script_puts_a_stopped_job_back_into_the_queue_and_a_finished_
     assert len(payload(tmp_path / "run")["rows"]) == 3
 
 
-# The same losses as one rank
+# --- the same losses as one rank ---
 
 
 PLAIN = ("--mixup-alpha", "0", "--cutmix-alpha", "0", "--drop-path-rate", "0")
 
 
 def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
-    """A run with frozen BatchNorm; every step's loss goes into a file."""
+    """Train with frozen BatchNorm, writing every step's loss to a file."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     run = built(config_of(*PLAIN, "--save-dir", save_dir), Path(save_dir))

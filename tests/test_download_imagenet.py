@@ -31,7 +31,7 @@ from sources.archives import fetch, ilsvrc, unpack
 from sources.archives.fetch import RemoteFile, check_url, download
 from sources.layouts import open_dataset
 
-BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # begins like a .gz file
+BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # starts like a .gz file
 MD5 = hashlib.md5(BODY).hexdigest()
 
 
@@ -85,7 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def cut_and_wrong(handler, body):
-    """Cuts what it sends, each time elsewhere, and answers Range with another part."""
+    """Cut the transfer, each time elsewhere, and answer Range with another part."""
     asked = len(handler.server.requests)
     if handler.headers.get("Range"):
         return handler.answer(206, {"Content-Range": f"bytes 7-{len(body) - 1}/{len(body)}"}, body[7:])
@@ -95,7 +95,7 @@ def cut_and_wrong(handler, body):
 
 
 def other_total(handler, body):
-    """Goes on where it was asked to, but in a file of another length."""
+    """Continue at the requested position, but of a file of another length."""
     start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
     headers = {"ETag": '"v1"', "Content-Length": str(len(body))}
     if start:
@@ -123,7 +123,7 @@ def dripping_body(handler, body):
 
 
 def endless(handler, body):
-    """More than the published length, without saying so."""
+    """Send more than the published length without announcing it."""
     with contextlib.suppress(OSError):
         handler.answer(200, {"Content-Length": None}, body)
         while True:
@@ -251,7 +251,7 @@ def test_a_complete_part_needs_no_request(want):
     wanted.path.rename(wanted.part)
     wanted.part.write_bytes(
         BODY + b"more"
-    )  # longer than the file: of another version, although the note says not
+    )  # longer than the file: of another version, whatever the note says
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
 
@@ -266,7 +266,7 @@ def test_another_range_than_the_one_requested_is_not_appended(want):
 def test_a_file_with_a_wrong_checksum_is_renamed(want, tmp_path):
     assert "checksum" in refused(DataError, want(md5="0" * 32)).what
     assert sorted(os.listdir(tmp_path)) == ["x.tar.gz.bad", "x.tar.gz.part.json"]
-    assert download(want()).read_bytes() == BODY  # and does not poison the next try
+    assert download(want()).read_bytes() == BODY  # and does not affect the next attempt
 
 
 def test_a_wrong_length_is_refused_before_the_transfer(want, tmp_path):
@@ -441,10 +441,10 @@ def test_a_download_killed_at_twenty_offsets_is_resumed_to_the_same_bytes(
         assert offset <= (tmp_path / "x.tar.gz.part").stat().st_size <= max(before, offset) + 4096
     assert download(want()).read_bytes() == BODY
     resumed = [asked for _, asked, _ in server.requests if asked]
-    assert len(resumed) == 20  # every request but the first asked for the rest only
+    assert len(resumed) == 20  # all requests except the first asked for the rest only
 
 
-# Archives
+# --- archives ---
 
 
 def tar_of(members, name="x.tar", format=tarfile.USTAR_FORMAT):
@@ -472,7 +472,7 @@ def anything(name):
 
 
 def write_and_unpack(data, into, place=anything, name="x.tar"):
-    """Returns how many files there are."""
+    """Unpack, and return the number of files."""
     path = into.parent / name
     path.write_bytes(data)
     unpack.unpack(path, into, place)
@@ -488,7 +488,7 @@ def test_a_tar_written_by_tarfile_is_read_back(format, name, tmp_path):
         "block": bytes(512),
     }
     folder = special("d1", tarfile.DIRTYPE)
-    folder.uname = "Müller"  # makes a remark in PAX_FORMAT
+    folder.uname = "Müller"  # makes a pax header in PAX_FORMAT
     data = tar_of([folder, *files.items()], name, format)
     assert write_and_unpack(data, tmp_path / "out", name=name) == len(files)
     out = {
@@ -640,7 +640,7 @@ def test_an_unpacked_folder_is_complete_or_absent(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out", "x.tar"]
 
 
-# The whole story, in small
+# --- from end to end, in miniature ---
 
 IDS = ["n01440764", "n01443537", "n01484850"]
 LABELS = [1, 0, 2, 2, 0, 1]  # of the validation images, positions in IDS
@@ -720,7 +720,7 @@ def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(smal
     assert asked == 3 and main(auto_args(server, tmp_path)) == 0 and len(server.requests) == asked
     shutil.rmtree(tmp_path / "val")  # the archive is there: nothing to fetch
     assert main(auto_args(server, tmp_path)) == 0 and is_arranged(tmp_path) and len(server.requests) == asked
-    for path in tmp_path.glob("ILSVRC2012_*"):  # all arranged: nothing of them is needed any more
+    for path in tmp_path.glob("ILSVRC2012_*"):  # all arranged: the archives are no longer needed
         path.unlink() if path.is_file() else shutil.rmtree(path)
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
 

@@ -1,4 +1,4 @@
-"""--dry-run and --summary: true about the plan, complete, and without a file left behind."""
+"""--dry-run and --summary describe the plan correctly and completely, and write no file."""
 
 import re
 import time
@@ -88,7 +88,7 @@ def test_the_projection_is_steps_times_the_measured_rate(tmp_path, monkeypatch, 
 
 
 def test_a_full_plan_is_described_quickly():
-    """The default run has 1,151,020 steps: they are looked at, not walked through."""
+    """The default run has 1,151,020 steps, which must not be gone through one by one."""
     phases = train_phases()
     started = time.perf_counter()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

@@ -1,4 +1,4 @@
-"""The average against its closed form, and the swap that must give everything back."""
+"""The EMA against its closed form, and the swap, which must restore everything."""
 
 import copy
 import io
@@ -86,7 +86,7 @@ def test_the_copy_is_its_own_in_eval_mode_and_keeps_channels_last():
 
 
 def test_it_follows_replaced_buffers_and_loaded_weights():
-    """`model.to()` and loading with assign=True put new tensors where the old ones were."""
+    """`model.to()` and loading with assign=True replace the tensors."""
     model, other = a_model(), a_model(1)
     ema = EMA(model, decay=0.0)
     train_a_little(other)
@@ -121,7 +121,7 @@ def test_the_live_weights_come_back_after_an_exception():
         assert same(model.state_dict(), ema.module.state_dict())
         raise KeyboardInterrupt
     assert same(model.state_dict(), live)
-    ema.update()  # and life goes on
+    ema.update()  # training can continue
 
 
 def test_calls_out_of_order_are_refused():

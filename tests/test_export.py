@@ -1,4 +1,4 @@
-"""Exported files compute what the model computes, or do not exist; model cards tell the truth."""
+"""Exported files compute what the model computes, or do not exist; model cards are correct."""
 
 import json
 
@@ -21,7 +21,7 @@ def classifier(photo_run):
 
 
 def untrained(arch, **more):
-    """A model with BatchNorm statistics of its own, and the payload a run would have saved."""
+    """A model with non-trivial BatchNorm statistics, and the checkpoint that a run would have saved."""
     torch.manual_seed(0)
     args = {"arch": arch, "num_classes": 5, "drop_path_rate": 0.2, "image_sizes": [32], **more}
     model = build_model(**args)

@@ -1,4 +1,4 @@
-"""The architecture and the documents as tests: imports point downwards, README tells the truth."""
+"""The architecture and the documents: imports point downwards, and README is true."""
 
 import ast
 import re
@@ -39,7 +39,7 @@ def layer(name: str) -> int:
 
 
 def imports(name: str, path: Path) -> set[str]:
-    """Our modules that `path` imports, also inside functions."""
+    """Return the modules of this project that `path` imports, also inside functions."""
     found, package = set(), name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

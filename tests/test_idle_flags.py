@@ -1,6 +1,6 @@
-"""No idle flag: each changes what its row of flags.TABLE says, or is refused; a refused one changes nothing.
+"""No flag is idle: it changes what its row of flags.TABLE says, or is refused; then it would change nothing.
 
-The pairs of a flag and a mode in which it is idle are quick; every flag in every mode is slow.
+The tests of each flag in one mode are quick; those of every flag in every mode are slow.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from base.idle import never
 
 RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, seed: 6,
              resize-schedule: [8, 16, 24], batch-size: 16, num-workers: 0, device: cpu, amp: off}"""
-# Flags with a mode each in which they can change nothing, by hand over RECIPE.
+# Flags, each with a mode in which it has no effect: arguments added to RECIPE.
 IDLE = [
     ("batch_size", "--phase-batch-sizes 8,8,8"),
     ("clip_mode", "--clip-norm 0"),
@@ -69,14 +69,10 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
     "reset_head": ["--reset-head"],
     "allow_change": ["--allow-change lr"],
     "ema_ramp": ["--no-ema-ramp"],
-    "ema_decay": ["--ema-decay 0"],  # below what the ramp begins with
+    "ema_decay": ["--ema-decay 0"],  # below the first value of the ramp
 }
-SETTINGS = {
-    "save_every",
-    "eval_every",
-    "early_stop_patience",
-}  # seen as they are set, not by what comes of it
-# Over these every flag is tried.
+SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # observed as values, not by their effect
+# Every flag is tried in each of these modes.
 MODES = [
     *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),
     "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau",
@@ -85,7 +81,7 @@ MODES = [
     "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value", "--phase-mix on,off,off",
     "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip
-# These change no step, but files, output, or which run: tested as whole runs below and elsewhere.
+# These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
 WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary",
          "dry_run", "config", "debug"}  # fmt: skip
 
@@ -122,13 +118,13 @@ def is_idle(found: tuple, name: str) -> bool:
 
 
 def judge(recipe: str, name: str, mode: str) -> bool:
-    """Whether `name` is refused in `mode`; then no value of it may change anything, else one must."""
+    """Return whether `name` is refused in `mode`: then no value may change anything, else one must."""
     plain, values = seen(recipe, mode), VALUES[name]
     found = [seen(recipe, f"{mode} {value}") for value in values]
     refused = [is_idle(one, name) for one in found]
     if any(refused):
         free = [seen(recipe, f"{mode} {value}", checked=False) for value in values]
-        # What the plan, the data or the device refuses could not have run.
+        # A run that the plan, the data or the device refuses shows nothing.
         assert all(no or one[0] == "refused" for no, one in zip(refused, found, strict=True))
         assert name in SETTINGS or all(one == plain or one[0] == "refused" for one in free), (
             f"{name} works under {mode!r}"
@@ -232,7 +228,9 @@ def test_a_config_file_may_hold_flags_that_only_the_command_line_makes_idle(tmp_
     file = tmp_path / "flags.yaml"
     file.write_text("dataset: digits\ncycles: 2\n")
     assert f"--config {file}: cycles would do nothing" in refusal("--config", file)
-    assert not refusal("--config", file, "--schedule", "restarts")  # the other half of it is typed
+    assert not refusal(
+        "--config", file, "--schedule", "restarts"
+    )  # the flag that makes it effective is typed
     file.write_text("dataset: digits\ncycles: 2\nschedule: restarts\n")
     assert not refusal("--config", file, "--schedule", "step")
     assert "--cycles would do nothing" in refusal("--config", file, "--schedule", "step", "--cycles", "4")

@@ -1,4 +1,4 @@
-"""Decoding: what is accepted, what is refused, and in what words; and the eval transform."""
+"""Decoding: what is accepted, what is refused and with which message; and the evaluation transform."""
 
 import io
 import pickle

@@ -417,7 +417,7 @@ def test_damaged_labels_have_no_traceback(damage, tmp_path):
 
 
 def test_only_the_beginning_of_an_annotation_is_read(tmp_path):
-    """No XML is parsed, so entities that expand to gigabytes are nothing to it; nor is a huge file read."""
+    """Without an XML parser, entities that expand to gigabytes do nothing; of a huge file, little is read."""
     make_flat(tmp_path)
     laughs = (
         b"<!DOCTYPE x [<!ENTITY a '"
@@ -486,7 +486,7 @@ class Py3:
 
 
 def make_cifar(root, which, dumps):
-    """A few images in the files of the archive; returns the training images (n, 32, 32, 3) and labels."""
+    """Write a small CIFAR archive; return the training images (n, 32, 32, 3) and labels."""
     rng = np.random.default_rng(0)
     folder = root / which.folder
     names = [b"class%d" % i for i in range(4)]
@@ -696,7 +696,7 @@ def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
 
 
 def make_hub(datasets, root):
-    """A dataset of the hub as a local folder of parquet files: 3 + 2 images, cat and dog."""
+    """A dataset of the Hub as a local folder of parquet files: 3 + 2 images of cat and dog."""
     features = datasets.Features(
         {"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()}
     )

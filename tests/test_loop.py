@@ -1,4 +1,4 @@
-"""The run over its epochs: what is saved when, what is scored, which epoch is the best and when to stop."""
+"""The training loop: what is saved when, what is scored, which epoch is the best, and when to stop."""
 
 import math
 import shutil
@@ -96,7 +96,7 @@ def test_an_epoch_is_saved_before_it_is_scored_and_again_with_its_row(
 
 
 def judged(run, scores: dict[int, float]) -> list[int]:
-    """The epochs that were the best when they came, until the run is finished."""
+    """Return the epochs that were the best so far when they ended, until the run stops."""
     found = []
     for epoch, score in scores.items():
         if run.finished:
@@ -112,7 +112,7 @@ def judged(run, scores: dict[int, float]) -> list[int]:
     [
         ([50, 60, 55, 54, 53, 99], [1, 2], 5),  # waits for three
         ([60, 10, 20, 30, 99], [1], 4),
-        ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is lowered or begun anew
+        ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is reset
         ([10, 20, 30, 40, 50, 60, 70, 80, 90], list(range(1, 10)), 9),
         ([math.nan] * 3 + [50], [], 3),
     ],
@@ -153,7 +153,7 @@ def test_overflows_are_counted_per_epoch_and_reported_once(tmp_path, capsys):
     assert [line for line in said if "fp16" in line] == [
         "note: 3 steps of epoch 1 overflowed in fp16 and were skipped; the scale is now 8192"
     ]
-    assert not any("WARNING" in line for line in said)  # no fault of the images
+    assert not any("WARNING" in line for line in said)  # not caused by the images
 
 
 def test_endless_overflows_end_the_run_with_a_finite_checkpoint(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The range test against rates known from a grid, its edge cases, and what it leaves behind: nothing."""
+"""The range test against rates known from a grid, its edge cases, and that it restores everything."""
 
 import copy
 import json
@@ -75,7 +75,7 @@ def prepared(net, optimizer, lr=1e-3, steps=1000, amp=None, mix=True):
 
 
 # (net, optimizer, mixing) and the range of peak rates whose 150 OneCycle steps end within a point of
-# the best accuracy; the slow test below measures it anew.
+# the best accuracy; the slow test below measures it again.
 PROBLEMS = {
     "mlp, sgd": (mlp, "sgd", False, (2e-2, 0.5)),
     "convnet, adamw": (convnet, "adamw", False, (3e-3, 0.1)),
@@ -189,7 +189,7 @@ def test_divergence_at_the_end_does_not_affect_the_suggestion():
 
 
 def test_a_known_curve():
-    """Falls only between 1e-3 and 1e-1, rises from 1 on."""
+    """A loss that falls only between 1e-3 and 1e-1, and rises from 1 on."""
     lrs = np.geomspace(1e-6, 10, 211)
     losses = 2 - np.clip((np.log10(lrs) + 3) / 2, 0, 1) + 10 * np.clip(np.log10(lrs), 0, 1)
     found = suggest(lrs, losses)

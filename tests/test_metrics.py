@@ -1,4 +1,4 @@
-"""Counting hits and keeping the log."""
+"""Counting correct predictions, and the log of a run."""
 
 import json
 import sys
@@ -50,7 +50,7 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     assert [r["epoch"] for r in rows] == [1, 2, 3]
     assert (
         rows[0]["val_loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    )  # JSON has none
+    )  # JSON has no NaN
     resumed = MetricLogger(tmp_path, rows[:2])
     resumed.log({"epoch": 3, "val_top1": 9.0})
     assert [r["val_top1"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 9.0]

@@ -1,4 +1,4 @@
-"""Optimizers against loops written out from their papers; schedules and clipping against torch's own."""
+"""Optimizers against loops written after their papers; schedules and clipping against torch's."""
 
 import copy
 import io
@@ -108,7 +108,7 @@ def test_state_is_plain_and_resumes_bit_for_bit(name):
             set_gradients(m, t)
             o.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))
-    # control: without the state the run would have gone elsewhere
+    # control: without the state, the weights differ
     assert not any(
         torch.equal(a, b) for a, b in zip(model.parameters(), fresh_model.parameters(), strict=True)
     )
@@ -206,7 +206,7 @@ def an_optimizer(lr=1.0):
 
 
 def walk(schedule, steps):
-    """What `steps` optimizer steps use, and what the schedule then says the last of them used."""
+    """Return the rates that `steps` optimizer steps use, and the last one according to the schedule."""
     used = []
     for _ in range(steps):
         rates = {group["lr"] for group in schedule.optimizer.param_groups}

@@ -1,4 +1,4 @@
-"""The packing command: going on after a kill, refusals, bad images, disk space."""
+"""The packing command: continuing after a kill, refusals, bad images, disk space."""
 
 import os
 import resource
@@ -53,7 +53,7 @@ def command(data, out) -> list[str]:
 
 
 def killed_then_finished(data, out, reached) -> bool:
-    """SIGKILL the real command once `reached(out)`; start it again to the end. Was it killed in time?"""
+    """Kill the real command once `reached(out)`, then complete it; return whether the kill came in time."""
     process = subprocess.Popen(command(data, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out.is_dir() and reached(out)):
         time.sleep(0.001)
@@ -219,7 +219,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_packed(folders, tmp_path
 
 
 def test_a_disk_that_fills_up_leaves_no_partial_folder(folders, tmp_path):
-    """A real failing write: the size of files is limited in the command's process."""
+    """Writes really fail, because the command's process has a limit on the size of files."""
     out = tmp_path / "out"
     limited = subprocess.run(
         command(folders, out),

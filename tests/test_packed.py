@@ -1,4 +1,4 @@
-"""Packed datasets: what is stored, what is read back, and what a damaged one says."""
+"""Packed datasets: what is stored, what is read back, and how damage is reported."""
 
 import json
 import multiprocessing

@@ -1,4 +1,4 @@
-"""predict.py: the pixels of validation, every bad image named, predictions as table, JSON and CSV."""
+"""predict.py: validation's pixels, bad images by name, and predictions as table, JSON and CSV."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Resources at every start: refused or warned about in time, without any effect on training."""
+"""Lacking resources are refused or warned about at the start, without any effect on training."""
 
 import copy
 import shutil

@@ -1,4 +1,4 @@
-"""Every recipe: all keys known, its values accepted, a plan and a model that can be built from it."""
+"""Recipes and --config files: known keys, valid values, and a plan and a model that can be built."""
 
 import os
 import re

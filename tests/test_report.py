@@ -1,4 +1,4 @@
-"""The report: what it contains, that nothing leads out of it, and that no text becomes markup."""
+"""The report: what it contains, that it links to nothing outside, and that text never becomes markup."""
 
 from __future__ import annotations
 

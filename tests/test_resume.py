@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and resumed is the run that was never stopped, bit for bit."""
+"""A run stopped anywhere and resumed equals the run that was never stopped, bit for bit."""
 
 import itertools
 import os
@@ -115,7 +115,7 @@ def test_a_clock_that_jumps_changes_no_bit(straight, photos, tmp_path, monkeypat
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     monkeypatch.setattr(
         time, "monotonic", lambda: monotonic() + next(later)
-    )  # it never goes back, but a laptop sleeps
+    )  # a monotonic clock never goes back, but a laptop sleeps
     monkeypatch.setattr(time, "perf_counter", lambda: precise() + next(later))
     run(
         "--data-dir",

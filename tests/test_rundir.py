@@ -1,4 +1,4 @@
-"""Who may write to a run's directory, what --overwrite deletes, and what happens if it disappears."""
+"""Which run may write to a save directory, what --overwrite deletes, and what if the directory vanishes."""
 
 import errno
 import json
@@ -67,7 +67,7 @@ def env(directory: Path) -> dict:
 
 
 def without_id(directory: Path) -> None:
-    """As a run from before runs had ids left it."""
+    """Make the directory that of an older run, which had no id."""
     for path in directory.glob("*.pt"):
         content = checkpoint.load(path)
         del content["run"]
@@ -78,7 +78,7 @@ def without_id(directory: Path) -> None:
     )
 
 
-# Whose directory it is
+# --- which run a directory belongs to ---
 
 
 def test_a_run_resumed_in_its_directory_keeps_its_id(mine):
@@ -174,7 +174,7 @@ def test_a_finished_run_is_complete_in_its_directory(mine, tmp_path, capsys):
     assert f"6 epochs in {mine}" in capsys.readouterr().out and not (tmp_path / "fork").exists()
 
 
-# What --overwrite deletes
+# --- what --overwrite deletes ---
 
 FOREIGN = ("best_xxxx.pt", "weights.pt", "best_resnet_tiny_cifar10.pt", "plots/of_mine.png",
            "tensorboard/notes.txt", "results.partial", "other.pt.partial", "notes.txt")  # fmt: skip
@@ -218,7 +218,7 @@ def test_overwrite_deletes_nothing_before_disk_and_memory_are_checked(mine, monk
     assert run(*TINY, "--save-dir", mine, "--overwrite", "--stop-after", "1") == 0
 
 
-# Names and locks
+# --- names and locks ---
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_runs_work_on_a_filesystem_without_locks(number, tmp_path, monkeypatch):
     rundir.acquire(rundir.scan(str(tmp_path)), overwrite=False).release()
 
 
-# What is taken away
+# --- what disappears ---
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_a_bug_still_has_a_traceback(bug):
         errors.run(main)
 
 
-# Trackers, timed saves, start-up
+# --- trackers, timed saves, start-up ---
 
 
 @pytest.mark.parametrize("flag, package", [(("--tensorboard",), "tensorboard"), (("--wandb", "p"), "wandb")])

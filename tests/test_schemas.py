@@ -1,4 +1,4 @@
-"""Files that are not what they should be: every field of each, deleted or made wrong, is refused by name."""
+"""Invalid files: every field of each kind of file, if deleted or wrong, is refused by its name."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FOREIGN = [None, "5", True, 1.5, -50, 10**30, float("nan"), [], {}, [[[]]], "\x1
 
 
 def places(value, at=()):
-    """Where everything in `value` is; of a list, the first item stands for all."""
+    """Yield the place of everything in `value`; the first item of a list stands for all."""
     items = (
         value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     )
@@ -36,7 +36,7 @@ def places(value, at=()):
 
 
 def changed(content, at, *new):
-    """A copy with `new` at a place, or without that place; tensors are not copied."""
+    """Return a copy with `new` at a place, or without that place; tensors are shared."""
     content = type(content)(content)
     key, *rest = at
     if rest:
@@ -49,7 +49,7 @@ def changed(content, at, *new):
 
 
 def foreign(value):
-    """What may not stand where `value` stands: things of other types, and numbers that no field may have."""
+    """Return what must be refused in place of `value`: other types, and numbers that no field may have."""
     number = type(value) in (int, float)
     for new in FOREIGN:
         as_good = type(new) is type(value) and (not number or new == 1.5) and new != []
@@ -80,7 +80,7 @@ def payload(stopped):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that could go on from it."""
+    """A run that could resume from it."""
     return tiny_run(tmp_path_factory.mktemp("run")), config_of()
 
 
@@ -346,7 +346,7 @@ def test_every_field_of_a_manifest_deleted_or_made_wrong_is_refused(packing):
 
 
 def harmless(at, *new) -> bool:
-    """Names and digests may be any text; what they are is found out elsewhere."""
+    """Names and digests may be any text here; other code checks them."""
     text = at[-1] in ("name", "digest", "train", "val", "classes") or at[-2:-1] in (
         ("classes",),
         ("class_names",),

@@ -1,4 +1,4 @@
-"""No code from files: what may unpickle, evaluate, shell out, unpack or phone home, and where."""
+"""No code from files: what may unpickle, evaluate, run a shell, unpack or use the network, and where."""
 
 import ast
 from pathlib import Path
@@ -35,7 +35,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def findings(source: str) -> set[str]:
-    """What in a piece of code could run what it reads."""
+    """Return the calls in a source text that could run what they read."""
     found, names = set(), {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):

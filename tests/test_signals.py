@@ -19,7 +19,7 @@ from base import errors
 from harness import checkpoint, interrupts
 
 INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
-# What is about to be done when the signal comes -> the step that is saved then.
+# The call before which the signal arrives -> the step that is then saved.
 STATES = {
     "train_utils.seed_everything:9": 9,
     "loop.train_step:1": 1,
@@ -47,7 +47,7 @@ def straight(tmp_path_factory) -> dict[str, str]:
 
 
 def members(group: int) -> list[int]:
-    """The living processes of a process group."""
+    """Return the running processes of a process group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -90,7 +90,7 @@ def test_a_signal_after_the_last_save_leaves_the_run_finished(state, straight, t
 
 @pytest.mark.torture
 def test_the_same_signal_from_two_senders_counts_once(straight, tmp_path):
-    """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
+    """torchrun passes TERM on to ranks that may also have got it from the scheduler."""
     assert stop_at("loop.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
     assert "To continue" in (tmp_path / "log").read_text()
     assert resumed(tmp_path / "run") == straight
@@ -142,7 +142,7 @@ def test_a_second_signal_ends_the_run_at_once_and_the_older_checkpoint_is_intact
     pytest.param("dataloader.BatchDataset.__getitem__:8", marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_path):
-    """A disk that does not answer, in training and in validation; with a worker, and without."""
+    """As if a disk did not answer, in training and in validation, with and without a worker."""
     log, save_dir, workers = tmp_path / "log", tmp_path / "run", int(place.endswith("3"))
     process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, HANG=place)
     deadline = time.monotonic() + 60
@@ -158,7 +158,7 @@ def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_p
 
 
 def catches(process: subprocess.Popen, number: int) -> bool:
-    """Whether the process has a handler for a signal (Linux)."""
+    """Return whether the process has a handler for a signal (Linux)."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
 
@@ -186,7 +186,7 @@ def test_a_signal_before_training_ends_the_run_quickly_with_nothing_written(numb
 
 @pytest.mark.slow
 def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
-    """ssh drops: SIGHUP comes, and from then on every write to the terminal fails."""
+    """If ssh is cut, SIGHUP arrives, and from then on every write to the terminal fails."""
     master, slave = os.openpty()
 
     def own_terminal():

@@ -1,4 +1,4 @@
-"""ImageNet's tars, read in place: the same dataset as when unpacked, and what is refused."""
+"""ImageNet read directly from its tar files: the same dataset as when unpacked, and what is refused."""
 
 import io
 import tarfile

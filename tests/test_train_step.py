@@ -1,4 +1,4 @@
-"""The step against a loop written twice as plainly, in float64; and what it must never do."""
+"""The training step against a plain loop in float64, and what it must never do."""
 
 import copy
 import math
@@ -121,7 +121,7 @@ def test_twenty_steps_equal_a_plain_float64_loop():
     for step, (images, labels) in enumerate(batches()):
         seed_everything(
             7, step, 0
-        )  # the draw that the step will make: mixing itself is tested against torchvision
+        )  # the same draw as in the step; mixing itself is tested against torchvision
         mixed = how.mixer(images, labels)
         expected = reference.step(*mixed)
         loss, finite = train_step(state, how, images, labels)
@@ -223,7 +223,7 @@ def flat(value):
 
 
 def train_on(state, how, data) -> list[bool]:
-    """The steps as loop.py takes them: which of them were finite."""
+    """Take steps as loop.py does; return which of them were finite."""
     seen = []
     for images, labels in data:
         seen.append(train_step(state, how, images, labels)[1])
@@ -243,7 +243,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run():
 
 
 def scaled(name: str, fused: bool, scale: float = 1024.0):
-    """State and step with fp16's scaler: 'sgd' or 'adamw', in one kernel or not."""
+    """Return a state and step options with fp16's scaler, for 'sgd' or 'adamw', fused or not."""
     state, how = make(torch.float32, alphas=(0.0, 0.0), drop_path=0.3)
     options = {"lr": 1e-2, "weight_decay": 0.01, "fused": fused} | (
         {"momentum": 0.9} if name == "sgd" else {}
@@ -257,7 +257,7 @@ def scaled(name: str, fused: bool, scale: float = 1024.0):
 
 
 def bits(state) -> dict:
-    """All that a step may move, but the scale and what the plan counts."""
+    """Return all that a step may change, except for the scale and the step count."""
     optimizer = {k: v for k, v in state.optimizer.state_dict()["state"].items()}
     return flat({"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer})
 
@@ -267,7 +267,7 @@ def bits(state) -> dict:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, fused, poison, bad):
-    """Fused SGD, called for a step that it skips, makes its momentum of memory that nobody wrote."""
+    """Fused SGD would initialise its momentum with garbage if it were called for a skipped step."""
     ends = []
     for spoiled in (False, True):
         state, how = scaled(name, fused)
@@ -291,7 +291,7 @@ def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, 
                 assert state.bad_in_a_row == (poison == "pixel")
                 assert state.scaler.get_scale() == (
                     512.0 if poison == "overflow" else 1024.0
-                )  # no fault of the scale
+                )  # not caused by the scale
         ends.append(bits(state))
     assert ends[0] == ends[1]
 
@@ -378,7 +378,7 @@ def test_evaluation_leaves_training_mode_alone_even_after_an_error():
 
 
 def test_with_shuffled_labels_validation_stays_at_chance():
-    """What would leak the labels (a wrong split, an augmentation that knows the class) would show here."""
+    """A leak of the labels (a wrong split, an augmentation that depends on the class) would show here."""
     from sources.generated import digits
 
     data, rng = digits(), np.random.default_rng(0)

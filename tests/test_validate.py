@@ -1,4 +1,4 @@
-"""validate.py as a command, and below it: loading a model, predicting, recalibrating, pictures of scores."""
+"""validate.py and what it uses: loading a model, predicting, recalibrating, pictures of scores."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
 
 @pytest.fixture(scope="module")
 def scored(photo_run, tmp_path_factory):
-    """(folder, scores.json) of one call with everything switched on."""
+    """(folder, scores.json) of one call with all options."""
     out = tmp_path_factory.mktemp("scored")
     everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn"]
     everything += ["--json", str(out / "copy.json")]
@@ -211,7 +211,7 @@ def test_raw_weights_are_used_without_an_ema(photo_run, tmp_path):
 
 
 def test_one_normalization_for_pictures_and_for_the_loader(photos, photo_run):
-    """Pixels that a command of analysis shows become the very input that validation uses."""
+    """Pixels that a command of analysis shows become exactly the input of validation."""
     index = layouts.open_dataset("imagenet", photos)
     classifier = replace(predictions.load(str(photo_run), "ema", CPU), index=index)
     ((images, _),) = eval_loader(index.val, index, image_size=24, batch_size=64)

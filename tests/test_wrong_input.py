@@ -1,4 +1,4 @@
-"""User errors: an exit code, a line with what is wrong and where, a line with the fix, nothing written."""
+"""User errors have an exit code, one line with what is wrong, one with the fix, and nothing is written."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "-
 
 
 def refusal(tmp_path: Path, *arguments) -> UserError:
-    """What train.py says to these arguments; it must not have written anything."""
+    """Return the error of train.py for these arguments; it must not have written anything."""
     save_dir, before = tmp_path / "run", snapshot(tmp_path)
     with pytest.raises(UserError) as caught:
         train.main([*map(str, (*SMALL, "--save-dir", save_dir, *arguments))])
@@ -43,7 +43,7 @@ def check(error: UserError, code: int, *words: str) -> None:
     assert all(word in said for word in words), said
 
 
-# Arguments: judged by the parser, so even before the data is looked at.
+# --- arguments, which are checked before the data ---
 
 NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha",
            "--cutmix-alpha", "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_config_file_meets_the_same_checks(text, words, tmp_path):
     check(refusal(tmp_path, "--config", tmp_path / "flags.yaml"), 2, *words)
 
 
-# Data
+# --- data ---
 
 
 def no_directory(root: Path) -> None:
@@ -209,7 +209,7 @@ def spoiled(photos: Path, data: Path, split: str, content: bytes | str) -> str:
     return bad.name
 
 
-# Surroundings
+# --- directories and machine ---
 
 
 def test_a_save_dir_that_is_a_file_is_refused(photos, tmp_path):
@@ -292,7 +292,7 @@ def test_training_needs_no_network(photos, tmp_path, monkeypatch):
     )
 
 
-# Through the command line
+# --- through the command line ---
 
 
 def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
