@@ -1,8 +1,7 @@
-"""The arithmetic of a batch, from the loader to the loss: soft targets, mixing, losses, hits.
+"""What is computed on whole batches: soft targets, MixUp and CutMix, losses, top-1 and top-5 hits.
 
-Shapes: images (N, C, H, W), labels (N,), targets (N, K), logits (N, K). All functions are pure and
-return new tensors; `BatchMixer` alone draws random numbers. Augmentation of single images happens
-in the loader's workers: see `sources.images`.
+Shapes: images (N, C, H, W), labels (N,), targets (N, K), logits (N, K). No function changes its
+arguments. Single images are augmented in the loader's workers: see `sources.augment`.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from torch import Tensor
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """Turn labels (N,) int64 into class probabilities (N, K) float32 on the same device.
 
-    `smoothing` is the share spread evenly over all K classes, the right one included: the
-    label smoothing of https://arxiv.org/abs/1512.00567 and of `F.cross_entropy`.
+    `smoothing` is the probability spread evenly over all K classes, the right one included: the label
+    smoothing of https://arxiv.org/abs/1512.00567 and of `F.cross_entropy`.
     """
-    elsewhere = smoothing / num_classes
-    # scatter_, because F.one_hot reads the labels' values and so waits for a GPU.
-    targets = torch.full((len(labels), num_classes), elsewhere, device=labels.device)
-    return targets.scatter_(1, labels[:, None], 1.0 - smoothing + elsewhere)
+    spread = smoothing / num_classes
+    # Not F.one_hot, which reads the labels and so waits for a GPU.
+    targets = torch.full((len(labels), num_classes), spread, device=labels.device)
+    return targets.scatter_(1, labels[:, None], 1.0 - smoothing + spread)
 
 
 def mixup(images: Tensor, targets: Tensor, partner: Tensor, lam: float) -> tuple[Tensor, Tensor]:
@@ -49,8 +48,8 @@ def cutmix(
     top, left, bottom, right = box
     mixed = images.clone()
     mixed[:, :, top:bottom, left:right] = images[partner, :, top:bottom, left:right]
-    # Labels follow the area that was pasted, which is not quite the ratio that was drawn: a box
-    # near the border is clipped, and its sides are whole pixels.
+    # Weight the labels by the area that was pasted. It differs from the ratio that was drawn, because
+    # boxes are clipped at the border and their sides are whole pixels.
     height, width = images.shape[-2:]
     kept = 1.0 - (bottom - top) * (right - left) / (height * width)
     return mixed, torch.lerp(targets[partner], targets, kept)
@@ -59,8 +58,7 @@ def cutmix(
 def cutmix_box(lam: float, height: int, width: int, row: int, column: int) -> tuple[int, int, int, int]:
     """Return the box of area about 1 - lam centred on (row, column), clipped to the image.
 
-    (top, left, bottom, right), half-open. It is empty for lam = 1, and covers the whole image only
-    for lam = 0 and a central (row, column).
+    The box is (top, left, bottom, right) in pixels, half-open. At lam = 1 it is empty.
     """
     half = 0.5 * math.sqrt(1.0 - lam)
     half_height, half_width = int(half * height), int(half * width)
@@ -72,13 +70,12 @@ def cutmix_box(lam: float, height: int, width: int, row: int, column: int) -> tu
 class BatchMixer:
     """Turns a batch and its labels into mixed images and soft targets.
 
-    Each batch gets MixUp or CutMix, with equal chance if both alphas are positive; an alpha of 0
-    switches that one off, and with both at 0 the images pass unchanged. One Beta(alpha, alpha) ratio
-    is drawn per batch, as in both papers. Targets are smoothed here, before mixing: the loss must
-    not smooth them again.
+    Each batch gets MixUp or CutMix, with equal probability if both alphas are positive. An alpha of 0
+    disables its method; if both are 0, images are returned unchanged. One Beta(alpha, alpha) ratio is
+    drawn per batch. Labels are smoothed here, before mixing, so the loss must not smooth them again.
 
-    All draws are a few numbers from torch's default CPU generator, which the training loop seeds
-    at every step. So a step can be replayed, and nothing waits for a GPU.
+    Draws come from torch's default CPU generator, which `train_step` seeds at every step: a step can be
+    repeated exactly, and nothing waits for a GPU.
     """
 
     def __init__(self, num_classes: int, mixup_alpha: float, cutmix_alpha: float, label_smoothing: float):
@@ -87,7 +84,7 @@ class BatchMixer:
         self.kinds = [(kind, _beta(alpha)) for kind, alpha in alphas.items() if alpha > 0]
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """images (N, C, H, W) float, labels (N,) -> images (N, C, H, W), targets (N, K) float32."""
+        """Mix images (N, C, H, W) float and labels (N,) int64; return images and targets (N, K) float32."""
         targets = soft_targets(labels, self.num_classes, self.label_smoothing)
         if not self.kinds:
             return images, targets
@@ -101,17 +98,17 @@ class BatchMixer:
 
 
 def draw_partner(num_samples: int, device: torch.device) -> Tensor:
-    """Draw a partner (N,) for each sample: all samples, rotated by one random distance.
+    """Draw the index of a partner for each sample, (N,) int64: sample i gets (i + random shift) mod N.
 
-    Batches are shuffled already, so a rotation pairs samples as freely as a permutation does. It never
-    pairs a sample with itself (unless it is alone), and it is built on the device without a copy.
+    In a shuffled batch this is as random as a permutation. It never pairs a sample with itself (if
+    N > 1), and is computed on the device, without a copy from the CPU.
     """
     shift = 1 + _draw_below(num_samples - 1) if num_samples > 1 else 0
     return (torch.arange(num_samples, device=device) + shift) % num_samples
 
 
 def _beta(alpha: float) -> torch.distributions.Beta:
-    # float64: at alpha 0.01 most float32 draws round to exactly 0 or 1.
+    # In float32, most draws at alpha 0.01 round to exactly 0 or 1.
     concentration = torch.tensor(alpha, dtype=torch.float64)
     return torch.distributions.Beta(concentration, concentration)
 
@@ -121,17 +118,17 @@ def _draw_below(bound: int) -> int:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross entropy of logits (N, K) against soft targets (N, K), a mean over samples."""
+    """Return the cross-entropy of logits (N, K) and soft targets (N, K), averaged over samples: a scalar."""
     return F.cross_entropy(*_promoted(logits, targets))
 
 
 def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss of K yes/no questions per sample (https://arxiv.org/abs/2110.00476), a scalar.
+    """Return the binary cross-entropy of logits (N, K) and targets (N, K): a scalar.
 
-    Logits (N, K) and targets (N, K); summed over classes, averaged over samples. The gradient of a logit
-    is (sigmoid - target) / N, of the size that cross entropy has, so a learning rate or --clip-norm for
-    one is of the right order for the other. (timm averages over classes too: K times smaller, which
-    LAMB does not notice.) The targets are used as they are, without that paper's threshold.
+    As in https://arxiv.org/abs/2110.00476, but without thresholding the targets. Summed over classes and
+    averaged over samples, so that gradients, (sigmoid - target) / N, are about as large as those of
+    cross-entropy, and the same learning rate and --clip-norm suit both. (timm averages over classes too,
+    which makes the loss K times smaller; LAMB is insensitive to that.)
     """
     summed = F.binary_cross_entropy_with_logits(*_promoted(logits, targets), reduction="sum")
     return summed / len(logits)
@@ -147,10 +144,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "b
 
 
 def l1_penalty(params: Iterable[Tensor]) -> Tensor:
-    """Return the sum of |w| over all weights, a scalar to be added to the loss times --l1.
+    """Return the sum of |w| over all weights: a scalar, which --l1 multiplies.
 
-    Weights are the parameters of two or more dimensions: biases and BatchNorm scales are left out, as
-    they are from weight decay. The result has the parameters' precision; call this outside autocast.
+    Weights are parameters with two or more dimensions: biases and BatchNorm parameters are excluded, as
+    from weight decay. Call this outside autocast, to compute it in the parameters' precision.
     """
     return torch.stack([p.abs().sum() for p in params if p.ndim > 1]).sum()
 
@@ -158,8 +155,8 @@ def l1_penalty(params: Iterable[Tensor]) -> Tensor:
 def hits(logits: Tensor, labels: Tensor) -> Tensor:
     """Return which samples are right at top-1 and at top-5: logits (N, K), labels (N,) -> (N, 2) bool.
 
-    The rank of a label is the number of classes with a larger logit. Of equal logits the lower class
-    comes first, as in argmax. A label whose logit is NaN is never right, and a NaN beats no class.
+    Among equal logits the lower class ranks first, as in argmax. A label whose own logit is NaN is never
+    right; the NaN of another class ranks below every number.
     """
     own = logits.gather(1, labels[:, None])  # (N, 1)
     lower_class = torch.arange(logits.shape[1], device=logits.device) < labels[:, None]

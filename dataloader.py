@@ -1,8 +1,8 @@
 """From a dataset index to batches on the device: which samples, in what order, and how they get there.
 
-Randomness is stateless. The order is a function of (seed, epoch), and the augmentation of a sample a
-function of (seed, epoch, sample id): neither knows batches, workers or ranks. So a loader that starts
-at any step, with any number of workers, yields what it would have yielded anyway.
+Randomness is stateless: the order is a function of (seed, epoch), and the augmentation of a sample is a
+function of (seed, epoch, sample id). Neither depends on batches, workers or ranks. So a loader that is
+started at step k, with any number of workers, yields exactly the batches k, k + 1, ... of that epoch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from base import process
+from base.device import Runtime
 from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import layouts
-from sources.images import EVAL_CROP, BadImage, EvalTransform, Steps, TrainTransform
+from sources.images import BadImage, EvalTransform, Steps, TrainTransform
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
+CPU = Runtime(torch.device("cpu"))
 
 
 def train_loader(
@@ -43,16 +45,14 @@ def train_loader(
     augment: Steps,
     seed: int = 0,
     on_bad_image: str = "fail",
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
-    device: torch.device | str = "cpu",
+    runtime: Runtime = CPU,
 ) -> Loader:
-    """Return the training batches of one phase; `batch_size` is global, i.e. summed over ranks."""
+    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks."""
     split = index.train.for_size(image_size)
     dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean), seed, on_bad_image)
-    order = Order(len(split), batch_size, seed=seed, rank=rank, world_size=world_size)
-    return Loader(dataset, order, mean=index.mean, std=index.std, num_workers=num_workers, device=device)
+    order = Order(len(split), batch_size, seed, rank=runtime.rank, world_size=runtime.world_size)
+    return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
 
 def eval_loader(
@@ -61,17 +61,14 @@ def eval_loader(
     *,
     image_size: int,
     batch_size: int,
-    crop: float = EVAL_CROP,
     on_bad_image: str = "fail",
-    rank: int = 0,
-    world_size: int = 1,
     num_workers: int = 0,
-    device: torch.device | str = "cpu",
+    runtime: Runtime = CPU,
 ) -> Loader:
-    """Return every sample of `split` once over all ranks, through the evaluation transform."""
-    dataset = BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
-    order = Order(len(split), batch_size, shuffle=False, rank=rank, world_size=world_size)
-    return Loader(dataset, order, mean=index.mean, std=index.std, num_workers=num_workers, device=device)
+    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform."""
+    dataset = BatchDataset(split, EvalTransform(image_size), on_bad_image=on_bad_image)
+    order = Order(len(split), batch_size, shuffle=False, rank=runtime.rank, world_size=runtime.world_size)
+    return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
 
 def get_dataloaders(
@@ -92,14 +89,18 @@ def get_dataloaders(
     index, cores = layouts.open_dataset(dataset, data_path), process.cores()
     if num_workers > cores:
         warnings.warn(f"{num_workers} loader workers requested, {cores} cores: using {cores}", stacklevel=2)
-    workers = min(num_workers, cores)
-    common = dict(image_size=image_size, batch_size=batch_size, num_workers=workers, device=device)
+    common = {
+        "image_size": image_size,
+        "batch_size": batch_size,
+        "num_workers": min(num_workers, cores),
+        "runtime": Runtime(torch.device(device)),
+    }
     train = train_loader(index, augment=parse_augment(augment), seed=seed, **common)
     return train, eval_loader(index.val, index, **common)
 
 
 class Batch(NamedTuple):
-    """What a worker is asked for. Everything that changes is here; the dataset never changes."""
+    """What the sampler asks a worker for. All that changes is in here, so the dataset can be immutable."""
 
     epoch: int
     step: int  # within the epoch
@@ -108,10 +109,11 @@ class Batch(NamedTuple):
 
 @dataclass(eq=False)
 class Order(Sampler):
-    """The batches of an epoch: the same for any number of workers, and from any step on.
+    """The sampler: yields one rank's part of every global batch of an epoch, from any step on.
 
-    Training: a permutation drawn from (seed, epoch) in whole global batches; each rank takes its
-    slice of every batch. Evaluation (`shuffle=False`): every sample once over all ranks.
+    Training: the samples in an order drawn from (seed, epoch), without the last partial batch.
+    Evaluation (`shuffle=False`): every sample once, in order; the last batch may be short, and a
+    rank's part of it empty.
     """
 
     num_samples: int
@@ -121,10 +123,10 @@ class Order(Sampler):
     rank: int = 0
     world_size: int = 1
     epoch: int = 1  # of the next iteration
-    start: int = 0  # the step of the epoch at which it begins
+    start: int = 0  # its first step within that epoch
 
     def __len__(self) -> int:
-        """Batches in a whole epoch: training drops the last partial one, evaluation keeps it."""
+        """Return the number of batches in a whole epoch."""
         if self.shuffle:
             return self.num_samples // self.batch_size
         return -(-self.num_samples // self.batch_size)
@@ -134,14 +136,14 @@ class Order(Sampler):
         self.epoch, self.start = epoch, start
 
     def ids(self, epoch: int) -> np.ndarray:
-        """Return the sample ids of an epoch in order: (num_samples,)."""
+        """Return the sample ids of an epoch in order, over all ranks: (num_samples,)."""
         if not self.shuffle:
             return np.arange(self.num_samples)
         return _generator(self.seed, epoch).permutation(self.num_samples)
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, start = self.epoch, self.start
-        self.epoch, self.start = epoch + 1, 0  # a loader that nobody seeks advances by itself
+        self.epoch, self.start = epoch + 1, 0  # without a seek, the next iteration is the next epoch
         ids = self.ids(epoch)
         for step in range(start, len(self)):
             whole = ids[step * self.batch_size : (step + 1) * self.batch_size]
@@ -156,14 +158,14 @@ def _generator(*key: int) -> np.random.Generator:
 class BatchDataset(Dataset):
     """Maps a `Batch` to (images (n, H, W, 3) uint8, labels (n,) int64, names of bad images).
 
-    With `on_bad_image="skip"`, training replaces a bad image by another of its class and evaluation
-    leaves it out. An error in the data is returned, not raised: so it reaches the main process unchanged.
+    With `on_bad_image="skip"`, training replaces a bad image by another of its class, and evaluation
+    leaves it out. A UserError is returned, not raised: DataLoader would wrap what a worker raises.
     """
 
     split: Split
     transform: TrainTransform | EvalTransform
-    seed: int = 0
-    on_bad_image: str = "fail"
+    seed: int = 0  # of the augmentation
+    on_bad_image: str = "fail"  # or "skip"
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[str]] | UserError:
         side = self.transform.image_size
@@ -193,7 +195,7 @@ class BatchDataset(Dataset):
             ) from error
 
     def _image(self, i: int, data: bytes | np.ndarray, epoch: int, bad: list[str]) -> np.ndarray | None:
-        """Return the transformed image; its substitute, or None, if it is bad and may be skipped."""
+        """Return image `i`, transformed. If it is bad and may be skipped: a substitute, or None."""
         try:
             return self._transformed(i, data, epoch)
         except BadImage:
@@ -205,11 +207,11 @@ class BatchDataset(Dataset):
     def _transformed(self, i: int, data: bytes | np.ndarray, epoch: int) -> np.ndarray:
         try:
             return self.transform(data, (self.seed, epoch, i)) if self.augments else self.transform(data)
-        except BadImage as error:  # looking up a name takes as long as decoding: only where it is needed
+        except BadImage as error:  # the name is looked up only here: that can take as long as decoding
             raise BadImage(self.split.name(i), error.reason) from error
 
     def _substitute(self, i: int, epoch: int) -> np.ndarray:
-        """Return another image of the class of `i`, always the same one in an epoch."""
+        """Return another image of the same class as image `i`, drawn from (seed, epoch, i)."""
         same_class = np.flatnonzero(self.split.labels == self.split.labels[i])
         for other in _generator(self.seed, epoch, i).permutation(same_class[same_class != i])[:20]:
             try:
@@ -225,16 +227,15 @@ class BatchDataset(Dataset):
 class Loader:
     """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
-    Workers send uint8, a quarter of the bytes. On a GPU, a side stream copies and normalises the next
-    batch during the current step. After an epoch, `waited` holds the seconds spent waiting for data
-    and `bad` the names of bad images that were replaced or left out.
+    Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalises
+    the next batch during the current step. Since the iteration began, `waited` counts the seconds spent
+    waiting for data, and `bad` lists the names of bad images that were replaced or left out.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         order: Order,
-        *,
         mean: Sequence[float],
         std: Sequence[float],
         num_workers: int = 0,
@@ -289,24 +290,26 @@ class Loader:
             yield images, labels
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        # Only CUDA's batches are pinned: an unawaited copy to Metal would read memory that is reused already.
+        # Only for CUDA are batches pinned: an asynchronous copy to Metal may read memory after its reuse.
         cuda = self.device.type == "cuda"
         images, labels = (tensor.to(self.device, non_blocking=cuda) for tensor in batch)
         return normalise(images, self.mean, self.std, self.device), labels
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches on the GPU; the next one is copied and normalised on a stream of its own."""
         stream = torch.cuda.Stream(self.device)
-        ahead = None
+        ready = None
         for batch in raw:
             with torch.cuda.stream(stream):
                 following = self._to_device(batch)
-            if ahead is not None:
-                yield self._handed_over(ahead, stream)
-            ahead = following
-        if ahead is not None:
-            yield self._handed_over(ahead, stream)
+            if ready is not None:
+                yield self._handed_over(ready, stream)
+            ready = following
+        if ready is not None:
+            yield self._handed_over(ready, stream)
 
     def _handed_over(self, batch: tuple[Tensor, Tensor], stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
+        """Return `batch`, made on `stream`, safe to use on the current stream."""
         current = torch.cuda.current_stream(self.device)
         current.wait_stream(stream)
         for tensor in batch:  # the allocator must not reuse this memory while the step still reads it
@@ -323,18 +326,18 @@ def normalise(
     """
     device = torch.device(device)
     offset, scale = _normalisation(tuple(mean), tuple(std), device)
-    # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last, so the permutation copies nothing.
+    # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last, so permute copies nothing.
     return images.to(device).permute(0, 3, 1, 2).float().sub_(offset).mul_(scale)
 
 
-@functools.cache  # building them anew for each batch would make the host wait for a GPU
+@functools.cache  # copying them to a GPU for each batch would make the host wait
 def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return what to subtract from pixels in [0, 255], and what to multiply the difference by."""
+    """Return (offset, scale), each (1, 3, 1, 1), such that (pixel - offset) * scale normalises 0 ... 255."""
     offset, divisor = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return offset.to(device), (1 / divisor).to(device)
 
 
-def _init_worker(ignored: list[int], worker: int) -> None:
+def _init_worker(ignored: list[int], _worker_id: int) -> None:
     die_with_parent()
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -342,19 +345,19 @@ def _init_worker(ignored: list[int], worker: int) -> None:
     torch.set_num_threads(1)
 
 
-_started: weakref.WeakSet = weakref.WeakSet()  # torch's iterators that have workers
+_started: weakref.WeakSet = weakref.WeakSet()  # DataLoader iterators that have workers
 
 
 def end_workers() -> None:
-    """Kill the workers that are left: they ignore SIGTERM in training, so one that hangs delays the exit."""
+    """Kill all loader workers. In training they ignore SIGTERM, so a hanging one would block the exit."""
     for iterator in list(_started):
         if hasattr(iterator, "_pin_memory_thread"):
-            # It reads from the workers, so it ends before them, as in torch's own shutdown.
+            # This thread reads from the workers, so it must end before them, as in torch's own shutdown.
             iterator._pin_memory_thread_done_event.set()
             iterator._worker_result_queue.put((None, None))
             iterator._pin_memory_thread.join(5)
     workers = [child for child in multiprocessing.active_children() if child.daemon]
-    # torch's own handler would report each of them as an error.
+    # torch's handler would report each killed worker as an error.
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()

@@ -1,6 +1,6 @@
-"""An exponential moving average (EMA) of a model's weights, scored and saved beside the model.
+"""An exponential moving average (EMA) of a model's weights.
 
-`train_utils` decides when it is updated and evaluated; nothing here knows about files.
+`train_utils.train_step` updates it, and `loop.score` scores it beside the raw weights.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from base.errors import CheckpointError
 
 
 def decay_for_half_life(steps: float) -> float:
-    """Return the decay that halves a weight's share in the average every `steps` updates."""
+    """Return the decay at which a weight's share in the average halves every `steps` updates."""
     if not steps > 0:
         raise ValueError(f"a half-life must be a positive number of steps, got {steps}")
     return 0.5 ** (1.0 / steps)
 
 
 class EMA:
-    """A shadow of `model` that moves a little towards it after every optimizer step.
+    """A shadow copy of `model` whose weights follow it slowly.
 
     Floating-point parameters and buffers (BatchNorm's statistics) are averaged,
 
         shadow = decay * shadow + (1 - decay) * model
 
     and integer buffers (BatchNorm's counters) are copied. With `ramp`, update n = 1, 2, ... uses the
-    decay min(decay, (1 + n) / (10 + n)). Without it, a decay of 0.9999 still holds 90 % of the *random
-    initial* weights after a thousand steps, and validation stays at chance.
+    decay min(decay, (1 + n) / (10 + n)). Without it, at a decay of 0.9999, the random initial weights
+    still make up 90 % of the average after a thousand steps, and validation stays at chance.
 
-    `module` is the shadow as a model of its own, in eval mode, so that raw and averaged weights can be
-    scored in one pass. It shares no memory with `model` and follows its values, but not to another
-    device: create the EMA after `model.to(device)`, before DDP or compile.
+    `module` is the shadow: a model of its own, in eval mode, so raw and averaged weights can be scored
+    in one pass over the data. Create the EMA after `model.to(device)` and before DDP or torch.compile.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.9999, ramp: bool = True):
@@ -43,7 +42,7 @@ class EMA:
             raise ValueError(f"EMA decay must be in [0, 1), got {decay}")
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.ramp, self.num_updates = decay, ramp, 0
-        # Each pair: the shadow's slots and the live model's, in the same order.
+        # Pairs: the slots of the shadow and those of the model, in the same order.
         self._averaged = [_slots(m, floating=True) for m in (self.module, model)]
         self._copied = [_slots(m, floating=False) for m in (self.module, model)]
         self._backup: list[Tensor] | None = None
@@ -54,17 +53,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the shadow towards the model; call this once after every optimizer step."""
+        """Move the shadow towards the model. Call this once after every optimizer step."""
         self._refuse_while_applied("update")
         self.num_updates += 1
-        # One call for all tensors: one by one, a ResNet-50 would need 267 kernel launches a step.
+        # One call for all tensors: one by one, a ResNet-50 would take 267 kernel launches per step.
         shadow, live = map(_read, self._averaged)
         torch._foreach_lerp_(shadow, live, 1.0 - self.decay_at(self.num_updates))
         _copy(*self._copied)
 
     @torch.no_grad()
     def apply_shadow(self) -> None:
-        """Put the averaged values into the live model; `restore` brings its own back, bit for bit."""
+        """Put the averaged weights into the model; `restore` brings its own back, bit for bit."""
         self._refuse_while_applied("apply_shadow")
         shadow, live = (a + c for a, c in zip(self._averaged, self._copied, strict=True))
         self._backup = [value.detach().clone() for value in _read(live)]
@@ -72,7 +71,7 @@ class EMA:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Undo `apply_shadow`."""
+        """Undo `apply_shadow`. Raises RuntimeError without it."""
         if self._backup is None:
             raise RuntimeError("EMA.restore() was called without apply_shadow() before it")
         live = self._averaged[1] + self._copied[1]
@@ -81,7 +80,7 @@ class EMA:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Use as `with ema.averaged(): evaluate(model)`; the live weights return even after an error."""
+        """Apply the shadow within a `with` block; the model's own weights return even after an error."""
         self.apply_shadow()
         try:
             yield
@@ -89,11 +88,11 @@ class EMA:
             self.restore()
 
     def state_dict(self) -> dict:
-        """Return {"shadow": the shadow's state dict (no copies), "num_updates": int}."""
+        """Return {"shadow": the shadow's state dict (not a copy), "num_updates": int}."""
         return {"shadow": self.module.state_dict(), "num_updates": self.num_updates}
 
     def load_state_dict(self, state: dict) -> None:
-        """Copy in what `state_dict` returned. Raises CheckpointError if it came from a run without EMA."""
+        """Restore what `state_dict` returned. Raises CheckpointError if it is from a run without EMA."""
         if "shadow" not in state:
             what = "the checkpoint holds no averaged weights: it was written by a run without EMA"
             raise CheckpointError(what, "continue with --no-ema")
@@ -106,7 +105,7 @@ class EMA:
 
 
 class NoEMA:
-    """EMA switched off: the same methods do nothing, and `module` is None, so nothing is scored."""
+    """The stand-in for `EMA` in a run without one: its methods do nothing, and `module` is None."""
 
     module = None
     num_updates = 0
@@ -125,29 +124,29 @@ class NoEMA:
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Ignore an average that the checkpoint may hold."""
+        """Ignore an average that the checkpoint may hold: a run may continue without it."""
 
 
 Slot = tuple[dict[str, Tensor], str]
 
 
 def _slots(model: nn.Module, floating: bool) -> list[Slot]:
-    """Return where each floating-point (or each integer) tensor of `model` is stored, once each.
+    """Return the slots of the floating-point (or of the other) tensors of `model`, each tensor once.
 
-    Places, not tensors: `model.to()` puts new buffers in the same places. Kept in a list, because
-    every step needs it and walking the modules of a ResNet-50 takes about a millisecond.
+    A slot is the dict and the key that hold a tensor, not the tensor: `model.to()` replaces buffers.
+    Found once, because walking the modules of a ResNet-50 takes about a millisecond.
     """
     slots: dict[int, Slot] = {}
     for module in model.modules():
-        for place in (module._parameters, module._buffers):
-            for name, value in place.items():
+        for holder in (module._parameters, module._buffers):
+            for name, value in holder.items():
                 if value is not None and value.is_floating_point() == floating:
-                    slots.setdefault(id(value), (place, name))
+                    slots.setdefault(id(value), (holder, name))
     return list(slots.values())
 
 
 def _read(slots: list[Slot]) -> list[Tensor]:
-    return [place[name] for place, name in slots]
+    return [holder[name] for holder, name in slots]
 
 
 def _copy(to: list[Slot], source: list[Slot]) -> None:

@@ -1,6 +1,6 @@
-"""The training loop: phases, epochs, batches; then scoring, the best epoch, saving.
+"""The training loop: phases, epochs, batches; scoring; choosing the best epoch; saving.
 
-A run is a `Run`, plain values that harness/build.py makes from the flags. `fit` trains it.
+`harness.build` makes a `Run` from the flags, and `fit` trains it.
 """
 
 from __future__ import annotations
@@ -40,40 +40,41 @@ from train_utils import (
     train_step,
 )
 
-SLOW_DATA = 10  # percent of an epoch and seconds: less waiting than either is not reported
+# Waiting for data is reported if it takes more of an epoch than both.
+SLOW_DATA_PERCENT = SLOW_DATA_SECONDS = 10
 
 
-class Finished(Exception):
-    """--stop-after was reached: the run is saved and nothing went wrong."""
+class StopAfterReached(Exception):
+    """The run was saved at --stop-after and can be resumed; this is not an error."""
 
 
 @dataclass
 class Run:
-    """A training run: its state and plan, the data, and what is saved where and when."""
+    """A training run: its state, its plan, its data, and when to validate, save and stop."""
 
     state: TrainState
     phases: tuple[Phase, ...]
     runtime: Runtime
     # data
     index: DatasetIndex
-    train_sample: Split  # scored for train_top1: under MixUp the training loss says nothing about the gap
+    train_sample: Split  # training images that train_top1 is measured on
     augment: tuple[tuple[str, int | None], ...]
     num_workers: int
     on_bad_image: str
     # steps
     options: StepOptions
-    mixers: dict[bool, BatchMixer]  # for `Phase.mix`
+    mixers: dict[bool, BatchMixer]  # by `Phase.mix`
     drop_path_rate: float
     compiled: bool
     # validation and checkpoints
     save_dir: Path
-    file_name: str  # of checkpoints, after last_ and best_
+    checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
     metadata: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
     early: EarlyStopping
-    eval_every: int = 1
-    save_every: tuple[float, str] = (1, "ep")
-    stop_after: int | None = None
-    data_hint: str = ""  # printed once if training waits for data
+    eval_every: int = 1  # epochs
+    save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
+    stop_after: int | None = None  # optimizer steps
+    data_hint: str = ""  # advice, printed once if training waits for data
     bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
 
@@ -95,46 +96,44 @@ class Run:
         return "val_top1" if self.state.ema.module is None else "ema_val_top1"
 
     def path(self, kind: str) -> Path:
-        return self.save_dir / f"{kind}_{self.file_name}"
+        return self.save_dir / f"{kind}_{self.checkpoint_name}"
 
     def is_scored(self, epoch: int) -> bool:
         return epoch % self.eval_every == 0 or epoch == self.epochs
 
     def is_saved(self, epoch: int) -> bool:
-        """Whether --save-every, or the end of the run, saves `epoch` whatever its score."""
+        """Return whether `epoch` is saved even if it is not the best: by --save-every, or as the last."""
         every, unit = self.save_every
         return unit == "min" or epoch % every == 0 or epoch == self.epochs
 
 
 def fit(run: Run, log: MetricLogger) -> None:
-    """Train the epochs that are left. Raises Stopped after a stop signal, Finished at --stop-after.
+    """Train the remaining epochs.
 
-    An epoch with all its steps taken but no row was stopped before it was scored.
+    An epoch whose steps were all taken before the run was stopped, but which has no row, is only scored.
+    Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
     if best_is_lost(run):
-        save(run, "last")
-        save(run, "best")
+        save(run)
+        name_best(run)
     for phase in run.phases:
         epochs = range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1)
         if run.finished or not epochs:
             continue
         loader, options = start_phase(run, phase)
         for epoch in epochs:
-            if (
-                train_epoch(run, phase, epoch, loader, options)
-                and run.is_scored(epoch)
-                and run.is_saved(epoch)
-            ):
-                save(run, "last")  # keeps the epoch whatever happens in scoring; saved again with its row
+            trained = train_epoch(run, phase, epoch, loader, options)
+            if trained and run.is_scored(epoch) and run.is_saved(epoch):
+                save(run)  # in case scoring fails; `finish_epoch` saves again, with the row
             finish_epoch(run, score_epoch(run, phase, epoch), log)
             if run.finished:
                 break
 
 
 def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
-    """Return the batches and step options of `phase`: progressive resizing happens here.
+    """Return the batches and the step options of `phase`. Progressive resizing happens here.
 
-    A phase sets the image size and the batch size, and whether to mix and to drop paths.
+    A phase sets the image size, the batch size, and whether MixUp, CutMix and drop-path are on.
     """
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
     if run.compiled:
@@ -145,19 +144,17 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
         batch_size=phase.batch_size,
         augment=run.augment,
         seed=run.options.seed,
-        num_workers=run.num_workers,
-        device=run.runtime.device,
-        rank=run.runtime.rank,
-        world_size=run.runtime.world_size,
         on_bad_image=run.on_bad_image,
+        num_workers=run.num_workers,
+        runtime=run.runtime,
     )
     return loader, dataclasses.replace(run.options, mixer=run.mixers[phase.mix])
 
 
 def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: StepOptions) -> bool:
-    """Take the steps of `epoch` that are left; return whether there were any.
+    """Take the remaining steps of `epoch`: fewer than all if the run was resumed in it.
 
-    All of them, unless the run resumes in the middle of the epoch.
+    Return whether there were any.
     """
     done = run.state.step - phase.step_before(epoch)
     if done == 0:
@@ -176,17 +173,20 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: Ste
 
 
 def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of `loader`; a stop signal does not wait for one that a stuck disk may never send."""
+    """Yield the batches of `loader`. A stop signal ends the wait for one: a hung disk may never send it."""
+    if run.runtime.world_size > 1:  # every rank takes every step; they stop together, after one
+        yield from loader
+        return
     batches, batch = iter(loader), None
     while True:
         try:
-            run.stop.waiting = run.runtime.world_size == 1  # many ranks stop together, after the step
+            run.stop.waiting = True
             if not run.stop.received:
                 batch = next(batches, None)
             run.stop.waiting = False
         except Interrupted:
             pass
-        if run.stop.received and run.runtime.world_size == 1:
+        if run.stop.received:
             save_or_stop(run)
         if batch is None:
             return
@@ -194,12 +194,12 @@ def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Meter:
-    """Counts the steps of an epoch: the sums for its row, the progress bar, warnings about bad steps."""
+    """Counts the steps of an epoch: adds up its row, moves the progress bar, reports bad steps."""
 
     def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader):
         self.run, self.phase, self.epoch, self.loader = run, phase, epoch, loader
-        self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0
-        self.images, self.seconds, self.overflows = 0, 0.0, 0
+        self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
+        self.images, self.seconds, self.overflows = 0, 0.0, 0  # since the start
         title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
         done = run.state.step - phase.step_before(epoch)
         self.bar = Progress(
@@ -212,13 +212,14 @@ class Meter:
     def __exit__(self, *exception) -> None:
         self.bar.close()
         if self.overflows and exception[0] is None:
-            tell(
+            say_or_stop(
                 self.run,
                 f"note: {self.overflows} steps of epoch {self.epoch} overflowed in fp16 and were skipped; "
                 f"the scale is now {self.run.state.scaler.get_scale():g}",
             )
 
     def count(self, loss: float, finite: bool, images: int) -> None:
+        """Count a step of `images` images, over all ranks, that has just been taken."""
         run, sums, now = self.run, self.run.state.epoch_sums, time.perf_counter()
         if finite:
             sums["loss"] += loss * images
@@ -242,7 +243,7 @@ class Meter:
         )
 
     def report_bad_step(self) -> None:
-        if not self.run.state.bad_in_a_row:  # an overflow, which is no fault of the images
+        if not self.run.state.bad_in_a_row:  # an fp16 overflow: not the fault of these images
             self.overflows += 1
             return
         position = self.run.state.step - 1 - self.phase.step_before(self.epoch)
@@ -250,25 +251,28 @@ class Meter:
         ids = self.loader.order.ids(self.epoch)[first : first + self.phase.batch_size]
         names = listed([self.run.index.train.name(int(i)) for i in ids[:9]])
         what = f"step {self.run.state.step} was not finite and was skipped; its {len(ids)} images: {names}"
-        tell(self.run, f"WARNING: {what}")
+        say_or_stop(self.run, f"WARNING: {what}")
 
 
 def save_or_stop(run: Run) -> None:
-    """Between two steps or batches: save if it is time, and stop on a signal or at --stop-after."""
+    """Save if --save-every says so; save and stop after a stop signal or at --stop-after.
+
+    Called between two steps or two validation batches, on all ranks at the same place.
+    """
     every, unit = run.save_every
     due = unit == "min" and run.runtime.any_rank(int(time.monotonic() - run.last_save >= 60 * every))
     stopping = run.runtime.any_rank(run.stop.received)
     reached = run.stop_after is not None and run.state.step >= run.stop_after
     if due or stopping or reached:
-        save(run, "last")
+        save(run)
     if stopping or reached:
         command = f"python train.py --save-dir {run.save_dir} --resume auto"
         text = f"Stopped at step {run.state.step:,}. To continue: {command}"
-        raise Stopped(stopping, text) if stopping else Finished(text)
+        raise Stopped(stopping, text) if stopping else StopAfterReached(text)
 
 
 def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
-    """Return the row of `epoch`: its sums, and its scores if it is scored."""
+    """Return the row of `epoch` for metrics.jsonl; its scores are None unless --eval-every scores it."""
     started, sums, state = time.perf_counter(), run.state.epoch_sums, run.state
     row = {
         "epoch": epoch,
@@ -298,9 +302,9 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
 
 
 def score(run: Run, phase: Phase) -> tuple[dict, int]:
-    """Score raw and EMA weights in one pass over val, and the raw ones on the training sample.
+    """Score raw and EMA weights in one pass over val, and the raw weights on the training sample.
 
-    Return the columns of the row and the number of bad training images that were left out.
+    Return the scores as columns of the row, and how many bad images of the sample were left out.
     """
     model, average = run.state.model, run.state.ema.module
     models = {"val": model} | ({} if average is None else {"ema_val": average})
@@ -308,7 +312,8 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
     train, bad = evaluate_split(run, {"train": model}, run.train_sample, phase)
     if bad and not run.bad_sample_reported:
         run.bad_sample_reported = True
-        tell(run, f"note: train_top1 leaves out {len(bad)} of {len(run.train_sample)} images: {listed(bad)}")
+        left_out = f"{len(bad)} of {len(run.train_sample)} images: {listed(bad)}"
+        say_or_stop(run, f"note: train_top1 leaves out {left_out}")
     row = {"train_top1": train["train"].top1 if train["train"].num_samples else None}
     for kind, result in results.items():
         row |= {f"{kind}_{name}": getattr(result, name) for name in ("loss", "top1", "top5")}
@@ -322,7 +327,7 @@ def evaluate_split(
 ) -> tuple[dict[str, EvalResult], list[str]]:
     """Score `models` at the phase's size; return the results and the names of bad images left out."""
 
-    def stop_if_asked(count: int) -> None:
+    def stop_if_asked() -> None:
         if run.runtime.any_rank(run.stop.received):
             save_or_stop(run)
 
@@ -331,43 +336,43 @@ def evaluate_split(
 
 
 def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:
-    """Return `split` at the phase's size. A bad validation image is always an error."""
+    """Return the batches of `split` at the phase's size. A bad validation image is always an error."""
     return eval_loader(
         split,
         run.index,
         image_size=phase.image_size,
         batch_size=max(64, phase.batch_size),
-        num_workers=run.num_workers,
-        device=run.runtime.device,
-        rank=run.runtime.rank,
-        world_size=run.runtime.world_size,
         on_bad_image="fail" if split is run.index.val else run.on_bad_image,
+        num_workers=run.num_workers,
+        runtime=run.runtime,
     )
 
 
 def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
-    """Decide whether the epoch is the best so far, log its row, and save."""
+    """Decide whether the epoch is the best so far; log its row, save, and print it."""
     row["best"] = is_best(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
     log.log(row)  # before saving: a resumed run can cut surplus rows but cannot restore a lost one
     if row["best"] or run.finished or run.is_saved(row["epoch"]):
-        save(run, "last")
+        save(run)
     if row["best"]:
-        save(run, "best")
-    tell(run, format_row(row))
-    waited = row["data_wait_percent"] or 0
-    if run.data_hint and waited > SLOW_DATA and waited / 100 * row["seconds"] > SLOW_DATA:
-        tell(run, f"note: {waited:.0f} % of the time was spent waiting for data. {run.data_hint}")
+        name_best(run)
+    say_or_stop(run, format_row(row))
+    percent = row["data_wait_percent"] or 0
+    seconds = percent / 100 * row["seconds"]
+    if run.data_hint and percent > SLOW_DATA_PERCENT and seconds > SLOW_DATA_SECONDS:
+        say_or_stop(run, f"note: {percent:.0f} % of the time was spent waiting for data. {run.data_hint}")
         run.data_hint = ""
     log.draw(now=run.finished)
 
 
 def is_best(run: Run, row: dict) -> bool:
-    """Return whether this epoch has the best score so far; ties keep the earlier one.
+    """Return whether this epoch has the best score so far, and count the validations since the best.
 
-    Only epochs at the last size compete, past two thirds of the run. With --early-stop-patience
-    any epoch may be the last one, so all epochs at that size do.
+    Only epochs at the last size, past two thirds of the run, can be the best. With
+    --early-stop-patience all epochs at the last size can, because any of them may be the last.
+    A tie keeps the earlier epoch.
     """
     score, best, epoch = row[run.best_by], run.state.best, row["epoch"]
     late = run.early.patience is not None or 3 * epoch > 2 * run.epochs
@@ -380,24 +385,24 @@ def is_best(run: Run, row: dict) -> bool:
     return False
 
 
-def save(run: Run, kind: str) -> None:
-    """Write last_*, or give the last_* just written the name best_* as well.
-
-    Raises DivergedError if the state is not finite.
-    """
-    if kind == "last":
-        run.state.check_finite()  # on every rank: all hold the same state and end together
+def save(run: Run) -> None:
+    """Write the checkpoint last_*. Raises DivergedError if the state is not finite."""
+    run.state.check_finite()  # on every rank: all hold the same state and end together
     if run.runtime.is_main:
-        if kind == "last":
-            checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
-        else:
-            checkpoint.link(run.path("last"), run.path(kind))
+        checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
     run.last_save = time.monotonic()
     run.runtime.barrier()
 
 
+def name_best(run: Run) -> None:
+    """Make best_* a second name of the last_* that was just written."""
+    if run.runtime.is_main:
+        checkpoint.link(run.path("last"), run.path("best"))
+    run.runtime.barrier()
+
+
 def best_is_lost(run: Run) -> bool:
-    """Return whether the run was killed after saving its best epoch as last_* and before naming it best_*."""
+    """Return whether the run was killed after its best epoch was saved as last_*, before it became best_*."""
     state, best, last = run.state, run.path("best"), run.path("last")
     if not (state.rows and state.rows[-1]["best"]):
         return False
@@ -407,8 +412,8 @@ def best_is_lost(run: Run) -> bool:
     return just_saved and not (best.exists() and last.exists() and best.samefile(last))
 
 
-def tell(run: Run, text: str) -> None:
-    """Print `text`. An output that is gone (a closed pipe or terminal) is a stop signal, not an error."""
+def say_or_stop(run: Run, text: str) -> None:
+    """Print `text`. A closed pipe or terminal counts as SIGHUP: the run is saved and stopped."""
     try:
         say(text)
     except OSError:

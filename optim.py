@@ -1,8 +1,7 @@
-"""How the weights move: optimizers, gradient clipping, and the learning rate of every step.
+"""Optimizers, gradient clipping, and the learning rate of every step.
 
 `OPTIMIZERS` and `SCHEDULES` are the choices of --optimizer and --schedule. The learning rate of step t
-is `Schedule.lr_at(t)`: a formula of t, so a resumed run needs the step's number and nothing else.
-`train_utils.train_step` decides when a step is taken.
+is `Schedule.lr_at(t)`, a function of t, so a run can be resumed from the number of the step.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from base.errors import CheckpointError, UsageError, one_line
 def build_optimizer(
     name: str, model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Return the optimizer called `name` over `param_groups(model)`; call it after `model.to(device)`.
+    """Return the optimizer called `name` over `param_groups(model)`. Call this after `model.to(device)`.
 
     `momentum` is for SGD and RMSprop; the others keep torch's betas (0.9, 0.999). Raises UsageError
     for `nesterov` without SGD and a positive momentum.
@@ -42,10 +41,10 @@ def build_optimizer(
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups: weights, which decay, and all other parameters; frozen ones are left out.
+    """Return two groups: parameters with weight decay, and parameters without. Frozen ones are left out.
 
-    The others have at most one dimension: biases and the scales of normalisation layers. Decided by
-    shape, because names mislead (torchvision's `downsample.1` is a BatchNorm).
+    Parameters with at most one dimension do not decay: biases and the scales of normalisation layers.
+    Their names would not tell (torchvision's `downsample.1` is a BatchNorm).
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -61,9 +60,9 @@ class Lamb(torch.optim.Optimizer):
         update = m / (sqrt(v) + eps) + weight_decay * w
         w     -= lr * |w| / |update| * update
 
-    as used by ResNet Strikes Back (https://arxiv.org/abs/2110.00476), without clipping. The trust ratio
-    |w| / |update| is 1 where either norm is 0, and for parameters of at most one dimension: the norm
-    of a BatchNorm's shift says nothing about how far it should move, and a shift of 0 never would.
+    as in ResNet Strikes Back (https://arxiv.org/abs/2110.00476), without clipping. The trust ratio
+    |w| / |update| is 1 where either norm is 0, and for parameters with at most one dimension: the norm
+    of a BatchNorm's shift says nothing about how far it should move.
     """
 
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0):
@@ -71,14 +70,14 @@ class Lamb(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update every parameter that has a gradient, without waiting for a GPU."""
+        """Update every parameter that has a gradient. `closure` is not supported."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
                 torch._foreach_add_(params, self._updates(params, group), alpha=-group["lr"])
 
     def _updates(self, params: list[Tensor], group: dict) -> list[Tensor]:
-        """Advance the moving averages; return trust ratio * update for each parameter."""
+        """Update the moving averages; return trust ratio * update for each parameter."""
         grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
         states = [self.state[p] for p in params]
         for p, state in zip(params, states, strict=True):
@@ -110,24 +109,24 @@ def _apply_trust_ratio(params: list[Tensor], updates: list[Tensor]) -> None:
     torch._foreach_mul_(updates, list(ratio.unbind()))
 
 
-# name: (class, takes --momentum, has a fused kernel that does a whole step at once)
+# name: (class, takes --momentum, has a fused kernel)
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, True, True),  # weight decay is added to the gradient
-    "adamw": (torch.optim.AdamW, False, True),  # weight decay is separate, times lr
-    "adam": (torch.optim.Adam, False, True),  # weight decay is added to the gradient, then scaled with it
+    "adamw": (torch.optim.AdamW, False, True),  # weight decay is decoupled: w -= lr * weight_decay * w
+    "adam": (torch.optim.Adam, False, True),  # weight decay is added to the gradient
     "rmsprop": (torch.optim.RMSprop, True, False),
     "lamb": (Lamb, False, False),  # weight decay is inside the trust ratio
 }
 
 
 def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
-    """Clip gradients in place; return their total 2-norm before that, a scalar on their device.
+    """Clip the gradients in place; return their total 2-norm before clipping, a scalar on their device.
 
-    mode "norm":  scale all gradients by one factor so that their total norm is at most `limit`
+    mode "norm":  scale all gradients by one factor, so that their total norm is at most `limit`
     mode "value": clamp every element to [-limit, limit]
 
-    A `limit` of 0 or infinity only measures. Nothing waits for a GPU. A norm that is not finite means
-    that the step must be skipped.
+    A `limit` of 0 or infinity clips nothing. Does not wait for a GPU. If the norm is not finite, the
+    step must be skipped.
     """
     if mode not in ("norm", "value"):
         raise ValueError(f"clip mode must be norm or value, got {mode}")
@@ -142,9 +141,11 @@ def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
 
 
 class Schedule:
-    """Sets the learning rate of all parameter groups; call `step()` right after each optimizer step.
+    """Sets the learning rate of all parameter groups. Call `step()` after each optimizer step.
 
-    phases:       (steps, learning-rate factor) of each phase of the run; () is one phase of factor 1
+    name:         a key of `SCHEDULES`
+    peak_lr:      the highest learning rate, before the factor of a phase
+    phases:       (steps, learning-rate factor) of each phase; () is one phase with factor 1
     warmup_steps: for "cosine"
     cycles:       for "restarts" and "triangular2": the number of cycles in the run
 
@@ -164,7 +165,7 @@ class Schedule:
     ):
         phases = phases or [(total_steps, 1.0)]
         if total_steps < 1 or sum(steps for steps, _ in phases) != total_steps:
-            raise ValueError(f"{total_steps} steps in the phases {phases}: give at least one, and their sum")
+            raise ValueError(f"total_steps is {total_steps}, but must be positive and the sum of {phases}")
         if name == "cosine" and not 0 <= warmup_steps < total_steps:
             raise UsageError(
                 f"a warm-up of {warmup_steps} steps does not fit into a run of {total_steps}",
@@ -187,8 +188,7 @@ class Schedule:
     def lr_at(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0.
 
-        The peak, times the formula in SCHEDULES, times the factor of the step's phase, times a tenth for
-        each drop of "plateau" so far.
+        It is peak_lr * formula in SCHEDULES * factor of the step's phase * 0.1 per drop of "plateau" so far.
         """
         if not 0 <= step < self.total_steps:
             raise ValueError(f"the schedule has {self.total_steps} steps (counted from 0) and no step {step}")
@@ -196,7 +196,7 @@ class Schedule:
         return self.peak_lr * SCHEDULES[self.name](step, self) * phase_factor * 0.1**self.drops
 
     def step(self) -> None:
-        """Move on to the next step; `last_lr` becomes what the step just taken used."""
+        """Set the learning rate of the next step, and `last_lr` to that of the step just taken."""
         if self.position >= self.total_steps:
             raise RuntimeError(
                 f"optimizer step {self.position + 1} of a schedule planned for {self.total_steps}: "
@@ -212,10 +212,10 @@ class Schedule:
             self._set(self.lr_at(position))
 
     def observe(self, loss: float) -> None:
-        """Tell "plateau" the loss of an evaluation; the other schedules ignore it.
+        """Tell "plateau" the loss of an evaluation; other schedules ignore it.
 
         As in torch's ReduceLROnPlateau, the learning rate drops to a tenth after PATIENCE + 1 evaluations
-        in a row that were not better by 0.01 %; NaN is never better.
+        in a row that did not improve the best loss by 0.01 %. NaN is no improvement.
         """
         if self.name != "plateau":
             return
@@ -233,7 +233,7 @@ class Schedule:
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a saved position. Raises CheckpointError if it lies behind the last step."""
+        """Continue at a saved position. Raises CheckpointError if it is beyond the last step."""
         if state["position"] > self.total_steps:
             raise CheckpointError(
                 f"the checkpoint is at optimizer step {state['position']}, this run has {self.total_steps}",
@@ -249,23 +249,22 @@ class Schedule:
             group["lr"] = lr
 
 
-# The formulas: each returns the share of the peak learning rate that a step uses.
+# --- formulas: the learning rate of a step as a fraction of the peak ---------------------------------
 
-START, END = 1 / 25, 1 / 25e4  # OneCycleLR's div_factor, and that times its final_div_factor
-MILESTONES = (1 / 3, 2 / 3, 8 / 9)  # fractions of the run: epochs 30, 60 and 80 of 90
-PATIENCE = 4  # evaluations without progress that "plateau" tolerates
+START, END = 1 / 25, 1 / 25e4  # of OneCycleLR: 1 / div_factor, 1 / (div_factor * final_div_factor)
+MILESTONES = (1 / 3, 2 / 3, 8 / 9)  # of "step", as fractions of the run: epochs 30, 60 and 80 of 90
+PATIENCE = 4  # evaluations without improvement that "plateau" tolerates
 
 
 def _onecycle(step: int, schedule: Schedule) -> float:
     """torch's OneCycleLR with its defaults (https://arxiv.org/abs/1708.07120); momentum is not cycled.
 
-    Half a cosine up to the peak over 30 % of the steps, then half a cosine down. tests/test_optim.py
-    compares every step with torch's.
+    Half a cosine up to the peak over 30 % of the steps, then half a cosine down.
     """
     peak, last = 0.3 * schedule.total_steps - 1, schedule.total_steps - 1
     if step <= peak:
         return _cosine_between(START, 1.0, step / peak)
-    # With 3 steps or fewer, `peak` is negative: as in torch, the run starts on the way down.
+    # With 3 steps or fewer, `peak` is negative, and the run starts on the way down, as in torch.
     return _cosine_between(1.0, END, (step - peak) / (last - peak))
 
 
@@ -280,7 +279,7 @@ def _cosine(step: int, schedule: Schedule) -> float:
 def _restarts(step: int, schedule: Schedule) -> float:
     """torch's CosineAnnealingWarmRestarts (https://arxiv.org/abs/1608.03983) with cycles of equal length.
 
-    The length is rounded up, so that no short cycle begins just before the end.
+    Their length is rounded up, so that no short cycle is left at the end.
     """
     length = math.ceil(schedule.total_steps / schedule.cycles)
     return _cosine_between(1.0, 0.0, step % length / length)
@@ -320,21 +319,25 @@ SCHEDULES: dict[str, Callable[[int, Schedule], float]] = {
 }
 
 
-def keeps_alike(name: str, momentum: float, other: str, other_momentum: float) -> bool:
-    """Whether two optimizers keep the same state per parameter, so that one can continue from the other's."""
+# --- the optimizer's state in a checkpoint -----------------------------------------------------------
+
+
+def same_state(name: str, momentum: float, other: str, other_momentum: float) -> bool:
+    """Return whether two optimizers keep the same state, so that one can continue from the other's."""
     return name == other and (not OPTIMIZERS[name][1] or bool(momentum) == bool(other_momentum))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """Load each parameter's state from a checkpoint; the options (lr, weight decay) stay this run's.
 
-    Fused kernels check no shapes: a tensor of another size crashes the process, one of another type is
-    trained on. So every value must be what this optimizer would keep. Raises CheckpointError.
+    Fused kernels do not check their inputs: a tensor of another size crashes the process, and one of
+    another dtype trains silently. So every value is compared with what this optimizer would keep.
+    Raises CheckpointError.
     """
     own = optimizer.state_dict()
     if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in own["param_groups"]]:
         raise _misfit("its parameter groups differ")
-    if not saved["state"]:  # no step was taken
+    if not saved["state"]:  # saved before the first step
         return
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     if saved["state"].keys() != set(range(count)):
@@ -349,7 +352,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def _example_state(optimizer: torch.optim.Optimizer, group: dict) -> dict:
-    """Return what the optimizer keeps for a parameter, found by one step on a single number."""
+    """Return the state that the optimizer keeps for a parameter, found by a step on a single number."""
     param = torch.zeros(1, requires_grad=True)
     param.grad = torch.zeros(1)
     probe = type(optimizer)([{**group, "params": [param]}])
@@ -358,7 +361,10 @@ def _example_state(optimizer: torch.optim.Optimizer, group: dict) -> dict:
 
 
 def _checked_state(state: dict, example: dict, param: Tensor, where: str) -> dict:
-    """Return a copy of `state`, laid out in memory like `param`: tensors in a file may share memory."""
+    """Return a copy of one parameter's `state`, with the names and types of `example`.
+
+    Its tensors get the memory layout of `param`; those of a file may share memory. Raises CheckpointError.
+    """
     if state.keys() != example.keys():
         found, wanted = (", ".join(map(str, keys)) or "nothing" for keys in (state, example))
         raise _misfit(f"{where} has {found}; it needs {wanted}")

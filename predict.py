@@ -49,7 +49,7 @@ def build_parser() -> flags.Parser:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="Image files, or folders of images.")
     flags.add_flags(parser, "predictions", PREDICTIONS)
     flags.add_flags(parser, "export", EXPORT)
-    flags.add_flags(parser, "device", flags.ASKING)
+    flags.add_flags(parser, "device", flags.INFERENCE)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Train a ResNet-50: flags -> config -> build -> fit. Start reading here; loop.py is next."""
+"""Train a ResNet-50: flags -> config -> Run -> fit. Start reading here, then read loop.py."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from base.errors import run as run_command
 from base.process import is_main, say
 
 EPILOG = """examples:
-  python train.py --epochs 90 --drop-path-rate 0.2        ImageNet in ./data/imagenet, the documents' recipe
-  python train.py --resume auto                           continue the run in --save-dir
-  python train.py --config recipes/digits.yaml            five minutes on two CPU cores, no data needed
-  python train.py --dry-run                               the plan, two steps at each size, expected hours"""
+  python train.py --epochs 90 --drop-path-rate 0.2        train on ImageNet in ./data/imagenet
+  python train.py --resume auto                           resume the run in --save-dir
+  python train.py --config recipes/digits.yaml            five minutes on two CPU cores; needs no data
+  python train.py --dry-run                               show the plan and the expected hours"""
 
 
 def build_parser() -> flags.Parser:
@@ -22,7 +22,7 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, resume, or look at what would be trained; return the exit code.
+    """Train, resume, or preview a run; return the exit code.
 
     Usage, paths and the data layout are checked first, before torch is imported or a file is written.
     """
@@ -31,16 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     if config.summary or config.dry_run:
         return preview(config, index)
 
-    from base.device import lost_ranks_named
+    from base.device import explain_lost_ranks
     from harness import build, session
     from loop import fit
 
     runtime = build.open_runtime(config)
-    with lost_ranks_named(runtime):
+    with explain_lost_ranks(runtime):
         run, identity = session.prepare(config, index, runtime, directory, saved)
         if run is None:
             return 0
-        with session.kept_safe(run, config, directory, saved, identity) as log:
+        with session.protected(run, config, directory, saved, identity) as log:
             say(session.introduction(run, config))
             fit(run, log)
             say(session.conclusion(run, config))
@@ -48,8 +48,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(config, typed: flags.Given):
-    """Check all that can be checked without torch; return the config, the data, --save-dir and a checkpoint.
+    """Check everything that can be checked without torch.
 
+    Return the config, the `DatasetIndex`, the `SaveDir`, and the checkpoint to resume from or None.
     A resumed run takes the flags that were not typed from its checkpoint.
     """
     from harness import rundir
@@ -71,17 +72,20 @@ def check(config, typed: flags.Given):
 
 
 def preview(config, index) -> int:
-    """Show the model (--summary) or try the plan out (--dry-run); train nothing."""
+    """Print the model (--summary), or try out the plan (--dry-run)."""
+    from base.device import explain_lost_ranks
     from harness import build, dryrun
 
-    phases = build.make_plan(config, index, world_size=1)
     if config.summary:
+        phases = build.make_plan(config, index, world_size=1)
         dryrun.print_summary(build.model_args(config, index), phases)
-    else:
-        dryrun.dry_run(config, index, build.open_runtime(config), phases)
+        return 0
+    runtime = build.open_runtime(config)
+    with explain_lost_ranks(runtime):
+        dryrun.dry_run(config, index, runtime, build.make_plan(config, index, runtime.world_size))
     return 0
 
 
 if __name__ == "__main__":
-    gc.disable()  # until training begins: importing torch makes a million objects that stay
+    gc.disable()  # until training begins: importing torch makes a million objects that are never freed
     sys.exit(run_command(main))

@@ -1,6 +1,6 @@
-"""What the loop is made of: phases and their plan, the training state, one step, one evaluation.
+"""The parts of the training loop: the plan of phases, the training state, one step, one evaluation.
 
-Nothing here knows a flag, opens a file or prints. Epochs count from 1, as in the log; a step is an
+Nothing here reads flags, opens files or prints. Epochs count from 1, as in the log; "step" means
 optimizer step.
 """
 
@@ -22,7 +22,7 @@ from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
 from optim import Schedule, clip_gradients, load_optimizer
 
-MAX_BAD_STEPS = 10  # in a row, before the run is given up
+MAX_BAD_STEPS = 10  # in a row; then the run ends
 
 
 # --- the plan ---------------------------------------------------------------------------------------
@@ -30,15 +30,15 @@ MAX_BAD_STEPS = 10  # in a row, before the run is given up
 
 @dataclass(frozen=True)
 class Phase:
-    """Consecutive epochs at one image size; both ends are inclusive."""
+    """Consecutive epochs at one image size."""
 
     first_epoch: int
-    last_epoch: int
-    image_size: int
-    batch_size: int  # global: summed over ranks
+    last_epoch: int  # inclusive
+    image_size: int  # px
+    batch_size: int  # global, i.e. summed over ranks
     steps_per_epoch: int
-    first_step: int  # optimizer steps of all earlier phases
-    mix: bool = True  # MixUp, CutMix and drop-path
+    first_step: int  # steps in all earlier phases
+    mix: bool = True  # whether MixUp, CutMix and drop-path are on
 
     @property
     def epochs(self) -> int:
@@ -49,7 +49,7 @@ class Phase:
         return self.epochs * self.steps_per_epoch
 
     def step_before(self, epoch: int) -> int:
-        """Return the optimizer steps taken before `epoch` of this phase begins."""
+        """Return the number of steps in the run before `epoch`, which must be in this phase."""
         return self.first_step + (epoch - self.first_epoch) * self.steps_per_epoch
 
 
@@ -64,10 +64,16 @@ def plan(
     phase_mix: Sequence[bool] | None = None,
     world_size: int = 1,
 ) -> tuple[Phase, ...]:
-    """Return the phases of a run. The loader, the schedule, the ETA and --dry-run all read this plan.
+    """Return the phases of a run: the one plan that the loader, the schedule, the ETA and --dry-run read.
 
-    `batch_size` is that of the first phase and is halved at each size, unless `phase_batch_sizes` is
-    given. Raises UsageError if a phase cannot fill a batch or the ranks cannot share it equally.
+    num_samples:       training images
+    batch_size:        global batch size of the first phase, halved from phase to phase
+    phase_batch_sizes: global batch size of each phase, instead
+    phase_epochs:      relative lengths of the phases, see `base.phases.share_epochs`
+    phase_mix:         `Phase.mix` of each phase; True by default
+
+    Phases without an epoch are left out. Raises UsageError if a phase cannot fill one batch, or the
+    ranks cannot share it equally.
     """
     batches = phase_batch_sizes or phase_batches(batch_size, len(sizes))
     mixes = phase_mix or [True] * len(sizes)
@@ -99,18 +105,18 @@ def phase_of(phases: Sequence[Phase], epoch: int) -> Phase:
 class TrainState:
     """Everything that must survive a restart, and nothing else.
 
-    There is no RNG state: every random draw is recomputed from (seed, step). `step` counts the
-    optimizer steps of the plan and `rows` holds one row per scored epoch; together they are the position.
+    The position in the run is `step`, the steps taken so far, and `rows`, one row per finished epoch.
+    No RNG state is kept: every random draw is a function of the seed and the position.
     """
 
-    model: nn.Module  # always the plain module: DDP and compile wrap its forward beside it
+    model: nn.Module  # the plain module: DDP and torch.compile wrap it in `StepOptions.forward`
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     scaler: torch.amp.GradScaler
     ema: object  # ema.EMA or ema.NoEMA
     step: int = 0
     epoch_sums: dict = field(default_factory=dict)  # of the current epoch
-    bad_in_a_row: int = 0  # non-finite steps that a lower fp16 scale cannot mend
+    bad_in_a_row: int = 0  # non-finite steps, except fp16 overflows that lowered the loss scale
     best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "waited": 0})
     rows: list = field(default_factory=list)
 
@@ -129,7 +135,7 @@ class TrainState:
 
     def load_state_dict(self, state: dict) -> None:
         """Restore a checkpoint. Raises CheckpointError if its tensors do not fit this run."""
-        from base.schemas import check_tensors
+        from base.schemas import check_tensors  # pydantic is slow to import
 
         check_tensors(state["model"], self.model.state_dict(), "the checkpoint's model")
         if self.ema.module is not None and "shadow" in state["ema"]:
@@ -141,16 +147,16 @@ class TrainState:
         if state["scaler"]:  # empty unless the run used fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
-        # Older files have other counters: unknown ones are dropped, missing ones start at zero.
-        for mine, saved in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
-            mine.update({name: saved[name] for name in mine if name in saved})
+        # Earlier versions saved other counters: drop unknown ones, start missing ones at their initial value.
+        for own, saved in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
+            own.update({name: saved[name] for name in own if name in saved})
 
     @torch.no_grad()
     def check_finite(self) -> None:
-        """Raise DivergedError if a weight, an average, a statistic or the optimizer state is not finite.
+        """Raise DivergedError if weights, BatchNorm statistics, EMA or optimizer state are not finite.
 
-        A step can have a finite loss and gradient and still ruin the weights, through the optimizer
-        state or failing memory. Called before every save, so a ruined state never replaces a sound one.
+        A step with a finite loss and gradient can still ruin the weights, through the optimizer state
+        or faulty memory. Called before every save, so that a ruined state never replaces an intact one.
         """
         optimizer = {
             f"parameter {k}, {name}": value
@@ -161,14 +167,10 @@ class TrainState:
         average = {} if self.ema.module is None else self.ema.module.state_dict()
         parts = {"weights": self.model.state_dict(), "optimizer state": optimizer, "EMA weights": average}
         for part, tensors in parts.items():
-            # Scalars are counters, which some optimizers keep on the CPU beside weights on a GPU.
-            values = {
-                name: value for name, value in tensors.items() if value.is_floating_point() and value.ndim
-            }
-            if (
-                not values
-                or torch.stack(torch._foreach_norm(list(values.values()), math.inf)).isfinite().all()
-            ):
+            # Not scalars: they are step counters, which some optimizers keep on the CPU.
+            values = {k: v for k, v in tensors.items() if v.is_floating_point() and v.ndim}
+            norms = torch._foreach_norm(list(values.values()), math.inf) if values else []
+            if not norms or torch.stack(norms).isfinite().all():
                 continue
             name = next(name for name, value in values.items() if not value.isfinite().all())
             what = f"the {part} ({name}) are not finite after step {self.step}; nothing was saved"
@@ -179,9 +181,9 @@ class TrainState:
 
 
 class BatchNormBuffers:
-    """The running statistics: copied before a forward, restored after a bad step, averaged over ranks.
+    """A model's BatchNorm running statistics: copied before the forward pass, restored after a bad step.
 
-    One NaN in a batch would poison them forever, even if the optimizer step is skipped.
+    One NaN in a batch would stay in them for good, even if the optimizer step is skipped.
     """
 
     def __init__(self, model: nn.Module):
@@ -202,7 +204,7 @@ class BatchNormBuffers:
 
     @torch.no_grad()
     def average(self, runtime: Runtime) -> None:
-        """Give every rank the mean after each step, so that any rank's state is the run's state."""
+        """Replace the statistics by their mean over the ranks, so that all ranks hold the same state."""
         if runtime.world_size > 1 and self.averaged:
             flat = torch.cat([buffer.flatten() for buffer in self.averaged])
             flat = runtime.sum_over_ranks(flat).div_(runtime.world_size)
@@ -216,25 +218,24 @@ class StepOptions:
     """What a step needs besides the state and a batch; constant within a phase."""
 
     forward: Callable[[Tensor], Tensor]  # the model, or DDP or torch.compile around it
-    mixer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    mixer: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # images, labels -> mixed images, soft targets
+    loss: Callable[[Tensor, Tensor], Tensor]  # logits (N, K), targets (N, K) -> scalar
     runtime: Runtime
     buffers: BatchNormBuffers
     seed: int
-    clip: tuple[str, float] = ("norm", 1.0)
-    accumulate: int = 1
-    l1: float = 0.0  # weight of the L1 penalty
+    clip: tuple[str, float] = ("norm", 1.0)  # (mode, limit) of `optim.clip_gradients`
+    accumulate: int = 1  # pieces that a batch is split into
+    l1: float = 0.0  # factor of the L1 penalty
 
 
 def train_step(state: TrainState, options: StepOptions, images: Tensor, labels: Tensor) -> tuple[float, bool]:
-    """Take one optimizer step on images (N, 3, H, W) and labels (N,); return (mean loss, step was finite).
+    """Take one optimizer step on this rank's images (N, 3, H, W) and labels (N,).
 
-    The loss and the gradient norm are read together: the only host sync of a step. If either is not
-    finite, nothing moves: BatchNorm statistics are restored, and the optimizer and EMA are skipped. The
-    step still counts, so a resumed run does not meet the same batch again; `bad_in_a_row` counts it too,
-    unless it was an fp16 overflow that lowered the scale.
+    Return the loss, averaged over all ranks, and whether the step was finite. If the loss or the
+    gradient norm is not, nothing moves: BatchNorm statistics are restored, and the optimizer and EMA
+    are skipped. The step still counts in the plan, so a resumed run does not repeat the batch.
     """
-    # Mixing and drop-path draw from this seed, which makes a step a function of (state, batch, seed).
+    # Mixing and drop-path draw from this seed, so a step is a function of (state, batch, seed).
     seed_everything(options.seed, state.step, options.runtime.rank)
     images, targets = options.mixer(images, labels)
     options.buffers.take()
@@ -245,13 +246,13 @@ def train_step(state: TrainState, options: StepOptions, images: Tensor, labels: 
     norm = clip_gradients(state.model.parameters(), *options.clip)
     options.buffers.average(options.runtime)
     loss = options.runtime.sum_over_ranks(loss) / options.runtime.world_size
-    loss, norm = torch.stack([loss, norm.to(loss)]).tolist()
+    loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # one host sync for both
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.ema.update()
-    else:  # do not rely on the scaler to skip: fused SGD would leave uninitialised momentum
+    else:  # the scaler would skip the step too, but leave fused SGD's momentum uninitialised
         options.buffers.restore()
     state.bad_in_a_row = 0 if finite or lower_scale(state.scaler, loss) else state.bad_in_a_row + 1
     state.schedule.step()
@@ -263,14 +264,14 @@ def backward(state: TrainState, options: StepOptions, images: Tensor, targets: T
     """Accumulate the gradients of the batch's mean loss in `options.accumulate` pieces; return that loss."""
     losses = []
     pieces = list(zip(images.chunk(options.accumulate), targets.chunk(options.accumulate), strict=True))
-    for k, (part, wanted) in enumerate(pieces):  # `smallest_piece` knows how chunk cuts
+    for k, (part, part_targets) in enumerate(pieces):
         last = k == len(pieces) - 1
         no_sync = getattr(options.forward, "no_sync", nullcontext)  # DDP: exchange gradients once
         with nullcontext() if last else no_sync():
             with options.runtime.autocast():
                 logits = options.forward(part)
-            # In float32, outside autocast. Weighted by its share: the last piece may be smaller.
-            loss = options.loss(logits, wanted) * (len(part) / len(images))
+            # Outside autocast, so in float32. Weighted, because the last piece may be smaller.
+            loss = options.loss(logits, part_targets) * (len(part) / len(images))
             if last and options.l1:
                 loss = loss + options.l1 * l1_penalty(state.model.parameters())
             state.scaler.scale(loss).backward()
@@ -279,15 +280,15 @@ def backward(state: TrainState, options: StepOptions, images: Tensor, targets: T
 
 
 def smallest_piece(images: int, accumulate: int) -> int:
-    """Return the images in the last and smallest piece that `backward` cuts from a batch of `images`."""
+    """Return the number of images in the smallest piece (the last one) that `backward` cuts from a batch."""
     return (images - 1) % math.ceil(images / accumulate) + 1
 
 
 def lower_scale(scaler: torch.amp.GradScaler, loss: float) -> bool:
-    """Halve the fp16 scale after a bad step if that may help; return whether it may.
+    """Halve the fp16 loss scale after a bad step if that may help; return whether it may.
 
     It cannot help if the loss itself is not finite, or at a scale of 1, where the gradients overflow
-    by themselves. So from 65536 there are at most 16 reductions in a row before steps count as bad.
+    without any scaling. So, from the initial 65536, at most 16 steps in a row are excused as overflows.
     """
     before = scaler.get_scale()
     scaler.update()
@@ -322,12 +323,15 @@ def evaluate(
     models: dict[str, nn.Module],
     batches: Iterable[tuple[Tensor, Tensor]],
     runtime: Runtime,
-    after_batch: Callable[[int], None] = lambda count: None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, EvalResult]:
-    """Score every model on every sample of `batches`, each counted once, in one pass over the data.
+    """Score every model on every sample of `batches`, over all ranks, in one pass over the data.
 
-    Sums are divided once, at the end: a mean of batch means would give the samples of a short last
-    batch too much weight, and so would a mean over ranks.
+    models:  {name: model}, put into eval mode meanwhile
+    batches: this rank's images (N, 3, H, W) and labels (N,), on the device; N may be 0
+
+    Every sample counts once: sums are divided at the end. A mean of batch means, or of rank means,
+    would give the samples of a short last batch too much weight.
     """
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
@@ -337,13 +341,13 @@ def evaluate(
     sums = {name: torch.zeros(4, device=runtime.device, dtype=dtype) for name in models}
     try:
         for images, labels in batches:
-            for name, model in models.items() if len(labels) else ():  # this rank may have no share
+            for name, model in models.items() if len(labels) else ():
                 with runtime.autocast():
                     logits = model(images).float()  # (N, K)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 count = torch.tensor([len(labels)], device=runtime.device)
                 sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0), count]).to(dtype)
-            after_batch(len(labels))
+            after_batch()
     finally:
         for name, model in models.items():
             model.train(was_training[name])
@@ -351,12 +355,12 @@ def evaluate(
 
 
 def _result(loss: float, top1: float, top5: float, samples: float) -> EvalResult:
-    n = samples or math.nan  # every image may have been left out
+    n = samples or math.nan  # all images may be bad and left out
     return EvalResult(loss / n, 100 * top1 / n, 100 * top5 / n, int(samples))
 
 
 class EarlyStopping:
-    """Stop once the score that selects the best checkpoint has not improved for `patience` validations."""
+    """Stop when `patience` validations at the last size in a row have not improved the best score."""
 
     def __init__(self, patience: int | None):
         self.patience = patience

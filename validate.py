@@ -45,7 +45,7 @@ def build_parser() -> flags.Parser:
     flags.add_flags(parser, "scores", SCORES)
     data = flags.add_flags(parser, "data", flags.DATASET)
     data.description = "Flags that are not given come from the checkpoint."
-    flags.add_flags(parser, "device", flags.ASKING)
+    flags.add_flags(parser, "device", flags.INFERENCE)
     return parser
 
 

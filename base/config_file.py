@@ -1,4 +1,4 @@
-"""Flags from YAML files and checkpoints, through the same parser as the command line."""
+"""Flags from YAML files and checkpoints, parsed like the command line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from base.errors import UsageError
 from base.parser import Parser, dashed, typed_text
 
-MAX_BYTES = 2**16  # of a --config file
+MAX_BYTES = 2**16  # in a --config file
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 PLAIN_TAGS = ("str", "int", "float", "bool", "timestamp")
 ONE_PER_LINE = "write one `flag: value` per line"
@@ -22,7 +22,7 @@ KEYS = "the keys are the flags of train.py without the dashes"
 def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dict[str, Any]:
     """Return the flags of a YAML file, parsed as if they had been typed. Raises UsageError.
 
-    ignored: flags that `parser` may lack; a recipe may hold --plot, which lr_finder.py does not have
+    ignored: known flags that `parser` may lack: lr_finder.py accepts recipes but has no --plot
     """
     known = {action.dest for action in parser._actions}
     texts = read_yaml(path)
@@ -32,15 +32,15 @@ def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dic
         values = from_file(parser, {name: value for name, value in texts.items() if name in known})
     except UsageError as error:
         raise UsageError(f"--config {path}: {error.what}", "write the value as you would type it") from None
-    # `plot: false` gives nothing: there is no --no-plot.
+    # `plot: false` is as if the flag had not been given: there is no --no-plot.
     one_way = {action.dest for action in parser._actions if isinstance(action, argparse._StoreTrueAction)}
     return {name: value for name, value in values.items() if value or name not in one_way}
 
 
 def read_yaml(path: str) -> dict[str, str | list[str]]:
-    """Return {flag: text, or list of texts} as written: `off`, `3e-4` and `1_000` stay what they are.
+    """Return {flag: text or list of texts}, as they are written: YAML would turn `off` into False.
 
-    The file is composed, not loaded: no object is ever made from it.
+    The file is composed, not loaded, so no Python object is ever made from it.
     """
     import yaml
 
@@ -98,10 +98,10 @@ def _read_text(path: str) -> str:
 
 
 def from_file(parser: Parser, content: Mapping[str, Any], *, exact: bool = False) -> dict[str, Any]:
-    """Return {flag: value} as `parser` makes it of what a file holds.
+    """Return {flag: value} for the content of a file, parsed and checked by `parser`.
 
-    exact: the values were parsed before, and must come out unchanged
-    Raises UsageError naming the flag that is unknown, has the wrong type, or is out of range.
+    exact: the file holds parsed values (a checkpoint does), which must come out unchanged
+    Raises UsageError that names the flag if it is unknown, has the wrong type, or is out of range.
     """
     actions = {action.dest: action for action in parser._actions if action.option_strings}
     if unknown := sorted(str(name)[:80] for name in content if name not in actions or name == "help"):

@@ -1,4 +1,4 @@
-"""Where a run happens: device, precision, ranks and seeds, each chosen once."""
+"""Where a run happens: its device, precision and ranks, chosen once; and its random seeds."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from base import process
 from base.errors import DataError, ResourceError, UsageError, is_out_of_memory
 
 MIB = 2**20
-TIMEOUT = timedelta(minutes=5)  # of a rank that waits for the others
-LOST_RANK = ("gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "imed out")
+TIMEOUT = timedelta(minutes=5)  # how long a rank waits for the others
+LOST_RANK = (  # in messages of RuntimeErrors
+    "gloo", "NCCL", "Connection closed by peer", "Connection reset", "Broken pipe", "imed out",
+)  # fmt: skip
 GPU_HINT = (
     "check the driver (nvidia-smi), CUDA_VISIBLE_DEVICES, and that torch is a CUDA build; or use --device cpu"
 )
@@ -36,11 +38,12 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True on the one process that prints and writes files."""
+        """Whether this is the one process that prints and writes files."""
         return self.rank == 0
 
     @property
     def precision(self) -> str:
+        """Return "fp32", "bf16" or "fp16"."""
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.amp_dtype]
 
     def autocast(self) -> torch.autocast:
@@ -53,7 +56,7 @@ class Runtime:
         return values
 
     def any_rank(self, flag: int) -> int:
-        """Return the largest `flag` of all ranks, so that they act on it at the same step."""
+        """Return the largest `flag` of any rank, so that all ranks act on it at the same step."""
         if self.world_size == 1:
             return flag
         value = torch.tensor(flag, device=self.device)
@@ -68,7 +71,8 @@ class Runtime:
 def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool = False) -> Runtime:
     """Choose device and precision, and join the process group if torchrun started several ranks.
 
-    Raises ResourceError for a device that is missing, UsageError for an unknown name.
+    device, amp: as --device and --amp
+    Raises ResourceError for a device that is missing, UsageError for an unknown one or for fp16 on a CPU.
     """
     rank, world_size = process.rank(), process.world_size()
     chosen = _choose_device(device, process.local_rank(), world_size)
@@ -80,7 +84,7 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
                 f"rank {rank} of {world_size} cannot join the others: {str(error).splitlines()[0]}",
                 "start all ranks through torchrun, and every run on a port of its own",
             ) from error
-    if deterministic:  # read when CUDA starts; without it cuBLAS refuses deterministic mode
+    if deterministic:  # cuBLAS requires this before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)  # imports the compiler, which takes seconds
@@ -96,7 +100,7 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
         name = "cuda" if cuda else "mps" if mps and ranks == 1 else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):  # torch knows more names than it can use
+        if device.type not in ("cpu", "cuda", "mps"):  # torch accepts names of devices it cannot use
             raise RuntimeError
     except RuntimeError:
         raise UsageError(f"--device {name} is unknown", "use auto, cpu, cuda, cuda:1 or mps") from None
@@ -108,7 +112,8 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
         raise ResourceError(f"--device {name}: torch {torch.__version__} finds no usable GPU", GPU_HINT)
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
-        raise ResourceError(f"GPU {index} does not exist: there are {count}", "start one rank per GPU")
+        what = f"GPU {index} does not exist: this machine has {count}"
+        raise ResourceError(what, "start at most one rank per GPU, or name another --device")
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
@@ -119,7 +124,7 @@ def _choose_precision(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "auto" and device.type == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif amp == "auto":
-        # Without these instructions a CPU emulates bf16, slower than fp32.
+        # Without these instructions a CPU emulates bf16, which is slower than fp32.
         fast = any(name in _cpuinfo() for name in ("avx512_bf16", "amx_bf16"))
         amp = "bf16" if device.type == "cpu" and fast else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
@@ -142,14 +147,14 @@ def unused_gpu(device: torch.device) -> str:
 def seed_everything(*parts: int) -> None:
     """Seed torch, on CPU and GPU, from parts such as (seed, step, rank).
 
-    SeedSequence mixes them. Sums and products collide: seed * step is 0 at step 0 for every seed, and
-    with seed + step neighbouring runs share their draws.
+    SeedSequence hashes them. A product would collide (seed * step is 0 at step 0 for every seed), and
+    with a sum, runs with neighbouring seeds would share their draws.
     """
     torch.manual_seed(int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) & (2**63 - 1))
 
 
 def environment(runtime: Runtime) -> dict[str, object]:
-    """Return what a reader needs to reproduce the run: no names of hosts, users or paths."""
+    """Return the versions and hardware of this run, without names of hosts, users or paths."""
     gpu = runtime.device.type == "cuda"
     names = [
         line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name")
@@ -170,12 +175,12 @@ def environment(runtime: Runtime) -> dict[str, object]:
 
 
 @contextmanager
-def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
-    """Turn the loss of another rank into a ResourceError, and leave the process group at the end.
+def explain_lost_ranks(runtime: Runtime) -> Iterator[None]:
+    """Turn the loss of another rank into a ResourceError; leave the process group at the end.
 
-    Errors of data and memory, which only this rank knows of, are marked to be printed here.
+    Errors of data and resources, which may happen on this rank alone, are marked to be printed by it.
     """
-    own = runtime.rank or None  # the first rank prints anyway
+    own = runtime.rank or None  # rank 0 prints its errors anyway
     try:
         yield
     except (DataError, ResourceError) as error:
@@ -197,7 +202,7 @@ def lost_ranks_named(runtime: Runtime) -> Iterator[None]:
 
 @contextmanager
 def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
-    """Turn running out of memory into a ResourceError that says for what the memory was needed."""
+    """Turn running out of memory into a ResourceError that says what the memory was needed for."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -207,7 +212,7 @@ def memory_for(what: str, fix: str, device: torch.device) -> Iterator[None]:
 
 
 def memory_words(device: torch.device) -> str:
-    """Return how much memory the device has left, in words."""
+    """Return how much memory the GPU has left, or which device it is, as text for a message."""
     with suppress(RuntimeError):  # a GPU that ran out of memory may not even answer
         if device.type == "cuda":
             free, total = torch.cuda.mem_get_info(device)

@@ -27,7 +27,7 @@ class UserError(Exception):
     def __init__(self, what: str, fix: str):
         super().__init__(f"{what}\nfix: {fix}")
         self.what, self.fix = what, fix
-        self.rank: int | None = None  # set if only this rank knows of the error, which must print it then
+        self.rank: int | None = None  # of the process that must print the error, if not the main one
 
     def __reduce__(self):  # it crosses from loader workers to the main process
         return type(self), (self.what, self.fix)
@@ -64,29 +64,29 @@ class ResourceError(UserError):
 
 
 class Stopped(Exception):
-    """A stop signal was obeyed: the step was finished and the state saved."""
+    """The run was stopped by a signal, after finishing its step and saving its state."""
 
     def __init__(self, signal_number: int, message: str = ""):
         super().__init__(message)
         self.exit_code = 130 if signal_number == signal.SIGINT else 143
 
 
-debug = False  # show tracebacks; the parser sets it when it meets --debug
+debug = False  # whether to show tracebacks; the parser sets it when it finds --debug
 
 
 def run(main: Callable[[list[str] | None], int | None]) -> int:
-    """Call `main(None)` and return the exit code. Tracebacks are for --debug and for our own bugs."""
+    """Call `main(None)` and return the exit code. Only --debug and bugs show a traceback."""
     global debug
     debug = False
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         number = getattr(signal, name, None)
-        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # under nohup
+        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # by nohup
         if number and not ignored:
             signal.signal(number, exit_at_once)
     try:
         with redirect_stdout(Printable(sys.stdout)):
             code = main(None) or 0
-        sys.stdout.flush()  # here, where a closed pipe is not a traceback
+        sys.stdout.flush()  # inside the try, so that a closed pipe is handled below
         return code
     except UserError as error:
         if debug:
@@ -111,18 +111,19 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
 
 
 def exit_at_once(number: int, frame) -> None:
-    """Handle a stop signal outside training, where nothing half written could hurt a restart."""
+    """Handle a stop signal by ending the process: outside training there is nothing to save."""
     os._exit(130 if number == signal.SIGINT else 143)
 
 
 def report(error: UserError) -> None:
-    """Print two lines on stderr, from the first rank or from the one that knows of the error."""
+    """Print an error as two lines on stderr, from the main process or from rank `error.rank`."""
     where = "error" if error.rank is None else f"error on rank {error.rank}"
     if process.is_main() or error.rank is not None:
         tell(f"{where}: {one_line(error.what)}\nfix: {error.fix}")
 
 
 def tell(text: str) -> None:
+    """Print `printable` text on stderr."""
     with suppress(OSError):  # the terminal may be gone
         print(printable(text), file=sys.stderr, flush=True)
 
@@ -131,19 +132,19 @@ def tell(text: str) -> None:
 
 
 def printable(text: str, stream=None) -> str:
-    """Escape control characters, and what the encoding of `stream` (stderr) cannot express."""
+    """Escape control characters, and characters that the encoding of `stream` (default: stderr) lacks."""
     encoding = getattr(stream or sys.stderr, "encoding", None) or "ascii"
     text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
     return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def one_line(text: str) -> str:
-    """Return `printable` text without line breaks: for names from files and disks inside a message."""
+    """Return `printable` text without line breaks, for a message that quotes names from files or disks."""
     return printable(text).replace("\n", "\\n")
 
 
 class Printable:
-    """A text stream that writes `printable` text: names of files and classes may hold anything."""
+    """A text stream that writes `printable` text: names of files and classes may contain anything."""
 
     def __init__(self, stream):
         self.stream = stream
@@ -157,7 +158,7 @@ class Printable:
 
 # --- errors of the machine --------------------------------------------------------------------------
 
-OUT_OF_MEMORY = (  # messages of RuntimeErrors: GPUs have an exception of their own, but not for all
+OUT_OF_MEMORY = (  # in messages of RuntimeErrors; torch.OutOfMemoryError does not cover all cases
     "can't allocate memory", "not enough memory: you tried", "out of memory", "unable to find an engine",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
 )  # fmt: skip
@@ -166,21 +167,21 @@ MACHINE_ERRORS = DISK_ERRORS | {errno.EIO, errno.ENOMEM, errno.EMFILE, errno.ENF
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    # By name, because torch is not imported here.
+    # torch.OutOfMemoryError by its name, because torch is not imported here.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def resource_error(error: BaseException) -> ResourceError | None:
-    """Return what the machine lacks in our words, or None for a bug of ours."""
+    """Return a ResourceError for a fault of the machine, or None for a bug of ours."""
     if is_out_of_memory(error):
         reason = f": {str(error).splitlines()[0]}" if str(error) else ""
         fix = "free memory, or ask for less: smaller batches, fewer --num-workers"
         known = ResourceError(f"out of memory{reason}", fix)
         known.rank = process.rank() or None  # each rank has memory of its own
         return known
-    # An OSError without a file name is the user's only if the machine is at fault, whatever was being done.
+    # An OSError without a file name is a bug, unless its number is one that only the machine causes.
     if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE_ERRORS):
         return None
     verb = "write" if error.errno in DISK_ERRORS else "use"
@@ -190,7 +191,7 @@ def resource_error(error: BaseException) -> ResourceError | None:
 
 
 def optional(package: str, needed_for: str) -> ModuleType:
-    """Import `package`. Raises UsageError with the install command, or with the reason it does not import."""
+    """Import `package`. Raises UsageError that says how to install it, or why it cannot be imported."""
     top = package.partition(".")[0]
     name = "tensorboard" if needed_for == "--tensorboard" else top
     try:

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all; CSV without formulas, JSON without NaN."""
+"""Writing files completely or not at all; CSV without formulas, JSON without NaN."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from pathlib import Path
 
 from base.errors import ResourceError
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet's formula may begin with
 
 
 @contextmanager
 def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path]:
     """Yield a path to write to; it replaces `path` at the end, or is deleted if anything fails.
 
-    The directory is made if `parents`. A pipe or a device (/dev/stdout) is written directly, because a
-    rename would put a file in its place. Raises ResourceError if `path` cannot be written.
+    parents: create the directory of `path`
+    A pipe or a device (/dev/stdout) is written directly, because a rename would replace it by a file.
+    Raises ResourceError if `path` cannot be written.
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
@@ -70,11 +71,11 @@ def csv_text(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def cell(value: object) -> object:
-    """Return `value` as a CSV cell, with an apostrophe before text that a spreadsheet would run.
+    """Return `value` as a CSV cell, with an apostrophe before text that a spreadsheet would execute.
 
-    Names of classes and files may hold anything: https://owasp.org/www-community/attacks/CSV_Injection
+    Names of classes and files may contain anything: https://owasp.org/www-community/attacks/CSV_Injection
     """
     if not isinstance(value, str):
         return value
-    # A bare carriage return is not quoted by every Python, and ends a line for some readers.
+    # Not every Python quotes a bare carriage return, which ends a line for some readers.
     return ("'" if value.startswith(FORMULA) else "") + value.replace("\r", "\\r")

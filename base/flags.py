@@ -1,7 +1,7 @@
-"""The flags of train.py: one table for the parser, the defaults, the config and what makes a flag idle.
+"""The flags of train.py, in one table: names, types, defaults, help, and when a flag would have no effect.
 
-`parse` returns a frozen config and the set of flags that were given: a resumed run takes all others from
-its checkpoint. Nothing here needs torch.
+`parse` returns a frozen config and the set of flags that were given, because a resumed run takes all
+others from its checkpoint. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb")
 CYCLIC = ("restarts", "triangular2")
 SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau", "constant")
 
-# Flags that say where and how a run happens, not what is learned: they may change on resume.
+# Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
     "plot", "debug", "device", "tensorboard", "wandb", "config", "dry_run", "summary", "init_from",
@@ -54,15 +54,15 @@ FREE_ON_RESUME = frozenset({
 
 @dataclass(frozen=True)
 class Flag:
-    """A row of a table of flags."""
+    """A flag: a row of the table."""
 
     name: str
     changes: str  # where its effect shows, see base/idle.py
     help: str = ""
-    kind: Any = bool  # a type of argument, a tuple of choices, bool for --x, Switch for --x and --no-x
+    kind: Any = bool  # an argparse type, a tuple of choices, bool for --x, Switch for --x and --no-x
     default: Any = False
     metavar: str | None = None
-    idle: Callable[[Any], Reason] = never  # why it can have no effect under a config: it is refused
+    idle: Callable[[Any], Reason] = never  # why it would have no effect under a config, which is refused
     unused: Callable[[Any], Reason] = never  # the same, but only noted
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
@@ -205,7 +205,7 @@ RUN = (
     Flag("tensorboard", "files", "Log to --save-dir/tensorboard as well."),
     Flag("wandb", "files", "Log to Weights & Biases as well.", str, "", "PROJECT"),
     Flag("summary", "output", "Print the layers at every size, then exit."),
-    Flag("dry_run", "output", "Print the plan, try two steps at every size, then exit.",
+    Flag("dry_run", "output", "Print the plan, try a few steps at every size, then exit.",
          idle=lambda c: c.summary and "--summary only prints the layers"),
     Flag("config", "output", "YAML file of flags; the command line wins.", str, "", "FILE"),
     DEBUG,
@@ -221,7 +221,7 @@ TRAIN_GROUPS = {
 }
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
 BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
-ASKING = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
+INFERENCE = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> argparse._ArgumentGroup:
@@ -251,7 +251,7 @@ def defaults() -> dict[str, Any]:
 
 
 def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
-    """Return the frozen config, and the names of the flags that were given."""
+    """Return the frozen config and the names of the flags that were given. Raises UsageError."""
     by_hand = parser.given(argv)
     recipe = read_recipe(parser, by_hand["config"], defaults()) if by_hand.get("config") else {}
     given = Given(recipe | by_hand)
@@ -261,18 +261,18 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
 
 
 def make_config(values: Mapping[str, Any]) -> Any:
-    """Return a frozen `TrainConfig` whose attributes are `values`; lists become tuples."""
+    """Return a frozen dataclass whose attributes are `values`; lists become tuples."""
     cls = dataclasses.make_dataclass("TrainConfig", list(values), frozen=True)
     return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
 
 
 def plain(config: Any) -> dict[str, Any]:
-    """Return the config as JSON-ready values: the opposite of `make_config`."""
+    """Return the config as a dict of JSON-ready values: the inverse of `make_config`."""
     return {name: list(v) if isinstance(v, tuple) else v for name, v in vars(config).items()}
 
 
 def to_argv(values: Mapping[str, Any]) -> list[str]:
-    """Return the command line that gives `values` ({flag of train.py: value}) to train.py."""
+    """Return the command line of train.py for `values`, {flag: value}."""
     argv = []
     for flag in TABLE:
         value = values.get(flag.name)
@@ -286,7 +286,7 @@ def to_argv(values: Mapping[str, Any]) -> list[str]:
 
 
 def check_train(config: Any, given: Given) -> list[str]:
-    """Refuse what cannot work together (exit 2); return the notes to print."""
+    """Return notes to print about the flags. Raises UsageError for flags that cannot work together."""
     if ranks := process.incomplete_ranks():
         raise UsageError(
             f"the environment has {ranks}, which does not describe a set of ranks",
@@ -327,7 +327,7 @@ def _check_phases(config: Any) -> None:
 
 
 def idle_flags(config: Any) -> set[str]:
-    """Return the flags that train.py would refuse if they were given under `config`."""
+    """Return the names of the flags that would have no effect under `config`."""
     return {flag.name for flag in TABLE if why_idle(flag, config)}
 
 
@@ -338,7 +338,7 @@ def workers_note(workers: int) -> str:
 
 
 def data_args(config: Any) -> dict[str, Any]:
-    """Return the data flags as `sources.layouts.open_dataset` takes them."""
+    """Return the arguments of `sources.layouts.open_dataset`."""
     same = ("dataset", "data_dir", "split", "allow_class_mismatch")
     subset_size = config.subset_size if config.subset else None
     return {name: getattr(config, name) for name in same} | {

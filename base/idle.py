@@ -1,10 +1,10 @@
-"""Flags that can have no effect under a config: why, and what to do about it.
+"""Flags that would have no effect under a config are refused; this module knows which and why.
 
-A flag that is given shows in what its row of the table says it changes, or it is refused:
+`Flag.changes` in base/flags.py says where the effect of a flag shows:
   plan    the data and the steps              trace      what a step computes
-  model   the layers that --summary prints    processes  where, and by how many, it is computed
+  model   the layers that --summary prints    processes  on what device and in how many processes
   output  what is printed                     files      what --save-dir holds, and when
-  resume  which run continues
+  resume  which run is resumed
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from base.errors import UsageError
 from base.parser import dashed
 from base.phases import used_phases
 
-Reason = str | bool | None  # a false one: the flag has an effect
+Reason = str | bool | None  # why a flag has no effect; false if it has one
 
 
 class Given(frozenset):
     """The names of the flags that were given, on the command line (`by_hand`) or in a --config file."""
 
     by_hand: frozenset[str] = frozenset()
-    file: Any = None  # the config that the file makes alone
+    file: Any = None  # the config of the file alone, without the command line
 
 
 def never(config: Any) -> Reason:
@@ -33,10 +33,11 @@ def never(config: Any) -> Reason:
 
 
 def refuse_idle(flags: Iterable[Any], config: Any, given: Given) -> list[str]:
-    """Return notes on those of `flags` (`Flag`s) that are given but unused. Raises UsageError for idle ones.
+    """Return notes about given flags that are unused. Raises UsageError for given flags that are idle.
 
-    A flag from a file is refused only if the file alone leaves it without effect: the command line may
-    override what the flag depends on.
+    flags: the `Flag`s to check
+    A flag from a file is refused only if it is idle under the file alone: the command line may override
+    what it depends on.
     """
     by_hand, by_file, notes = {}, {}, []
     for flag in flags:
@@ -57,7 +58,7 @@ def refuse_idle(flags: Iterable[Any], config: Any, given: Given) -> list[str]:
 
 
 def why_idle(flag: Any, config: Any) -> Reason:
-    """Return why the flag can have no effect under `config`; false if it has one."""
+    """Return why `flag` would have no effect under `config`; false if it has one."""
     if getattr(config, "summary", False) and flag.changes in ("trace", "processes"):
         return "--summary runs no step"
     if flag.changes == "files":
@@ -67,15 +68,15 @@ def why_idle(flag: Any, config: Any) -> Reason:
     return flag.idle(config)
 
 
-# --- reasons that more than one flag has, or that take more than a line -----------------------------
+# --- reasons used by several flags, or longer than a line --------------------------------------------
 
 NO_FILES = ("digits", "synthetic", "hf")  # datasets that are not in --data-dir
-NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # torchvision's have no stochastic depth
+NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # in torchvision these have no stochastic depth
 NO_BATCH_NORM = ("vit_b_16", "swin_t")
 
 
 def dataset_kind(config: Any) -> str:
-    """Return the dataset without its options: 'synthetic' of 'synthetic:size=8'."""
+    """Return the name of the dataset without its options: "synthetic" for "synthetic:size=8"."""
     return config.dataset.partition(":")[0]
 
 
@@ -100,10 +101,9 @@ def no_class_list(config: Any) -> Reason:
 
 
 def no_image_files(config: Any) -> Reason:
-    cifar = dataset_kind(config).startswith("cifar") and not packed(config)
-    return (
-        cifar or dataset_kind(config) in ("digits", "synthetic")
-    ) and f"{config.dataset} has no image files"
+    kind = dataset_kind(config)
+    unpacked_cifar = kind.startswith("cifar") and not packed(config)
+    return (unpacked_cifar or kind in ("digits", "synthetic")) and f"{config.dataset} has no image files"
 
 
 def torchvision_arch(config: Any) -> Reason:

@@ -24,14 +24,14 @@ def dashed(name: str) -> str:
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help with ranges, choices and defaults; the usage line names the positional arguments alone."""
+    """Help texts with range, choices and default; the usage line shows only positional arguments."""
 
     def add_usage(self, usage, actions, groups, prefix=None):
         self._prog = f"python {self._prog.removeprefix('python ')} [flags]"
         super().add_usage(usage, [action for action in actions if not action.option_strings], [], prefix)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = (action.help or "").removesuffix(" (default: %(default)s)")  # which Python adds to a switch
+        text = (action.help or "").removesuffix(" (default: %(default)s)")  # BooleanOptionalAction adds it
         notes = [getattr(action.type, "range", "")]
         if action.choices and action.metavar:
             notes = ["one of " + ", ".join(filter(None, action.choices))]
@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         errors.debug = errors.debug or "--debug" in words
         for word in words:
-            if word.startswith("--") and word.endswith("=--"):  # argparse would make an empty list of it
+            if word.startswith("--") and word.endswith("=--"):  # argparse would take it for an empty list
                 self.error(f"{word}: -- is not a value")
         return super().parse_known_args(words, namespace)
 
@@ -60,9 +60,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message, f"run python {self.prog.removeprefix('python ')} --help")
 
     def given(self, argv: list[str] | None) -> dict[str, Any]:
-        """Return the values of the arguments that `argv` holds, without those left at their defaults."""
+        """Return {name: value} of the arguments in `argv`, without those left at their defaults."""
         empty = argparse.Namespace(**{action.dest: MISSING for action in self._actions})
-        # Intermixed: flags may stand between the image files that predict.py takes.
+        # Intermixed, because flags may stand between the image files of predict.py.
         values = vars(self.parse_intermixed_args(argv, empty))
         values = {name: value for name, value in values.items() if value is not MISSING}
         for action in self._actions:
@@ -84,20 +84,20 @@ def _check_text(name: str, value: Any) -> None:
 
 
 def typed_text(value: Any, separator: str = ",") -> str:
-    """Return `value` as one would type it; '' for a switch that is off and for no value."""
+    """Return `value` as it would be typed; '' for a switch that is off and for no value."""
     if isinstance(value, tuple | list):
         return separator.join("on" if v is True else "off" if v is False else str(v) for v in value)
     return "on" if value is True else "" if value is None or value is False else str(value)
 
 
 # --- types ------------------------------------------------------------------------------------------
-# A type may carry `range`, for the help, and `separator`, which joins the parts of its value as text.
+# A type may have a `range`, shown in the help, and a `separator` between the parts of its value as text.
 
 
 def number(
     kind: type, low: float, high: float = math.inf, *, open_low: bool = False, open_high: bool = False
 ) -> Callable[[str], Any]:
-    """Return an argparse type for a finite `kind` in [low, high]; an open end excludes the bound itself."""
+    """Return an argparse type for a finite number in [low, high]; an open end excludes the bound itself."""
     lower = f"above {low:,}" if open_low else f"at least {low:,}"
     if high == math.inf:
         allowed = lower
@@ -123,7 +123,7 @@ def number(
 
 
 def listing(item: Callable[[str], Any]) -> Callable[[str], tuple]:
-    """Return an argparse type for comma-separated items."""
+    """Return an argparse type: comma-separated items of type `item`, as a tuple."""
 
     def parse(text: str) -> tuple:
         return tuple(item(part.strip()) for part in str(text).split(",") if part.strip())
@@ -138,13 +138,13 @@ def on_off(text: str) -> bool:
     return text == "on"
 
 
-LARGEST = 10**9  # larger counts of steps would not fit exactly into floats and files
+LARGEST = 10**9  # so that counts of steps stay exact in floats and files
 positive, above_zero = number(int, 1, LARGEST), number(float, 0, open_low=True)
 Switch = argparse.BooleanOptionalAction
 
 
 def save_interval(text: str) -> tuple[float, str]:
-    """Parse '2' or '2ep' (every 2 epochs), '15min' or '30s' (that long after a save, and every epoch)."""
+    """Parse '2' or '2ep' into (2, 'ep'), and '15min' or '30s' into (minutes, 'min'). See --save-every."""
     for unit, minutes in (("min", 1), ("s", 1 / 60)):
         if text.endswith(unit):
             return above_zero(text.removesuffix(unit)) * minutes, "min"
@@ -176,7 +176,7 @@ def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
 
 
 def augment_text(text: str) -> str:
-    """Check a list of augmentations; it stays text, as files store it."""
+    """Check a list of augmentations, and return it as text, which is how files store it."""
     parse_augment(text)
     return text
 

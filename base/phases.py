@@ -1,4 +1,4 @@
-"""How epochs and batch sizes are divided among the phases of a run. No torch: usage errors need it too."""
+"""How epochs and batch sizes are divided among the phases of a run. Usage checks need it without torch."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 
 
 def share_epochs(epochs: int, weights: Sequence[int] | None, phases: int) -> list[int]:
-    """Divide `epochs` in proportion to `weights` (largest remainder); the last phase always gets one.
+    """Return the epochs of each phase, in proportion to `weights` (by largest remainder).
 
-    Without weights three phases share 30 : 20 : 40, as in the documents; any other number shares evenly.
+    The last phase always gets at least one. By default, the weights of three phases are 30 : 20 : 40;
+    any other number of phases gets equal weights.
     """
     weights = weights or ((30, 20, 40) if phases == 3 else (1,) * phases)
     exact = [epochs * weight / sum(weights) for weight in weights]

@@ -1,4 +1,4 @@
-"""This process: its rank, whether it prints, its cores. Nothing else reads torchrun's variables."""
+"""This process: its rank, whether it prints, its CPU cores. Nothing else reads torchrun's variables."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return True on the one process of a run that prints and writes files."""
+    """Return whether this is the one process of a run that prints and writes files."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def say(text: str) -> None:
-    """Print on the main process; nothing for an empty text."""
+    """Print `text` if this is the main process and the text is not empty."""
     if text and is_main():
         print(text, flush=True)
 
@@ -35,7 +35,10 @@ def cores() -> int:
 
 
 def incomplete_ranks() -> str:
-    """Return torchrun's variables if they describe no set of ranks (a process would train alone), else ''."""
+    """Return torchrun's variables as text if they are incomplete or contradictory, else ''.
+
+    With half of them set, each process would train a run of its own.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -47,7 +50,7 @@ def incomplete_ranks() -> str:
 
 
 def commit() -> str:
-    """Return the git commit of this code, with + if files were changed since; empty outside a clone."""
+    """Return the git commit of this code, with a + if files have changed since; '' outside a clone."""
     import subprocess  # not needed behind --help
 
     git = ["git", "-C", str(Path(__file__).parent)]

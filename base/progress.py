@@ -1,4 +1,4 @@
-"""Progress: a bar on a terminal, a line a minute in a log file; and the time that a run has left."""
+"""Progress: a bar on a terminal, a line per minute in a log file; and the remaining time of a run."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from contextlib import suppress
 
 from base.errors import printable
 
-LINE_EVERY = 60.0  # seconds, without a terminal
+LINE_EVERY = 60.0  # seconds, if stderr is not a terminal
 BAR = "{desc} {percentage:3.0f}%|{bar:12}| {n_fmt}/{total_fmt}{postfix}"
 
 
 def duration(seconds: float) -> str:
-    """4000 -> '1h06m', 75 -> '1m15s', 9 -> '9s'."""
+    """Format seconds: 4000 -> '1h06m', 75 -> '1m15s', 9 -> '9s'."""
     seconds = max(0, round(seconds))
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds // 60 % 60:02d}m"
@@ -22,7 +22,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Counts up to `total` on stderr; `update` may carry a few words to show beside the count."""
+    """Shows on stderr how many of `total` are done; `update` may add a few words to show beside it."""
 
     def __init__(self, total: int, desc: str, *, unit: str = "it", initial: int = 0, enabled: bool = True):
         self.total, self.desc, self.unit, self.enabled = total, printable(desc), unit, enabled
@@ -38,7 +38,7 @@ class Progress:
 
     def update(self, n: int = 1, words: str = "") -> None:
         self.count += n
-        with suppress(OSError):  # the terminal is gone: a stop signal ends the run, not the bar
+        with suppress(OSError):  # the terminal may be gone, which must not end the run here
             self._show(n, words)
 
     def _show(self, n: int, words: str) -> None:
@@ -77,10 +77,10 @@ class Progress:
 
 
 class Eta:
-    """Estimates the seconds that a run has left, although its phases differ in cost.
+    """Estimates the remaining seconds of a run whose phases differ in cost.
 
-    A step costs about batch size x side^2, which is good enough between phases; the current phase is
-    projected from its own measured rate. Validation runs at the size of the phase.
+    Assumes that the cost of a step is proportional to batch size x side^2, and so is that of validation,
+    at the size of the phase. The rates are the latest ones measured.
     """
 
     def __init__(self, phases: Sequence, num_val: int):
@@ -94,8 +94,8 @@ class Eta:
         self.eval_rate = seconds / max(1, self.num_val * image_size**2)
 
     def remaining(self, step: int, scored_epochs: int) -> float:
-        """Return the seconds left after optimizer step `step` and `scored_epochs` validated epochs."""
-        eval_rate = self.eval_rate or self.train_rate / 3  # a forward pass is a third of a step
+        """Return the seconds left after `step` steps and `scored_epochs` finished epochs."""
+        eval_rate = self.eval_rate or self.train_rate / 3  # a forward pass takes about a third of a step
         seconds = 0.0
         for phase in self.phases:
             steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)

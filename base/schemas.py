@@ -1,7 +1,7 @@
-"""What the files of the project hold. Whoever reads one uses the value that comes out of `check` here.
+"""Schemas of all files that the project reads; `check` returns a value that matches its schema, or raises.
 
-Checks are strict: a bool or '5' is not an int. Checkpoints and manifests may hold nothing unknown; rows,
-flags and env.json may, as long as it is plain. Import this only where a file is read: pydantic takes 0.1 s.
+Checks are strict: neither a bool nor '5' is an int. Checkpoints and manifests may have no unknown fields;
+rows, flags and env.json may, with plain values. Import this only where a file is read: pydantic takes 0.1 s.
 """
 
 import json
@@ -32,7 +32,7 @@ MAX_VALUES, MAX_DEPTH = 2_000_000, 8  # of a checkpoint; ours have thousands, fi
 
 
 def _plain(value: Any) -> Any:
-    """Accept what a flag may be: a simple value, or a list of them."""
+    """Return `value` if it may be the value of a flag: a plain value or a list of them."""
     for item in value if type(value) is list else [value]:
         whole = type(item) is int and abs(item) < 2**63
         if not (item is None or whole or type(item) in (bool, float, str)):
@@ -68,7 +68,7 @@ def _utf8(value: str) -> str:
     return value
 
 
-Text = InstanceOf[str]  # names on a disk need not be UTF-8, as pydantic's own str demands
+Text = InstanceOf[str]  # not pydantic's str, which must be UTF-8: names on a disk need not be
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Pixels = Annotated[int, Field(ge=1, le=8192)]
@@ -84,23 +84,21 @@ FileName = Annotated[str, Field(pattern=r"^\w[\w .+@=-]{0,120}$")]  # part of fi
 RunId = Annotated[str, Field(pattern=r"^[0-9a-f]{4,64}$")]
 Names = Annotated[list[Annotated[Text, AfterValidator(_utf8)]], Field(min_length=1)]  # tables need UTF-8
 Tensors = dict[Text, Annotated[Any, PlainValidator(_tensor)]]
-Config = dict[
-    Text, Annotated[Any, PlainValidator(_plain)]
-]  # flags: the parser checks them where they are used
+Config = dict[Text, Annotated[Any, PlainValidator(_plain)]]  # flags, which the parser checks when used
 
 
 # --- dictionaries -----------------------------------------------------------------------------------
 
 
 def exactly(**fields: Any) -> Any:
-    """A dictionary with these keys and no other."""
+    """Return the schema of a dict with these keys and no others."""
     schema = TypedDict("exactly", fields)
     schema.__pydantic_config__ = ConfigDict(extra="forbid")
     return schema
 
 
 def at_least(**fields: Any) -> Any:
-    """A dictionary with these keys, and others that are not looked at."""
+    """Return the schema of a dict with these keys, and others that are not checked."""
     schema = TypedDict("at_least", fields)
     schema.__pydantic_config__ = ConfigDict(extra="allow")
     return schema
@@ -111,7 +109,7 @@ def optional(**fields: Any) -> dict[str, Any]:
 
 
 def all_or_nothing(**fields: Any) -> Any:
-    """A dictionary with exactly these keys, or an empty one."""
+    """Return the schema of a dict with exactly these keys, or of an empty one."""
 
     def judge(values: dict) -> dict:
         if values and (missing := fields.keys() - values.keys()):
@@ -132,7 +130,7 @@ COLUMNS = {  # of metrics.jsonl
     "data_wait_percent": NotNegative | None, "seconds": NotNegative | None, "bad_steps": Count | None,
     "bad_images": Count | None, "best": bool | None,
 }  # fmt: skip
-# A row has every column after the check, None where the file has none.
+# After the check a row has every column, None where the file has no value.
 Row = Annotated[
     at_least(**optional(**COLUMNS) | {"epoch": Positive}),
     AfterValidator(lambda row: dict.fromkeys(COLUMNS) | _all_plain(row)),
@@ -152,7 +150,9 @@ Eval = exactly(
     crop=Annotated[float, Field(gt=0, le=1)],
 )
 Optimizer = exactly(
-    state=dict[Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]],  # see optim.load_state
+    state=dict[
+        Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]
+    ],  # see optim.load_optimizer
     param_groups=list[at_least(params=list[Count])],
 )
 Schedule = exactly(
@@ -198,7 +198,7 @@ Checkpoint = exactly(
 
 
 def check_checkpoint(payload: dict, path: Path) -> dict:
-    """Return `payload` as `Checkpoint` says it is. Raises CheckpointError that names the field."""
+    """Return a copy of `payload` that matches `Checkpoint`. Raises CheckpointError that names the field."""
     if problem := _too_large(payload):
         raise CheckpointError(f"{path} {problem}", TRAIN_PY)
     checked = check(Checkpoint, payload, str(path), CheckpointError, TRAIN_PY)
@@ -208,7 +208,10 @@ def check_checkpoint(payload: dict, path: Path) -> dict:
 
 
 def _too_large(payload: dict) -> str:
-    """Nested lists, or one list in a thousand places, would take for ever to check."""
+    """Return why `payload` is too large to be checked, or ''.
+
+    Deeply nested lists, or one list in a thousand places, would take forever.
+    """
     left, count = [(payload, 0)], 0
     while left:
         value, depth = left.pop()
@@ -225,6 +228,7 @@ def _too_large(payload: dict) -> str:
 
 
 def _inconsistent(checkpoint: dict) -> str:
+    """Return which fields of a checkpoint contradict each other, or ''."""
     classes, names = checkpoint["eval"]["classes"], checkpoint["eval"]["class_names"]
     rows, best = checkpoint["rows"], checkpoint["best"]["epoch"]
     if not len(classes) == len(names) == checkpoint["model_args"]["num_classes"]:
@@ -235,7 +239,7 @@ def _inconsistent(checkpoint: dict) -> str:
 
 
 def check_tensors(saved: dict, own: dict, what: str) -> None:
-    """Raise CheckpointError unless names, shapes and dtypes agree: `load_state_dict` would convert dtypes."""
+    """Raise CheckpointError unless names, shapes and dtypes agree. (`load_state_dict` converts dtypes.)"""
     for name in {**own, **saved}:
         mine, theirs = own.get(name), saved.get(name)
         if mine is None or theirs is None:
@@ -258,16 +262,14 @@ PLAN = {
     "shard_rows": exactly(train=Positive, val=Positive),
 }  # fmt: skip
 Plan = exactly(**PLAN)  # packing.json
-Manifest = exactly(
-    **PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]]
-)  # manifest.json
-Record = exactly(
-    part=Literal["train", "val"], k=Count, shards=dict[Text, Shard], skipped=list[Skipped]
-)  # a line of packing.jsonl
+# manifest.json
+Manifest = exactly(**PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]])
+# a line of packing.jsonl
+Record = exactly(part=Literal["train", "val"], k=Count, shards=dict[Text, Shard], skipped=list[Skipped])
 
 
 def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:
-    """Read manifest.json or packing.json, whose counts must agree. Raises DataError."""
+    """Return the content of manifest.json or packing.json. Raises DataError, also if its counts disagree."""
     found = read_json(path, dict[Text, Any], fix)
     if found.get("format") != version:
         newer = type(found.get("format")) is int
@@ -285,6 +287,7 @@ def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:
 
 
 def _wrong_tables(manifest: dict) -> str:
+    """Return which tables of a manifest contradict its other fields, or ''."""
     parts = {"val": "val"} | {f"train-{side}": "train" for side in manifest["sides"]}  # of each table
     if manifest["tables"].keys() != parts.keys():
         return f"tables should be {', '.join(parts)}, not {', '.join(manifest['tables'])}"
@@ -315,9 +318,8 @@ _ENV = optional(
 Env = Annotated[at_least(**_ENV), AfterValidator(_all_plain)]
 StudyRun = at_least(**optional(status=Text, flags=list[Text]))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
-Prediction = Annotated[
-    Text, Field(validation_alias=AliasChoices("prediction_name", "guess_name"))
-]  # the former name
+# Earlier versions wrote guess_name.
+Prediction = Annotated[Text, Field(validation_alias=AliasChoices("prediction_name", "guess_name"))]
 ConfusedPair = at_least(truth_name=Text, prediction_name=Prediction, times=Count, share=NotNegative)
 # scores.json of validate.py, as much of it as a report shows
 Scores = at_least(results=list[Config], per_class=list[ClassScore], confused_pairs=list[ConfusedPair])
@@ -325,7 +327,7 @@ LabelNames = dict[Text, Any]  # Kaggle's Labels.json
 
 
 def read_json(path: Path | str, schema: Any, fix: str, missing: Any = None) -> Any:
-    """Return what the file holds, or `missing` if there is no file. Raises DataError if it is malformed."""
+    """Return the content of a JSON file, or `missing` if there is no file. Raises DataError."""
     try:
         text = Path(path).read_bytes()
     except OSError as error:
@@ -336,6 +338,7 @@ def read_json(path: Path | str, schema: Any, fix: str, missing: Any = None) -> A
 
 
 def parse_json(text: bytes, schema: Any, where: str, fix: str) -> Any:
+    """Return the JSON value `text`, checked. Raises DataError that says `where` it is and how to `fix` it."""
     try:
         value = json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -73,8 +73,9 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     steps = sum(phase.steps for phase in run.phases)
     plan = random_points(points, steps, random.Random(seed))
     forks, error = Forks(plan, jobs, out), ""
-    # `save_or_stop` comes after every step. Nothing is saved or printed.
-    hooks = {"save_or_stop": forks.start, "save": lambda *_: None, "tell": lambda *_: None}
+    # Fork where a run would save, which is after every step; save and print nothing.
+    hooks = {name: lambda *_: None for name in ("save", "name_best", "say_or_stop")}
+    hooks["save_or_stop"] = forks.start
     with patch.multiple(loop, **hooks):
         try:
             loop.fit(run, MetricLogger(out, enabled=False))

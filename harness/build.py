@@ -1,6 +1,6 @@
-"""From flags to values: builds the `Run` that loop.py trains from a config and an index.
+"""From flags to values: build the `Run` that `loop.fit` trains from a config and a `DatasetIndex`.
 
-Below the commands, this is the one module that reads the config of train.py; everything else takes values.
+The loop and everything below it take values; only commands and `harness` read the config of train.py.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, Tra
 
 
 def open_runtime(config) -> Runtime:
-    """Choose device and precision, and join the other ranks."""
+    """Choose device and precision, and join the other ranks. Raises UsageError and ResourceError."""
     runtime = init_runtime(config.device, config.amp, deterministic=config.deterministic)
     process.say(unused_gpu(runtime.device))
     if config.sync_bn and runtime.device.type != "cuda":
         raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
-    # On a CPU, torch 2.13's bf16 gradient of a strided 3x3 convolution on a 1x1 map is uninitialised memory.
-    # Up to 16 px the last stage has such maps (measured: 26 of 40 gradients not finite; none from 2x2 on).
+    # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
+    # whose output is a 1x1 map (26 of 40 gradients were not finite; none with 2x2). The last stage of a
+    # ResNet has such maps up to 16 px.
     if runtime.device.type == "cpu" and runtime.amp_dtype and min(config.resize_schedule) <= 16:
         if config.amp != "auto":
             what = "--amp bf16 computes wrong gradients on a CPU at 16 px and below"
@@ -46,6 +47,7 @@ def open_runtime(config) -> Runtime:
 
 
 def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]:
+    """Return the phases of the run. Raises UsageError for a plan that cannot be trained."""
     phases = plan(
         config.epochs,
         config.resize_schedule,
@@ -63,7 +65,7 @@ def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]
 def build(
     config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], save_dir: Path, run_id: str = ""
 ) -> Run:
-    """Build the model, its optimizer, schedule and average, and all that `loop.fit` needs besides."""
+    """Build the training state and everything else that `loop.fit` needs."""
     state = build_state(config, index, runtime, phases)
     forward = distributed(state.model, runtime)
     num_classes, smoothing = len(index.classes), config.label_smoothing
@@ -94,7 +96,7 @@ def build(
         drop_path_rate=config.drop_path_rate,
         compiled=config.compile,
         save_dir=save_dir,
-        file_name=rundir.checkpoint_name(config.arch, index.name),
+        checkpoint_name=rundir.checkpoint_name(config.arch, index.name),
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
         early=EarlyStopping(config.early_stop_patience),
         eval_every=config.eval_every,
@@ -105,6 +107,7 @@ def build(
 
 
 def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> TrainState:
+    """Build the model and its optimizer, schedule, loss scaler and average, on the device."""
     seed_everything(config.seed)
     model = build_model(**model_args(config, index)).to(runtime.device, memory_format=torch.channels_last)
     if config.sync_bn:
@@ -132,7 +135,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
 
 
 def model_args(config, index) -> dict:
-    """Return the plain values from which any tool rebuilds the model."""
+    """Return the arguments of `models.build_model`, from which any tool can rebuild the model."""
     return {
         "arch": config.arch,
         "num_classes": len(index.classes),
@@ -158,7 +161,7 @@ def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase,
 
 
 def lr_factor(scale: str, phase: Phase, first: Phase) -> float:
-    """Return the factor of --lr-scale on the learning rate of `phase`."""
+    """Return the factor that --lr-scale applies to the learning rate of `phase`."""
     ratio = phase.batch_size / first.batch_size
     return {"none": 1.0, "sqrt": math.sqrt(ratio), "linear": ratio}[scale]
 
@@ -173,19 +176,19 @@ def build_ema(config, model: torch.nn.Module, phases: tuple[Phase, ...]) -> ema.
 
 
 def load_init_from(run: Run, config) -> None:
-    """Replace the initial weights by those of --init-from, and the average by a copy of them."""
+    """Start from the weights of --init-from; the average starts as a copy of them."""
     weights = adapt_state_dict(checkpoint.read(config.init_from), run.state.model, config.reset_head)
     run.state.model.load_state_dict(weights)
     run.state.ema = build_ema(config, run.state.model, run.phases)
 
 
 def num_workers(config) -> int:
-    """Return the loader processes per rank: at most one per core."""
+    """Return the number of loader workers per rank: at most one per core."""
     return min(config.num_workers, process.cores())
 
 
 def packing_hint(config, index: DatasetIndex) -> str:
-    """Return what speeds up loading full-size files; '' for data that is not decoded from files."""
+    """Return advice on loading image files faster, or '' if the data is not image files."""
     split = index.train.base if isinstance(index.train, SubsetSplit) else index.train
     if not isinstance(split, FileSplit):
         return ""
@@ -200,14 +203,14 @@ def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
         return model
     ddp = torch.nn.parallel.DistributedDataParallel
     devices = [runtime.device] if runtime.device.type == "cuda" else None
-    # The step averages the buffers over ranks; broadcasting rank 0's would drop those of the others.
+    # train_step averages the buffers over the ranks; DDP would overwrite them with those of rank 0.
     new_name = "forward_sync_buffers" in inspect.signature(ddp).parameters
-    broadcast = "forward_sync_buffers" if new_name else "broadcast_buffers"  # before torch 2.13
-    return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **{broadcast: False})
+    sync_buffers = "forward_sync_buffers" if new_name else "broadcast_buffers"  # before torch 2.13
+    return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
 
 
 def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_size: int) -> None:
-    """Raise UsageError if BatchNorm would see one value per channel, which has no variance."""
+    """Raise UsageError if a BatchNorm would see a single value per channel, which has no variance."""
 
     @functools.cache
     def smallest_map(size: int) -> int:
@@ -235,7 +238,7 @@ def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_si
 def plans_that_fit(
     config, phases: tuple[Phase, ...], samples: int, fits: Callable[..., bool]
 ) -> Iterator[str]:
-    """Yield changes to a plan that `check_norms` refuses: slightly fewer pieces, slightly larger batches."""
+    """Yield the smallest changes to the flags that would make `check_norms` accept the plan."""
     sizes, batches = config.resize_schedule, config.phase_batch_sizes
     for pieces in range(min(config.accumulate, phases[0].batch_size) - 1, 0, -1):
         if all(fits(phase.image_size, phase.batch_size, pieces) for phase in phases):

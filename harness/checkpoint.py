@@ -1,7 +1,7 @@
-"""Write and read checkpoints; nothing else in the project calls torch.save or torch.load.
+"""Writing and reading checkpoints. Nothing else in the project calls torch.save or torch.load.
 
-A checkpoint on disk is complete or absent. When it is read, it is bit-identical to what was saved, or
-refused. It holds only plain tensors and plain types, so `torch.load(path, weights_only=True)` opens it.
+A checkpoint on disk is complete or absent. Reading returns exactly what was saved, or refuses the file.
+It holds plain tensors and plain types only, so `torch.load(path, weights_only=True)` opens it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from base.errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
 from sources.images import EVAL_CROP
 
-SCHEMA = 1
+SCHEMA = 1  # version of the format
 ATTEMPTS = 3  # at writing, in case the disk recovers
 
 
 def save(path: Path, payload: dict) -> None:
-    """Write `payload` and the schema to `path`; the file that was there becomes prev_<name>.
+    """Write `payload` and the schema to `path`; a file that was there becomes prev_<name>.
 
-    The new file is written next to the target, flushed, fsynced and read back before the old one moves,
-    so a complete checkpoint is left after a kill or a full disk at any instant. Raises ResourceError.
+    The new file is written beside the target, flushed, fsynced and read back before the old one moves,
+    so a kill or a full disk at any moment leaves a complete checkpoint. Raises ResourceError.
     """
     _save(Path(path), {"schema": SCHEMA, **payload})
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write only `weights`, for others' `model.load_state_dict(torch.load(path))`; as safely as `save`."""
+    """Write a bare state dict, for `model.load_state_dict(torch.load(path))`, as safely as `save`."""
     _save(Path(path), weights)
 
 
@@ -70,7 +70,7 @@ def _write_and_prove(partial: Path, content: dict) -> None:
 
 
 def _on_cpu(value):
-    """Return `value` with its tensors on the CPU: one saved from a GPU cannot be opened without a GPU."""
+    """Return `value` with its tensors on the CPU: plain torch.load needs a GPU to open one saved on a GPU."""
     if isinstance(value, torch.Tensor):
         return value.cpu()
     if isinstance(value, dict):
@@ -80,12 +80,12 @@ def _on_cpu(value):
 
 def _move_into_place(partial: Path, path: Path) -> None:
     crash_point("before_rename")
-    # A damaged file never replaces an intact older one: the run may have been resumed from that one.
+    # A damaged file must not replace an intact prev_*: the run may have been resumed from that one.
     if path.exists() and not find_damage(path):
         _keep_as(path, path.with_name("prev_" + path.name))
     crash_point("between_renames")
     os.replace(partial, path)
-    partial.unlink(missing_ok=True)  # if both names were one file already, replace did nothing
+    partial.unlink(missing_ok=True)  # os.replace does nothing if both names are the same file
     crash_point("after_rename")
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -95,7 +95,7 @@ def _move_into_place(partial: Path, path: Path) -> None:
 
 
 def _keep_as(path: Path, older: Path) -> None:
-    """Make `older` a name of the file `path`; where hard links exist, `path` is never missing meanwhile."""
+    """Make `older` a name of the file `path`. Where hard links exist, `path` is never missing."""
     second_name = older.with_name(older.name + ".partial")
     try:
         second_name.unlink(missing_ok=True)
@@ -110,7 +110,10 @@ def _keep_as(path: Path, older: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give the checkpoint `source` a second name; the file that was there becomes prev_<name>."""
+    """Make `target` a second name of the checkpoint `source`; a file that was there becomes prev_<name>.
+
+    Copies the file where there are no hard links. Raises ResourceError.
+    """
     partial = target.with_name(target.name + ".partial")
     try:
         partial.unlink(missing_ok=True)
@@ -128,13 +131,13 @@ def link(source: Path, target: Path) -> None:
 
 
 def crash_point(name: str) -> None:
-    """Kill the process if the environment variable CRASH_POINT is `name`: the tests' power cut."""
+    """Kill the process if the environment variable CRASH_POINT is `name`. For tests."""
     if os.environ.get("CRASH_POINT") == name:
         os.kill(os.getpid(), 9)
 
 
 def _is_io_error(error: Exception) -> bool:
-    # torch reports a failed write as a RuntimeError of its zip writer.
+    # torch's zip writer raises a RuntimeError if a write fails.
     writer = ("PytorchStreamWriter", "inline_container")
     return isinstance(error, OSError) or any(name in str(error) for name in writer)
 
@@ -152,11 +155,12 @@ def _write_failed(path: Path, error: Exception) -> ResourceError:
 
 
 def find_damage(path: Path, only: str = "") -> str:
-    """Return why `path` is not a complete checkpoint file, or ''. torch alone would load flipped bits.
+    """Return why `path` is not a complete checkpoint file, or ''.
 
-    torch stores entries uncompressed. Compressed ones, or ones that together exceed the file's size, are
-    refused before anything is unpacked: with them a small file could fill the memory.
-    only: read just the entries whose names end with this
+    torch.load checks no CRCs, so it would load flipped bits. torch never compresses entries: a compressed
+    one, or entries that together exceed the file, are refused before anything is read, because with them a
+    small file could fill the memory.
+    only: read and check only the entries whose names end with this
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -173,15 +177,15 @@ def find_damage(path: Path, only: str = "") -> str:
         return ""
     except zipfile.BadZipFile as error:
         return "it is empty" if path.stat().st_size == 0 else f"not a complete file ({error})"
-    except Exception as error:  # whatever a damaged file provokes: OSError, zlib.error, struct.error
+    except Exception as error:  # a damaged file can raise anything: OSError, zlib.error, struct.error
         return f"{type(error).__name__}: {error}"
 
 
 def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
-    """Load any file of tensors and plain types (ours, torchvision's, earlier versions') onto the CPU.
+    """Load any file of tensors and plain types (ours, torchvision's, timm's) onto the CPU.
 
-    values_only: neither read nor check the bytes of tensors
-    Raises CheckpointError if it is missing, damaged, or holds anything that could run code.
+    values_only: do not read or check the tensors' bytes
+    Raises CheckpointError if the file is missing, damaged, or holds anything that could run code.
     """
     path = Path(path)
     if not path.is_file():
@@ -209,7 +213,10 @@ def _alternatives(path: Path) -> str:
 
 
 def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
-    """Load a complete checkpoint of a run, checked by `schemas`. Raises CheckpointError."""
+    """Load the checkpoint of a run and check it against its schema. Raises CheckpointError.
+
+    values_only: as in `read`
+    """
     from base import schemas
 
     payload = read(path, values_only=values_only)
@@ -228,11 +235,11 @@ def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
 def newest(
     directory: Path, is_own: Callable[[Path, dict], bool] = lambda path, payload: True
 ) -> tuple[Path | None, dict | None, list[str]]:
-    """Return the newest intact checkpoint in `directory`, its payload, and why others were skipped.
+    """Return path and content of the newest intact checkpoint in `directory`, and why others were skipped.
 
-    is_own(path, payload): whether the checkpoint is of the run that is wanted
-    Only the chosen one is read completely. Raises CheckpointError if checkpoints exist but none is intact:
-    a new run would destroy what may still be rescued.
+    is_own: called with the path and the content of a checkpoint; False excludes it
+    Returns (None, None, []) if there is none. Raises CheckpointError if all are damaged: a new run there
+    would overwrite what may still be rescued. Only the chosen file is read completely.
     """
     candidates, skipped = [], []
     for path in directory.glob("*.pt"):
@@ -255,7 +262,7 @@ def newest(
 
 
 def eval_settings(index, image_size: int) -> dict:
-    """Return payload["eval"]: how to prepare images for the model, so that every tool does it alike."""
+    """Return payload["eval"]: the classes, and how every tool prepares images for the model."""
     return {
         "dataset": index.name,
         "classes": list(index.classes),
@@ -268,9 +275,9 @@ def eval_settings(index, image_size: int) -> dict:
 
 
 def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module, dict]:
-    """Rebuild a checkpoint's model in eval mode; return it with the whole payload (see `eval_settings`).
+    """Rebuild the model of a checkpoint, on the CPU in eval mode; return it and the whole checkpoint.
 
-    weights: 'ema' (the raw weights if the run kept no average) or 'raw'
+    weights: "ema" (the raw weights if the run kept no average) or "raw"
     Raises CheckpointError.
     """
     from base import schemas

@@ -1,4 +1,4 @@
-"""--summary and --dry-run: what a run will do, tried at each size, and how long it may take.
+"""--summary and --dry-run: what a run will do, tried out at each size, and how long it will take.
 
 Nothing is written except a checkpoint in a temporary directory.
 """
@@ -28,7 +28,7 @@ from models.summary import count_macs, count_params, format_table
 from sources.index import DatasetIndex
 from train_utils import Phase, StepOptions, check_diverged, evaluate, train_step
 
-SECONDS = 2.0  # of timed steps at each size; at least one step
+SECONDS = 2.0  # to time steps at each size; at least one step
 
 
 def print_summary(model_args: dict, phases: Sequence[Phase]) -> None:
@@ -39,9 +39,9 @@ def print_summary(model_args: dict, phases: Sequence[Phase]) -> None:
 
 
 def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> None:
-    """Print the plan; take real steps and validate at each size; try a checkpoint; project the hours.
+    """Print the plan; train and validate briefly at each size; try a checkpoint; project the hours.
 
-    --save-dir is neither made nor touched.
+    --save-dir is neither created nor changed.
     """
     with tempfile.TemporaryDirectory() as directory:
         run = build.build(config, index, runtime, phases, Path(directory))
@@ -52,15 +52,15 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
         say(try_checkpoint(run))
     training, validation = (sum(parts) for parts in zip(*hours, strict=True))
     say(
-        f"projected: {training + validation:.2f} h for the whole run, {training:.2f} h of it training and "
-        f"{validation:.2f} h validation\n"
+        f"projected: {training + validation:.2f} h for the whole run: {training:.2f} h of training and "
+        f"{validation:.2f} h of validation\n"
         "(a projection from these rates, without warm-up, start-up and checkpoints)\n"
-        f"nothing was written to {config.save_dir}: leave out --dry-run to train"
+        f"nothing was written to {config.save_dir}; leave out --dry-run to train"
     )
 
 
 def describe(run: Run, config) -> str:
-    """Return the plan, one line for each phase."""
+    """Return the model, the data and the plan as text, with a line for each phase."""
     model, runtime, index = run.state.model, run.runtime, run.index
     steps = sum(p.steps for p in run.phases)
     images = f"{len(index.train):,} training and {len(index.val):,} validation images"
@@ -82,7 +82,7 @@ def describe(run: Run, config) -> str:
 
 
 def lr_range(schedule, phase: Phase, points: int = 2000) -> tuple[float, float]:
-    """Return the lowest and highest learning rate of the phase, from at most `points` + 1 of its steps."""
+    """Return the lowest and highest learning rate of the phase, from about `points` of its steps."""
     last = phase.first_step + phase.steps - 1
     steps = {*range(phase.first_step, last, max(1, phase.steps // points)), last}
     rates = [schedule.lr_at(step) for step in steps]
@@ -90,13 +90,13 @@ def lr_range(schedule, phase: Phase, points: int = 2000) -> tuple[float, float]:
 
 
 def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
-    """Train and validate with the real loaders for a while, at least two batches each if there are two.
+    """Train and validate with the real loaders for about `seconds`, two batches or more; print the rates.
 
-    Return the hours of training and of validation that the phase is expected to take.
+    Return the hours of training and the hours of validation that the whole phase is expected to take.
     """
-    state, device, average = run.state, run.runtime.device, run.state.ema.module
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    state, runtime, average = run.state, run.runtime, run.state.ema.module
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(runtime.device)
     loader, options = start_phase(run, phase)
     loader.order.seek(phase.first_epoch)
     state.step = phase.first_step
@@ -106,11 +106,11 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
     epochs = itertools.chain.from_iterable(itertools.repeat(loader))  # the loader advances its own epoch
     models = {"val": state.model} | ({} if average is None else {"ema": average})
     with explain_out_of_memory(run):
-        for images, labels in timed(itertools.islice(epochs, phase.steps), training, device, seconds):
+        for images, labels in timed(itertools.islice(epochs, phase.steps), training, runtime, seconds):
             steps.append(train_step(state, options, images, labels))
             check_diverged(state)
         batches = eval_batches(run, run.index.val, phase)
-        evaluate(models, timed(batches, validation, device, seconds / 2), run.runtime)
+        evaluate(models, timed(batches, validation, runtime, seconds / 2), runtime)
     losses = [loss for loss, finite in steps if finite]
     details = f"{training.batches} steps timed, loss {sum(losses) / max(1, len(losses)):.3f}"
     say(
@@ -122,8 +122,8 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
         level, reason = ("note", ", as fp16 searches for its scale") if searching else ("WARNING", "")
         say(f"{level}: {bad} steps at {phase.image_size} px were not finite{reason}")
     validations = sum(map(run.is_scored, range(phase.first_epoch, phase.last_epoch + 1)))
-    # The training sample is scored with one model.
-    scored = validations * (len(run.index.val) + len(run.train_sample) / len(models)) / run.runtime.world_size
+    # Only the raw weights are scored on the training sample.
+    scored = validations * (len(run.index.val) + len(run.train_sample) / len(models))
     return phase.steps * phase.batch_size / training.per_second / 3600, scored / validation.per_second / 3600
 
 
@@ -131,7 +131,7 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
 class Rate:
     """What `timed` has measured."""
 
-    images: int = 0
+    images: int = 0  # over all ranks
     seconds: float = 0.0
     batches: int = 0
 
@@ -140,30 +140,30 @@ class Rate:
         return self.images / max(self.seconds, 1e-9)
 
 
-def timed(batches: Iterable, rate: Rate, device: torch.device, seconds: float) -> Iterator:
+def timed(batches: Iterable, rate: Rate, runtime: Runtime, seconds: float) -> Iterator:
     """Yield batches and time what is done with each, until two are done and `seconds` have passed.
 
-    The first one is a warm-up (compilation, choice of kernels, start of workers), counted only if it stays
-    the only one.
+    The first one is a warm-up (compilation, choice of kernels, start of workers); it counts only if it
+    is the only one.
     """
     clock = time.perf_counter()
     for k, batch in enumerate(batches):
         yield batch
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
         now = time.perf_counter()
         if k == 1:
             rate.images, rate.seconds, rate.batches = 0, 0.0, 0
-        rate.images += len(batch[1])
+        rate.images += len(batch[1]) * runtime.world_size
         rate.seconds += now - clock
         rate.batches += 1
         clock = now
-        if k and rate.seconds >= seconds:
+        if runtime.any_rank(int(k > 0 and rate.seconds >= seconds)):  # together: steps are collective
             return
 
 
 def memory_used(run: Run, phase: Phase, options: StepOptions) -> str:
-    """Return the GPU memory that was used, or what a step on a CPU needs."""
+    """Return, as text, the peak GPU memory, or on a CPU an estimate of what a step needs."""
     if run.runtime.device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
         return f"{peak / MIB:,.0f} MiB of {total / MIB:,.0f}"
@@ -171,20 +171,20 @@ def memory_used(run: Run, phase: Phase, options: StepOptions) -> str:
 
 
 def estimated_memory(run: Run, phase: Phase, options: StepOptions) -> int:
-    """Return the bytes of weights, gradients, optimizer, average, batch and saved activations."""
+    """Return the bytes of weights, gradients, optimizer state, average, batch and saved activations."""
     images = math.ceil(phase.batch_size / run.runtime.world_size)
     fixed = checkpoint_bytes(run) + tensor_bytes(run.state.model.parameters())
-    # From two batch sizes: what autocast keeps of the weights does not grow with the batch.
+    # A line through two batch sizes: what autocast keeps of the weights does not grow with the batch.
     two, four = (saved_bytes(run, options, n, phase.image_size) for n in (2, 4))
     activations = two + (four - two) / 2 * (math.ceil(images / options.accumulate) - 2)
     return int(fixed + activations + 2 * images * 3 * phase.image_size**2 * 4)
 
 
 def saved_bytes(run: Run, options: StepOptions, images: int, image_size: int) -> int:
-    """Return the bytes that autograd keeps of a forward of `images` images, without the parameters."""
+    """Return the bytes that autograd keeps of a forward pass on `images` images, without the parameters."""
     weights = {p.data_ptr() for p in run.state.model.parameters()}
     storages: dict[int, int] = {}
-    kept = []  # alive until the end, so that no address is used twice
+    kept = []  # keeps the tensors alive, so that no address is used twice
 
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -202,7 +202,7 @@ def saved_bytes(run: Run, options: StepOptions, images: int, image_size: int) ->
 
 
 def try_checkpoint(run: Run) -> str:
-    """Write the state, read it back and compare every value. Raises ResourceError if they differ."""
+    """Write a checkpoint, read it back and compare every value. Raises ResourceError if one differs."""
     path, started = run.path("last"), time.perf_counter()
     payload = run.metadata | run.state.state_dict()
     checkpoint.save(path, payload)

@@ -1,4 +1,4 @@
-"""Stop signals: the loop finishes its step, saves and stops; loader workers leave them to their parent."""
+"""Stop signals: the training loop finishes its step, saves and stops; loader workers ignore them."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ STOP_SIGNALS = [
 
 
 class Interrupted(BaseException):
-    """A stop signal that arrived while the loop was waiting for data.
+    """Raised by a stop signal that arrives while the loop waits for data.
 
-    Not an Exception, so that no handler in between swallows it.
+    A BaseException, so that no `except Exception` in between swallows it.
     """
 
 
 class StopSignals:
-    """Remembers the first stop signal; the loop reads `received` after every step.
+    """Remembers the first stop signal in `received`, which the loop reads after every step.
 
-    A second signal ends the process at once, which is safe: checkpoints are renamed into place. One that
-    repeats within a second counts once, since torchrun forwards what a scheduler may have sent to the
-    ranks already. SIGHUP stays ignored if it was (nohup).
+    A second signal ends the process at once, which is safe because checkpoints are written atomically.
+    Signals within a second count as one: torchrun forwards a signal to ranks that a scheduler may have
+    sent it to already. SIGHUP stays ignored if it was (nohup).
     """
 
     SAME = 1.0  # seconds
 
     def __init__(self):
-        self.received, self.since = 0, 0.0
+        self.received, self.since = 0, 0.0  # the signal's number; when it came
         self.process = os.getpid()
-        self.waiting = False  # for data, between two steps, where `Interrupted` breaks nothing
+        self.waiting = False  # set by the loop where it waits for data and `Interrupted` may be raised
 
     def _remember(self, number: int, frame) -> None:
         if os.getpid() != self.process:
@@ -45,17 +45,15 @@ class StopSignals:
                 exit_at_once(number, frame)
             return
         self.received, self.since = int(number), time.monotonic()
-        with suppress(OSError):  # the terminal may be what went away
+        with suppress(OSError):  # the terminal may be gone
             os.write(2, b"\nFinishing this step, then saving. Press Ctrl-C again to quit now.\n")
         if self.waiting:
             raise Interrupted
 
     @contextmanager
     def installed(self):
-        wanted = [
-            n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)
-        ]
-        previous = {number: signal.signal(number, self._remember) for number in wanted}
+        ignored = [n for n in STOP_SIGNALS if n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN]
+        previous = {n: signal.signal(n, self._remember) for n in STOP_SIGNALS if n not in ignored}
         try:
             yield self
         finally:
@@ -66,16 +64,16 @@ class StopSignals:
 def left_to_parent() -> list[int]:
     """Return the signals that a worker started now must ignore, because its parent handles them.
 
-    SIGINT always: Ctrl-C reaches the whole process group. The others only while `StopSignals` are
-    installed, whose last step needs its workers; otherwise SIGTERM has to end a worker, because that is
-    how multiprocessing ends it at exit.
+    SIGINT always, because Ctrl-C reaches the whole process group. The others only while `StopSignals`
+    is installed, since the last step still needs the workers. Otherwise SIGTERM has to work:
+    multiprocessing ends workers with it at exit.
     """
     handler = signal.getsignal(signal.SIGTERM)
     return STOP_SIGNALS if isinstance(getattr(handler, "__self__", None), StopSignals) else [signal.SIGINT]
 
 
 def die_with_parent() -> None:
-    """On Linux, have the kernel kill this process when its parent dies: no orphans after SIGKILL."""
+    """On Linux, let the kernel kill this process when its parent dies: SIGKILL then leaves no orphans."""
     if sys.platform == "linux":
         import ctypes
 

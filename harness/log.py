@@ -1,6 +1,6 @@
-"""The log of a run: one row per epoch, in metrics.jsonl, on the terminal, and in the trackers asked for.
+"""The log of a run: one row per epoch, in metrics.jsonl, in the trackers asked for, and on the terminal.
 
-Plots, tables and reports read metrics.jsonl. This module never imports torch.
+Plots, tables and reports read metrics.jsonl. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -21,26 +21,24 @@ from base.progress import duration
 
 
 def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
-    """Return the rows of a run, oldest first. Raises DataError if there are none or a line is malformed."""
+    """Return the rows of metrics.jsonl, oldest first. Raises DataError if it is missing or malformed."""
     from base import schemas
 
     path = Path(run_dir) / "metrics.jsonl"
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(
-            f"{path}: {error.strerror}", "name a directory that train.py wrote (--save-dir)"
-        ) from None
-    rows = []
+        fix = "name a directory that train.py wrote (--save-dir)"
+        raise DataError(f"{path}: {error.strerror}", fix) from None
+    rows, fix = [], "delete the line, or resume the run"
     for number, line in enumerate(lines, 1):
         try:
-            fix = "delete the line, or resume the run"
-            rows.append(
-                files.without_nan(schemas.parse_json(line, schemas.Row, f"{path} line {number}", fix))
-            )
+            row = schemas.parse_json(line, schemas.Row, f"{path} line {number}", fix)
         except DataError:
-            if number < len(lines):
-                raise  # only the last line may be empty or cut short, by a kill or a full disk
+            if number == len(lines):
+                break  # the last line may be empty, or cut short by a kill or a full disk
+            raise
+        rows.append(files.without_nan(row))
     return rows
 
 
@@ -53,9 +51,14 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 class MetricLogger:
-    """Appends one JSON object per epoch to metrics.jsonl, and to the trackers asked for.
+    """Appends one row per epoch to metrics.jsonl and to TensorBoard and W&B.
 
-    A resumed run continues from `rows`, those of its checkpoint; later rows in the file are cut.
+    run_dir:       must exist
+    rows:          the rows of a resumed checkpoint: metrics.jsonl is cut back to them
+    enabled:       False on all ranks but the first
+    wandb_project: empty for no W&B
+    config:        the flags, for W&B
+    plot:          whether `draw` draws
     """
 
     def __init__(
@@ -86,9 +89,10 @@ class MetricLogger:
         files.write(self.path, "".join(_line(row) for row in rows), parents=False)
 
     def log(self, row: dict) -> None:
+        """Append the row of a finished epoch."""
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:  # reopened for each row: a crash loses nothing
+        with self.path.open("a", encoding="utf-8") as file:  # closed after each row: a crash loses none
             file.write(_line(row))
         numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
         if self.tensorboard:
@@ -101,7 +105,7 @@ class MetricLogger:
     def draw(self, now: bool = False) -> None:
         """Draw the learning curves if --plot was given: at most once a minute, unless `now`.
 
-        In another process and from the run's files, so that a failing plot cannot end a run.
+        Runs in another process, so that a failing plot cannot end the run.
         """
         if not self.plot or not (now or time.monotonic() - self.plotted >= 60):
             return

@@ -1,7 +1,6 @@
-"""Checks at every start of a run: disk space for checkpoints, shared memory, a step that fits the GPU.
+"""Checks before every run: disk space for checkpoints, shared memory, and whether a step fits the GPU.
 
-Nothing here writes a file or changes what training computes. What a run will do, and how long it may
-take, is in dryrun.py.
+Nothing here writes a file or changes what training computes.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from harness.rundir import nearest_existing
 from loop import Run, start_phase
 from train_utils import Phase, StepOptions
 
-KEPT_CHECKPOINTS = 5  # last_*, best_*, their prev_* and the one being written
+CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
 
 
 def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
-    """Raise ResourceError now for what would end the run hours later; warn about shared memory.
+    """Raise ResourceError now for a lack of disk or GPU memory that would end the run hours later.
 
-    former: checkpoints that the run will replace or delete
+    Warns if shared memory may be too small. former: checkpoints that the run will replace or delete
     """
     if run.runtime.is_main:
         check_disk(run, former)
@@ -40,12 +39,13 @@ def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
 
 def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
     """Raise ResourceError unless the run's checkpoints fit on the disk."""
-    former_sizes = {(s := file.stat()).st_ino: s.st_size for file in former}  # best_* may be last_* again
+    stats = [file.stat() for file in former]
+    former_sizes = {s.st_ino: s.st_size for s in stats}  # best_* and last_* may be one file
     size = checkpoint_bytes(run)
-    need = max(size, KEPT_CHECKPOINTS * size - sum(former_sizes.values()))
+    need = max(size, CHECKPOINTS_ON_DISK * size - sum(former_sizes.values()))
     free = shutil.disk_usage(nearest_existing(run.save_dir)).free
     if free < need:
-        what = f"the checkpoints of {size / MIB:,.0f} MiB each need {need / MIB:,.0f}"
+        what = f"checkpoints of {size / MIB:,.0f} MiB each need {need / MIB:,.0f} MiB"
         raise ResourceError(
             f"{run.save_dir} has {free / MIB:,.0f} MiB free; {what}",
             "free some space, or use another --save-dir",
@@ -53,14 +53,14 @@ def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
 
 
 def checkpoint_bytes(run: Run) -> int:
-    """Return the size of one checkpoint: weights, average and optimizer state."""
+    """Return the size of a checkpoint: weights, average and optimizer state."""
     model = tensor_bytes(run.state.model.state_dict().values())
     average = 0 if run.state.ema.module is None else model
     return model + average + optimizer_bytes(run.state.optimizer)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of the optimizer's state, or before the first step what it is going to be."""
+    """Return the size of the optimizer's state; before the first step, the size it will have."""
     if optimizer.state:
         return sum(tensor_bytes(state.values()) for state in optimizer.state.values())
     weights = tensor_bytes(p for group in optimizer.param_groups for p in group["params"])
@@ -74,7 +74,7 @@ def tensor_bytes(tensors: Iterable) -> int:
 
 
 def shared_memory_warning(phases: Sequence[Phase], workers: int, directory: str = "/dev/shm") -> str:
-    """Return a warning if the batches that loader workers prepare may not fit into shared memory, or ''."""
+    """Return a warning if the batches that the workers prefetch may not fit into shared memory, or ''."""
     if not workers or not Path(directory).is_dir():
         return ""
     batch = max(phase.batch_size * phase.image_size**2 * 3 for phase in phases)  # uint8, of all ranks
@@ -89,9 +89,9 @@ def shared_memory_warning(phases: Sequence[Phase], workers: int, directory: str 
 
 
 def check_step_memory(run: Run) -> None:
-    """Try a forward and a backward at the largest phase: memory should run out now, not at epoch 51.
+    """Try a forward and backward pass of the largest phase: if memory is short, fail now, not at epoch 51.
 
-    Leaves no trace. Raises ResourceError with a batch size that fits.
+    Changes nothing. Raises ResourceError with a batch size that fits.
     """
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
     _, options = start_phase(run, phase)
@@ -99,15 +99,16 @@ def check_step_memory(run: Run) -> None:
     images = math.ceil(phase.batch_size / ranks / accumulate)
 
     def attempt(images: int) -> None:
-        room = torch.empty(room_beside(run, phase), dtype=torch.uint8, device=run.runtime.device)
+        # A stand-in for the memory that a real step needs in addition to `try_step`.
+        ballast = torch.empty(ballast_bytes(run, phase), dtype=torch.uint8, device=run.runtime.device)
         try_step(run, options, phase, images)
-        del room  # kept until here: it stands for what a real step needs besides
+        del ballast
 
     fitting = largest_fitting(images, attempt)
     torch.cuda.empty_cache()
     if fitting == images:
         return
-    fix = "not one image fits: free the device, or use smaller sizes in --resize-schedule"
+    fix = "not even one image fits: free the device, or use smaller sizes in --resize-schedule"
     if fitting:
         sizes = [fitting * ranks * accumulate if p is phase else p.batch_size for p in run.phases]
         pieces = math.ceil(phase.batch_size / ranks / fitting)
@@ -119,17 +120,17 @@ def check_step_memory(run: Run) -> None:
     )
 
 
-def room_beside(run: Run, phase: Phase) -> int:
-    """Return the bytes that a step needs besides `try_step`: optimizer state to come, batches in waiting."""
-    coming = 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
-    images = phase.batch_size // run.runtime.world_size * 3 * phase.image_size**2 * 4
-    return coming + 3 * images  # the batch before mixing, and the next one, which prefetching holds twice
+def ballast_bytes(run: Run, phase: Phase) -> int:
+    """Return the bytes that a step needs in addition to `try_step`: new optimizer state and more batches."""
+    new_state = 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
+    batch = phase.batch_size // run.runtime.world_size * 3 * phase.image_size**2 * 4
+    return new_state + 3 * batch  # the batch before mixing, and the prefetched one twice
 
 
 def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:
     """Run forward and backward on `images` blank images in training mode, and restore everything."""
     model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
-    # Not through DDP: a rank without memory would leave the others waiting.
+    # Not through DDP: if one rank runs out of memory, the others would wait for it.
     forward = options.forward if run.runtime.world_size == 1 else model
     side, classes = phase.image_size, len(run.index.classes)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -156,7 +157,7 @@ def largest_fitting(images: int, attempt: Callable[[int], None]) -> int:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        images //= 2  # after the handler, whose exception keeps the tensors of its frames alive
+        images //= 2  # outside the handler: the exception keeps the tensors of its frames alive
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     return 0
@@ -164,7 +165,7 @@ def largest_fitting(images: int, attempt: Callable[[int], None]) -> int:
 
 @contextmanager
 def explain_out_of_memory(run: Run) -> Iterator[None]:
-    """Turn memory that runs out during training into a ResourceError that names step and phase."""
+    """Turn running out of memory during training into a ResourceError that names the step and the phase."""
     try:
         yield
     except (RuntimeError, MemoryError):

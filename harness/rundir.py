@@ -1,7 +1,7 @@
-"""A run's directory: what it holds, who may write there, and all of resuming.
+"""A run's directory: what it holds, which run may write there, and everything about resuming.
 
-train.py calls, in this order: `scan`, `find_checkpoint`, `resumed_config`, `check`, `identify`, `restore`,
-`acquire` and `copy_best`. Nothing before `acquire` writes to the directory.
+A start of train.py calls, in this order: `scan`, `find_checkpoint`, `resumed_config`, `check`, `identify`,
+`restore`, `acquire` and `copy_best`. Nothing before `acquire` writes to the directory.
 """
 
 from __future__ import annotations
@@ -28,32 +28,31 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
-FILES = (
-    "wandb_id",
-    "metrics.jsonl",
-    "config.json",
-    "env.json",
-)  # the last two identify the run: deleted last
+# The last two identify the run, so they are deleted last.
+FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
 PLOTS = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
          "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
 DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
-# Flags about one start of a run: never taken from a checkpoint.
+# Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
                "config"}  # fmt: skip
-MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # those that decide the weights' shapes
+MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # these decide the weights' shapes
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
 
 @dataclass(frozen=True)
 class SaveDir:
-    """What a directory held when it was scanned; true if it held anything of a run."""
+    """What a directory held when it was scanned; falsy if there was nothing of a run.
+
+    A run is recorded in a directory if its config.json or env.json is there.
+    """
 
     path: Path
-    run_id: str  # empty if no run is recorded, or one from before runs had ids
-    parent: str  # the id of the run it was forked from
-    files: tuple[Path, ...]  # the recorded run's own: what --overwrite deletes, in this order
-    checkpoints: tuple[Path, ...]  # the recorded run's; if none is recorded, all that are named like a run's
+    run_id: str  # of the recorded run; empty without one, or if it is from before runs had ids
+    parent: str  # id of the run that the recorded run was forked from, or empty
+    files: tuple[Path, ...]  # of the recorded run: what --overwrite deletes, in this order
+    checkpoints: tuple[Path, ...]  # of the recorded run; without one, all that are named like a run's
     signature: tuple  # changes when a run writes here
 
     def __bool__(self) -> bool:
@@ -61,7 +60,10 @@ class SaveDir:
 
 
 def scan(save_dir: str) -> SaveDir:
-    """Return what `save_dir` holds. Raises UsageError or ResourceError if it cannot be a run's directory."""
+    """Return what `save_dir` holds.
+
+    Raises UsageError if it cannot be a directory's name, ResourceError if it cannot be used.
+    """
     path = Path(save_dir)
     if not save_dir or "\0" in save_dir or any(len(os.fsencode(part)) > 255 for part in path.parts):
         raise UsageError(f"--save-dir {save_dir!r} is not a directory name", "use one such as ./checkpoints")
@@ -75,7 +77,7 @@ def scan(save_dir: str) -> SaveDir:
     has_config, has_env = {"arch", "resize_schedule"} <= config.keys(), {"torch", "command"} <= env.keys()
     checkpoints = [p for kind in KINDS for p in sorted(path.glob(f"{kind}_*.pt"))]
     files = []
-    if has_config or has_env:  # a run is recorded
+    if has_config or has_env:
         names = checkpoint_files(env.get("checkpoint") or _newest_name(checkpoints, str(config.get("arch"))))
         checkpoints = [p for p in checkpoints if p.name in names]
         files = [path / "plots" / f"{plot}.png" for plot in PLOTS]
@@ -91,27 +93,26 @@ def scan(save_dir: str) -> SaveDir:
 
 
 def checkpoint_name(arch: str, dataset: str) -> str:
-    """Return what follows last_ and best_ in the file names of a run's checkpoints."""
+    """Return the file name of a run's checkpoints without their kind: last_<name>, best_<name>, ..."""
     return f"{arch}_{dataset}.pt"
 
 
 def checkpoint_files(name: object) -> list[str]:
-    """Return the four file names of a run's checkpoints; none if `name` is not a checkpoint's name."""
+    """Return the four file names of a run's checkpoints; none if `name` is not a `checkpoint_name`."""
     is_name = isinstance(name, str) and name == Path(name).name and name.endswith(".pt")
     return [f"{kind}_{name}" for kind in KINDS] if is_name else []
 
 
 def _newest_name(checkpoints: list[Path], arch: str) -> str:
-    """Return the name of the newest last_* of `arch`: the run's, where an old env.json does not say."""
+    """Return the `checkpoint_name` of the newest last_* of `arch`, for an old env.json that lacks it."""
     found = [p for p in checkpoints if p.name.startswith(f"last_{arch}_") and _lstat(p)]
     return max(found, key=lambda p: p.stat().st_mtime_ns).name.removeprefix("last_") if found else ""
 
 
 def _read_json(path: Path) -> dict:
-    """Return what `path` holds; {} for anything but an object, which is then not a run's.
+    """Return the JSON object in `path`, or {} if it holds anything else and so is not a run's.
 
-    By hand, because every start reads two such files before it is known to be one: pydantic, which
-    `schemas` needs, would cost it a tenth of a second.
+    Not through `base.schemas`, because every start reads two such files, and pydantic takes 0.1 s to import.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -128,7 +129,7 @@ def _lstat(path: Path) -> os.stat_result | None:
 
 
 def check_checkpoint(path: str) -> None:
-    """Raise CheckpointError if there is no such file: said before torch is imported."""
+    """Raise CheckpointError if there is no such file. Commands call this before they import torch."""
     if not Path(path).is_file():
         found = ", ".join(sorted(p.name for p in Path(path).glob("*.pt"))) if Path(path).is_dir() else ""
         fix = f"choose one of {found}" if found else "give the path of a best_*.pt or last_*.pt"
@@ -139,10 +140,11 @@ def check_checkpoint(path: str) -> None:
 
 
 def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
-    """Load the checkpoint to resume from; return None to start a new run.
+    """Return the content of the checkpoint to resume from, or None to start a new run.
 
-    resume: a path, which is loaded or refused; or "auto": the newest intact checkpoint of the run in
-        `save_dir`, or a new run if it has none; or "": a new run
+    resume: the path of a checkpoint; "auto", for the newest intact one of the run in `save_dir`, or a new
+            run if there is none; or "" for a new run
+    Raises CheckpointError if the one at a path, or all in the directory, are damaged.
     """
     if not resume or (resume == "auto" and not save_dir.path.is_dir()):
         return None
@@ -154,7 +156,8 @@ def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
     def is_own(path: Path, payload: dict) -> bool:
         run_id = payload.get("run")
         own = not save_dir.run_id or (run_id == save_dir.run_id if run_id else path in save_dir.checkpoints)
-        say("" if own else f"skipping {path}: it belongs to another run")
+        if not own:
+            say(f"skipping {path}: it belongs to another run")
         return own
 
     path, payload, skipped = checkpoint.newest(save_dir.path, is_own)
@@ -166,10 +169,9 @@ def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
 
 
 def resumed_config(config, typed: frozenset[str], saved: dict):
-    """Return the checkpoint's flags, `saved`, overridden by those that were `typed`.
+    """Return the config of a resumed run: the checkpoint's flags `saved`, overridden by those `typed`.
 
-    Raises CheckpointError listing the typed flags that would change training and that --allow-change
-    does not name.
+    Raises CheckpointError if a typed flag would change training and --allow-change does not name it.
     """
     given = plain(config)
     allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
@@ -186,15 +188,15 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
 
 
 def with_saved_data(config, typed: frozenset[str], saved: dict):
-    """Return `config` with the checkpoint's values of all data flags that were not typed."""
+    """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`."""
     saved = parse_saved_flags(saved)
     return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
 
 
 def parse_saved_flags(saved: dict) -> dict:
-    """Return the flags of a checkpoint as the parser makes them; those it lacks have their defaults.
+    """Return the flags of a checkpoint as {flag: value}, checked by the parser; missing ones get defaults.
 
-    Raises CheckpointError naming a flag that this version does not know, or whose value it refuses.
+    Raises CheckpointError that names a flag which this version does not know or whose value it refuses.
     """
     try:
         values = defaults() | from_file(train_parser(), saved, exact=True)
@@ -212,17 +214,17 @@ class RunIdentity(NamedTuple):
     """Which run is about to train."""
 
     id: str
-    parent: str = ""  # the id of the run it was forked from
-    is_new: bool = True  # in this directory: a first start or a fork
+    parent: str = ""  # id of the run that it was forked from, or empty
+    is_new: bool = True  # to this directory: the run starts here, or is forked into it
 
 
 def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str) -> RunIdentity:
-    """Decide whether the run that `save_dir` holds continues, or which one begins there.
+    """Decide whether the run recorded in `save_dir` continues, or which new run begins there.
 
-    saved: the checkpoint to resume from
+    saved:      the checkpoint to resume from, if any
     checkpoint: the `checkpoint_name` of the run
-    Raises UsageError if the directory holds another run than `saved` is of, or files that a new run would
-    replace although no run recorded there wrote them.
+    Raises UsageError if `saved` belongs to another run than the recorded one, or if a new run would
+    replace files that the recorded run did not write.
     """
     saved_id = (saved or {}).get("run", "")
     if saved:
@@ -231,21 +233,21 @@ def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str
             run_id = save_dir.run_id or saved_id or secrets.token_hex(8)
             return RunIdentity(run_id, save_dir.parent, is_new=False)
         if save_dir:
-            ours, other = (
-                f"run {name}" if name else "a run without an id" for name in (save_dir.run_id, saved_id)
+            recorded, other = (
+                f"run {i}" if i else "a run without an id" for i in (save_dir.run_id, saved_id)
             )
             fix = "use an empty --save-dir, or resume the run it holds with --resume auto"
-            raise UsageError(f"{save_dir.path} holds {ours}, but {resume} is of {other}", fix)
+            raise UsageError(f"{save_dir.path} holds {recorded}, but {resume} belongs to {other}", fix)
     wanted = [save_dir.path / name for name in (*FILES, *checkpoint_files(checkpoint))]
     if foreign := [p.name for p in wanted if _lstat(p) and p not in save_dir.files]:
-        what = f"{save_dir.path} holds {', '.join(foreign)}, which no run recorded there has written"
+        what = f"{save_dir.path} holds {', '.join(foreign)}, which no run recorded there wrote"
         raise UsageError(what, "move them away, or use another --save-dir")
-    kept = save_dir.run_id if resume and not saved else ""  # killed before its first checkpoint
+    kept = save_dir.run_id if resume and not saved else ""  # the run was killed before its first checkpoint
     return RunIdentity(kept or secrets.token_hex(8), saved_id)
 
 
 def resumes_in_place(resume: str, directory: Path) -> bool:
-    """Whether the checkpoint to resume from lies in `directory`."""
+    """Return whether the checkpoint to resume from is in `directory`."""
     return resume == "auto" or (directory.is_dir() and Path(resume).parent.samefile(directory))
 
 
@@ -255,7 +257,8 @@ def resumes_in_place(resume: str, directory: Path) -> bool:
 def restore(run, saved: dict, config) -> None:
     """Load the checkpoint `saved` into `run`, a `loop.Run`.
 
-    Raises CheckpointError if precision, data, model or position do not fit, unless --allow-change says so.
+    Raises CheckpointError if its precision, data, model or position do not fit the run; --allow-change
+    accepts another precision or other data.
     """
     import optim
 
@@ -264,17 +267,15 @@ def restore(run, saved: dict, config) -> None:
         what = f"the run was trained in {saved['precision']} and would continue in {run.runtime.precision}"
         raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
     _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
-    args, own_args = saved["model_args"], metadata["model_args"]
-    if changed := [
-        f"{k} {args.get(k)} then, {own_args[k]} now" for k in MODEL_ARGS if args.get(k) != own_args[k]
-    ]:
+    then, now = saved["model_args"], metadata["model_args"]
+    if changed := [f"{k} {then.get(k)} then, {now[k]} now" for k in MODEL_ARGS if then.get(k) != now[k]]:
         fix = "start a new run from its weights with --init-from and --reset-head"
         raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
     same_plan = saved["total_steps"] == metadata["total_steps"]
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
     before = (saved["config"].get("optimizer"), saved["config"].get("momentum"))
-    if not optim.keeps_alike(config.optimizer, config.momentum, *before):
+    if not optim.same_state(config.optimizer, config.momentum, *before):
         say("note: the optimizer differs from the checkpoint's and starts without its state")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
@@ -287,7 +288,7 @@ def restore(run, saved: dict, config) -> None:
 
 
 def _check_data(saved: dict, current: dict, allowed: tuple[str, ...]) -> None:
-    """Compare fingerprints of the classes and of both parts of the data."""
+    """Compare two `DatasetIndex.fingerprint`s. Raises CheckpointError for a change that is not `allowed`."""
     changes = []
     for part, words in (("classes", "classes"), ("train", "training images"), ("val", "validation images")):
         if saved.get(part) != current[part]:
@@ -296,11 +297,12 @@ def _check_data(saved: dict, current: dict, allowed: tuple[str, ...]) -> None:
     if changes and not ("data" in allowed and saved.get("num_classes") == current["num_classes"]):
         what = f"this is not the data that the run was trained on; changed: {', '.join(changes)}"
         raise CheckpointError(what, "use the same data, or accept the change with --allow-change data")
-    say(f"note: the data changed: {', '.join(changes)}" if changes else "")
+    if changes:
+        say(f"note: the data changed: {', '.join(changes)}")
 
 
 def _check_position(run) -> None:
-    """Raise CheckpointError unless the step lies in the epoch after the last row."""
+    """Raise CheckpointError unless the checkpoint's step lies in the epoch after its last row."""
     state, epoch = run.state, len(run.state.rows) + 1
     first, last = _steps_before(run.phases, epoch), _steps_before(run.phases, epoch + 1)
     if epoch > run.epochs + 1 or not first <= state.step <= last or state.step != state.schedule.position:
@@ -310,7 +312,7 @@ def _check_position(run) -> None:
 
 
 def _start_next_epoch(run) -> None:
-    """After an allowed change of the plan: finished epochs count, and the rest follows the new plan."""
+    """Continue a run whose plan was changed: keep its finished epochs; the rest follows the new plan."""
     run.state.step = _steps_before(run.phases, len(run.state.rows) + 1)
     run.state.start_epoch()
     run.state.schedule.seek(run.state.step)
@@ -323,10 +325,11 @@ def _steps_before(phases, epoch: int) -> int:
 
 
 def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
-    """Bring the best checkpoint so far along to another directory; say so if it cannot be found.
+    """Copy the best checkpoint so far into the directory of a forked run; print a note if it is missing.
 
-    saved: the checkpoint that was resumed, from the path `resume`
-    target: the best checkpoint of the run that continues, `run_id`
+    saved:  the checkpoint at the path `resume`, from which the run was forked
+    target: the path of the copy
+    run_id: the id of the fork
     """
     from harness import checkpoint
 
@@ -339,17 +342,17 @@ def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
         if same_best and found.get("run") == saved.get("run"):
             checkpoint.save(target, found | {"run": run_id})
             return
-    say(f"note: the best checkpoint so far, from epoch {best['epoch']}, is not beside {resume}: not copied")
+    say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: it is not beside {resume}")
 
 
 # Writing to the directory
 
 
 def check(save_dir: SaveDir, *, resuming: bool, overwrite: bool) -> None:
-    """Refuse a directory that cannot be used, before anything is built.
+    """Check that this run may use the directory, before anything is built.
 
-    Raises UsageError if it holds a run that is neither resumed nor overwritten, or one that is still
-    running; ResourceError if it cannot be written to.
+    Raises UsageError if it holds a run that is neither resumed nor overwritten, or that is still running;
+    ResourceError if it is not writable.
     """
     path = save_dir.path
     parent = nearest_existing(path)
@@ -370,12 +373,12 @@ def nearest_existing(path: Path) -> Path:
 
 
 def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> FileLock:
-    """Lock the directory for this run, test that it can write there, and delete what is left over.
+    """Create and lock the directory, test that it is writable, and delete unfinished files.
 
-    Makes the directory; deletes the former run's files if `overwrite`.
-    checkpoint: the `checkpoint_name` of the run, whose unfinished files are deleted
-    Raises ResourceError if it cannot be written to, UsageError if another run uses it or has written to it
-    since the scan.
+    overwrite:  delete the former run's files as well
+    checkpoint: the `checkpoint_name` of the run
+    Raises ResourceError if the directory is not writable; UsageError if another run is using it, or has
+    written to it since the scan.
     """
     path = save_dir.path
     partials = [f"{name}.partial" for name in (*checkpoint_files(checkpoint), *FILES, *OLD_PARTIALS)]
@@ -399,7 +402,7 @@ def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> File
 
 
 def _test_writing(directory: Path) -> None:
-    """Write, sync, rename and delete a file."""
+    """Write, sync, rename and delete a file, as saving a checkpoint does."""
     file = directory / f".probe-{secrets.token_hex(8)}"
     with replacing(file) as partial, open(partial, "wb") as probe:
         probe.write(b"probe")
@@ -413,21 +416,21 @@ def _unusable(path: Path, error: OSError) -> ResourceError:
 
 @contextmanager
 def explain_removal(directory: Path) -> Iterator[None]:
-    """If the run's directory disappears, end the run with one message, whatever was being written."""
+    """Turn whatever error follows when the run's directory disappears into one ResourceError."""
     try:
         yield
     except (OSError, ResourceError, RuntimeError) as error:
         if directory.is_dir():
             raise
-        what = f"{directory} was removed, or its disk was, while the run was writing to it"
+        what = f"{directory}, or the disk it is on, was removed during the run"
         raise ResourceError(what, "restore it and use --resume auto, or start again") from error
 
 
 def _lock(directory: Path) -> FileLock:
-    """Take the directory's lock; the kernel drops it when the process dies, however it dies."""
+    """Take the directory's lock, which the kernel releases however the process ends."""
     from filelock import FileLock, Timeout
 
-    # It opens the file without following a link. A soft lock is only a file, and would outlive a killed run.
+    # FileLock follows no link. Its soft lock is only a file, which would survive a killed run.
     lock = FileLock(directory / ".lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
@@ -440,12 +443,12 @@ def _lock(directory: Path) -> FileLock:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        # A cluster filesystem mounted without locks: a run without a lock is better than none.
+        # On a cluster filesystem without locks, train without one.
     return lock
 
 
 def _sign(lock: FileLock) -> None:
-    """Write who holds the lock, for the message that a second run gets; Windows refuses to write to it."""
+    """Write who holds the lock into it, for the error of a second run. (On Windows this is not possible.)"""
     flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     with suppress(OSError), open(os.open(lock.lock_file, flags), "w") as file:
         file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")

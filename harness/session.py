@@ -1,4 +1,4 @@
-"""A training run around its loop: built and restored first, then kept safe while it trains."""
+"""What surrounds the training loop: build and restore the run; protect it while it trains; sum it up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from base import flags
+from base import flags, idle
 from base.device import Runtime, environment
 from base.files import write_json
 from base.process import say
@@ -16,15 +16,16 @@ from dataloader import end_workers
 from harness import build, preflight, rundir
 from harness.log import ROW_HEADER, MetricLogger
 from harness.rundir import RunIdentity, SaveDir
-from loop import Finished, Run, best_is_lost, save
+from loop import Run, StopAfterReached, best_is_lost, save
 from models import notes
+from models.summary import count_params
 from sources.index import DatasetIndex
 
 
 def prepare(
     config, index: DatasetIndex, runtime: Runtime, directory: SaveDir, saved: dict | None
 ) -> tuple[Run | None, RunIdentity]:
-    """Build the run and restore its checkpoint; write nothing. The run is None if it is complete."""
+    """Build the run and restore the checkpoint `saved`; write nothing. The run is None if it is complete."""
     name = rundir.checkpoint_name(config.arch, index.name)
     identity = rundir.identify(directory, config.resume, saved, name)
     phases = build.make_plan(config, index, runtime.world_size)
@@ -44,21 +45,26 @@ def prepare(
 
 
 @contextmanager
-def kept_safe(
+def protected(
     run: Run, config, directory: SaveDir, saved: dict | None, identity: RunIdentity
 ) -> Iterator[MetricLogger]:
-    """Hold the save directory, log, honour stop signals and explain a lack of memory while a run trains."""
+    """Train `run` inside this context: yield its log, and hold the lock of its directory.
+
+    Stop signals are handled by the run. Running out of memory and a removed directory become
+    ResourceErrors. At the end the log is closed, the loader workers are killed and the lock is released.
+    """
     values, main = flags.plain(config), run.runtime.is_main
-    lock = rundir.acquire(directory, overwrite=config.overwrite, checkpoint=run.file_name) if main else None
-    log = None
+    lock = log = None
+    if main:
+        lock = rundir.acquire(directory, overwrite=config.overwrite, checkpoint=run.checkpoint_name)
     try:
         with rundir.explain_removal(run.save_dir):
             if saved and not rundir.resumes_in_place(config.resume, run.save_dir):
                 if identity.is_new:
-                    save(run, "last")
+                    save(run)
                 if main and not best_is_lost(run):
                     rundir.copy_best(saved, config.resume, run.path("best"), identity.id)
-            (saved or {}).clear()  # restored: its tensors would stay in memory for the whole run
+            (saved or {}).clear()  # already restored: free its tensors
             if main:
                 write_json(run.save_dir / "config.json", values, parents=False)
                 write_json(run.save_dir / "env.json", environment_of(run, identity), parents=False)
@@ -76,8 +82,8 @@ def kept_safe(
                 gc.enable()
             with run.stop.installed(), preflight.explain_out_of_memory(run):
                 yield log
-    except Finished as reached:
-        say(str(reached))
+    except StopAfterReached as stop:
+        say(str(stop))
     finally:
         if log:
             log.close()
@@ -87,7 +93,7 @@ def kept_safe(
 
 
 def environment_of(run: Run, identity: RunIdentity) -> dict:
-    """Return what a reader needs to reproduce the run, for env.json."""
+    """Return the content of env.json: what is needed to reproduce the run, besides the flags."""
     values = {
         **environment(run.runtime),
         "command": " ".join(sys.argv),
@@ -96,14 +102,14 @@ def environment_of(run: Run, identity: RunIdentity) -> dict:
         "num_val": len(run.index.val),
         "num_classes": len(run.index.classes),
         "run": identity.id,
-        "checkpoint": run.file_name,
+        "checkpoint": run.checkpoint_name,
     }
     return values | ({"parent": identity.parent} if identity.parent else {})
 
 
 def introduction(run: Run, config) -> str:
-    state, runtime, index = run.state, run.runtime, run.index
-    parameters = sum(p.numel() for p in state.model.parameters())
+    """Return what is printed before training: model, data, device, phases and the heading of the table."""
+    runtime, index, parameters = run.runtime, run.index, count_params(run.state.model)
     images = f"{len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"
     lines = [f"{config.arch}, {parameters:,} parameters, on {runtime.device} ({runtime.precision}), {images}"]
     if runtime.device.type == "cpu" and config.device == "auto":
@@ -118,10 +124,11 @@ def introduction(run: Run, config) -> str:
 
 
 def conclusion(run: Run, config) -> str:
+    """Return what is printed after training: the best score, and the files and command to look at next."""
     best, path = run.state.best, run.path("best")
     lines = [f"done: best top-1 {best['score']:.2f} % at epoch {best['epoch']}, in {path}"]
     if config.plot:
         lines.append(f"curves: {run.save_dir / 'plots' / 'curves.png'}")
-    on_disk = config.dataset.partition(":")[0] not in ("digits", "synthetic", "hf")
+    on_disk = idle.dataset_kind(config) not in idle.NO_FILES
     data = f"--data-dir {config.data_dir}" if on_disk else f"--dataset {config.dataset}"
     return "\n".join([*lines, f"next: python validate.py {path} {data}"])

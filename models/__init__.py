@@ -1,6 +1,6 @@
-"""The architectures that `--arch` can name, built from plain values.
+"""The architectures of --arch, built from plain values.
 
-A checkpoint stores the arguments of `build_model`, so every tool can rebuild the model it holds.
+A checkpoint stores the arguments of `build_model`, so every tool can rebuild its model.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ def build_model(
 ) -> nn.Module:
     """Return `arch` with random weights: images (N, 3, H, W) -> logits (N, num_classes).
 
-    drop_path_rate, head, stem: see `models.model.ResNet`; torchvision's models bring their own head
-    image_sizes:                image sides in px that the run uses; ViT-B/16 is built for exactly one
+    drop_path_rate:           see `models.layers.set_drop_path_rate`
+    use_blurpool, head, stem: see `models.model.ResNet`; torchvision's models have a head of their own
+    image_sizes:              image sizes in px that the run uses; ViT-B/16 is built for exactly one
 
-    Raises UsageError for an unknown name and for options that the architecture does not have.
+    Raises UsageError for an unknown architecture, or for an option that it does not have.
     """
     if arch in RESNETS:
         return getattr(model, arch)(num_classes, drop_path_rate, use_blurpool, head, stem)
@@ -50,7 +51,7 @@ def build_model(
 
 
 def notes(use_blurpool: bool) -> list[str]:
-    """Return what to tell the user about this choice, one line each."""
+    """Return what to tell the user about the model, one line each."""
     return [BLURPOOL_NOTICE] if use_blurpool else []
 
 

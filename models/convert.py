@@ -1,6 +1,6 @@
-"""Weights of this project, of torchvision and of the public earlier code: each in the others' form.
+"""Convert weights between this project, torchvision, and the public earlier code.
 
-Works on tensors in memory; `harness.checkpoint` reads and writes the files.
+Works on state dicts in memory; `harness.checkpoint` reads and writes the files.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from base.errors import CheckpointError, UsageError
 
 from .layers import has_blur
 
-# Where a checkpoint keeps its weights: the earlier code; this project and torchvision's references; timm.
+# Where a checkpoint keeps its weights: in the earlier code; this project and torchvision's references; timm.
 WRAPPERS = ("model_state_dict", "model", "state_dict")
 PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")  # DistributedDataParallel, torch.compile
-# (has bottlenecks, blocks in each stage) -> name
+# (has bottlenecks, blocks in each stage) -> architecture
 RESNETS = {
     (False, (1, 1, 1, 1)): "resnet_tiny",
     (False, (2, 2, 2, 2)): "resnet18",
@@ -42,13 +42,14 @@ CLASSIFIERS = {
 def adapt_state_dict(
     state: Mapping[str, Any], model: nn.Module, reset_head: bool = False
 ) -> dict[str, Tensor]:
-    """Return the weights in `state` as `model.load_state_dict(..., strict=True)` wants them.
+    """Return the weights in `state` under the names and shapes that `model.load_state_dict` requires.
 
-    state:      a state dict, or a checkpoint that holds one, of this project, torchvision or the earlier
-                code; with or without DDP's and compile's prefixes and blur filters, with either head
-    reset_head: keep the model's own classifier, for another number of classes
+    state:      a state dict or a checkpoint that holds one, of this project, torchvision or the earlier
+                code; with or without the prefixes of DDP and torch.compile, with or without blur
+                filters, with a linear or a convolutional head
+    reset_head: keep the model's own classifier, for another set of classes
 
-    Raises CheckpointError if a tensor is missing, unknown or of another shape. Changes neither argument.
+    Raises CheckpointError if a tensor is missing, unknown or has another shape. Changes neither argument.
     """
     state, wanted = find_weights(state), model.state_dict()
     head = head_of(wanted)
@@ -59,7 +60,7 @@ def adapt_state_dict(
         elif key in state:
             adapted[key] = _reshape_head(state[key], own) if key == f"{head}.weight" else state[key]
         elif key.endswith("num_batches_tracked"):
-            adapted[key] = own  # files older than torch 0.4.1; a BatchNorm with a momentum never reads it
+            adapted[key] = own  # files from before torch 0.4.1 lack it
     wrong = [key for key in adapted if adapted[key].shape != wanted[key].shape]
     wrong += sorted(key for key in wanted.keys() ^ state.keys() if key not in adapted)
     if wrong:
@@ -68,7 +69,7 @@ def adapt_state_dict(
 
 
 def find_weights(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint under torchvision's keys: no wrapper, prefix or blur filter."""
+    """Return the state dict in a checkpoint, under torchvision's keys, without prefixes or blur filters."""
     content = state if isinstance(state, Mapping) else {type(state).__name__: state}
     weights = next((content[name] for name in WRAPPERS if isinstance(content.get(name), Mapping)), content)
     if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
@@ -89,7 +90,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 def head_of(state: Mapping[str, Tensor]) -> str:
-    """Return the name of the classifier in a state dict, or ""."""
+    """Return the name of the classifier in a state dict, or "" if there is none."""
     return next((head for head in CLASSIFIERS if f"{head}.weight" in state), "")
 
 
@@ -97,7 +98,7 @@ def to_torchvision(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, T
     """Return a state dict, on the CPU, that torchvision's model of the same name loads strictly.
 
     Raises UsageError for a network that torchvision does not have: pre-activation, another stem, or
-    antialiased (which can be told from a model, but not from a state dict).
+    antialiased (which shows in a model, but not in a state dict).
     """
     state = model_or_state
     if isinstance(model_or_state, nn.Module):

@@ -1,7 +1,4 @@
-"""Layers that the architectures share: drop-path and antialiased downsampling.
-
-Importing this file costs no more than torch; antialiased-cnns is imported when a Blur is built.
-"""
+"""Layers that the architectures share: drop-path and antialiased downsampling."""
 
 from __future__ import annotations
 
@@ -19,9 +16,9 @@ BLURPOOL_NOTICE = (
 
 
 class DropPath(nn.Module):
-    """Add a residual branch to its shortcut; in training, drop it for some samples.
+    """Stochastic depth (https://arxiv.org/abs/1603.09382): shortcut + branch, the branch dropped at random.
 
-    Stochastic depth (https://arxiv.org/abs/1603.09382); `p` is the probability of dropping.
+    In training, the branch of each sample is dropped with probability `p`.
     """
 
     def __init__(self, p: float = 0.0):
@@ -29,16 +26,16 @@ class DropPath(nn.Module):
         self.p = p
 
     def forward(self, branch: Tensor, shortcut: Tensor) -> Tensor:
-        """(N, ...), (N, ...) -> shortcut + kept / (1 - p) * branch, with `kept` drawn once per sample.
+        """Return shortcut + kept / (1 - p) * branch, all (N, ...); `kept`, 0 or 1, is drawn for each sample.
 
-        Draws come from torch's default generator on the branch's device.
+        Draws come from torch's default generator of the device.
         """
         if self.p == 0.0 or not self.training:
             return branch + shortcut
         keep = 1.0 - self.p
         kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
-        # Kept branches are scaled up so that the expected value is that of evaluation. One fused
-        # operation: scaling the branch first would read and write every block's output once more.
+        # Kept branches are scaled up, so that the expected value is that in evaluation. In one fused
+        # operation: scaling the branch first would read and write it once more.
         return torch.addcmul(shortcut, branch, kept, value=1.0 / keep)
 
     def extra_repr(self) -> str:
@@ -48,8 +45,8 @@ class DropPath(nn.Module):
 def set_drop_path_rate(model: nn.Module, rate: float) -> None:
     """Set the drop probability of branch i = 0 ... n - 1 to rate * i / (n - 1), the paper's linear rule.
 
-    Covers torchvision's StochasticDepth too, recognised by its name to avoid the import; a model
-    without droppable branches is left alone. Raises UsageError unless 0 <= rate < 1.
+    Also sets torchvision's StochasticDepth (found by name, to avoid the import). Does nothing to a model
+    without such branches. Raises UsageError unless 0 <= rate < 1.
     """
     if not 0.0 <= rate < 1.0:
         raise UsageError(f"drop-path rate {rate} is not in [0, 1)", "give a rate such as 0.2, or 0 for none")
@@ -60,10 +57,11 @@ def set_drop_path_rate(model: nn.Module, rate: float) -> None:
 
 
 class Blur(nn.Module):
-    """Low-pass filter a map and halve it: BlurPool with a 4x4 filter (https://arxiv.org/abs/1904.11486).
+    """BlurPool with a 4x4 filter and stride 2 (https://arxiv.org/abs/1904.11486), from antialiased-cnns.
 
-    (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)), as a strided 3x3 convolution. Padded with zeros:
-    the package's default, reflection, cannot pad the 1x1 and 2x2 maps of 32 px images.
+    (N, C, H, W) -> (N, C, ceil(H / 2), ceil(W / 2)), as from a strided 3x3 convolution. Padded with
+    zeros: the package's default, reflection, cannot pad the 1x1 and 2x2 maps of 32 px images.
+    Raises UsageError if the package is missing.
     """
 
     def __init__(self, channels: int):
@@ -74,7 +72,7 @@ class Blur(nn.Module):
             missing = "--use-blurpool needs the antialiased-cnns package"
             raise UsageError(missing, "pip install antialiased-cnns") from error
         self.pool = package.BlurPool(channels, pad_type="zero", filt_size=4, stride=2)
-        # A constant: kept out of the state dict, so that models with and without blur exchange weights.
+        # Not in the state dict, so that models with and without blur can exchange weights.
         self.pool.register_buffer("filt", self.pool.filt, persistent=False)
 
     def forward(self, maps: Tensor) -> Tensor:

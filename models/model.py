@@ -1,7 +1,6 @@
-"""ResNet-18, -34, -50 and a pre-activation ResNet-50, with torchvision's state-dict keys.
+"""ResNet-18, -34, -50 (https://arxiv.org/abs/1512.03385) and a pre-activation ResNet-50.
 
-Deep residual learning, https://arxiv.org/abs/1512.03385. As in torchvision, a bottleneck strides in
-its 3x3 convolution. `models.build_model` chooses among the architectures by name.
+State-dict keys are torchvision's. As there, a bottleneck strides in its 3x3 convolution (v1.5).
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions; with BlurPool, a strided block blurs before the second."""
+    """Two 3x3 convolutions. With BlurPool, a strided block blurs before the second one."""
 
     expansion = 1
 
     def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool):
         super().__init__()
         blurred = use_blurpool and stride > 1
-        # torchvision strides the first convolution; the blur comes behind it and takes over the stride.
+        # The first convolution strides; with BlurPool, the blur after it does.
         self.conv1 = conv(in_channels, width, 3, 1 if blurred else stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.blur = Blur(width) if blurred else nn.Identity()
@@ -50,7 +49,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions; with BlurPool, a strided block blurs before the last."""
+    """1x1, 3x3 and 1x1 convolutions. With BlurPool, a strided block blurs before the last one."""
 
     expansion = 4
 
@@ -80,7 +79,7 @@ class Bottleneck(nn.Module):
 class PreActBottleneck(nn.Module):
     """Bottleneck with norm and ReLU before each convolution (https://arxiv.org/abs/1603.05027).
 
-    The skip connection stays linear: no ReLU after the sum, and projections take the raw input.
+    The shortcut stays linear: there is no ReLU after the sum, and a projection takes the raw input.
     """
 
     expansion = 4
@@ -105,18 +104,18 @@ class PreActBottleneck(nn.Module):
         return self.drop_path(out, self.downsample(x))
 
     def zero_init_last(self) -> None:
-        nn.init.zeros_(self.conv3.weight)  # this branch ends in a convolution, not in a norm
+        nn.init.zeros_(self.conv3.weight)  # the branch ends in a convolution, not in a norm
 
 
 def downsample(
     in_channels: int, out_channels: int, stride: int, blurred: bool, norm: bool = True
 ) -> nn.Module:
-    """Return the shortcut: the identity where shapes agree, else a 1x1 projection."""
+    """Return the shortcut of a block: the identity if the shapes agree, else a 1x1 projection."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     layers = OrderedDict()
     if blurred:
-        layers["blur"] = Blur(in_channels)  # named, so that the numbers below stay torchvision's
+        layers["blur"] = Blur(in_channels)  # named, so that the other keys stay torchvision's
     layers["0"] = conv(in_channels, out_channels, 1, 1 if blurred else stride)
     if norm:
         layers["1"] = nn.BatchNorm2d(out_channels)
@@ -124,15 +123,16 @@ def downsample(
 
 
 class ResNet(nn.Module):
-    """Stem, four stages of blocks, mean over the map, classifier.
+    """Stem, four stages of blocks, global average pooling, classifier.
 
     block:          BasicBlock, Bottleneck or PreActBottleneck
-    depths:         blocks in each stage
+    depths:         number of blocks in each stage
     drop_path_rate: drop probability of the last block; it grows linearly from 0 at the first
-    head:           "conv" (1x1 convolution) or "linear"; their weights differ by a reshape only
+    use_blurpool:   low-pass filter before every subsampling, see `layers.Blur`
+    head:           "conv" (1x1 convolution) or "linear"; their weights differ only in shape
     stem:           "imagenet" (7x7 stride 2, pool), "small" (3x3, no pool; for images of about 32 px) or
-                    "d" (three 3x3 in place of the 7x7, https://arxiv.org/abs/1812.01187)
-    base_width:     channels of the first stage; each later stage doubles them
+                    "d" (three 3x3 instead of the 7x7, https://arxiv.org/abs/1812.01187)
+    base_width:     channels of the first stage's convolutions; each later stage doubles them
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class ResNet(nn.Module):
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self._init_weights(block)
-        # The head keeps torch's own initialisation: with few classes, fan_out would give it huge logits.
+        # The head keeps torch's default initialisation: with few classes, fan_out would make logits huge.
         self.fc = classifier(head, channels, num_classes)
         set_drop_path_rate(self, drop_path_rate)
 
@@ -168,24 +168,25 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # Each block starts as its shortcut alone (https://arxiv.org/abs/1706.02677).
         for module in self.modules():
             if isinstance(module, block):
-                module.zero_init_last()  # every block starts as the identity (https://arxiv.org/abs/1706.02677)
+                module.zero_init_last()
 
     def features(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) -> the last map, (N, C, ceil(H / 32), ceil(W / 32)); small stem: / 8."""
+        """Return the last map: (N, 3, H, W) -> (N, C, ceil(H / 32), ceil(W / 32)); small stem: / 8."""
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
         return self.layer4(self.layer3(self.layer2(self.layer1(x))))
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) -> logits (N, K)."""
-        # A mean, because adaptive pooling has no deterministic backward on CUDA.
+        # Not adaptive pooling, which has no deterministic backward on CUDA.
         pooled = self.features(images).mean((2, 3), keepdim=True)
         return self.fc(pooled).flatten(1)
 
 
 class PreActResNet(ResNet):
-    """ResNet of pre-activation blocks: norm and ReLU follow the last block instead of the stem."""
+    """A ResNet of pre-activation blocks: norm and ReLU come after the last block instead of in the stem."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -198,7 +199,7 @@ class PreActResNet(ResNet):
 
 
 def stem_conv(stem: str, width: int) -> nn.Module:
-    """(N, 3, H, W) -> (N, width, H / 2, W / 2); the small stem keeps H and W."""
+    """Return the stem's convolutions: (N, 3, H, W) -> (N, width, H / 2, W / 2); "small" keeps H and W."""
     if stem == "imagenet":
         return conv(3, width, 7, stride=2)
     if stem == "small":
@@ -212,17 +213,17 @@ def stem_conv(stem: str, width: int) -> nn.Module:
 
 
 def stem_pool(stem: str, use_blurpool: bool, width: int) -> nn.Module:
-    """(N, width, H, W) -> (N, width, H / 2, W / 2); the small stem does not pool."""
+    """Return the stem's pooling: (N, width, H, W) -> (N, width, H / 2, W / 2); "small" does not pool."""
     if stem == "small":
         return nn.Identity()
     if use_blurpool:
-        # Padded, so that an even map stays even: the unpadded pool turns 112 px into 110.
+        # Padded, so that even maps stay even: an unpadded pool would turn 112 px into 110.
         return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(width))
     return nn.MaxPool2d(3, stride=2, padding=1)
 
 
 def classifier(head: str, channels: int, num_classes: int) -> nn.Module:
-    """(N, C, 1, 1) -> (N, K, 1, 1) or (N, K)."""
+    """Return the classifier: (N, C, 1, 1) -> (N, K, 1, 1) or (N, K)."""
     if head == "conv":
         return nn.Conv2d(channels, num_classes, kernel_size=1)
     if head == "linear":
@@ -242,5 +243,5 @@ resnet18 = partial(ResNet, BasicBlock, (2, 2, 2, 2))
 resnet34 = partial(ResNet, BasicBlock, (3, 4, 6, 3))
 resnet50 = partial(ResNet, Bottleneck, (3, 4, 6, 3))
 preact_resnet50 = partial(PreActResNet, PreActBottleneck, (3, 4, 6, 3))
-# A ResNet-10 an eighth as wide: 80 thousand parameters, for tests and for trying things out.
+# ResNet-10 with an eighth of the width, 80 thousand parameters: for tests and experiments.
 resnet_tiny = partial(ResNet, BasicBlock, (1, 1, 1, 1), base_width=8)

@@ -1,6 +1,6 @@
-"""What a model costs at an image size: output shapes, parameters and multiply-adds.
+"""The cost of a model at an image size: output shapes, parameters and multiply-adds.
 
-Counted on a copy without data (torch's meta device): nothing is computed, and the model is not touched.
+Counted on a copy on torch's meta device, so nothing is computed and the model does not change.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a summary, for one image."""
+    """A line of the summary."""
 
     layer: str
-    shape: tuple[int, ...]  # of the output, without the batch axis; () for parameters outside any layer
+    shape: tuple[int, ...]  # of the output for one image; () for parameters outside any layer
     params: int
-    macs: int  # multiply-adds of convolutions and matrix products
+    macs: int  # multiply-adds of convolutions and matrix products, for one image
 
 
 def count_params(model: nn.Module) -> int:
@@ -30,15 +30,15 @@ def count_params(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, image_size: int) -> int:
-    """Return the multiply-adds of one forward pass on one image of `image_size` px.
+    """Return the multiply-adds of a forward pass on one image of `image_size` px.
 
-    Convolutions and matrix products only, as in published counts: 4.089e9 for ResNet-50 at 224 px.
+    Counts convolutions and matrix products, as published numbers do: 4.089e9 for ResNet-50 at 224 px.
     """
     return _forward(_without_data(model), image_size).get_total_flops() // 2
 
 
 def smallest_norm_map(model: nn.Module, image_size: int) -> int:
-    """Return H * W of the smallest map that reaches a BatchNorm at `image_size` px; 0 without BatchNorm."""
+    """Return H * W of the smallest map that enters a BatchNorm at `image_size` px; 0 without BatchNorm."""
     model, positions = _without_data(model), []
     for module in model.modules():
         if isinstance(module, _BatchNorm):
@@ -48,9 +48,9 @@ def smallest_norm_map(model: nn.Module, image_size: int) -> int:
 
 
 def rows(model: nn.Module, image_size: int, depth: int = 2) -> list[Row]:
-    """Return one row for each layer up to `depth` names deep, in the order of execution.
+    """Return one row for each layer, down to `depth` levels of modules, in the order of execution.
 
-    For a ResNet, depth 2 shows every block and depth 9 every convolution. Parameters outside these
+    For a ResNet, depth 2 shows every block and depth 9 every convolution. Parameters outside of these
     layers (such as ViT's class token) get rows of their own, so that the rows add up to the model.
     """
     model, shapes = _without_data(model), {}
@@ -90,16 +90,16 @@ def _layers(module: nn.Module, depth: int, prefix: str = "") -> Iterator[tuple[s
 
 
 def _without_data(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` in evaluation mode whose tensors have shapes but no data."""
+    """Return a copy of `model` in eval mode on the meta device."""
     tensors = [*model.parameters(), *model.buffers()]
-    # deepcopy looks into this memo first, so it takes the empty tensors in place of copies.
+    # deepcopy takes what it finds in this memo instead of copying.
     empty = {id(tensor): nn.Parameter(tensor.detach().to("meta"), False) for tensor in tensors}
     return copy.deepcopy(model, empty).eval()
 
 
 @torch.no_grad()
 def _forward(model: nn.Module, image_size: int) -> FlopCounterMode:
-    """Run a model without data on one image; return torch's counter (a multiply-add is two flops)."""
+    """Run a model on the meta device on one image; return torch's counter (a multiply-add is two flops)."""
     dtype = next(model.parameters()).dtype
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, image_size, image_size, dtype=dtype, device="meta"))

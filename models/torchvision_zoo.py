@@ -1,6 +1,6 @@
 """EfficientNet-B0, MobileNetV3-L, ViT-B/16 and Swin-T from torchvision, without trained weights.
 
-The only file of the package that imports torchvision (5 s), and only when a model is built.
+torchvision takes seconds to import, so it is imported here only, when one of these models is built.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ PATCH = 16  # side of a ViT-B/16 patch in px
 def build(arch: str, num_classes: int, image_sizes: Sequence[int]) -> nn.Module:
     """Return torchvision's `arch` with random weights and its own classifier for `num_classes`.
 
-    image_sizes: every side in px that the run uses, in training and validation; matters to ViT only
+    image_sizes: image sizes in px that the run uses; only ViT depends on them
+    Raises UsageError for sizes that ViT-B/16 cannot use.
     """
     size = {"image_size": vit_size(image_sizes)} if arch == "vit_b_16" else {}
     import torchvision.models
@@ -28,7 +29,10 @@ def build(arch: str, num_classes: int, image_sizes: Sequence[int]) -> nn.Module:
 
 
 def vit_size(image_sizes: Sequence[int]) -> int:
-    """Return the one image size of a ViT: its position embedding has one entry per patch."""
+    """Return the image size of ViT-B/16, whose position embedding has an entry for each patch.
+
+    Raises UsageError for several sizes, or for one that is not a multiple of the patch size.
+    """
     sizes = sorted(set(image_sizes)) or [224]
     if len(sizes) > 1:
         listed = ", ".join(map(str, sizes))

@@ -16,6 +16,7 @@ from conftest import ROOT
 
 import dataloader
 from base import process
+from base.device import Runtime
 from base.errors import DataError, UserError
 from base.flags import parse_augment
 from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, normalise, train_loader
@@ -74,7 +75,9 @@ def test_a_sample_is_the_same_in_every_batch_it_could_be_in(data):
 
 def test_ranks_share_the_batches_of_one_rank(data):
     whole = batches(data, 0)
-    halves = [batches(data, 0, rank=rank, world_size=2) for rank in (0, 1)]
+    halves = [
+        batches(data, 0, runtime=Runtime(torch.device("cpu"), None, rank, world_size=2)) for rank in (0, 1)
+    ]
     joined = [tuple(torch.cat(pair) for pair in zip(a, b, strict=True)) for a, b in zip(*halves, strict=True)]
     assert equal(whole, joined)
 

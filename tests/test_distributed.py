@@ -19,7 +19,7 @@ from torch import nn
 import loop
 import train
 import train_utils
-from base.device import Runtime, lost_ranks_named
+from base.device import Runtime, explain_lost_ranks
 from base.errors import ResourceError, UserError
 from dataloader import Order
 from harness.log import MetricLogger
@@ -110,7 +110,7 @@ def test_every_validation_sample_counts_once_however_ragged(world):
 
 @pytest.mark.parametrize("rank, marked", [(0, None), (1, 1)])
 def test_an_error_that_one_rank_alone_knows_of_is_printed_there(rank, marked):
-    with pytest.raises(UserError) as caught, lost_ranks_named(Runtime(torch.device("cpu"), None, rank, 2)):
+    with pytest.raises(UserError) as caught, explain_lost_ranks(Runtime(torch.device("cpu"), None, rank, 2)):
         raise ResourceError("no memory", "get some")
     assert caught.value.rank == marked
 
@@ -119,15 +119,15 @@ def test_only_a_lost_rank_is_reported_as_one():
     words = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5001"
     with (
         pytest.raises(ResourceError, match="another rank ended"),
-        lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)),
+        explain_lost_ranks(Runtime(torch.device("cpu"), None, 1, 2)),
     ):
         raise RuntimeError(words)
     with (
         pytest.raises(RuntimeError, match="shape"),
-        lost_ranks_named(Runtime(torch.device("cpu"), None, 1, 2)),
+        explain_lost_ranks(Runtime(torch.device("cpu"), None, 1, 2)),
     ):
         raise RuntimeError("shape mismatch")
-    with pytest.raises(RuntimeError, match="gloo"), lost_ranks_named(Runtime(torch.device("cpu"))):
+    with pytest.raises(RuntimeError, match="gloo"), explain_lost_ranks(Runtime(torch.device("cpu"))):
         raise RuntimeError(words)
 
 
@@ -148,6 +148,13 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resum
 
 
 @pytest.mark.slow
+def test_a_dry_run_on_two_ranks_takes_the_same_steps_on_both(tmp_path):
+    log = tmp_path / "log"
+    assert run(2, log, *TINY, "--save-dir", tmp_path / "run", "--dry-run") == [0, 0], log.read_text()
+    assert log.read_text().count("projected: ") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 def test_a_run_stopped_and_resumed_on_two_ranks_is_the_same_run(tmp_path):
     log = tmp_path / "log"
     assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
@@ -163,7 +170,7 @@ def test_a_run_stopped_and_resumed_on_two_ranks_is_the_same_run(tmp_path):
 @pytest.mark.parametrize("where", ["loop.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"])
 def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
     if dies == 1 and "save" in where:
-        where = "runtime.Runtime.barrier:1"
+        where = "base.device.Runtime.barrier:1"
     log, save_dir = tmp_path / "log", tmp_path / "run"
     codes = run(2, log, *TINY, "--save-dir", save_dir, only={dies: {"AT": where, "SIGNALS": "9"}})
     said = log.read_text()

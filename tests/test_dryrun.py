@@ -10,10 +10,13 @@ from inprocess import TINY, tiny_run
 import loop
 import train
 from base import flags
+from base.device import Runtime
 from harness import dryrun
 from harness.dryrun import Rate, timed
 from optim import Schedule
 from train_utils import Phase, plan
+
+CPU = Runtime(torch.device("cpu"))
 
 
 def test_the_dry_run_tries_every_phase_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -49,12 +52,12 @@ def test_the_learning_rates_of_a_phase_are_the_schedules(tmp_path):
 
 def test_the_warm_up_is_not_timed():
     rate, batch = Rate(), (None, torch.zeros(10))
-    for k, _ in enumerate(timed([batch] * 100, rate, torch.device("cpu"), seconds=0.02)):
+    for k, _ in enumerate(timed([batch] * 100, rate, CPU, seconds=0.02)):
         time.sleep(0.2 if k == 0 else 0.01)
     assert 1 <= rate.batches < 10 and rate.images == 10 * rate.batches
     assert 0.02 <= rate.seconds < 0.2
     alone = Rate()
-    for _ in timed([batch], alone, torch.device("cpu"), seconds=0.0):
+    for _ in timed([batch], alone, CPU, seconds=0.0):
         time.sleep(0.01)
     assert alone.images == 10 and alone.seconds >= 0.01
 
@@ -70,7 +73,7 @@ def test_the_estimate_counts_what_autograd_keeps(tmp_path):
 def test_the_projection_is_steps_times_the_measured_rate(tmp_path, monkeypatch, capsys):
     run = tiny_run(tmp_path, "--eval-every", "2")
 
-    def known(batches, rate, device, seconds):
+    def known(batches, rate, runtime, seconds):
         for batch in batches:
             yield batch
             rate.images, rate.seconds, rate.batches = 3600, 2.0, 1

@@ -10,7 +10,7 @@ from runs import digest
 from test_options import fitted
 
 import loop
-from base.device import seed_everything
+from base.device import Runtime, seed_everything
 from base.errors import ResourceError
 from base.flags import parse_augment
 from dataloader import train_loader
@@ -122,7 +122,7 @@ def test_prefetched_batches_equal_those_of_the_cpu(photos):
     }
     busy = torch.randn(4096, 4096, device="cuda")
     seen = []
-    for images, labels in train_loader(data, **options, device="cuda"):
+    for images, labels in train_loader(data, **options, runtime=Runtime(torch.device("cuda"))):
         for _ in range(20):  # a step still reads its batch when the next one arrives
             busy = (busy @ busy).clamp_(-1, 1)
         seen.append((images * 1, labels * 1))

@@ -10,6 +10,7 @@ from runs import digest, payload
 
 import loop
 import train
+from base.device import Runtime
 from base.errors import DataError, DivergedError
 from harness.log import MetricLogger, read_metrics
 
@@ -83,14 +84,12 @@ def test_an_epoch_is_saved_before_it_is_scored_and_again_with_its_row(
     every, eval_every, saves, tmp_path, monkeypatch
 ):
     run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], loop.save
-    monkeypatch.setattr(
-        loop,
-        "save",
-        lambda run, kind: (
-            kind == "last" and seen.append((run.state.step, len(run.state.rows))),
-            real(run, kind),
-        ),
-    )
+
+    def counted(run):
+        seen.append((run.state.step, len(run.state.rows)))
+        real(run)
+
+    monkeypatch.setattr(loop, "save", counted)
     loop.fit(run, MetricLogger(tmp_path))
     assert seen == saves
 
@@ -138,6 +137,18 @@ def test_without_patience_the_best_is_past_two_thirds_and_nothing_stops(tmp_path
     assert run.state.best == {"score": 35, "epoch": 8, "waited": 1}
 
 
+@pytest.mark.parametrize("signal_before", [0, 1, 3])
+def test_on_many_ranks_a_signal_between_two_steps_drops_and_repeats_no_batch(signal_before, tmp_path):
+    """The ranks agree to stop after a step: until then each must take the step that the others take."""
+    run, taken = tiny_run(tmp_path), []
+    run.runtime = Runtime(torch.device("cpu"), None, rank=0, world_size=2)
+    run.stop.received = 15 * (signal_before == 0)
+    for batch in loop.interruptible(run, [1, 2, 3]):
+        taken.append(batch)
+        run.stop.received = 15 * (len(taken) >= signal_before)
+    assert taken == [1, 2, 3]
+
+
 def overflowing(tmp_path, until: float, *arguments: object):
     run = tiny_run(tmp_path, *arguments)
     run.state.scaler = torch.amp.GradScaler("cpu", enabled=True)
@@ -170,7 +181,7 @@ def test_endless_overflows_end_the_run_with_a_finite_checkpoint(tmp_path, capsys
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
 def test_a_non_finite_state_is_never_saved_over_a_finite_one(tmp_path, what):
     built = tiny_run(tmp_path)
-    loop.save(built, "last")
+    loop.save(built)
     before = built.path("last").read_bytes()
     state, model = built.state, built.state.model
     first = next(model.parameters())
@@ -182,7 +193,7 @@ def test_a_non_finite_state_is_never_saved_over_a_finite_one(tmp_path, what):
     }
     ruined[what]()
     with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
-        loop.save(built, "last")
+        loop.save(built)
     assert built.path("last").read_bytes() == before
 
 

@@ -262,7 +262,7 @@ def fitted(arguments: list[str], save_dir: Path, resume: bool = False) -> loop.R
         rundir.restore(run, checkpoint.load(next(save_dir.glob("last_*.pt"))), config)
     try:
         loop.fit(run, MetricLogger(save_dir, run.state.rows))
-    except loop.Finished:
+    except loop.StopAfterReached:
         pass
     finally:
         torch.use_deterministic_algorithms(False)

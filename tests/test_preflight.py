@@ -137,10 +137,10 @@ def test_another_error_keeps_its_traceback(monkeypatch):
 
 
 def test_memory_reserved_for_later_may_be_what_does_not_fit(run, monkeypatch):
-    monkeypatch.setattr(preflight, "room_beside", lambda run, phase: 1 << 62)
+    monkeypatch.setattr(preflight, "ballast_bytes", lambda run, phase: 1 << 62)
     with pytest.raises(ResourceError, match="out of memory in phase 3") as caught:
         preflight.check_step_memory(run)
-    assert "not one image fits" in caught.value.fix
+    assert "not even one image fits" in caught.value.fix
 
 
 def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):

@@ -165,7 +165,7 @@ def test_a_foreign_best_is_not_carried_along(mine, other, tmp_path, capsys):
     checkpoint.save(mine / f"best_{NAME}", {**content, "run": "0123456789abcdef"})
     run("--save-dir", tmp_path / "fork", "--resume", mine / f"last_{NAME}", "--stop-after", "28")
     assert not (tmp_path / "fork" / f"best_{NAME}").exists()
-    assert "the best checkpoint so far, from epoch 5, is not beside" in capsys.readouterr().out
+    assert "the best checkpoint (epoch 5) was not copied" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_complete_in_its_directory(mine, tmp_path, capsys):

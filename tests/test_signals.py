@@ -34,7 +34,7 @@ STATES = {
     "harness.checkpoint._move_into_place:2": 5,  # with its row
     "harness.checkpoint._move_into_place:4": 10,
     "loop.start_phase:2": 5,  # at the change of size
-    "metrics.MetricLogger.log:2": 10,
+    "harness.log.MetricLogger.log:2": 10,
 }
 
 
@@ -81,7 +81,7 @@ def resumed(save_dir: Path) -> dict[str, str]:
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("state", ["metrics.MetricLogger.log:3", "harness.checkpoint.link:1"])
+@pytest.mark.parametrize("state", ["harness.log.MetricLogger.log:3", "harness.checkpoint.link:1"])
 def test_a_signal_after_the_last_save_leaves_the_run_finished(state, straight, tmp_path):
     assert stop_at(state, str(TERM), tmp_path / "run", tmp_path / "log", 0) == 0
     assert "done: best" in (tmp_path / "log").read_text()
