@@ -106,7 +106,7 @@ def test_a_truncated_archive_is_refused(archives, keep):
 
 def test_a_missing_archive_is_named(archives):
     (archives / tars.DEVKIT).unlink()
-    with pytest.raises(DataError, match="labels were not found"):
+    with pytest.raises(DataError, match="labels of its images were not found"):
         tars.imagenet_tars(archives)
     (archives / tars.VAL).unlink()
     with pytest.raises(DataError, match=tars.VAL):
