@@ -1,5 +1,5 @@
 #!/bin/bash
-# Train on several nodes, and go on by itself when the time is up or the job is preempted.
+# Train on several nodes, and continue by itself when the time is up or the job is preempted.
 #
 #   sbatch docs/slurm.sh --data-dir /data/imagenet --save-dir runs/r50
 #
@@ -20,7 +20,7 @@
 
 log="slurm-$SLURM_JOB_ID.log"
 export HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
-stops() { grep -c "^stopped at step" "$log"; }
+stops() { grep -c "^Stopped at step" "$log"; }
 before=$(stops)
 trap : USR1 TERM # they are for the ranks; this shell waits until those have saved (ignored, no child could trap them)
 

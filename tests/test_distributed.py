@@ -18,7 +18,6 @@ from torch import nn
 
 import loop
 import train
-import train_utils
 from base.device import Runtime, explain_lost_ranks
 from base.errors import ResourceError, UserError
 from dataloader import Order
@@ -167,7 +166,7 @@ def test_a_run_stopped_and_resumed_on_two_ranks_is_the_same_run(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies", [0, 1])
-@pytest.mark.parametrize("where", ["loop.train_step:7", "train_utils.hits:1", "loop.checkpoint.save:1"])
+@pytest.mark.parametrize("where", ["loop.train_step:7", "train_utils.hits:1", "harness.checkpoint.save:1"])
 def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_path):
     if dies == 1 and "save" in where:
         where = "base.device.Runtime.barrier:1"
@@ -299,8 +298,8 @@ def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
     for module in run.state.model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval().train = lambda mode=True, module=module: module
-    losses, real = [], train_utils.train_step
-    train_utils.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
+    losses, real = [], loop.train_step
+    loop.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
     loop.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main))
     if run.runtime.is_main:
         (Path(save_dir) / "losses.json").write_text(json.dumps(losses))
