@@ -164,7 +164,7 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
 
 
 def _first_visit(listing: Listing, path: bytes, relative: bytes) -> bool:
-    """Record a visit to the folder `path`; return False, and record that too, if it was not the first."""
+    """Record a visit to the folder `path`, and return whether it was the first."""
     real = os.path.realpath(path)
     if real in listing.seen:
         listing.repeated.append(relative)

@@ -84,7 +84,7 @@ def test_torchvision_loads_a_resnet18(tmp_path):
 )
 def test_torchvision_has_no_such_model(more, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        export.export("torchvision", untrained(**more), tmp_path)
+        export.export("torchvision", untrained(**more), tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
