@@ -12,8 +12,12 @@ COLOURS = ("#9aa5b1", "#4c9f70", "#2a7fb8", "#c0392b", "#8e5ea2", "#b8860b")
 
 def node(name: str) -> str:
     """Return the box that module `name` is drawn in: itself if it has a layer of its own, else its package."""
-    if name.startswith("analysis.") and layer(name) == 1:
-        return "analysis/figures, scores"
+    if name.startswith("analysis.") and layer(name) < 5:
+        return {
+            1: "analysis/scores, ...",
+            2: "analysis/landscape_figures",
+            3: "analysis/predictions, ...",
+        }.get(layer(name), name.replace(".", "/"))
     if name in LAYERS and layer(name):
         return name.replace(".", "/")
     return name.split(".")[0]
