@@ -173,20 +173,19 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: Ste
 
 
 def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of `loader`. A stop signal ends the wait for one: a hung disk may never send it."""
-    if run.runtime.world_size > 1:  # every rank takes every step; they stop together, after one
-        yield from loader
-        return
-    batches, batch = iter(loader), None
+    """Yield the batches of `loader`; a stop signal does not wait for one that a stuck disk may never send."""
+    batches = iter(loader)
+    alone = run.runtime.world_size == 1  # many ranks stop together, after the step
     while True:
+        batch = None
         try:
-            run.stop.waiting = True
-            if not run.stop.received:
+            run.stop.waiting = alone
+            if not (alone and run.stop.received):
                 batch = next(batches, None)
             run.stop.waiting = False
         except Interrupted:
             pass
-        if run.stop.received:
+        if alone and run.stop.received:
             save_or_stop(run)
         if batch is None:
             return

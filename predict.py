@@ -9,7 +9,7 @@ import os
 import sys
 from pathlib import Path
 
-from base import flags, process
+from base import files, flags, process
 from base.errors import DataError, UsageError, printable, run, tell
 
 EPILOG = """examples:
@@ -54,18 +54,19 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = flags.parse(build_parser(), argv)
+    config, given = flags.parse(build_parser(), argv)
     if not (config.images or config.export):
         raise UsageError("no images given", "name image files or folders, or --export FORMAT")
-    flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, typed)
+    flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, given)
     if config.json == config.csv == "-":
         raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
     from harness import rundir
 
     rundir.check_checkpoint(config.checkpoint)
     paths, bad = find_images(config.images or ())
-    from analysis import predictions
-    from base.device import init_runtime, memory_for
+
+    from analysis import export, predictions
+    from base.device import init_runtime
 
     say = tell if "-" in (config.json, config.csv) else process.say
     classifier = predictions.load(config.checkpoint, config.weights, init_runtime(config.device, config.amp))
@@ -73,14 +74,13 @@ def main(argv: list[str] | None = None) -> int:
     if paths:
         if len(paths) > config.batch_size and (note := flags.workers_note(config.num_workers)):
             say(note)
-        with memory_for(f"batch {config.batch_size}", "lower --batch-size", classifier.device):
-            found, unreadable = predict(classifier, paths, config.top, config.batch_size, config.num_workers)
+        loading = (config.batch_size, config.num_workers)
+        found, unreadable = classifier.predict_files(paths, config.top, *loading)
         bad += unreadable
         write_predictions(classifier, found, bad, config, say)
     if config.export:
-        from analysis.export import export
-
-        path, card = export(config.export, classifier, Path(config.out or Path(config.checkpoint).parent))
+        out = Path(config.out or Path(config.checkpoint).parent)
+        path, card = export.export(config.export, classifier, out)
         say(f"written and checked: {path}, described in {card}")
     if bad:
         for path, reason in bad:
@@ -102,43 +102,17 @@ def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]
             paths.append(name)
             continue
         inside = []
-        for folder, subfolders, files in os.walk(name):
+        for folder, subfolders, entries in os.walk(name):
             subfolders.sort()
-            inside += [os.path.join(folder, file) for file in sorted(files) if is_image(os.fsencode(file))]
+            inside += [os.path.join(folder, e) for e in sorted(entries) if is_image(os.fsencode(e))]
         paths += inside
         if not inside:
             bad.append((name, "no images in this folder"))
     return paths, bad
 
 
-def predict(classifier, paths: list[str], top: int, batch_size: int, num_workers: int) -> tuple[list, list]:
-    """Return [{"file": path, "predictions": `top` likeliest classes}] and [(bad path, reason)], in order."""
-    from analysis.predictions import logits_of
-    from base.progress import Progress
-
-    classes, names = classifier.classes, classifier.payload["eval"]["class_names"]
-    loader = classifier.loader(paths, batch_size, num_workers)
-    found = []
-    with Progress(len(loader), f"{len(paths)} images", unit="batches") as bar:
-        for images, positions in bar.over(loader):
-            probabilities = logits_of(classifier.model, images, classifier.runtime).softmax(1)
-            best = probabilities.topk(min(top, len(classes)))
-            rows = zip(positions.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
-            for i, values, labels in rows:
-                likeliest = [
-                    {"class": classes[k], "name": names[k], "probability": p}
-                    for k, p in zip(labels, values, strict=True)
-                ]
-                found.append({"file": paths[i], "predictions": likeliest})
-    reasons = dict(loader.bad)
-    good = [image for i, image in enumerate(found) if i not in reasons]
-    return good, [(paths[i], reason) for i, reason in reasons.items()]
-
-
 def write_predictions(classifier, found: list[dict], bad: list, config, say) -> None:
     """Write the predictions as JSON and CSV; print them as a table if neither was asked for."""
-    from base import files
-
     texts = {}
     if config.json:
         content = {

@@ -15,7 +15,7 @@ def checkpoint_parser(name: str, description: str, epilog: str) -> flags.Parser:
     parser = flags.build_parser(f"-m analysis.{name}", description, epilog)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="Checkpoint that train.py wrote (best_*.pt or last_*.pt).")
-    add("--out", default="", metavar="DIR", help="Output directory. Default: plots/ beside the checkpoint.")
+    add("--out", default="", metavar="DIR", help="Output directory; by default plots/ beside the checkpoint.")
     weights = "Weights to use; falls back to raw if there is no EMA."
     add("--weights", default="ema", choices=("ema", "raw"), help=weights)
     add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
@@ -28,9 +28,9 @@ def parse(parser: flags.Parser, argv: list[str] | None):
     """Parse as `flags.parse`, and check that the checkpoint exists before torch is imported."""
     from harness import rundir
 
-    config, typed = flags.parse(parser, argv)
+    config, given = flags.parse(parser, argv)
     rundir.check_checkpoint(config.checkpoint)
-    return config, typed
+    return config, given
 
 
 def out_dir(config) -> Path:

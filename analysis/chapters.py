@@ -8,7 +8,7 @@ from pathlib import Path
 
 from analysis import learning_curves
 from analysis.markdown import to_html
-from analysis.page import Markup, chart, details, facts, image, join, section, table, tag
+from analysis.page import Markup, Section, chart, details, facts, image, join, page, section, table, tag
 from analysis.runs import SCORE_COLUMNS, RunFiles, changed_flags, differing_flags, phases, shown
 from base import flags
 from base.progress import duration
@@ -31,7 +31,29 @@ SCORE_TITLES = ("px", "weights", "BatchNorm", "TTA", "top-1 %", "top-5 %", "loss
 MOST_ROWS = 20  # of a table that is not folded away
 
 
-def overview(runs: Sequence[RunFiles]):
+def document(runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str, list[str]]) -> str:
+    """Return the page. notes: by the name of a run, what could not be drawn."""
+
+    def pictures(run: RunFiles) -> Markup:
+        failed = [tag("p", note, class_="soft") for note in notes.get(run.name, [])]
+        return join([galleries(run), *failed])
+
+    sections = [study(folder, k) for k, folder in enumerate(studies)]
+    if runs:
+        sections += [
+            overview(runs),
+            curves(runs),
+            each_run("Validation", "validation", runs, validation),
+            each_run("Pictures", "pictures", runs, pictures),
+            each_run("Environment and flags", "environment", runs, environment),
+        ]
+    names = [source.name for source in (*runs, *studies)]
+    title = f"Training report: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+    lead = f"{len(runs)} run{'s' * (len(runs) != 1)}" if runs else "From the files of the study's runs"
+    return page(title, lead, sections)
+
+
+def overview(runs: Sequence[RunFiles]) -> Section:
     """Summarize one run, or compare several in a table with the flags that differ."""
     if len(runs) == 1:
         return section("Summary", "summary", summary(runs[0]))
@@ -79,7 +101,7 @@ def summary(run: RunFiles) -> Markup:
     return facts(values)
 
 
-def curves(runs: Sequence[RunFiles]):
+def curves(runs: Sequence[RunFiles]) -> Section:
     """Draw the charts of one run or of several, with the table of every epoch folded away."""
     charts = [chart(fig) for fig in learning_curves.charts(runs)]
     return section("Curves", "curves", tag("div", *charts, class_="charts"), *map(epochs_table, runs))
@@ -100,7 +122,9 @@ def epochs_table(run: RunFiles) -> Markup:
     return details(f"Every epoch of {run.name}", table(header, rows))
 
 
-def each_run(title: str, anchor: str, runs: Sequence[RunFiles], content_of: Callable[[RunFiles], Markup]):
+def each_run(
+    title: str, anchor: str, runs: Sequence[RunFiles], content_of: Callable[[RunFiles], Markup]
+) -> Section:
     """Return a chapter with content_of(run) of each run, under the run's name if there are several."""
     parts = []
     for run in runs:
@@ -156,7 +180,7 @@ def galleries(run: RunFiles) -> Markup:
     found = {path.name: path for path in paths if path.name not in DRAWN_AS_CHARTS and path.is_file()}
     if not found:
         commands = "gradcam, misclassified, batch, filters or loss_landscape"
-        return tag("p", f"No pictures yet. They come from python -m analysis.NAME with {commands}.")
+        return tag("p", f"No pictures yet. Draw them with python -m analysis.NAME, where NAME is {commands}.")
     names = [*(name for name in CAPTIONS if name in found), *(name for name in found if name not in CAPTIONS)]
     return join(image(found[name], CAPTIONS.get(name, name)) for name in names)
 
@@ -174,7 +198,7 @@ def environment(run: RunFiles) -> Markup:
     return join([*parts, details("All flags", table(["flag", "value"], every))])
 
 
-def study(folder: Path, number: int):
+def study(folder: Path, number: int) -> Section:
     """Return the text, pictures and table that ablation_runs.report wrote into a study's directory."""
     parts = [to_html((folder / "summary.md").read_text(encoding="utf-8"), folder)]
     if (folder / "summary.csv").is_file():

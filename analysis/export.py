@@ -38,11 +38,11 @@ def export(kind: str, classifier: Classifier, out: Path) -> tuple[Path, Path]:
     The file is read back by its own library and compared with the model on random images. Raises UsageError
     if the format does not support the model or its package is missing, UserError if the logits differ.
     """
-    facts, args = classifier.payload["eval"], classifier.payload["model_args"]
+    data, args = classifier.payload["eval"], classifier.payload["model_args"]
     ending, write = EXPORTS[kind]
-    path = out / f"{args['arch']}_{facts['dataset']}{ending}"
+    path = out / f"{args['arch']}_{data['dataset']}{ending}"
     classifier.model.to("cpu", memory_format=torch.contiguous_format)
-    shape = (3, 3, facts["image_size"], facts["image_size"])
+    shape = (3, 3, data["image_size"], data["image_size"])
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with files.replacing(path) as partial, torch.no_grad():
         expected = classifier.model(images)
@@ -50,7 +50,7 @@ def export(kind: str, classifier: Classifier, out: Path) -> tuple[Path, Path]:
         difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1))
         if not difference <= TOLERANCE:
             raise UserError(
-                f"the {kind} file differs from the model: logits by {difference:.1e}; it was deleted",
+                f"the {kind} file was deleted: its logits differ from the model's by {difference:.1e}",
                 "report this, with the versions in env.json",
             )
     card = model_card(kind, path.name, classifier, difference)
@@ -77,7 +77,7 @@ def to_onnx(classifier: Classifier, path: Path, images: Tensor) -> Tensor:
 
 
 def to_safetensors(classifier: Classifier, path: Path, images: Tensor) -> Tensor:
-    """The state dict under its own names, with what rebuilds the model in the file's metadata."""
+    """Write the state dict, with metadata that rebuilds the model."""
     library = optional("safetensors.torch", "--export safetensors")
     state = {name: value.contiguous() for name, value in classifier.model.state_dict().items()}
     path.write_bytes(library.save(state, metadata(classifier)))
@@ -109,7 +109,7 @@ EXPORTS: dict[str, tuple[str, Callable[..., Tensor]]] = {
 
 
 def metadata(classifier: Classifier) -> dict[str, str]:
-    """Texts for a file's header: how to rebuild the model and how to preprocess its images."""
+    """Return the texts of a file's header: how to rebuild the model and preprocess its images."""
     values = {name: json.dumps(classifier.payload[name]) for name in ("model_args", "eval")}
     return values | {"weights": classifier.weights}
 
@@ -164,28 +164,30 @@ data; it was not tested on other data.
 |---|---|---|
 {classes}
 """
-BLURPOOL = "\nIt was trained with antialiased-cnns (CC BY-NC-SA 4.0): no commercial use.\n"
+BLURPOOL = (
+    "\nIt was trained with antialiased-cnns, whose license (CC BY-NC-SA 4.0) excludes commercial use.\n"
+)
 
 
 def model_card(kind: str, name: str, classifier: Classifier, difference: float) -> str:
     """Return Markdown: what the model is, how to use it, its scores, and how it was trained."""
     payload, weights = classifier.payload, classifier.weights
-    facts, args, flags = payload["eval"], payload["model_args"], payload["config"]
-    size = facts["image_size"]
+    data, args, flags = payload["eval"], payload["model_args"], payload["config"]
+    size = data["image_size"]
     more = f", image_size={size}" if args["arch"].startswith("vit") else ""
-    rows = enumerate(zip(facts["classes"], facts["class_names"], strict=True))
+    rows = enumerate(zip(data["classes"], data["class_names"], strict=True))
     return CARD.format(
         name=name,
         model=describe_args(args),
-        dataset=facts["dataset"],
+        dataset=data["dataset"],
         epochs=len(payload["rows"]),
         weights={"ema": "average of its weights (EMA)", "raw": "weights of its last step"}[weights],
         use=USE[kind].format(name=name, size=size, more=more, **args),
-        resized=round(size / facts["crop"]),
+        resized=round(size / data["crop"]),
         size=size,
-        mean=", ".join(f"{value:.6g}" for value in facts["mean"]),
-        std=", ".join(f"{value:.6g}" for value in facts["std"]),
-        num_classes=len(facts["classes"]),
+        mean=", ".join(f"{value:.6g}" for value in data["mean"]),
+        std=", ".join(f"{value:.6g}" for value in data["std"]),
+        num_classes=len(data["classes"]),
         difference=difference,
         scores=_scores(payload["rows"], "ema_val" if weights == "ema" else "val"),
         flags="\n".join(f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if name in flags),
@@ -205,5 +207,5 @@ def _scores(rows: list[dict], column: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Class names come from disks: escape what could end a table cell, start HTML or control a terminal."""
+    """Escape what could end a table cell, start HTML or control a terminal: class names come from disks."""
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("\n", " ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from base.errors import UsageError
 
 
 def as_map(output: object) -> Tensor | None:
-    """Return a module's output as a map (N, C, h, w), or None if it is no map.
+    """Return a module's output as a map (N, C, h, w), or None if it is not a map.
 
     Accepts (N, C, h, w); (N, h, w, C), as inside Swin; and (N, L, C) tokens of a square grid, with or
     without a class token before them, as inside ViT.
@@ -43,15 +44,12 @@ def recorded(modules: dict[str, nn.Module]) -> Iterator[dict[str, object]]:
     """
     outputs, handles = {}, []
 
-    def keep_as(name: str):
-        def hook(module: nn.Module, args: tuple, output: object) -> None:
-            outputs[name] = output
-
-        return hook
+    def keep(name: str, module: nn.Module, args: tuple, output: object) -> None:
+        outputs[name] = output
 
     try:
         for name, module in modules.items():
-            handles.append(module.register_forward_hook(keep_as(name)))
+            handles.append(module.register_forward_hook(partial(keep, name)))
         yield outputs
     finally:
         for handle in handles:
@@ -73,7 +71,7 @@ def module_named(model: nn.Module, name: str) -> nn.Module:
 
 
 def last_map(model: nn.Module, images: Tensor) -> str:
-    """Return the name of the last module whose output is a map that matters to the logits as a whole.
+    """Return the name of the last module whose output is a map of which the logits use several positions.
 
     images: (1, 3, H, W). In a ViT this is not the last block: the logits read its class token alone, so
     no gradient reaches the patches after the last attention. Raises UsageError if there is no map.

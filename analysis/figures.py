@@ -1,4 +1,4 @@
-"""How every picture looks and how it is saved: one style, one set of colours, galleries and heat maps.
+"""The style of every picture, how it is saved, and galleries of images.
 
 The functions draw the values they are given and know nothing about runs or models. The colours are those
 of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers can tell apart.
@@ -68,47 +68,6 @@ def to_svg(fig: Figure) -> bytes:
 def line_style(k: int) -> dict[str, str]:
     """Return colour and dashes of line k; the dashes change when the colours repeat."""
     return {"color": LINES[k % len(LINES)], "linestyle": DASHES[k // len(LINES) % len(DASHES)]}
-
-
-def heat_map(
-    values: np.ndarray,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    *,
-    title: str,
-    unit: str,
-    row_title: str = "",
-    column_title: str = "",
-) -> Figure:
-    """Draw a grid of numbers (len(rows), len(columns)), such as accuracy over learning rate and batch size.
-
-    NaN leaves a cell empty. The numbers are written into the cells while there is room, and at most 40
-    rows and columns are named.
-    """
-    values = np.asarray(values, float)
-    fig = figure(min(14, 2.6 + 0.62 * len(columns)), min(12, 1.9 + 0.42 * len(rows)))
-    ax = fig.subplots()
-    image = ax.imshow(np.ma.masked_invalid(values), cmap=MAP, aspect="auto")
-    ax.set(title=title, xlabel=column_title, ylabel=row_title)
-    ax.grid(False)
-    for axis, names in ((ax.xaxis, columns), (ax.yaxis, rows)):
-        every = max(1, -(-len(names) // 40))
-        axis.set_ticks(range(0, len(names), every), names[::every], fontsize=9)
-    if max(map(len, columns), default=0) > 5:
-        for label in ax.get_xticklabels():
-            label.set(rotation=45, ha="right", rotation_mode="anchor")
-    if len(columns) <= 16 and len(rows) <= 30:
-        _write_numbers(ax, values, image)
-    fig.colorbar(image, label=unit)
-    return fig
-
-
-def _write_numbers(ax, values: np.ndarray, image) -> None:
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            brightness = image.cmap(image.norm(value))[:3] @ GREY
-            colour = "black" if brightness > 0.5 else "white"
-            ax.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, fontsize=9)
 
 
 def gallery(

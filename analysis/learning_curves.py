@@ -70,14 +70,15 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
         epochs, values = series(run.rows, column)
         colour, dash = STYLES.get(column.split("_")[0], (figures.BLUE, "-"))
         if epochs:
-            ax.plot(epochs, values, dash, color=colour, label=label, marker="o", markersize=3)
+            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
+            ax.plot(epochs, values, label=label, **style)
     if panel is TOP1 and run.best:
         label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
         star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
         ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
     ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
     mark_phases(ax, run.rows)
-    if len(panel.columns) > 1 and ax.lines:
+    if len(panel.columns) > 1 and ax.get_legend_handles_labels()[1]:
         ax.legend()
 
 

@@ -78,7 +78,7 @@ def longest_descent(values: Sequence[float]) -> tuple[int, int]:
 class Divergence:
     """Tells when the running mean of the losses is four times its lowest value and above its first.
 
-    The second condition is for losses close to zero, where four times nothing is noise.
+    The second condition is for losses close to zero, whose noise exceeds four times the lowest value.
     """
 
     def __init__(self, decay: float = 0.8):

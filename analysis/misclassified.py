@@ -1,4 +1,4 @@
-"""The validation images that a model gets wrong, the most confident mistake first."""
+"""Show the validation images that a model gets wrong, the most confident mistake first."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import sys
 
 from analysis import arguments
-from base import flags
+from base import files, flags
 from base.errors import UsageError, run
 
 EPILOG = """examples:
@@ -25,11 +25,11 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    config, typed = arguments.parse(build_parser(), argv)
+    config, given = arguments.parse(build_parser(), argv)
+    from analysis import figures
     from analysis.predictions import load_with_data
-    from base import files
 
-    classifier = load_with_data(config, typed)
+    classifier = load_with_data(config, given)
     predictions = classifier.predict_val()
     wrong, total = predictions.most_confident_errors(), len(predictions.labels)
     if config.only:
@@ -39,7 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     if len(wrong):
         title = f"The most confident mistakes of {classifier.title}"
         title += f"\n{len(wrong)} of {total} validation images are misclassified"
-        fig = picture(classifier, predictions, wrong[: config.count], title)
+        shown, names = wrong[: config.count], [figures.shorten(name, 22) for name in classifier.names]
+        captions = [caption(predictions, i, names) for i in shown]
+        fig = figures.gallery(classifier.val_pixels(shown), captions, title=title)
         arguments.save(config, {"misclassified.png": fig})
     else:
         print(f"no mistakes in {total} validation images")
@@ -56,16 +58,9 @@ def label_of(wanted: str, classes: list[str], names: list[str]) -> int:
     raise UsageError(f"--only {wanted}: no such class", f"name one of {', '.join(names[:12])}, ...")
 
 
-def picture(classifier, predictions, ids, title: str):
-    from analysis import figures
-
-    names = [figures.shorten(name, 22) for name in classifier.names]
-    captions = []
-    for i in ids:
-        truth, predicted = names[predictions.labels[i]], names[predictions.predicted[i]]
-        confidence = f"{100 * predictions.confidence[i]:.0f} % sure"
-        captions.append(f"truth: {truth}\nprediction: {predicted}\n{confidence}")
-    return figures.gallery(classifier.val_pixels(ids), captions, title=title)
+def caption(predictions, i: int, names: list[str]) -> str:
+    truth, predicted = names[predictions.labels[i]], names[predictions.predicted[i]]
+    return f"truth: {truth}\nprediction: {predicted}\n{100 * predictions.confidence[i]:.0f} % sure"
 
 
 def mistakes(classifier, predictions, ids) -> list[dict]:

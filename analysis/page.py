@@ -17,13 +17,14 @@ from pathlib import Path
 from analysis import figures
 
 CSS, SCRIPT = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
-
-
 NUMBER = re.compile(r"-|[-+]?[\d,]*\.?\d+(e[-+]\d+)?( ?%)?")
 
 
 class Markup(str):
     """Text that is already HTML."""
+
+
+Section = tuple[str, str, Markup]  # of the page: title, anchor, content
 
 
 def escape(text: object) -> Markup:
@@ -71,10 +72,7 @@ def _embedded(data: bytes, kind: str, alt: str) -> Markup:
 
 
 def chart(fig) -> Markup:
-    """Return a figure with one chart over epochs as SVG that shows its values when pointed at.
-
-    A chart without lines becomes ''.
-    """
+    """Return a chart over epochs as SVG; pointing at it shows its values. '' for a chart without lines."""
     (ax,) = fig.axes
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
     if not lines:
@@ -104,12 +102,11 @@ def details(title: str, content: object) -> Markup:
     return tag("details", tag("summary", title), content)
 
 
-def section(title: str, anchor: str, *content: object) -> tuple[str, str, Markup]:
-    """Return a chapter for `page`: (title, anchor, markup)."""
+def section(title: str, anchor: str, *content: object) -> Section:
     return title, anchor, tag("section", tag("h2", title), join(content), id=anchor)
 
 
-def page(title: str, lead: str, sections: Sequence[tuple[str, str, Markup]]) -> str:
+def page(title: str, lead: str, sections: Sequence[Section]) -> str:
     """Return the whole document."""
     # The policy allows this one script, by its hash, and no address: even markup that slipped through
     # could neither run nor load anything.

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from base import flags
-from base.errors import run
+from base.errors import run as run_command
 
 EPILOG = """examples:
   python -m analysis.plots checkpoints/                    write checkpoints/plots/curves.png and lr.png
@@ -19,29 +19,30 @@ EPILOG = """examples:
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.plots", "Draw the learning curves of one or more runs.", EPILOG)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="Directory that train.py wrote.")
-    parser.add_argument("--out", default="", metavar="DIR", help="Output directory. Default: RUN_DIR/plots.")
+    parser.add_argument(
+        "--out", default="", metavar="DIR", help="Output directory; by default RUN_DIR/plots."
+    )
     flags.DEBUG.add_to(parser)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from analysis import figures, learning_curves
-    from analysis.runs import read_runs
+    from analysis import figures, learning_curves, runs
 
-    runs = read_runs(args.run_dirs)
-    for one in runs:
-        folder = one.path / "plots"
+    found = runs.read_runs(args.run_dirs)
+    for run in found:
+        folder = run.path / "plots"
         if args.out:
-            folder = Path(args.out, one.name) if len(runs) > 1 else Path(args.out)
-        rate = learning_curves.single(one, learning_curves.LR, figures.shorten(one.name, 60))
-        print(figures.save(learning_curves.curves(one), folder / "curves.png"))
+            folder = Path(args.out, run.name) if len(found) > 1 else Path(args.out)
+        rate = learning_curves.single(run, learning_curves.LR, figures.shorten(run.name, 60))
+        print(figures.save(learning_curves.curves(run), folder / "curves.png"))
         print(figures.save(rate, folder / "lr.png", dpi=160))
-    if len(runs) > 1 and args.out:
-        compared = learning_curves.compare(runs, *learning_curves.COMPARISONS[0], width=9)
+    if len(found) > 1 and args.out:
+        compared = learning_curves.compare(found, *learning_curves.COMPARISONS[0], width=9)
         print(figures.save(compared, Path(args.out) / "compare.png"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_command(main))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from base import flags, process
-from base.device import Runtime, init_runtime
+from base.device import Runtime, init_runtime, memory_for
 from base.errors import DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
@@ -100,11 +100,51 @@ class Classifier:
             device=self.device,
         )
 
+    def batches(self, split: Split, title: str, batch_size: int = 64, num_workers: int = 0) -> Batches:
+        """Yield the batches of a split, with a progress bar."""
+        loader = self.loader(split, batch_size, num_workers)
+        with Progress(len(loader), title, unit="batches") as bar:
+            yield from bar.over(loader)
+
     def predict_val(self) -> Predictions:
         """Predict every validation image."""
-        loader = self.loader(self.index.val)
-        with Progress(len(loader), "validation images", unit="batches") as bar:
-            return predict({self.weights: self.model}, bar.over(loader), self.runtime)[self.weights]
+        batches = self.batches(self.index.val, "validation images")
+        return predict({self.weights: self.model}, batches, self.runtime)[self.weights]
+
+    def predict_files(
+        self, paths: Sequence[str], top: int, batch_size: int, num_workers: int
+    ) -> tuple[list[dict], list[tuple[str, str]]]:
+        """Return [{"file": path, "predictions": the `top` likeliest classes}] and [(bad path, reason)]."""
+        names = self.payload["eval"]["class_names"]
+        loader, found = self.loader(paths, batch_size, num_workers), []
+        memory = memory_for(f"batch {batch_size}", "lower --batch-size", self.device)
+        with memory, Progress(len(loader), f"{len(paths)} images", unit="batches") as bar:
+            for images, positions in bar.over(loader):
+                probabilities = logits_of(self.model, images, self.runtime).softmax(1)
+                best = probabilities.topk(min(top, len(names)))
+                rows = zip(positions.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
+                for i, values, labels in rows:
+                    likeliest = [
+                        {"class": self.classes[k], "name": names[k], "probability": p}
+                        for k, p in zip(labels, values, strict=True)
+                    ]
+                    found.append({"file": paths[i], "predictions": likeliest})
+        reasons = dict(loader.bad)
+        good = [image for i, image in enumerate(found) if i not in reasons]
+        return good, [(paths[i], reason) for i, reason in reasons.items()]
+
+    def spread_ids(self, count: int) -> np.ndarray:
+        """Return `count` evenly spread validation images; sorted by class, they cover many classes."""
+        last = len(self.index.val) - 1
+        return np.unique(np.linspace(0, last, min(count, last + 1)).round().astype(int))
+
+    def check_ids(self, ids: Sequence[int], flag: str) -> np.ndarray:
+        """Return the validation images `ids`. Raises UsageError for one that does not exist."""
+        total = len(self.index.val)
+        for i in ids:
+            if i >= total:
+                raise UsageError(f"{flag} {i}: there are {total} images", f"use 0 to {total - 1}")
+        return np.asarray(ids, int)
 
 
 def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Classifier:
@@ -250,16 +290,3 @@ def recalibrate(model: nn.Module, batches: Batches, runtime: Runtime) -> nn.Modu
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     return model.eval()
-
-
-def spread_ids(num_samples: int, count: int) -> np.ndarray:
-    """Return `count` evenly spread positions. Images are sorted by class, so these cover many classes."""
-    return np.unique(np.linspace(0, num_samples - 1, min(count, num_samples)).round().astype(int))
-
-
-def check_ids(ids: Sequence[int], num_samples: int, flag: str) -> np.ndarray:
-    """Return `ids` as an array. Raises UsageError for one that is out of range."""
-    for i in ids:
-        if i >= num_samples:
-            raise UsageError(f"{flag} {i}: there are {num_samples} images", f"use 0 to {num_samples - 1}")
-    return np.asarray(ids, int)

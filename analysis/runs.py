@@ -23,7 +23,7 @@ class RunFiles:
     """What train.py left in one directory."""
 
     path: Path
-    name: str  # short, and different from the names of the other runs
+    name: str  # short and unique
     rows: list[dict]  # of metrics.jsonl
     config: dict  # empty without config.json
     env: dict  # empty without env.json
@@ -86,7 +86,7 @@ def read_run(path: Path, name: str) -> RunFiles:
 
 
 def short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """Return each directory's name, with as much of the path before it as makes all of them different."""
+    """Return a unique name for each directory: its own, with as much of its path as that takes."""
     parts = {path: path.resolve().parts for path in paths}
     names = {path: path.name for path in paths}
     for depth in range(1, max(map(len, parts.values()), default=0) + 1):
@@ -126,7 +126,7 @@ def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
 
 
 def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
-    """Return for each run the differing flags, with values, in which it is not like most others."""
+    """Return, for each run, the differing flags with a value that most other runs do not have."""
     unusual = [{} for _ in runs]
     for name in differing_flags(runs):
         values = [shown(run.config[name]) if name in run.config else None for run in runs]
@@ -136,6 +136,15 @@ def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
             if value not in (None, usual):
                 differs[name] = run.config[name]
     return unusual
+
+
+def listing(runs: Sequence[RunFiles]) -> str:
+    """Return the runs as an aligned text table, with the flags that set each of them apart."""
+    rows = [[*SCORE_COLUMNS, "flags that differ"]]
+    for run, unusual in zip(runs, unusual_flags(runs), strict=True):
+        rows.append([*run.scores(), " ".join(flags.to_argv(unusual))])
+    widths = [max(len(row[k]) for row in rows) for k in range(len(SCORE_COLUMNS))]
+    return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
 
 
 def changed_flags(config: dict) -> dict[str, tuple[str, str]]:

@@ -30,7 +30,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], pairs: Sequence[Pair], t
     support = counts.sum(1, keepdims=True)
     percent = 100 * np.divide(counts, support, out=np.zeros(counts.shape), where=support > 0)
     fig = figures.figure(14, 8.2, title)
-    axis, bars = figures.axes(fig, 1, 2, width_ratios=(1.75, 1))[0]
+    axis, bars = fig.subplots(1, 2, width_ratios=(1.75, 1))
     # A square-root scale: mistakes are a few percent, the diagonal is nearly 100.
     image = axis.imshow(percent, cmap=figures.MAP, norm=PowerNorm(0.5, 0, 100), aspect="equal")
     axis.grid(False)
@@ -47,7 +47,7 @@ def confusion(matrix: np.ndarray, names: Sequence[str], pairs: Sequence[Pair], t
         _write_counts(axis, matrix, percent)
     ticks = (0, 1, 5, 10, 25, 50, 75, 100)
     fig.colorbar(image, ax=axis, label="share of the true class (%)", ticks=ticks, shrink=0.75)
-    _list_pairs(bars, names, pairs[:MAX_PAIRS])
+    _draw_pairs(bars, names, pairs)
     return fig
 
 
@@ -58,16 +58,19 @@ def _write_counts(axis, matrix: np.ndarray, percent: np.ndarray) -> None:
             axis.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
 
 
-def _list_pairs(axis, names: Sequence[str], pairs: Sequence[Pair]) -> None:
-    axis.set_title("most confused pairs" if pairs else "no mistakes")
-    if not pairs:
+def _draw_pairs(axis, names: Sequence[str], pairs: Sequence[Pair]) -> None:
+    """Draw a bar for each of the most confused pairs; single mistakes are left out, they say little."""
+    shown = [pair for pair in pairs if pair.times > 1][:MAX_PAIRS]
+    if not shown:
+        axis.set_title("no pair was confused twice" if pairs else "no mistakes")
         axis.axis("off")
         return
+    axis.set_title("most confused pairs")
     short = [figures.shorten(name, 20) for name in names]
-    rows = np.arange(len(pairs))
-    drawn = axis.barh(rows, [100 * pair.share for pair in pairs], color=figures.BLUE)
-    axis.bar_label(drawn, [f" {pair.times}×" for pair in pairs], fontsize=8)
-    axis.set_yticks(rows, [f"{short[pair.truth]} → {short[pair.prediction]}" for pair in pairs], fontsize=8)
+    rows = np.arange(len(shown))
+    drawn = axis.barh(rows, [100 * pair.share for pair in shown], color=figures.BLUE)
+    axis.bar_label(drawn, [f" {pair.times}×" for pair in shown], fontsize=8)
+    axis.set_yticks(rows, [f"{short[pair.truth]} → {short[pair.prediction]}" for pair in shown], fontsize=8)
     axis.set_ylim(MAX_PAIRS - 0.4, -0.6)
     axis.set(xlabel="share of the true class (%)")
     axis.grid(axis="y", visible=False)
@@ -77,7 +80,7 @@ def _list_pairs(axis, names: Sequence[str], pairs: Sequence[Pair]) -> None:
 def reliability(calibration: Calibration, title: str) -> Figure:
     """Draw accuracy over confidence, and how often each confidence occurs."""
     fig = figures.figure(6.4, 6.6, title)
-    top, bottom = figures.axes(fig, 2, 1, height_ratios=(3, 1), sharex=True)[:, 0]
+    top, bottom = fig.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     left, width = 100 * calibration.edges[:-1], 100 * np.diff(calibration.edges)
     bars = {"width": width, "align": "edge", "edgecolor": "white"}
     accuracy = 100 * np.nan_to_num(calibration.accuracy)

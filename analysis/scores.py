@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics import precision_recall_fscore_support
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
@@ -50,8 +51,6 @@ class ClassScore(NamedTuple):
 
 def per_class(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[int]) -> list[ClassScore]:
     """labels (n,), predicted (n,) -> the scores of each of `classes`."""
-    from sklearn.metrics import precision_recall_fscore_support
-
     columns = precision_recall_fscore_support(labels, predicted, labels=list(classes), zero_division=0)
     rows = zip(classes, *(column.tolist() for column in columns), strict=True)
     return [ClassScore(*row) for row in rows]

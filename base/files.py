@@ -26,7 +26,7 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
-    new_directory = parents and not path.parent.exists()
+    made = parents and not path.parent.exists()
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,8 +39,8 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
         with suppress(OSError):
             if partial != path:
                 partial.unlink(missing_ok=True)
-            if new_directory:
-                path.parent.rmdir()  # fails, as it should, unless nothing was written
+            if made:
+                path.parent.rmdir()  # which a directory with a file in it refuses
 
 
 def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:

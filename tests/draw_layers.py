@@ -12,8 +12,9 @@ COLOURS = ("#9aa5b1", "#4c9f70", "#2a7fb8", "#c0392b", "#8e5ea2", "#b8860b")
 
 def node(name: str) -> str:
     """Return the box of module `name`: its own if LAYERS names the module, else that of its package."""
-    if name.startswith("analysis.") and layer(name) == 1:
-        return "analysis/figures, scores"
+    if name.startswith("analysis.") and layer(name) < 5:
+        shared = {1: "scores, ...", 2: "landscape_figures", 3: "predictions, ..."}
+        return "analysis/" + shared.get(layer(name), name.removeprefix("analysis."))
     if name in LAYERS and layer(name):
         return name.replace(".", "/")
     return name.split(".")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 
 from analysis import figures, learning_curves, plots, runs
@@ -69,18 +68,6 @@ def test_a_short_last_phase_keeps_its_label(tmp_path):
     fig = learning_curves.curves(runs.read_run(write_run(tmp_path / "run", rows), "run"))
     for ax in fig.axes:
         assert any("48 px" in text.get_text() for text in ax.texts)
-
-
-def test_a_heat_map_writes_every_number_and_leaves_gaps_empty():
-    made = figures.heat_map([[1.0, np.nan], [2.5, 3.0]], ["a", "b"], ["c", "d"], title="t", unit="%")
-    assert [t.get_text() for t in made.axes[0].texts] == ["1.0", "2.5", "3.0"]
-
-
-def test_a_heat_map_of_200_classes_names_some_and_writes_no_numbers():
-    names = [f"n{k:08d}" for k in range(200)]
-    made = figures.heat_map(np.eye(200), names, names, title="t", unit="images")
-    assert not made.axes[0].texts
-    assert len(made.axes[0].get_xticklabels()) == 40
 
 
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):

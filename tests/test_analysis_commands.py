@@ -11,7 +11,18 @@ from torch import nn
 from torch.nn import functional as F
 
 import train
-from analysis import batch, feature_maps, filters, gradcam, loss_landscape, misclassified
+from analysis import (
+    batch,
+    batch_figures,
+    feature_maps,
+    filter_figures,
+    filters,
+    gradcam,
+    gradcam_figures,
+    landscape_figures,
+    loss_landscape,
+    misclassified,
+)
 from base.errors import CheckpointError, DataError, UsageError
 from models import build_model
 
@@ -64,7 +75,7 @@ class TwoMaps(nn.Module):
 def test_gradcam_equals_the_formula_by_hand():
     torch.manual_seed(0)
     model, images = TwoMaps(), torch.rand(2, 3, 4, 4)
-    maps = gradcam.grad_cam(model, model.maps, images, torch.tensor([0, 1]))
+    maps = gradcam_figures.grad_cam(model, model.maps, images, torch.tensor([0, 1]))
     # d logit_0 / d map_0 is 2 / 16 everywhere (all positive) and 0 for map_1: the map is channel 0 itself.
     brightness = images[0].sum(0)
     torch.testing.assert_close(maps[0], brightness / brightness.max())
@@ -86,7 +97,7 @@ class Weighted(nn.Module):
 def test_gradcam_weighs_channels_by_their_mean_gradient_and_drops_negative_evidence():
     torch.manual_seed(0)
     model, images = Weighted(torch.randn(3, 4, 5, 5)), torch.randn(1, 3, 5, 5)
-    (found,) = gradcam.grad_cam(model, model.maps, images, torch.tensor([2]))
+    (found,) = gradcam_figures.grad_cam(model, model.maps, images, torch.tensor([2]))
     maps, wanted = model.maps(images)[0].tolist(), [[0.0] * 5 for _ in range(5)]
     for c in range(4):
         mean = sum(float(g) for g in model.weights[2, c].flatten()) / 25
@@ -103,7 +114,7 @@ def test_gradcam_points_at_the_object_of_a_synthetic_picture():
     images[:, :, 20:28, 4:12] = 1
     model = TwoMaps()
     model.maps.stride = (4, 4)  # an 8 x 8 map, interpolated up
-    (found,) = gradcam.grad_cam(model, model.maps, images, torch.tensor([0]))
+    (found,) = gradcam_figures.grad_cam(model, model.maps, images, torch.tensor([0]))
     row, column = divmod(int(found.argmax()), 32)
     assert 20 <= row < 28 and 4 <= column < 12
     assert found[20:28, 4:12].mean() > 0.6 > 10 * found[:14, 16:].mean()
@@ -111,16 +122,16 @@ def test_gradcam_points_at_the_object_of_a_synthetic_picture():
 
 def test_gradcam_leaves_no_hook_behind_even_after_an_error():
     model = TwoMaps()
-    gradcam.grad_cam(model, model.maps, torch.rand(1, 3, 4, 4), torch.tensor([0]))
+    gradcam_figures.grad_cam(model, model.maps, torch.rand(1, 3, 4, 4), torch.tensor([0]))
     with pytest.raises(RuntimeError):
-        gradcam.grad_cam(model, model.maps, torch.rand(1, 5, 4, 4), torch.tensor([0]))
+        gradcam_figures.grad_cam(model, model.maps, torch.rand(1, 5, 4, 4), torch.tensor([0]))
     assert hooks(model) == 0
 
 
 def test_gradcam_refuses_a_layer_the_logits_do_not_depend_on():
     model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Flatten(), nn.Linear(32, 2))
     with pytest.raises(UsageError, match="no spatial map"):
-        gradcam.grad_cam(model, model[2], torch.rand(1, 3, 4, 4), torch.tensor([0]))
+        gradcam_figures.grad_cam(model, model[2], torch.rand(1, 3, 4, 4), torch.tensor([0]))
     with pytest.raises(UsageError, match="no such module"):
         feature_maps.module_named(model, "nose")
 
@@ -147,7 +158,7 @@ def test_the_last_map_is_found_in_every_kind_of_network():
     assert (
         feature_maps.last_map(Tokens().eval(), images) == "attention"
     )  # not `last`: its patches do not reach the logits
-    maps = gradcam.grad_cam(tokens := Tokens(), tokens.attention, images, torch.tensor([1]))
+    maps = gradcam_figures.grad_cam(tokens := Tokens(), tokens.attention, images, torch.tensor([1]))
     assert maps.shape == (1, 32, 32)
 
 
@@ -180,12 +191,10 @@ def test_tokens_become_a_map_in_reading_order():
 def test_gradcam_on_every_architecture(arch):
     model = build_model(arch, num_classes=4, image_sizes=(64,)).eval()
     for p in model.parameters():
-        nn.init.normal_(
-            p, 0, 0.05
-        )  # torchvision initialises ViT's head with zeros, which would give empty maps
+        nn.init.normal_(p, 0, 0.05)  # torchvision's ViT starts with a head of zeros: its maps would be empty
     images = torch.randn(1, 3, 64, 64)
     layer = feature_maps.module_named(model, feature_maps.last_map(model, images))
-    assert gradcam.grad_cam(model, layer, images, torch.tensor([1])).shape == (1, 64, 64)
+    assert gradcam_figures.grad_cam(model, layer, images, torch.tensor([1])).shape == (1, 64, 64)
     assert hooks(model) == 0
 
 
@@ -240,7 +249,7 @@ def test_filters_command_and_the_sizes_stride_and_padding_make(trained, tmp_path
 def test_a_kernel_as_a_picture_has_grey_for_zero():
     kernel = torch.zeros(3, 2, 2)
     kernel[0, 0, 0], kernel[2, 1, 1] = 2.0, -1.0
-    shown = filters.as_picture(kernel)
+    shown = filter_figures.as_picture(kernel)
     assert shown[0, 0].tolist() == [255, 128, 128] and shown[1, 1].tolist() == [128, 128, 64]
 
 
@@ -264,9 +273,11 @@ def test_the_landscapes_centre_is_the_plain_loss_and_the_model_stays():
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         plain = F.cross_entropy(model(images), torch.as_tensor(labels)).item()
-    for treatment in loss_landscape.TREATMENTS:
-        losses = loss_landscape.landscape(model, images, labels, np.linspace(-1, 1, 3), treatment, 0, "test")
-        assert (losses[1, 1] == pytest.approx(plain, rel=1e-6)) == (treatment == "running")
+    steps = np.linspace(-1, 1, 3)
+    for of_batch in (False, True):
+        options = {"batch_statistics": of_batch, "seed": 0, "title": "test"}
+        losses = landscape_figures.landscape(model, images, labels, steps, **options)
+        assert (losses[1, 1] == pytest.approx(plain, rel=1e-6)) != of_batch
         assert losses[0, 1] != losses[1, 0] and losses[0, 2] != losses[1, 1]  # a plane, not a line
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and not model.training
 
@@ -274,7 +285,7 @@ def test_the_landscapes_centre_is_the_plain_loss_and_the_model_stays():
 def test_directions_have_the_norm_of_every_filter_and_spare_biases():
     model, _, _ = tiny_problem()
     generator = torch.Generator().manual_seed(0)
-    first, second = (loss_landscape.direction(model, generator) for _ in range(2))
+    first, second = (landscape_figures.direction(model, generator) for _ in range(2))
     for p, a, b in zip(model.parameters(), first, second, strict=True):
         if p.ndim == 1:
             assert not a.any()
@@ -301,7 +312,7 @@ def test_the_initial_model_is_the_one_the_run_started_with(tmp_path):
     train.main([*TRAIN, *frozen, "--save-dir", str(tmp_path)])
     (path,) = tmp_path.glob("last_*.pt")
     model, payload = checkpoint.load_model(path, "raw")
-    begun = loss_landscape.initial_model(payload)
+    begun = landscape_figures.initial_model(payload)
     for wanted, found in zip(begun.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(wanted, found)
 
@@ -332,6 +343,6 @@ def test_batch_shows_the_batch_that_is_trained_on(tmp_path, monkeypatch):
 
 def test_a_soft_label_is_written_without_what_smoothing_spreads():
     names = ["cat", "dog", "owl", "fox"]
-    assert batch.label(torch.tensor([0.925, 0.025, 0.025, 0.025]), names) == "0.93 cat"
-    assert batch.label(torch.tensor([0.3, 0.66, 0.02, 0.02]), names) == "0.66 dog\n0.30 cat"
-    assert batch.label(torch.full((4,), 0.25), names).startswith("0.25 ")
+    assert batch_figures.label(torch.tensor([0.925, 0.025, 0.025, 0.025]), names) == "0.93 cat"
+    assert batch_figures.label(torch.tensor([0.3, 0.66, 0.02, 0.02]), names) == "0.66 dog\n0.30 cat"
+    assert batch_figures.label(torch.full((4,), 0.25), names).startswith("0.25 ")

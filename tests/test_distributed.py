@@ -146,6 +146,21 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resum
     assert len(payload(save_dir)["rows"]) == 3
 
 
+@pytest.mark.parametrize(
+    "where, step",
+    [("loop.check_diverged:3", 4), pytest.param("loop.train_epoch:2", 6, marks=pytest.mark.slow)],
+)
+def test_a_signal_between_two_steps_of_two_ranks_takes_no_batch_twice_and_skips_none(where, step, tmp_path):
+    """The ranks stop after their next step, which needs its own batch: not the last one, and not none."""
+    log, late = tmp_path / "log", {"AT": where, "SIGNALS": str(TERM)}
+    assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
+    codes = run(2, log, *TINY, "--save-dir", tmp_path / "run", only={0: late, 1: late})
+    assert codes == [143, 143], log.read_text()
+    assert payload(tmp_path / "run")["step"] == step
+    assert run(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
+    assert digest(tmp_path / "run") == digest(tmp_path / "straight")
+
+
 @pytest.mark.slow
 def test_a_dry_run_on_two_ranks_takes_the_same_steps_on_both(tmp_path):
     log = tmp_path / "log"

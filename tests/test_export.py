@@ -94,7 +94,7 @@ def test_a_file_that_differs_from_the_model_is_deleted(classifier, tmp_path, mon
         return classifier.model(images) + 1e-3
 
     monkeypatch.setitem(export.EXPORTS, "onnx", (".onnx", wrong))
-    with pytest.raises(UserError, match="differs from the model"):
+    with pytest.raises(UserError, match="differ from the model"):
         export.export("onnx", classifier, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -17,10 +17,11 @@ import ema
 import lr_finder
 import optim
 import train
+from analysis import lr_range_test
 from analysis.lr_suggestion import Divergence, longest_descent, smooth, suggest
 from base import flags
 from base.device import Runtime
-from base.errors import DivergedError, UsageError
+from base.errors import DivergedError, UsageError, UserError
 from sources.generated import digits
 from train_utils import BatchNormBuffers, StepOptions, TrainState, train_step
 
@@ -86,7 +87,7 @@ PROBLEMS = {
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_suggestions_are_within_a_factor_of_three_of_the_grid(name):
     net, optimizer, mix, (low, high) = PROBLEMS[name]
-    rates, losses, _ = lr_finder.range_test(*prepared(net, optimizer, mix=mix), Batches(), 1e-7, 10, 120)
+    rates, losses, _ = lr_range_test.range_test(*prepared(net, optimizer, mix=mix), Batches(), 1e-7, 10, 120)
     for lr in suggest(rates, losses).values():
         assert low / 3 <= lr <= high * 3
 
@@ -117,7 +118,7 @@ def test_the_range_test_leaves_model_and_optimizer_as_they_were():
     before = copy.deepcopy(
         [state.model.state_dict(), state.optimizer.state_dict(), state.schedule.state_dict(), state.step]
     )
-    lr_finder.range_test(state, how, Batches(), 1e-6, 1, 20)
+    lr_range_test.range_test(state, how, Batches(), 1e-6, 1, 20)
     after = [state.model.state_dict(), state.optimizer.state_dict(), state.schedule.state_dict(), state.step]
     assert flat(before) == flat(after)
 
@@ -131,7 +132,9 @@ def flat(value):
 
 
 def test_a_diverging_test_stops_early_and_still_suggests(capfd):
-    rates, losses, ended = lr_finder.range_test(*prepared(mlp, "sgd", mix=False), Batches(), 1e-5, 1e5, 100)
+    rates, losses, ended = lr_range_test.range_test(
+        *prepared(mlp, "sgd", mix=False), Batches(), 1e-5, 1e5, 100
+    )
     assert ended == "the loss diverged" and len(rates) == len(losses) < 100
     assert all(math.isfinite(loss) for loss in losses)
     assert suggest(rates, losses)["valley"] < 1
@@ -141,7 +144,7 @@ def test_a_diverging_test_stops_early_and_still_suggests(capfd):
 def test_nan_ends_the_test_at_once_and_is_not_part_of_the_curve():
     state, how = prepared(convnet, "adamw")
     before = copy.deepcopy(state.model.state_dict())
-    rates, losses, ended = lr_finder.range_test(state, how, Batches(poison=12), 1e-6, 1, 40)
+    rates, losses, ended = lr_range_test.range_test(state, how, Batches(poison=12), 1e-6, 1, 40)
     assert "finite" in ended and len(rates) == len(losses) == 12
     assert flat(before) == flat(state.model.state_dict())  # BatchNorm has not seen the NaN
 
@@ -150,7 +153,7 @@ def test_bf16_finds_what_fp32_finds():
     found = []
     for amp in (None, torch.bfloat16):
         run = prepared(convnet, "adamw", amp=amp, mix=False)
-        rates, losses, _ = lr_finder.range_test(*run, Batches(), 1e-6, 10, 60)
+        rates, losses, _ = lr_range_test.range_test(*run, Batches(), 1e-6, 10, 60)
         found.append(suggest(rates, losses)["valley"])
     assert 1 / 2 < found[0] / found[1] < 2
 
@@ -167,8 +170,8 @@ def test_the_rates_rise_geometrically_and_each_is_the_one_its_step_used():
     state, how = prepared(mlp, "sgd", mix=False)
     used = []
     how.forward = lambda images: used.append(state.optimizer.param_groups[1]["lr"]) or state.model(images)
-    rates, *_ = lr_finder.range_test(state, how, Batches(), 1e-6, 1e-2, 30)
-    assert rates == pytest.approx(lr_finder.geometric(1e-6, 1e-2, 30))
+    rates, *_ = lr_range_test.range_test(state, how, Batches(), 1e-6, 1e-2, 30)
+    assert rates == pytest.approx(lr_range_test.geometric(1e-6, 1e-2, 30))
     assert rates == used
 
 
@@ -245,7 +248,7 @@ def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
 def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     # In this process: starting two others takes seconds and shows nothing more.
     here = SimpleNamespace(run=lambda command, **_: SimpleNamespace(returncode=train.main(command[2:])))
-    monkeypatch.setattr(lr_finder, "subprocess", here)
+    monkeypatch.setattr(lr_range_test, "subprocess", here)
     arguments = ["--mode", "accuracy", "--trials", "2", "--trial-epochs", "1", "--start-lr", "1e-3"]
     arguments += ["--end-lr", "1e-2", "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
     assert lr_finder.main([*DIGITS, *arguments]) == 0
@@ -276,13 +279,13 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
 def test_divergence_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
     codes = iter([0, 5])
     here = SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
-    monkeypatch.setattr(lr_finder, "subprocess", here)
+    monkeypatch.setattr(lr_range_test, "subprocess", here)
     arguments = [*DIGITS, "--mode", "accuracy", "--trials", "2", "--out", str(tmp_path)]
     assert lr_finder.main(arguments) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
     assert found["accuracies"] == [40.0, None] and found["suggestion"] == found["lrs"][0]
     codes = iter([6])
-    with pytest.raises(lr_finder.UserError, match="no memory") as failed:
+    with pytest.raises(UserError, match="no memory") as failed:
         lr_finder.main(arguments)
     assert failed.value.exit_code == 6 and failed.value.fix == "buy some"
 

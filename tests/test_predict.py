@@ -30,7 +30,7 @@ def test_predictions_are_those_of_validation_bit_for_bit(photos, photo_run):
     ((images, _),) = eval_loader(index.val, index, image_size=24, batch_size=64)
     best = predictions.logits_of(classifier.model, images, CPU).softmax(1).topk(3)
     files = [index.val.path(i) for i in range(len(index.val))]
-    found, bad = predict.predict(classifier, files, top=3, batch_size=64, num_workers=0)
+    found, bad = classifier.predict_files(files, top=3, batch_size=64, num_workers=0)
     assert not bad and [image["file"] for image in found] == files
     rows = [image["predictions"] for image in found]
     probabilities = torch.tensor([[each["probability"] for each in row] for row in rows])

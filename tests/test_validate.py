@@ -238,6 +238,15 @@ def test_pictures_of_any_number_of_classes(num_classes, tmp_path):
         figures.save(made, tmp_path / "x.png")
 
 
+def test_mistakes_made_once_are_not_listed_beside_the_matrix():
+    matrix, names = np.array([[5, 2, 1], [0, 4, 1], [0, 0, 3]]), ["a", "b", "c"]
+    listed = score_figures.confusion(matrix, names, confused_pairs(matrix), "title").axes[1]
+    assert [label.get_text() for label in listed.get_yticklabels()] == ["a → b"]
+    matrix = np.array([[5, 1], [0, 4]])
+    listed = score_figures.confusion(matrix, names, confused_pairs(matrix), "title").axes[1]
+    assert listed.get_title() == "no pair was confused twice"
+
+
 def test_a_perfect_model_has_pictures_too(tmp_path):
     matrix = np.diag([3, 4])
     figures.save(score_figures.confusion(matrix, ["a", "b"], [], "perfect"), tmp_path / "a.png")
