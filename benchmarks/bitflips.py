@@ -204,10 +204,8 @@ def tables(result: dict) -> str:
     points, score = result["points"], result["undisturbed"]["score"]
     stopped = sum(bool(point["error"]) for point in points)
     skipped = sum(point["outcome"] == "noticed" for point in points) - stopped
-    lines = [
-        f"{len(points)} flips in a run of {result['steps']} steps that ends at {score:.2f} %; "
-        f"{stopped or 'none'} ended the run and {skipped or 'none'} were reported as skipped steps"
-    ]
+    outcome = f"{stopped or 'none'} ended the run and {skipped or 'none'} were reported as skipped steps"
+    lines = [f"{len(points)} flips in a run of {result['steps']} steps that ends at {score:.2f} %; {outcome}"]
     kind_of_bit = {bit: name for name, positions in BITS.items() for bit in positions}
     by_kind = Counter((point["kind"], point["outcome"]) for point in points)
     by_bit = Counter((kind_of_bit[point["bit"]], point["outcome"]) for point in points)

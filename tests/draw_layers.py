@@ -17,7 +17,7 @@ def node(name: str) -> str:
         return "analysis/" + shared.get(layer(name), name.removeprefix("analysis."))
     if name in LAYERS and layer(name):
         return name.replace(".", "/")
-    return name.split(".")[0]
+    return name.split(".", maxsplit=1)[0]
 
 
 def boxes() -> dict[str, int]:

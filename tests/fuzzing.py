@@ -210,8 +210,8 @@ def execute(command: str, argv: list[str], folder: Path, log: Path, again: bool 
 
 def judge(code: int, said: str, case: Case, before: dict[str, int], after: dict[str, int]) -> list[str]:
     """Return what is wrong with how a case ended."""
-    wrong = [f"wrote outside: {line}" for line in re.findall(r"^OUTSIDE: (.*)", said, re.M)]
-    if re.search(r"^Timeout \(", said, re.M):
+    wrong = [f"wrote outside: {line}" for line in re.findall(r"^OUTSIDE: (.*)", said, re.MULTILINE)]
+    if re.search(r"^Timeout \(", said, re.MULTILINE):
         wrong += [f"hung for {HANG} s at {where(said, first=True)}"]
     elif code < 0:
         wrong += [f"died of {signal.Signals(-code).name}"]
@@ -219,7 +219,7 @@ def judge(code: int, said: str, case: Case, before: dict[str, int], after: dict[
         wrong += [f"traceback at {where(said)}: {said.strip().splitlines()[-1][:120]!a}"]
     elif code not in case.codes:
         wrong += [f"exit code {code}, not {case.codes}"]
-    if code in range(2, 7) and not re.search(r"^error[^\n:]*: [^\n]+\nfix: [^\n]+\n", said, re.M):
+    if code in range(2, 7) and not re.search(r"^error[^\n:]*: [^\n]+\nfix: [^\n]+\n", said, re.MULTILINE):
         wrong += ["no `error:` line with a `fix:` line below it"]
     if odd := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e\udc80-\udcff]", said):
         line = said[max(odd.start() - 60, 0) : odd.end()].splitlines()[-1]

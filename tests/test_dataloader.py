@@ -106,7 +106,7 @@ def test_normalisation_is_torchvisions_formula(data):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_image_is_named_or_replaced_and_counted(photos, tmp_path, workers):
     shutil.copytree(photos, tmp_path / "d")
-    bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[0]
+    bad = min((tmp_path / "d" / "train" / "dog").iterdir())
     bad.write_bytes(bad.read_bytes()[:200])
     data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(UserError, match=bad.name):
@@ -121,7 +121,7 @@ def test_a_bad_image_is_named_or_replaced_and_counted(photos, tmp_path, workers)
 
 def test_validation_never_substitutes(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "d")
-    bad = sorted((tmp_path / "d" / "val" / "owl").iterdir())[0]
+    bad = min((tmp_path / "d" / "val" / "owl").iterdir())
     bad.write_bytes(b"<html>not found</html>")
     data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(DataError, match=bad.name):

@@ -39,7 +39,7 @@ def modules() -> dict[str, Path]:
 def layer(name: str) -> int:
     if name.startswith("analysis."):
         return LAYERS.get(name, 5)
-    return LAYERS.get(name, LAYERS.get(name.split(".")[0], -1))
+    return LAYERS.get(name, LAYERS.get(name.split(".", maxsplit=1)[0], -1))
 
 
 def imports(name: str, path: Path) -> set[str]:
@@ -107,7 +107,7 @@ def readme() -> str:
 
 def test_the_flag_table_is_the_parser():
     text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.M)
+    table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.MULTILINE)
     found = {name: (default, text) for name, default, text in table}
     for action in flags.train_parser()._actions[1:]:  # the first is --help
         default, text = found.pop(action.option_strings[0])
@@ -141,7 +141,9 @@ def test_the_documents_flags_have_the_documents_defaults():
 def test_readmes_tree_names_every_file_and_no_other():
     block = readme().split("## How it is built")[1].split("```")[1]
     named = set(
-        re.findall(r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.M)
+        re.findall(
+            r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.MULTILINE
+        )
     )
     files = {p.name for p in ROOT.glob("*.py")} | {
         f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()

@@ -384,7 +384,7 @@ def test_only_a_class_folder_whose_name_is_not_text_is_refused(photos, tmp_path)
     """Class names go into checkpoints, tables and pages; file names only into messages."""
     root = os.fsencode(shutil.copytree(photos, tmp_path / "d"))
     for part in (b"train", b"val"):
-        image = sorted(os.listdir(os.path.join(root, part, b"cat")))[0]
+        image = min(os.listdir(os.path.join(root, part, b"cat")))
         os.rename(
             os.path.join(root, part, b"cat", image), os.path.join(root, part, b"cat", b"\xff\xfe\x1b.JPEG")
         )

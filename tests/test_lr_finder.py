@@ -215,8 +215,8 @@ def test_the_longest_descent_steps_over_bumps():
 
 def test_noise_around_a_tiny_loss_is_not_divergence():
     diverged = Divergence()
-    assert not any([diverged(loss) for loss in [2.3] + [0.001] * 60 + [0.05] * 5])
-    assert any([diverged(loss) for loss in [30.0] * 5])
+    assert not any(diverged(loss) for loss in [2.3] + [0.001] * 60 + [0.05] * 5)
+    assert any(diverged(loss) for loss in [30.0] * 5)
 
 
 # --- the command ---

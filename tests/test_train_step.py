@@ -258,7 +258,7 @@ def scaled(name: str, fused: bool, scale: float = 1024.0):
 
 def bits(state) -> dict:
     """Return all that a step may change, except for the scale and the step count."""
-    optimizer = {k: v for k, v in state.optimizer.state_dict()["state"].items()}
+    optimizer = dict(state.optimizer.state_dict()["state"].items())
     return flat({"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer})
 
 
