@@ -1,4 +1,4 @@
-"""Download, verify, unpack and arrange a dataset. Run it again at any point; finished steps are skipped."""
+"""Download, verify, unpack and arrange a dataset. Run it again to continue; finished steps are skipped."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from base.errors import DataError, UsageError
 
 COUNTS = (1_281_167, 50_000, 1000)  # ImageNet's training images, validation images, classes
 OVERVIEW = """\
-ImageNet is available to registered users only. There are three methods:
+Datasets can be obtained in three ways (ImageNet itself is available to registered users only):
 
-  --method manual   explains how to get the archives and where to put them; arranges them once they are there
+  --method manual   explains how to get the archives and where to put them, and arranges those already there
   --method auto     downloads the archives: --train-url and --val-url from your image-net.org account
-  --method simple   needs no account: --dataset tiny-imagenet | cifar100 | cifar10 | hf:<name>
+  --method simple   downloads --dataset tiny-imagenet, cifar100, cifar10 or hf:<name> without an account
 
 No download needed: python train.py --dataset digits (real images) or --dataset synthetic (generated ones)."""
 MANUAL = """\
@@ -44,7 +44,7 @@ so there is no public URL to download it from. Your options:
 
 @dataclass(frozen=True)
 class Archive:
-    """A published file: its name, size in bytes, checksum, and URL if it is public."""
+    """A published file: its name, size in bytes, MD5 checksum, and its URL if it is public."""
 
     name: str
     size: int
@@ -66,7 +66,7 @@ class SimpleDataset:
     archive: Archive
     folder: str
     keep: str  # regular expression of the names to unpack, relative to `folder`
-    ignore: str  # of those to leave out; any other name is refused
+    ignore: str  # the same for names to leave out; any other name is refused
     images: tuple[int, int] = (50_000, 10_000)  # train, val
 
 
@@ -130,23 +130,23 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check_usage(method: str, dataset: str, url_flags: list[str]) -> None:
-    """Refuse a wrong dataset and flags that contradict each other."""
+    """Raise UsageError for an unknown dataset and for flags that contradict each other."""
     if dataset in ("digits", "synthetic"):
         raise UsageError(f"--dataset {dataset} needs no download", f"python train.py --dataset {dataset}")
     if dataset == "imagenet100":
         fix = "download ImageNet, then run python train.py --dataset imagenet100"
-        raise UsageError("imagenet100 is a subset of ImageNet's classes", fix)
+        raise UsageError("imagenet100 has no download: it is a subset of ImageNet's classes", fix)
     if dataset != "imagenet" and dataset not in SIMPLE and not dataset.startswith("hf:"):
         fix = f"choose one of imagenet, {', '.join(SIMPLE)}, hf:<name>"
         raise UsageError(f"unknown --dataset {dataset}", fix)
     if dataset != "imagenet" and method != "simple":
-        raise UsageError(f"--method {method} is for ImageNet", f"use --method simple for {dataset}")
+        raise UsageError(f"--method {method} is only for ImageNet", f"use --method simple for {dataset}")
     if url_flags and method != "auto":
-        raise UsageError(f"{url_flags[0]} with --method {method}", "URLs are for --method auto")
+        raise UsageError(f"{url_flags[0]} has no effect with --method {method}", "use --method auto")
 
 
 def download_imagenet(data_dir: Path, train_url: str | None, val_url: str | None, devkit_url: str) -> None:
-    """Download those of the three archives that are missing, and arrange them."""
+    """Download what is missing of the three archives, and arrange them."""
     from sources.archives.fetch import check_url
 
     missing = []
@@ -158,12 +158,12 @@ def download_imagenet(data_dir: Path, train_url: str | None, val_url: str | None
         raise UsageError(f"--method auto needs {' and '.join(missing)}", fix)
     urls = {TRAIN: train_url, VAL: val_url, DEVKIT: devkit_url}
     for url in filter(None, urls.values()):
-        check_url(url)  # all of them now, not each after hours of downloading the one before
+        check_url(url)  # all of them first: a download takes hours
     arrange_imagenet(data_dir, urls)
 
 
 def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
-    """Fill train/<class>/ and val/<class>/ from the archives; those not in `data_dir` are in `urls`."""
+    """Fill train/<class>/ and val/<class>/ from the archives in `data_dir`, or else from `urls`."""
     from sources.archives import ilsvrc
     from sources.archives.unpack import unpack
 
@@ -186,7 +186,7 @@ def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
 
 
 def val_labels(data_dir: Path, devkit_url: str | None) -> dict[bytes, bytes]:
-    """Return {image name without suffix: class}, from the development kit if the labels are not there yet."""
+    """Return {image name without extension: class}, unpacking the development kit if it is needed."""
     from sources.archives import ilsvrc
     from sources.archives.unpack import unpack
 
@@ -199,11 +199,11 @@ def val_labels(data_dir: Path, devkit_url: str | None) -> dict[bytes, bytes]:
 
 
 def get_archive(archive: Archive, url: str | None, data_dir: Path) -> Path:
-    """Return the path of the archive in `data_dir`, verified, after downloading it if it is missing."""
+    """Return the path of the verified archive in `data_dir`, after downloading it if it is missing."""
     from sources.archives.fetch import RemoteFile, download, verify
 
     path = data_dir / archive.name
-    if path.exists():  # verified again: it may be half of a browser's download
+    if path.exists():  # it may be an incomplete download of a browser
         verify(path, archive.size, archive.md5)
     elif url:
         download(RemoteFile(url, path, archive.size, archive.md5))
@@ -214,7 +214,7 @@ def get_archive(archive: Archive, url: str | None, data_dir: Path) -> Path:
 
 
 def download_simple(dataset: str, data_dir: Path) -> None:
-    """Download a dataset that needs no account (or, for hf:, the account of `hf auth login`)."""
+    """Download a dataset that needs no account, or, for hf:, at most the one of `hf auth login`."""
     from sources.layouts import open_dataset
 
     simple = SIMPLE.get(dataset)

@@ -1,7 +1,7 @@
-"""Pack a dataset for progressive training: store every image resized once for each training size.
-The ILSVRC2012 tars in --data-dir are read in place.
+"""Pack a dataset for progressive training: store a resized copy of every image for each training size.
+ILSVRC2012 tar files in --data-dir are read directly.
 
-`python pack_dataset.py --data-dir data/imagenet --out data/imagenet-packed`, then
+Run `python pack_dataset.py --data-dir data/imagenet --out data/imagenet-packed`, then
 `python train.py --data-dir data/imagenet-packed`. The same command continues an interrupted run.
 `--verify` packs nothing: it decodes every image of --data-dir and lists the bad ones.
 """
@@ -25,12 +25,12 @@ from base.progress import Progress
 # fmt: off
 PACKING = (
     Flag("out", "files", "Output directory; required unless --verify is given.", str, "", "DIR"),
-    Flag("stored_sides", "files", "Short sides in px of the stored training images; the default is for "
+    Flag("stored_sides", "files", "Short sides in px of the stored training images; the default suits "
          "training at 64, 128 and 224 px.",
          flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,..."),
     Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q"),
-    Flag("on_bad_image", "files", "fail packs the good images, lists the bad ones and exits with 3; skip "
-         "leaves the bad ones out.", ("fail", "skip"), "fail", "ACTION"),
+    Flag("on_bad_image", "files", "fail lists bad images, leaves their shards unwritten and exits with 3; "
+         "skip leaves only these images out.", ("fail", "skip"), "fail", "ACTION"),
     Flag("workers", "processes", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
     Flag("verify", "output", "Decode all images, check packed shards, and write nothing."),
     flags.DEBUG,
@@ -48,7 +48,7 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.verify == bool(args.out):
-        raise UsageError("give either --out or --verify", "--out DIR packs; --verify checks --data-dir")
+        raise UsageError("give either --out or --verify", "--out DIR packs the dataset, --verify checks it")
     index = open_index(args)
     for note in index.notes:
         print(note)
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_index(args):
-    """Return the DatasetIndex to pack: the ILSVRC tars, read in place, or what train.py would read."""
+    """Return the DatasetIndex to pack: of the ILSVRC tar files, or of what train.py would read."""
     from sources.archives import tars
     from sources.layouts import open_dataset
 
@@ -107,13 +107,13 @@ def _locked(out: str) -> Iterator[None]:
 
     descriptor = os.open(out, os.O_RDONLY)
     try:
-        for _ in range(20):  # the workers of a killed packing take a moment to end
+        for _ in range(20):  # the workers of a killed process take a moment to end
             with suppress(BlockingIOError):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             time.sleep(0.1)
         else:
-            raise UsageError(f"another packing is running in {os.path.abspath(out)}", "wait for it to end")
+            raise UsageError(f"another process is packing into {os.path.abspath(out)}", "wait for it to end")
         yield
     finally:
         os.close(descriptor)
@@ -125,7 +125,7 @@ def _check_disk(needed: dict[str, int], out: str) -> None:
     for table, size in needed.items():
         print(f"{table:>12}  about {_bytes(size)}")
     print(f"{'total':>12}  about {_bytes(total)}, {_bytes(free)} free", flush=True)
-    if total * 1.02 > free:  # some margin: it is an estimate from a sample
+    if total * 1.02 > free:  # a margin, because the total is estimated from a sample
         what = f"packing needs about {_bytes(total)} in {os.path.abspath(out)}, which has {_bytes(free)}"
         raise ResourceError(what, "use an --out on a larger disk, or fewer --stored-sides")
 
@@ -147,7 +147,7 @@ def _print_summary(manifest: dict, out: str) -> None:
 
 
 def verify(index, workers: int) -> int:
-    """Decode every stored copy of every image, and check the checksums of packed shards."""
+    """Decode every stored copy of every image, and verify the checksums of packed shards."""
     from sources.packed import PackedSplit
 
     copies, bad = {"train": index.train, "val": index.val}, []
@@ -195,21 +195,21 @@ def _refuse_bad(bad: list[dict]) -> None:
 
 
 def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple]:
-    """Yield (job, work(job)) for each of `jobs` as it is done by one of `workers` processes."""
+    """Yield (job, work(job)) for all `jobs`, in the order in which `workers` processes finish them."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
 
-    # `work` holds the whole dataset: a worker gets it when it starts (by fork on Linux), not with each job.
+    # `work` refers to the whole dataset: a worker receives it once at its start (by fork on Linux).
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work, os.getpid()))
-    again = "and run the same command again: it continues where it was"
+    again = "and run the same command again to continue"
     try:
         futures = {pool.submit(_run, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
-        what = "a packing process was killed; the machine may be out of memory"
+        what = "a worker process was killed; the machine may be out of memory"
         raise ResourceError(what, f"use fewer --workers {again}") from error
     except ResourceError as error:  # the disk is full
         raise ResourceError(error.what, f"make room {again}") from error
@@ -217,11 +217,11 @@ def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple
         pool.shutdown(cancel_futures=True)
 
 
-_work: Callable  # of this worker process
+_work: Callable  # what this worker process does with a job
 
 
 def _init_worker(work: Callable, parent: int) -> None:
-    """Prepare a worker, which leaves Ctrl-C to its parent and ends with it."""
+    """Prepare a worker process, which leaves Ctrl-C to its parent and ends with it."""
     import cv2
 
     from harness.interrupts import die_with_parent
@@ -230,7 +230,7 @@ def _init_worker(work: Callable, parent: int) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    if os.getppid() != parent:  # it died before, and this worker would hold the lock for ever
+    if os.getppid() != parent:  # it has already died; this worker would hold the lock for ever
         os._exit(1)
     cv2.setNumThreads(0)
 

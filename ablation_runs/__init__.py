@@ -1,1 +1,1 @@
-"""Ablation studies: data (studies.py), runner (run.py), statistics (results.py) and report (report.py)."""
+"""Ablation studies: the studies as data (studies.py), run.py, the statistics (results.py), report.py."""

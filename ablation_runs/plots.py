@@ -1,4 +1,4 @@
-"""The pictures of a study: curves over the epochs, differences with intervals, heat maps of a grid."""
+"""The pictures of a report: curves over the epochs, differences with intervals, heat maps of a grid."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS = {
 
 
 def draw(runs: list[Result], study: Study, preset: str, out: Path) -> list[Path]:
-    """Write the pictures for which there are enough runs; return their paths."""
+    """Write those pictures for which there are enough runs; return their paths."""
     title = textwrap.fill(study.title(preset).replace("`", ""), 80)
     pictures = {"curves.png": curves(runs, study, study.metric, title)}
     if any({"lr", "schedule"} & flags.keys() for flags in study.variants.values()):
@@ -34,7 +34,7 @@ def draw(runs: list[Result], study: Study, preset: str, out: Path) -> list[Path]
 
 
 def curves(runs: list[Result], study: Study, column: str, title: str):
-    """Draw one panel per variant with all variants in grey, or one panel per flag with a line per value."""
+    """Draw a panel per variant with all variants in grey, or, for a grid, a panel per flag."""
     means = [curve(results.of_variant(runs, variant), column) for variant in study.variants]
     panels = {name: lines for name, lines in panel_lines(runs, study).items() if any(lines.values())}
     if not any(means) or not panels:
@@ -51,7 +51,7 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
         axis.set_title(name, fontsize=9)
         if chance:
             axis.axhline(chance, color=figures.BLACK, lw=1, ls=":")
-    for axis in axes.flat[len(panels) - columns : len(panels)]:  # the lowest ones, in a row or two
+    for axis in axes.flat[len(panels) - columns : len(panels)]:  # the lowest panel of each column
         axis.tick_params(labelbottom=True)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
@@ -75,10 +75,10 @@ def panel_lines(runs: list[Result], study: Study) -> dict[str, dict[str, list[Re
 
 
 def curve(runs: list[Result], column: str) -> tuple[np.ndarray, ...] | None:
-    """Return the epochs that all runs have with their mean, lowest and highest values; None without any."""
+    """Return the epochs that all runs have, and the mean, lowest and highest value in each; or None."""
     series = [[row.get(column) for row in run.rows] for run in runs if run.rows]
     epochs = min(map(len, series), default=0)
-    # An epoch without validation has None, which becomes NaN.
+    # None, in an epoch without validation, becomes NaN.
     values = np.array([scores[:epochs] for scores in series], float)
     shown = np.flatnonzero(np.isfinite(values).all(0)) if epochs else np.array([], int)
     if not len(shown):

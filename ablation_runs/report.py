@@ -1,4 +1,4 @@
-"""Report a study from the files of its runs: a table, pictures, and a conclusion that respects the noise."""
+"""Report a study from the files of its runs: tables, pictures, and a conclusion that respects the noise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from base import errors, files, flags
 from base.errors import DataError
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
-PRIVATE = ("data_dir", "save_dir", "resume", "config", "init_from", "class_list")  # paths of one machine
+PRIVATE = ("data_dir", "save_dir", "resume", "config", "init_from", "class_list")  # paths on this machine
 
 
 def build_parser() -> flags.Parser:
@@ -24,7 +24,7 @@ def build_parser() -> flags.Parser:
     add("--smoke", dest="preset", action="store_const", const="smoke", help="Short for --preset smoke.")
     add("--runs", default=RUNS, metavar="DIR", help="Directory of the runs: --out of ablation_runs.run.")
     add("--out", default="", metavar="DIR", help="Output directory; if empty, beside the runs.")
-    add("--publish", action="store_true", help="Copy report and small files to ablation_runs/results/.")
+    add("--publish", action="store_true", help="Write the report and small files to ablation_runs/results/.")
     flags.DEBUG.add_to(parser)
     return parser
 
@@ -61,7 +61,7 @@ def write(study: Study, preset: str, directory: Path, out: Path) -> str:
 
 
 def publish(directory: Path, out: Path, study: Study) -> None:
-    """Copy each run's small files, without what concerns this machine only."""
+    """Copy each run's small files to `out`, without the paths of this machine."""
     from ablation_runs import results
     from base import schemas
 

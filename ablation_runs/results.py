@@ -1,7 +1,6 @@
-"""The results of a study's runs: final scores, differences between variants, and their noise.
+"""The results of a study: the final scores of its runs, differences between variants, and their noise.
 
-Runs are read from their files; nothing is written. A score is always that of the last epoch, so that no epoch
-is selected by the score that is reported.
+A score is always that of the last epoch, so that no epoch is selected by the score that is reported.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class Result:
     directory: Path | None = None
 
     def score(self, column: str) -> float | None:
-        """Return a column of the last epoch; None for an unfinished run or an empty column (EMA off).
+        """Return a column of the last epoch; None if the run is unfinished or the column empty (EMA off).
 
-        "gap" is training minus validation top-1 of the raw weights, in points.
+        "gap" is the training minus the validation top-1 of the raw weights, in points.
         """
         if self.status != "done" or not self.rows:
             return None
@@ -52,7 +51,7 @@ class Result:
 
     @property
     def images_per_second(self) -> float | None:
-        """Training throughput of the median epoch."""
+        """Median training throughput over the epochs."""
         rates = [row["images_per_second"] for row in self.rows if row.get("images_per_second")]
         return float(np.median(rates)) if rates else None
 
@@ -103,7 +102,7 @@ class Difference:
 
 
 def compare(runs: list[Result], study: Study, column: str) -> dict[str, Difference | None]:
-    """Compare every variant with the first one, with Holm's correction for the number of comparisons."""
+    """Compare every variant with the first one; verdicts follow Holm's correction for their number."""
     baseline, *others = study.variants
     scores, resolution = by_seed(runs, baseline, column), one_image(runs)
     found = {variant: paired(by_seed(runs, variant, column), scores, resolution) for variant in others}
@@ -119,9 +118,9 @@ def paired(
 ) -> Difference | None:
     """Compare two {seed: score} over the seeds they share; None if there is no such seed.
 
-    Pairing removes what a seed does to both: initial weights, order, augmentation. The standard deviation
-    counts as at least `resolution` (one validation image): three seeds that happen to differ by the same
-    number of images do not prove that there is no noise.
+    Pairing removes what a seed does to both: initial weights, order, augmentation. The standard deviation is
+    taken as at least `resolution` (one validation image), because three seeds that happen to differ by the
+    same number of images do not prove that there is no noise.
     """
     seeds = sorted(scores.keys() & baseline.keys())
     if not seeds:
@@ -138,7 +137,7 @@ def paired(
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for multiple tests (Holm, 1979)."""
+    """Return the p-values corrected for multiple tests (Holm, 1979)."""
     order, adjusted, highest = np.argsort(values), [0.0] * len(values), 0.0
     for rank, k in enumerate(order):
         highest = max(highest, min(1.0, (len(values) - rank) * values[k]))
@@ -147,24 +146,24 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def ema_gain(runs: list[Result], variant: str) -> Difference | None:
-    """Return EMA minus raw top-1 of the same runs; None if there was no EMA."""
+    """Return the EMA minus the raw top-1 of the same runs; None without an EMA."""
     return paired(by_seed(runs, variant, "ema_val_top1"), by_seed(runs, variant, "val_top1"), one_image(runs))
 
 
 def one_image(runs: list[Result]) -> float:
-    """Return how many points one validation image is worth; 0 if the number of images is not known."""
+    """Return the points that one validation image is worth; 0 if the number of images is unknown."""
     counts = [run.env["num_val"] for run in runs if run.env.get("num_val")]
     return 100 / min(counts) if counts else 0.0
 
 
 def chance(runs: list[Result]) -> float | None:
-    """Return the top-1 of random predictions, in percent; None if the number of classes is not known."""
+    """Return the top-1 of random predictions, in percent; None if the number of classes is unknown."""
     counts = [run.env["num_classes"] for run in runs if run.env.get("num_classes")]
     return 100 / max(counts) if counts else None
 
 
 def at_chance(runs: list[Result], study: Study) -> list[str]:
-    """Return the variants whose score is below twice chance even at the upper end of its interval."""
+    """Return the variants whose interval ends below twice the chance score."""
     found = []
     for variant in study.variants if chance(runs) else ():
         scores = by_seed(runs, variant, study.metric)
@@ -187,16 +186,16 @@ def grid_scores(runs: list[Result], study: Study, column: str) -> np.ma.MaskedAr
 
 @dataclass(frozen=True)
 class Effect:
-    """One flag of a grid: the mean score at each of its values, and whether they differ beyond the noise."""
+    """The main effect of one flag of a grid: its mean scores, and whether they differ beyond the noise."""
 
     flag: str
-    means: dict[str, float]
+    means: dict[str, float]  # value of the flag -> mean score
     share: float  # of the variance of all runs, 0 to 1
     p: float | None  # of an F test against the spread over seeds, Holm-corrected; None with one seed
 
     @property
     def span(self) -> float:
-        """Difference between its best and its worst value, in points."""
+        """Difference between the best and the worst mean, in points."""
         return max(self.means.values()) - min(self.means.values())
 
 
@@ -210,13 +209,13 @@ def effects(runs: list[Result], study: Study, column: str) -> list[Effect]:
         return []
     scores, seeds = scores.data, scores.shape[-1]
     total = ((scores - scores.mean()) ** 2).sum()
-    within, free = scores.var(axis=-1).sum() * seeds, scores.size - scores.size // seeds
+    within, within_df = scores.var(axis=-1).sum() * seeds, scores.size - scores.size // seeds
     found = []
     for k, flag in enumerate(study.grid):
         means = scores.mean(axis=tuple(axis for axis in range(scores.ndim) if axis != k))
-        between, steps, p = means.var() * scores.size, len(means) - 1, None
-        if free and within > 0 and steps:
-            p = float(fdtrc(steps, free, (between / steps) / (within / free)))
+        between, between_df, p = means.var() * scores.size, len(means) - 1, None
+        if within_df and within > 0 and between_df:
+            p = float(fdtrc(between_df, within_df, (between / between_df) / (within / within_df)))
         values = dict(zip(study.grid_values(flag), means.tolist(), strict=True))
         found.append(Effect(flag, values, float(between / total) if total else 0.0, p))
     if all(effect.p is not None for effect in found):

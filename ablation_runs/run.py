@@ -40,13 +40,13 @@ def build_parser() -> flags.Parser:
     add, numbers, names = parser.add_argument, flags.listing(flags.natural), flags.listing(str)
     add("study", nargs="?", default="", metavar="STUDY", help="Name of the study.")
     add("--list", action="store_true", help="List the studies and their questions.")
-    add("--dry-run", action="store_true", help="Print the commands and the state of each run; start nothing.")
+    add("--dry-run", action="store_true", help="Print the command and state of each run; start nothing.")
     add("--preset", default="full", choices=PRESETS, help="Size of the study; cpu is for a small machine.")
     add("--smoke", dest="preset", action="store_const", const="smoke", help="Short for --preset smoke.")
     add("--seeds", type=numbers, default="", metavar="N,N,...", help="Random seeds; if empty, the study's.")
     add("--variants", type=names, default="", metavar="NAME,...", help="Run only these variants.")
-    add("--jobs", type=flags.positive, default=1, metavar="N", help="Number of runs at a time.")
-    add("--shard", type=shard, default="1/1", metavar="I/N", help="Run only the I-th of N parts, I from 1.")
+    add("--jobs", type=flags.positive, default=1, metavar="N", help="Number of simultaneous runs.")
+    add("--shard", type=shard, default="1/1", metavar="I/N", help="Run only part I (from 1) of N.")
     add("--data-dir", default="", metavar="DIR", help="Dataset directory; if empty, data/<dataset>.")
     add("--out", default=RUNS, metavar="DIR", help="Runs are written to DIR/<study>/<variant>-seed<n>.")
     add("--keep", default="best", choices=("best", "all", "none"), help="Checkpoints to keep of each run.")
@@ -90,9 +90,10 @@ def chosen_runs(args, extra: Flags) -> list[Run]:
     if unknown := set(args.variants) - study.variants.keys():
         what = f"{study.name} has no variant {', '.join(sorted(unknown))}"
         raise UsageError(what, f"choose from {', '.join(study.variants)}")
-    runs = study.runs(args.preset, args.seeds, extra)
     part, parts = args.shard
-    return [run for run in runs if not args.variants or run.variant in args.variants][part - 1 :: parts]
+    variants = args.variants or study.variants
+    runs = study.runs(args.preset, args.seeds, extra)
+    return [run for run in runs if run.variant in variants][part - 1 :: parts]
 
 
 class Job:
@@ -110,7 +111,7 @@ class Job:
         return shlex.join(["python", "train.py", *self.arguments])
 
     def status(self) -> str:
-        """Return done, diverged, failed, started, new, or changed: the run on disk had other flags."""
+        """Return done, diverged, failed, started, new, or changed, if the run on disk has other flags."""
         from base import schemas
 
         fix = "delete it to start the run again"
@@ -125,9 +126,9 @@ class Job:
 
 
 def what_trains(words: list[str]) -> Flags | None:
-    """Return the flags that change what is learned: the number of workers, for instance, does not.
+    """Return the flags that affect training, unlike, for instance, the number of workers.
 
-    None if `words`, which may come from an older version's run.json, has flags that no longer exist.
+    Return None if `words`, perhaps from the run.json of an older version, has flags that no longer exist.
     """
     try:
         values = vars(train_parser().parse_args(words))
@@ -137,13 +138,13 @@ def what_trains(words: list[str]) -> Flags | None:
 
 
 def from_root(path: Path) -> str:
-    """Return `path` as seen from the repository's root, where the runs are started."""
+    """Return `path` relative to the repository's root, where the runs are started, or an absolute path."""
     path = path.resolve()
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 class Stopping:
-    """A signal handler that passes a stop signal on: every active run saves, and no new one starts."""
+    """A signal handler that makes every active run save and stop, and lets no new one start."""
 
     def __init__(self):
         self.signal, self.children = 0, set()
@@ -157,7 +158,7 @@ class Stopping:
 def launch(arguments: list[str], log, stopping: Stopping) -> int:
     """Run train.py as a child process with its output in the file `log`; return the exit code."""
     command = [sys.executable, str(TRAIN), *arguments]
-    # In a session of its own, a child gets Ctrl-C only through `stopping`, and so only once.
+    # In its own session, a child gets Ctrl-C only from `stopping`, and so only once.
     child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     stopping.children.add(child)
     if stopping.signal:  # it arrived while the child was starting
@@ -219,13 +220,13 @@ def run_one(job: Job, stopping: Stopping, keep: str) -> int:
 
 
 def error_in(log: Path) -> str:
-    """Return the last error in a run's output, or else its last line."""
+    """Return the last error in a run's output, or its last line."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
     return next((line for line in reversed(lines) if line.startswith("error:")), lines[-1])
 
 
 def delete_checkpoints(directory: Path, keep: str) -> None:
-    """Free the disk: a finished run is known by its run.json, and only its best checkpoint is of use."""
+    """Delete the checkpoints of a finished run, except its best one or as `keep` says."""
     for path in directory.glob("*.pt") if keep != "all" else ():
         if keep == "none" or not path.name.startswith("best_"):
             path.unlink()

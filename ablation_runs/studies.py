@@ -1,4 +1,4 @@
-"""The studies, as data; study.py explains the fields.
+"""The studies as data; study.py explains the fields.
 
 "000" to "004" are the documents the project starts from. Their own figures come from one run with one seed.
 """
@@ -146,8 +146,8 @@ TINY_IMAGENET_RESNET18 = Study(
     ),
 )
 
-# The recipe follows the document's code: Adam, OneCycleLR, no mixing. Its text names SGD, warm restarts,
-# mixing and label smoothing instead.
+# The recipe follows the document's code: Adam, OneCycleLR, no mixing. The document's text names SGD, warm
+# restarts, mixing and label smoothing instead.
 CIFAR = "cifar100_resnet34"
 SGD = {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1}
 MIXING = {"mixup_alpha": 0.2, "cutmix_alpha": 1, "label_smoothing": 0.1}

@@ -1,7 +1,6 @@
-"""What a study is: a question, base flags, variants that change some of them, and seeds.
+"""`Study`: a question, base flags, variants that change some of them, and seeds. studies.py has the studies.
 
-Flags are dictionaries, {"mixup_alpha": 0.2, "ema": False}, with the names and values of train.py's flags. The
-studies themselves are in studies.py.
+Flags are dictionaries, {"mixup_alpha": 0.2, "ema": False}, with the names and values of train.py's flags.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CPU |= {"num_workers": 0, "save_every": 100}
 SMOKE = {"dataset": "synthetic:classes=4,train=64,val=16,size=32", "epochs": 3, "device": "cpu", "amp": "off"}
 SMOKE |= {"num_workers": 0, "save_every": 100}
 SMOKE_DROPS = ("split", "class_list", "subset", "subset_size", "phase_epochs", "data_dir")
-# A study's image sizes -> those of the smoke preset. ViT needs multiples of 16.
+# A study's image size -> that of the smoke preset. ViT needs multiples of 16.
 SMOKE_SIZES = {32: 32, 64: 16, 128: 24, 160: 32, 192: 40, 224: 48}
 SMOKE_ARCHS = {"resnet50": "resnet_tiny", "resnet34": "resnet_tiny", "resnet18": "resnet_tiny"}
 
@@ -52,16 +51,16 @@ class Study:
     variants: dict[str, Flags]  # name -> the flags that set it apart from the others
     base: Flags = field(default_factory=dict)  # flags of every variant
     recipe: str = ""  # a file of recipes/; the base overrides its flags
-    grid: tuple[str, ...] = ()  # the flags whose combinations are the variants
-    metric: str = "val_top1"  # the column that is compared, chosen before any run
+    grid: tuple[str, ...] = ()  # flags, if the variants are all combinations of their values
+    metric: str = "val_top1"  # the compared column of metrics.jsonl, chosen before any run
     seeds: tuple[int, ...] = (0, 1, 2)
     notes: str = ""  # one per line
-    commands: tuple[str, ...] = ()  # for a finished run; {best} and {data} are filled in
+    commands: tuple[str, ...] = ()  # to try on a finished run; {best} and {data} are filled in
     source: str = ""  # the document that asked the question
     published: str = ""  # what the document concluded
-    published_scores: dict[str, str] = field(default_factory=dict)  # variant -> result
-    cpu: Flags = field(default_factory=dict)  # overrides the base in the CPU preset; empty: no such preset
-    cpu_variants: dict[str, Flags] = field(default_factory=dict)  # replace a variant's flags there
+    published_scores: dict[str, str] = field(default_factory=dict)  # variant -> published result
+    cpu: Flags = field(default_factory=dict)  # overrides the base in the CPU preset; empty: there is none
+    cpu_variants: dict[str, Flags] = field(default_factory=dict)  # variant -> its flags in the CPU preset
     cpu_title: str = ""
 
     def title(self, preset: str) -> str:
@@ -77,7 +76,7 @@ class Study:
         return self.name if preset == "full" else f"{self.name}-{preset}"
 
     def runs(self, preset: str = "full", seeds: Sequence[int] = (), extra: Flags | None = None) -> list[Run]:
-        """Return every variant with every seed, seed by seed: an unfinished study can still be compared."""
+        """Return every variant with every seed, seed by seed, so that an unfinished study can be compared."""
         if preset == "cpu" and not self.cpu:
             raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
         chosen = {variant: self.flags_of(variant, preset, extra) for variant in self.variants}
@@ -88,14 +87,14 @@ class Study:
         ]
 
     def flags_of(self, variant: str, preset: str = "full", extra: Flags | None = None) -> Flags:
-        """Return the flags of `variant`; `extra` overrides the base, but not what the variant is about."""
+        """Return the flags of `variant`; `extra` overrides the base, but not the variant's own flags."""
         base = self.base | CPU | self.cpu if preset == "cpu" else self.base
         chosen = base | (extra or {}) | self.own_flags(variant, preset)
         values = recipe_flags(self.recipe) | chosen if self.recipe else chosen
         values = smoke(values) if preset == "smoke" else values
         if not self.recipe:
             return values
-        # Some of the recipe's flags may have no effect now, and train.py would refuse them in a command.
+        # Beside the chosen flags, some of the recipe's may have no effect, and train.py would refuse them.
         config, _ = flags.parse(flags.train_parser(), flags.to_argv(values))
         idle = flags.idle_flags(config) - chosen.keys()
         return {name: value for name, value in values.items() if name not in idle}
@@ -109,13 +108,13 @@ class Study:
 
 
 def recipe_flags(name: str) -> Flags:
-    """Return a recipe's flags, to be spelled out in the command; the runner sets the data directory."""
+    """Return the flags that a recipe sets, except for the data directory, which the runner sets."""
     config, given = flags.parse(flags.train_parser(), [f"--config={RECIPES / name}.yaml"])
     return {flag: getattr(config, flag) for flag in given - {"config", "data_dir"}}
 
 
 def smoke(values: Flags) -> Flags:
-    """Return flags for the same run in a second or two: generated data, small images and networks."""
+    """Scale `values` down to a run of a second or two: generated data, small images and networks."""
     small = {name: value for name, value in values.items() if name not in SMOKE_DROPS}
     sizes = small.get("resize_schedule", (64, 128, 224))
     arch = small.get("arch", "resnet50")
@@ -132,7 +131,7 @@ def smoke(values: Flags) -> Flags:
 def grid(baseline: dict[str, str], **values: tuple[str, ...]) -> dict[str, Flags]:
     """Return the variants for every combination of `values`, {flag: its values}, with `baseline` first.
 
-    Values are text, as typed on a command line: they are part of the names of the directories.
+    Values are text, as typed on a command line, because they become part of directory names.
     """
     combinations = [dict(zip(values, chosen, strict=True)) for chosen in product(*values.values())]
     combinations.sort(key=lambda chosen: chosen != baseline)

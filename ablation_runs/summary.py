@@ -1,4 +1,4 @@
-"""The text of a report: tables and a conclusion from the results of a study's runs."""
+"""The text of a report: tables and a conclusion from the results of a study."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ HOW_TO_READ = (
 
 
 def markdown(study: Study, preset: str, runs: list[Result], pictures: list[str]) -> str:
+    """Return the report; `pictures` are file names beside it."""
     parts = [
         f"# {study.title(preset)}",
         study.question,
@@ -38,7 +39,7 @@ def markdown(study: Study, preset: str, runs: list[Result], pictures: list[str])
 
 
 def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
-    """One row per variant: last epoch, mean and spread over seeds."""
+    """Return a table with a row per variant: last epoch, mean and spread over seeds."""
     scores, gaps = (results.compare(runs, study, column) for column in (study.metric, "gap"))
     rows = []
     for variant in study.variants:
@@ -81,7 +82,7 @@ def average(values: list[float | None], spec: str) -> str:
 
 
 def difference(d: Difference | None, words: dict[str, str]) -> str:
-    """Return the difference and its verdict, which `words` may rename."""
+    """Return the difference with its verdict, which `words` may replace."""
     words = {UNKNOWN: "one seed"} | words
     return f"{interval(d)}: {words.get(d.verdict, d.verdict)}" if d else "-"
 
@@ -125,7 +126,7 @@ def listed(words: list[str]) -> str:
 
 
 def ema_table(study: Study, runs: list[Result]) -> str:
-    """EMA against raw weights; empty if no variant has an EMA."""
+    """Return a table of EMA against raw weights; empty if no variant has an EMA."""
     rows = []
     for variant in study.variants:
         if gain := results.ema_gain(runs, variant):
@@ -136,20 +137,19 @@ def ema_table(study: Study, runs: list[Result]) -> str:
 
 
 def effect_table(study: Study, runs: list[Result]) -> str:
-    """A grid's flags, ranked by how much of the variance they explain; empty for other studies."""
+    """Return a table of a grid's flags, ranked by the variance they explain; empty for other studies."""
     rows = []
     for effect in results.effects(runs, study, study.metric):
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
         p = "-" if effect.p is None else f"{effect.p:.3f}"
-        rows.append(
-            [flags.dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p]
-        )
+        share = f"{100 * effect.share:.0f} %"
+        rows.append([flags.dashed(effect.flag), means, f"{effect.span:.2f}", share, p])
     header = ["flag", "mean top-1 at each value", "best - worst", "share of variance", "p (F test, Holm)"]
     return table(header, rows) if rows else ""
 
 
 def run_notes(study: Study, runs: list[Result]) -> list[str]:
-    """Return notes on the validation set, the machine, and commands to go on with."""
+    """Return notes on the validation set and the machine, and commands to try next."""
     notes = []
     if image := results.one_image(runs):
         notes.append(
@@ -163,7 +163,7 @@ def run_notes(study: Study, runs: list[Result]) -> list[str]:
         )
     found = [path for run in runs if run.directory for path in sorted(run.directory.glob("best_*.pt"))]
     best = found[0] if found else "CHECKPOINT"
-    return notes + [f"To look at a model: `{c.format(best=best, data='DATA')}`" for c in study.commands]
+    return notes + [f"To inspect a model: `{c.format(best=best, data='DATA')}`" for c in study.commands]
 
 
 def csv_table(runs: list[Result]) -> str:

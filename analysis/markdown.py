@@ -24,7 +24,7 @@ def _block(block: str, folder: Path) -> Markup:
     if first.startswith("|"):
         return _table(lines)
     if all(re.match(r"[-*] |\s", line) for line in lines):
-        items = re.split(r"\n?^[-*] ", block, flags=re.M)[1:]
+        items = re.split(r"\n?^[-*] ", block, flags=re.MULTILINE)[1:]
         return tag("ul", *(tag("li", _inline(" ".join(item.split()))) for item in items))
     pictures = PICTURE.findall(block)
     if pictures and not PICTURE.sub("", block).strip():

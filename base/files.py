@@ -26,6 +26,7 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
     """
     path = Path(path)
     partial = path.with_name(path.name + ".partial") if path.is_file() or not path.exists() else path
+    made = parents and not path.parent.exists()
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,9 +36,11 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable place") from error
     finally:
-        if partial != path:
-            with suppress(OSError):
+        with suppress(OSError):
+            if partial != path:
                 partial.unlink(missing_ok=True)
+            if made:
+                path.parent.rmdir()  # which a directory with a file in it refuses
 
 
 def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:

@@ -1,1 +1,1 @@
-"""Speed, measured side by side with public peers."""
+"""Benchmarks: speed beside public peers, the cost of packing, and what kills and flipped bits do to a run."""

@@ -1,4 +1,4 @@
-"""One bit flipped in a run's memory: how often it is noticed, and how often the score stays the same.
+"""What one bit flipped in a run's memory does: how often it is noticed, and how it changes the score.
 
 `python -m benchmarks.bitflips --out DIR` trains a small network on digits (fp32, one thread) and forks at
 random steps. Each fork flips one random bit of one random element of the weights, the optimizer state, the
@@ -23,7 +23,7 @@ KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
 BITS = {"sign": range(31, 32), "exponent": range(23, 31), "mantissa": range(23)}  # of a float32
 WORSE = 1.0  # points of top-1
 OUTCOMES = ("noticed", "same bits", "same score", "within 1 point", "worse", "better")
-# The small stem leaves the last stage 2 x 2 pixels; at 1 x 1 most weights of 3 x 3 kernels would be unused.
+# With the small stem, the last stage has 2 x 2 pixels; at 1 x 1 most weights of 3 x 3 kernels are unused.
 RUN = [
     *("--dataset", "digits", "--arch", "resnet_tiny", "--stem", "small", "--resize-schedule", "16"),
     *("--batch-size", "32", "--epochs", "5", "--lr", "1e-2", "--augment", "none"),
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
-    """Train once, forking for each point on the way, and compare how the runs end."""
+    """Train once, forking a process per point on the way, and compare how the runs end."""
     import torch
 
     import loop
@@ -73,8 +73,9 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     steps = sum(phase.steps for phase in run.phases)
     plan = random_points(points, steps, random.Random(seed))
     forks, error = Forks(plan, jobs, out), ""
-    # `save_or_stop` comes after every step. Nothing is saved or printed.
-    hooks = {"save_or_stop": forks.start, "save": lambda *_: None, "tell": lambda *_: None}
+    # Fork where a run would save, which is after every step; save and print nothing.
+    hooks = {name: lambda *_: None for name in ("save", "name_best", "say_or_stop")}
+    hooks["save_or_stop"] = forks.start
     with patch.multiple(loop, **hooks):
         try:
             loop.fit(run, MetricLogger(out, enabled=False))
@@ -85,7 +86,7 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     ended = ending(run, error)
     if forks.own is not None:
         (out / f"{forks.own}.json").write_text(json.dumps(plan[forks.own] | ended))
-        os._exit(0)  # whatever follows, and the caller, belongs to the process that forked
+        os._exit(0)  # the rest, and the caller, belong to the parent
     forks.wait_until_at_most(0)
     for i, point in enumerate(plan):
         file = out / f"{i}.json"
@@ -104,11 +105,11 @@ def random_points(count: int, steps: int, rng: random.Random) -> list[dict]:
 
 
 class Forks:
-    """The processes of the points: each is the run at its step, except for one bit."""
+    """Forks of a run, one per point; each differs from the run in one bit."""
 
     def __init__(self, plan: list[dict], jobs: int, out: Path):
         self.plan, self.jobs, self.out, self.alive = plan, jobs, out, 0
-        self.own: int | None = None  # in a fork: its point
+        self.own: int | None = None  # the number of its point, in a fork
 
     def start(self, run) -> None:
         """Fork for each point of the step that was just taken."""
@@ -128,7 +129,7 @@ class Forks:
 
 
 def flip_one(run, point: dict) -> dict:
-    """Flip the point's bit, any element of its kind of memory being equally likely; return the values."""
+    """Flip the point's bit in the element that it names; return the values before and after."""
     tensors = memory(run, point["kind"])
     element = int(point["where"] * sum(tensor.numel() for tensor in tensors))
     for tensor in tensors:
@@ -153,7 +154,7 @@ def memory(run, kind: str) -> list:
 
 
 def flip(tensor, element: int, bit: int) -> tuple[float, float]:
-    """Flip one bit of one element, counted in memory order; return the value before and after."""
+    """Flip one bit of an element, counted in memory order; return its value before and after."""
     import torch
 
     storage = tensor.untyped_storage()
@@ -203,10 +204,8 @@ def tables(result: dict) -> str:
     points, score = result["points"], result["undisturbed"]["score"]
     stopped = sum(bool(point["error"]) for point in points)
     skipped = sum(point["outcome"] == "noticed" for point in points) - stopped
-    lines = [
-        f"{len(points)} flips in a run of {result['steps']} steps that ends at {score:.2f} %; "
-        f"{stopped or 'none'} ended the run and {skipped or 'none'} were reported as skipped steps"
-    ]
+    outcome = f"{stopped or 'none'} ended the run and {skipped or 'none'} were reported as skipped steps"
+    lines = [f"{len(points)} flips in a run of {result['steps']} steps that ends at {score:.2f} %; {outcome}"]
     kind_of_bit = {bit: name for name, positions in BITS.items() for bit in positions}
     by_kind = Counter((point["kind"], point["outcome"]) for point in points)
     by_bit = Counter((kind_of_bit[point["bit"]], point["outcome"]) for point in points)

@@ -1,8 +1,9 @@
 """What kills cost: the useful steps per second of a run that is killed again and again.
 
-`python -m benchmarks.goodput --out DIR` trains a small model for about ten minutes: undisturbed; then killed
-(SIGKILL to the whole process group) at random times, once a minute on average, and restarted at once with
---resume auto until it is done; then undisturbed again, to show how far the machine drifted. Linux only.
+`python -m benchmarks.goodput --out DIR` trains a small model three times, for about ten minutes each:
+undisturbed; then killed at random times (SIGKILL to the process group, once a minute on average) and
+restarted at once with --resume auto until it is done; then undisturbed again, to show how far the machine
+drifted. Linux only.
 `--table DIR` prints the table of docs/reliability.md.
 """
 
@@ -28,22 +29,23 @@ from base import files, flags
 from benchmarks.bitflips import bits
 
 ROOT = Path(__file__).resolve().parent.parent
-EPOCHS, BATCH, CALIBRATION = 5, 32, 20.0  # seconds
+EPOCHS, BATCH = 5, 32
+CALIBRATION = 20.0  # seconds of the run that measures the speed of a step
 RUN = (
     f"--arch resnet_tiny --resize-schedule 32 --batch-size {BATCH} --epochs {EPOCHS} --eval-every {EPOCHS} "
     "--lr 1e-3 --num-workers 1 --device cpu --amp off"
 ).split()
 DATA = "--dataset=synthetic:train={},val=500,size=32"
 PARTS = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best", "rows")  # of a checkpoint
-TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns in which any two runs differ
+TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns that differ between any two runs
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.goodput", description=__doc__.split("\n\n")[0])
     add, positive, whole = parser.add_argument, flags.number(float, 0, open_low=True), flags.number(int, 0)
     mean = "Mean time between kills, exponentially distributed."
-    out = "Output directory: goodput.json, the runs and their logs; its former runs are deleted."
-    add("--minutes", type=positive, default=10.0, metavar="M", help="Approximate length of a run.")
+    out = "Output directory for goodput.json, the runs and their logs; previous runs in it are deleted."
+    add("--minutes", type=positive, default=10.0, metavar="M", help="Approximate minutes per run.")
     add("--mean-between-kills", type=positive, default=60.0, metavar="SECONDS", help=mean)
     add("--save-every", type=positive, default=2.0, metavar="SECONDS", help="Time between saves.")
     add("--seed", type=whole, default=0, metavar="N", help="Random seed of the kills.")
@@ -60,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(json.loads((Path(args.table) / "goodput.json").read_text())))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that no run is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which kills the active run
     out = Path(args.out)
     for name in ("calibration", "first", "killed", "last"):
         shutil.rmtree(out / name, ignore_errors=True)
@@ -107,7 +109,7 @@ def child(log: Path, argv: list[str]) -> None:
 
 
 def lives_of(command: list[str], directory: Path, lifetime: Callable[[], float | None]) -> list[dict]:
-    """Train a run that is killed after `lifetime()` seconds and restarted at once; return its lives."""
+    """Train until the run is done, killing it after `lifetime()` seconds each time; return its lives."""
     lives = []
     while not lives or lives[-1]["killed"]:
         has_checkpoint = any((directory / "run").glob("*.pt"))
@@ -135,7 +137,7 @@ def live(argv: list[str], directory: Path, number: int, seconds: float | None) -
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
             code, died = 0, True
-        finally:  # also on Ctrl-C: nothing is left running
+        finally:  # also on Ctrl-C
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -146,7 +148,7 @@ def live(argv: list[str], directory: Path, number: int, seconds: float | None) -
 
 
 def read_log(path: Path) -> tuple[list[tuple[int, float]], list[tuple[float, float]]]:
-    """Return (step, time it was done) and (begin, end) of each save; a line cut short is skipped."""
+    """Return (step, time of its end) of each step, and (begin, end) of each save; skip a line cut short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     words = [line.split() for line in lines if line.endswith("\n")]
     steps = [(int(step), float(at)) for kind, step, at in words if kind == "step"]
@@ -156,8 +158,8 @@ def read_log(path: Path) -> tuple[list[tuple[int, float]], list[tuple[float, flo
 def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: float) -> dict:
     """Return the figures of the table.
 
-    S is the time from one save's beginning to the next one's, R from a restart to the beginning of its
-    first step. Both are the killed run's own, so that a drifting machine drifts in both.
+    S is the time from the start of one save to the start of the next, R that from a restart to its first
+    step. Both are measured on the killed run, so that a drifting machine affects both sides of the ratio.
     """
     steps = first[0]["steps"][-1][0]
     undisturbed_rates = [useful(lives) for lives in (first, last)]
@@ -169,7 +171,7 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
     possible, kills = best_possible(s, r, mean), sum(life["killed"] for life in disturbed)
     stretches = [life["steps"] for life in disturbed if len(life["steps"]) > 1]
     own = sum(len(steps) - 1 for steps in stretches) / sum(steps[-1][1] - steps[0][1] for steps in stretches)
-    # Ten kills are few, and their number is a matter of luck: compare with their achieved mean as well.
+    # The number of so few kills is a matter of luck: also compare with the mean that was achieved.
     achieved = (disturbed[-1]["ended"] - disturbed[0]["began"]) / max(1, kills)
     return {
         "steps": steps,
@@ -191,14 +193,14 @@ def summary(first: list[dict], disturbed: list[dict], last: list[dict], mean: fl
 
 
 def useful(lives: list[dict]) -> float:
-    """Return steps per second from the first life's start to the last one's end; repeated ones count once."""
+    """Return the steps per second from start to end of a run; repeated steps count once."""
     return lives[-1]["steps"][-1][0] / (lives[-1]["ended"] - lives[0]["began"])
 
 
 def best_possible(save: float, restart: float, mean: float) -> float:
     """Return the useful share of time, given the seconds from save to save, per restart and between kills.
 
-    An interval of `save` s takes mean * (exp(save / mean) - 1) * exp(restart / mean) until it is not killed.
+    With kills, an interval of `save` s takes mean * (exp(save / mean) - 1) * exp(restart / mean) on average.
     """
     return save / mean / math.expm1(save / mean) * math.exp(-restart / mean)
 
@@ -220,13 +222,13 @@ TABLE = """\
 | killed every {mean_between_kills:g} s on average | {killed_steps_per_second:.2f} useful steps a second, \
 {kills} kills, {steps_redone:,} steps done twice |
 | **goodput**: the ratio | **{goodput:.1f} %** |
-| the same beside its own speed between kills, free of drift | {goodput_by_own_speed:.1f} % |
-| best possible, and the ratio below it | {best_possible:.1f} %, {points_below:.1f} points |
+| goodput relative to its own speed between kills, free of drift | {goodput_by_own_speed:.1f} % |
+| best possible, and how far goodput is below it | {best_possible:.1f} %, {points_below:.1f} points |
 | best possible with the kills as they came, one in {achieved_mean_between_kills:.0f} s | \
 {best_possible_at_achieved_mean:.1f} % |
 | S, from one save to the next | {save_interval:.2f} s; a save takes {save_milliseconds:.0f} ms, \
 {saving:.1f} % of the time, also of the undisturbed run's |
-| R, from a restart until it trains on | {restart_seconds:.2f} s, median |
+| R, from a restart to its first step | {restart_seconds:.2f} s, median |
 | last checkpoint: weights, average, optimizer, rows | {same} |"""
 
 

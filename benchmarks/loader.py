@@ -1,8 +1,8 @@
 """How fast batches arrive: this project's loader beside torchvision's and timm's, in one run.
 
-`python -m benchmarks.loader --data-dir DIR` needs class folders in DIR/train and packs them into a temporary
-directory. All loaders read the same images from a warm page cache and are timed in steady state, three times,
-in turns. Machines are noisy: only ratios within one run mean anything.
+`python -m benchmarks.loader --data-dir DIR` reads class folders in DIR/train and packs them into a temporary
+directory. All loaders read the same images from a warm page cache; they are timed in turns, three times each,
+once their queues are full. Machines are noisy: only ratios within one run mean anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from base.errors import DataError
 
 REPEATS = 3
 BATCH = 128
-ENDLESS = 2_000_000  # samples: more than any measurement reads
+ENDLESS = 2_000_000  # samples in an epoch: more than any measurement reads
 AUGMENTATIONS = {"crop-flip": "basic", "full": "full"}
 
 
@@ -37,9 +37,9 @@ def build_parser() -> flags.Parser:
     add("--sizes", type=positive, nargs="+", default=[64, 128, 224], metavar="PX", help="Training sizes.")
     add("--workers", type=positive, nargs="+", default=[1, 2], metavar="N", help="Loader processes.")
     add("--augmentations", nargs="+", choices=names, default=list(names), help="Augmentations.")
-    add("--stored-sides", type=sides, default=(96, 192, 320), metavar="LIST", help="Packed short sides.")
+    add("--stored-sides", type=sides, default=(96, 192, 320), metavar="LIST", help="Packed sides in px.")
     add("--images", type=positive, default=2000, metavar="N", help="Maximum images, spread over the classes.")
-    add("--seconds", type=seconds, default=3.0, metavar="S", help="Length of each measurement.")
+    add("--seconds", type=seconds, default=3.0, metavar="S", help="Seconds per measurement.")
     add("--json", default="loader.json", metavar="FILE", help="Output file; the picture is saved beside it.")
     return parser
 
@@ -100,7 +100,7 @@ def pack(source, sides: tuple[int, ...], out: Path):
     return open_packed(out)
 
 
-# --- the loaders: each yields batches of BATCH images without end ---
+# --- the loaders: each yields batches of BATCH images, endlessly ------------------------------------
 
 
 def loaders(source, packed, scratch: Path, size: int, augmentation: str, workers: int) -> dict[str, Callable]:
@@ -117,7 +117,7 @@ def loaders(source, packed, scratch: Path, size: int, augmentation: str, workers
 
 
 def ours(index, size: int, augmentation: str, workers: int) -> Iterator:
-    """This project's loader, as train.py builds it: uint8 batches, normalised later on the device."""
+    """Start this project's loader as train.py does: uint8 batches, to be normalised on the device."""
     from dataloader import train_loader
     from sources.index import SubsetSplit
 
@@ -129,7 +129,7 @@ def ours(index, size: int, augmentation: str, workers: int) -> Iterator:
 
 
 def torchvisions(folder: Path, size: int, augmentation: str, workers: int) -> Iterator:
-    """ImageFolder and Pillow as in torchvision's reference training: float32, normalised in the workers."""
+    """Start torchvision's ImageFolder, as in its reference training: float32, normalised in the workers."""
     from torchvision import datasets
     from torchvision import transforms as T
 
@@ -147,7 +147,7 @@ def torchvisions(folder: Path, size: int, augmentation: str, workers: int) -> It
 
 
 def timms(folder: Path, size: int, workers: int) -> Iterator:
-    """timm's ImageDataset with crop and flip: uint8 batches, as in its prefetching loader."""
+    """Start timm's ImageDataset with crop and flip: uint8 batches, as in its prefetching loader."""
     from timm.data import ImageDataset, create_transform
     from timm.data.loader import fast_collate
 
@@ -163,11 +163,11 @@ def peer(dataset, workers: int, **options) -> Iterator:
     return iter(DataLoader(dataset, BATCH, sampler=sampler, **options))
 
 
-# --- measuring ---
+# --- measuring -------------------------------------------------------------------------------------
 
 
 def compare(makers: dict[str, Callable], workers: int, seconds: float) -> list[dict]:
-    """Return a row per loader: medians of REPEATS measurements, taken in turns."""
+    """Measure the loaders in turns; return a row for each, with medians of REPEATS measurements."""
     measured = {name: [] for name in makers}
     for _ in range(REPEATS):
         for name, start in makers.items():
@@ -186,9 +186,10 @@ def compare(makers: dict[str, Callable], workers: int, seconds: float) -> list[d
 
 
 def measure(batches: Iterator, workers: int, seconds: float) -> tuple[float, float]:
-    """Return images per second, and CPU microseconds of the workers per image, once the queue is full.
+    """Return images per second, and CPU microseconds of the workers per image.
 
-    The clock starts when every worker has delivered twice. CPU time stays comparable on a busy machine.
+    The clock starts when the workers have delivered two batches each. CPU time is comparable even on a busy
+    machine.
     """
     for _ in range(2 * workers):
         next(batches)
@@ -199,7 +200,7 @@ def measure(batches: Iterator, workers: int, seconds: float) -> tuple[float, flo
 
 
 def worker_cpu(batches: Iterator) -> float:
-    """Return the seconds of CPU time that the loader's processes have used; 0 except on Linux."""
+    """Return the CPU seconds that the loader's workers have used; 0 except on Linux."""
     ticks = 0
     for process in getattr(batches, "_workers", ()) if sys.platform.startswith("linux") else ():
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,7 +1,7 @@
-"""python -m benchmarks.step: the project's training step against a bare loop and timm's, in one run.
+"""What a training step costs: this project's beside a bare loop and timm's, in one run.
 
-The batch is created once, on the device, so loading has no part in it. The loops take turns, step by step on
-a CPU and a few steps at a time on a GPU, so that a busy machine slows them all alike: only ratios within one
+The batch is created once, on the device, so loading takes no part. The loops take turns, step by step on a
+CPU and a few steps at a time on a GPU, so that a busy machine slows all of them alike: only ratios within one
 run mean anything.
 """
 
@@ -20,7 +20,7 @@ EPILOG = """examples:
   python -m benchmarks.step --sizes 64 128 224 --json step.json      the documents' three phases
   python -m benchmarks.step --variants --json step.json              also one choice changed at a time
   python -m benchmarks.step --sizes 64 --batch-sizes 16 --rounds 9   minutes on a CPU"""
-BATCHES = {64: 256, 128: 128, 224: 64}  # of the documents' phases
+BATCH_SIZES = {64: 256, 128: 128, 224: 64}  # of the documents' phases
 PROVENANCE = ("device", "cores", "threads", "torch", "cuda", "python")
 
 
@@ -45,9 +45,9 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     args = parser.parse_args(argv)
-    batches = args.batch_sizes or [BATCHES.get(size, max(1, 2**20 // size**2)) for size in args.sizes]
-    if len(batches) != len(args.sizes):
-        problem = f"{len(batches)} --batch-sizes for {len(args.sizes)} --sizes"
+    batch_sizes = args.batch_sizes or [BATCH_SIZES.get(size, max(1, 2**20 // size**2)) for size in args.sizes]
+    if len(batch_sizes) != len(args.sizes):
+        problem = f"{len(batch_sizes)} --batch-sizes for {len(args.sizes)} --sizes"
         raise UsageError(problem, "give one for each size")
     from base.device import environment, init_runtime
 
@@ -58,21 +58,21 @@ def main(argv: list[str] | None = None) -> int:
     print("{device}, {cores} cores, {threads} threads, torch {torch}".format(**provenance))
     print(HEADER, flush=True)
     rows = []
-    for found in comparisons(args, batches, runtime):
+    for found in comparisons(args, batch_sizes, runtime):
         print("\n".join(map(table_row, found)), flush=True)
         rows += [row | provenance for row in found]
-        if args.json:  # written as they come: hours of timing must not be lost to the last variant
+        if args.json:  # after each comparison: a failure must not lose hours of timing
             files.write_json(args.json, rows)
     if args.json:
         draw(rows, Path(args.json).with_suffix(".png"))
     return 0
 
 
-def comparisons(args, batches: list[int], runtime) -> Iterator[list[dict]]:
-    """Yield the rows of all loops, then those of the variants that are available, for each image size."""
+def comparisons(args, batch_sizes: list[int], runtime) -> Iterator[list[dict]]:
+    """Yield the rows of all loops, then of each variant that is available, for each image size."""
     from benchmarks.step_loops import LOOPS, Setting, project, variants
 
-    for size, batch_size in zip(args.sizes, batches, strict=True):
+    for size, batch_size in zip(args.sizes, batch_sizes, strict=True):
         setting = Setting(args.arch, size, batch_size, runtime)
         yield compare({name: (loop, setting) for name, loop in LOOPS.items()}, args.rounds, args.steps)
         for name, changed in variants(setting).items() if args.variants else ():
@@ -86,9 +86,9 @@ def comparisons(args, batches: list[int], runtime) -> Iterator[list[dict]]:
 
 
 def compare(loops: dict[str, tuple], rounds: int, steps: int | None) -> list[dict]:
-    """Time the loops {name: (loop, setting)} that are available in turns; return a row for each.
+    """Time the available ones of {name: (loop, setting)} in turns; return a row for each.
 
-    A busy machine distorts the ratios of CPU time less than those of time.
+    On a busy machine, ratios of CPU time are more reliable than ratios of time.
     """
     made, memory = {}, {}
     for name, (loop, setting) in loops.items():
@@ -125,7 +125,7 @@ def compare(loops: dict[str, tuple], rounds: int, steps: int | None) -> list[dic
 
 
 def warmed_up(make: Callable[[], Callable], device) -> tuple[Callable, int | None]:
-    """Return a loop after three steps, and its peak memory in MiB (None except on a GPU)."""
+    """Make a loop and take three steps; return it with its peak memory in MiB (None except on a GPU)."""
     import torch
 
     gpu = device.type == "cuda"
@@ -139,7 +139,7 @@ def warmed_up(make: Callable[[], Callable], device) -> tuple[Callable, int | Non
 
 
 def in_turns(loops: dict[str, Callable], rounds: int, steps: int, device) -> dict[str, list[tuple]]:
-    """Time each loop `rounds` times, every other round backwards; return (seconds, CPU seconds) per step."""
+    """Time each loop `rounds` times, in alternating order; return (seconds, CPU seconds) per step."""
     import torch
 
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -26,7 +26,7 @@ CLASSES = 1000
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained and how; the same for every loop of a comparison."""
+    """What all loops of a comparison train, and on what."""
 
     arch: str
     image_size: int
@@ -47,7 +47,7 @@ class Setting:
         return images, torch.randint(CLASSES, (self.batch_size,), device=device)
 
 
-Loop = Callable[[Setting], Callable[[], object]]  # makes a function that takes one step
+Loop = Callable[[Setting], Callable[[], object]]  # returns a function that takes one step
 
 
 def project(setting: Setting) -> Callable[[], object]:
@@ -58,12 +58,12 @@ def project(setting: Setting) -> Callable[[], object]:
 
 
 def no_ema(setting: Setting) -> Callable[[], object]:
-    """train.py's step with --no-ema; beside `bare` it shows what mixing, clipping, guard, schedule cost."""
+    """train.py's step with --no-ema: minus `bare`, the cost of mixing, clipping, guard and schedule."""
     return project(replace(setting, options=(*setting.options, "--no-ema")))
 
 
 def no_guard(setting: Setting) -> Callable[[], object]:
-    """train.py's step without its guard against non-finite steps: no copy of buffers, no read of the loss."""
+    """train.py's step without the guard against non-finite steps, which copies buffers and reads the loss."""
     state, options = built(setting)
     images, labels = setting.batch()
 
@@ -107,7 +107,7 @@ def bare(setting: Setting) -> Callable[[], object]:
 
 
 def timm(setting: Setting) -> Callable[[], object]:
-    """The step of timm's train.py with the same choices; ImportError if timm or the model is missing."""
+    """The step of timm's train.py with the same choices. Raises ImportError without timm or such a model."""
     import timm
     from timm import utils
     from timm.data import Mixup
@@ -161,7 +161,7 @@ LOOPS: dict[str, Loop] = {
 
 
 def variants(setting: Setting) -> dict[str, Setting]:
-    """Return settings with one choice changed, by name, without those that the device cannot run."""
+    """Return {name: setting with one choice changed}, for what the device can run."""
     runtime = setting.runtime
     precisions = {"fp32": None, "bf16": torch.bfloat16}
     if runtime.device.type == "cuda":
@@ -192,7 +192,7 @@ def built(setting: Setting) -> tuple[TrainState, StepOptions]:
 
 
 def endless(state: TrainState) -> TrainState:
-    """Return to the first step of the plan before its last one is taken."""
+    """Go back to the first step before the plan ends; return the state."""
     if state.step >= state.schedule.total_steps - 1:
         state.step = 0
         state.schedule.seek(0)

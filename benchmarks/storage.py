@@ -1,13 +1,14 @@
-"""What packing at a stored side costs and loses: the same random crops from full-size and from packed images.
+"""What a stored side costs and loses: the same random crops from full-size and from packed images.
 
-`python -m benchmarks.storage --data-dir DIR` measures, for each training size, stored side and JPEG quality,
-the kB and decoding time of an image, the PSNR of the crops, and the share of their power left at each spatial
-frequency. The default `--stored-sides` of pack_dataset.py follow from this table.
+For each training size, stored side and JPEG quality, `python -m benchmarks.storage --data-dir DIR` measures
+the size and decoding time of an image, the PSNR of the crops, and the share of their power left at each
+spatial frequency. The default `--stored-sides` of pack_dataset.py follow from this table.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from base import errors, files, flags
+from base.errors import DataError
 
 CROPS = 4  # per image
 HEADER = " size  side quality     kB decode us  PSNR dB 10 % worst power left: mid  high"
@@ -55,25 +57,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load(data_dir: str, count: int) -> list[tuple[bytes, np.ndarray]]:
-    """Return (file, pixels) of `count` photographs, spread over the classes."""
+    """Return the (encoded file, pixels) of `count` photographs, spread over the classes."""
     from sources import folders
     from sources.images import decode
     from sources.index import balanced_subset
 
     listing = folders.list_classes(data_dir, "train")
     split = listing.split(listing.classes)
+    if not len(split):
+        raise DataError(f"no images in {os.path.abspath(data_dir)}/train", folders.ACCEPTED)
     ids = balanced_subset(split.labels, min(count, len(split)), seed=0)
     return [(data, decode(data, split.name(int(i)))) for i, data in zip(ids, split.read(ids), strict=True)]
 
 
 def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict, np.ndarray]:
-    """Return the row, and the share of the crops' power left at each frequency (size // 2,)."""
+    """Return a row of the table, and the share of the crops' power left at each frequency, (size // 2,)."""
     from sources.images import decode
     from sources.packing import stored
 
     packed = [stored(data, pixels, side, quality) for data, pixels in photographs]
     for data in packed:
-        decode(data)  # warm up
+        decode(data)  # warm up the cache
     started = time.process_time()
     decoded = [decode(data) for data in packed]
     seconds = time.process_time() - started
@@ -113,7 +117,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def spectrum(image: np.ndarray) -> np.ndarray:
-    """Return the power of the brightness by spatial frequency, 0 to Nyquist, in rings: (size // 2,)."""
+    """Return the power of an image's brightness by spatial frequency, 0 to Nyquist: (size // 2,)."""
     grey = image.astype(np.float64).mean(2)
     size = len(grey)
     window = np.hanning(size)

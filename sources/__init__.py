@@ -1,1 +1,1 @@
-"""Datasets: finding them (`layouts`, `index`) and reading them (`images`, `augment`, `packed`). No torch."""
+"""Find datasets on disk (`layouts`, `index`) and read them (`images`, `augment`, `packed`), without torch."""

@@ -1,8 +1,8 @@
-"""The augmentations by name: operations on (H, W, 3) uint8 images, separate from their random numbers.
+"""The augmentations: operations on (H, W, 3) uint8 images, separate from the random numbers they use.
 
-affine, jitter and dropout equal those of Albumentations 2.0.8, which the tests show for equal parameters, but
-call OpenCV directly: through Albumentations they cost 160 us an image, more than decoding a packed image.
-randaugment and trivialaugment are built from Albumentations' own transforms; speed matters less there.
+For equal parameters, affine, jitter and dropout equal those of Albumentations 2.0.8, as the tests show. They
+call OpenCV directly, because through Albumentations they take 160 us, more than decoding a packed image.
+randaugment and trivialaugment, where speed matters less, are built from Albumentations' transforms.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Draw = Callable[[], float]  # returns the next uniform number in [0, 1)
 Box = tuple[int, int, int, int]  # top, left, height, width in px
 Operation = Callable[[np.ndarray, Draw], np.ndarray]
 
-P = 0.5  # probability of flip, affine, jitter and dropout
+P = 0.5  # probability of each of flip, affine, jitter and dropout
 SHIFT, SCALE, ANGLE = 0.0625, (0.9, 1.1), 15.0  # affine: share of the side, factor per axis, degrees
 HOLE = 0.25  # dropout: the hole's side as a share of the image's
-# Brightness, contrast, saturation, hue. Like timm no hue by default: it costs as much as the others together.
+# Brightness, contrast, saturation, hue. No hue by default, as in timm: it costs as much as the other three.
 JITTER = (0.2, 0.2, 0.2, 0.0)
 _BLOCK = 64  # numbers drawn at once; the default recipe uses at most 60
 
 
 class KeyedRandom:
-    """One stream of random numbers for each key (seed, epoch, sample id), whichever process asks and when.
+    """One stream of random numbers per key (seed, epoch, sample id), the same in any process and at any time.
 
-    Philox is counter-based: setting its state takes microseconds, seeding another generator a hundred.
-    Seed and epoch are the key, the sample is the highest word of the counter: streams never overlap.
+    Philox is counter-based: setting its state takes microseconds, seeding a new generator a hundred. Seed
+    and epoch are its key and the sample is the highest word of its counter, so streams never overlap.
     (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.)
     """
 
@@ -83,7 +83,7 @@ def build(name: str, argument: int | None, fill: Sequence[int], randomness: Keye
 
 
 def random_resized_box(height: int, width: int, draw: Draw, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)) -> Box:
-    """Draw a box: its area uniform in `scale` (of the image's), the log of width / height uniform in `ratio`.
+    """Draw a box: its share of the area uniform in `scale`, log(width / height) uniform in log(`ratio`).
 
     After ten boxes that do not fit, return the central box nearest to the image's shape, as torchvision does.
     (Szegedy et al., arXiv:1409.4842.)
@@ -149,7 +149,7 @@ def affine(
 
 
 def _jitter_of(percent: int | None) -> Operation:
-    """`jitter:10` is brightness, contrast and saturation 0.1 and hue 0.02, the documents' CIFAR recipe."""
+    """Return the operation. `jitter:10` is the documents' CIFAR recipe: hue 0.02, the other strengths 0.1."""
     *strengths, hue = JITTER if percent is None else (*[percent / 100] * 3, percent / 500)
 
     def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
@@ -221,7 +221,7 @@ def _fill(image: np.ndarray, top: int, left: int, height: int, width: int, fill:
     return image
 
 
-# --- policies, from Albumentations' transforms ------------------------------------------------------
+# --- policies from Albumentations' transforms ----------------------------------------------------
 
 
 def _library_policy(name: str, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
@@ -241,6 +241,7 @@ def _library_policy(name: str, fill: Sequence[int], randomness: KeyedRandom) -> 
 
 def _operations(A, fill: Sequence[int], *, wide: bool) -> list:
     """Return the 14 operations of both papers, at magnitude 0.3 exactly or (`wide`) at any up to 1."""
+    # At magnitude 1: slope, share of the side, degrees, change of a factor, bits removed.
     limits = (0.99, 32 / 224, 135.0, 0.99, 6) if wide else (0.3, 150 / 331, 30.0, 0.9, 4)
     shear, shift, angle, factor, bits = limits
     most, least = (1.0, 0.0) if wide else (0.3, 0.3)  # magnitudes
@@ -255,7 +256,7 @@ def _operations(A, fill: Sequence[int], *, wide: bool) -> list:
         return A.Affine(**change, fill=fill, p=1.0)
 
     def along(axis: str, limits: tuple) -> dict[str, tuple]:
-        # Albumentations draws in the order of the keys.
+        # The order of the keys matters: Albumentations draws in it.
         return {axis: limits, ("y" if axis == "x" else "x"): (0.0, 0.0)}
 
     def degrees(slopes: tuple) -> tuple:

@@ -1,6 +1,6 @@
 """Read CIFAR-10 and CIFAR-100 from their Python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The archives are pickles, which can run any code: this reader builds only numeric arrays and plain values.
+The archives are pickles, which could run any code. This reader builds only numeric arrays and plain values.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _damaged(what: str, which: Cifar) -> DataError:
 
 
 class _Dtype:
-    """A NumPy type as a pickle describes it. NumPy's own can be made to read bytes as pointers."""
+    """Stands for numpy.dtype, which a pickle can make read bytes as pointers; `real` allows integers only."""
 
     NAMES = ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8")
 
@@ -111,7 +111,7 @@ class _Dtype:
 
 
 class _Array:
-    """An array of numbers while it is being read."""
+    """Stands for numpy.ndarray while a pickle is read."""
 
     def __setstate__(self, state: tuple) -> None:
         _, shape, dtype, by_column, raw = state
@@ -125,7 +125,7 @@ def _frombuffer(raw, dtype: _Dtype, shape: tuple, order: str) -> _Array:
 
 
 class PlainUnpickler(pickle.Unpickler):
-    """Build arrays and plain values; any other global in the pickle is refused before it is imported."""
+    """Unpickle integer arrays and plain values. Any other global is refused before it is imported."""
 
     def __init__(self, data: bytes):
         super().__init__(io.BytesIO(data), encoding="bytes")

@@ -1,4 +1,4 @@
-"""List images on disk and make a `DatasetIndex` of two listings. Nothing here knows a dataset by name.
+"""List image folders, and turn a training and a validation listing into a `DatasetIndex`.
 
 The type of a file comes with its directory entry, so 1.28 million files are listed without a stat call for
 each. Names stay bytes, because file names need not be valid UTF-8.
@@ -15,17 +15,17 @@ import numpy as np
 from base.errors import DataError, printable
 from sources.index import DatasetIndex, FileSplit
 
-IMAGE_ENDINGS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
+IMAGE_EXTENSIONS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
 SHOWN = 10  # names in one message
 ACCEPTED = (
     "use train/<class>/*.JPEG and val/<class>/*.JPEG, or name the dataset that has this layout with "
-    "--dataset (README, 'Datasets', shows every layout)"
+    "--dataset (docs/datasets.md shows every layout)"
 )
 
 
 def is_image(name: bytes) -> bool:
-    """Judge a file by its name. `._x.JPEG` is metadata that macOS leaves beside x.JPEG on foreign disks."""
-    return name[-5:].lower().endswith(IMAGE_ENDINGS) and name[:2] != b"._"
+    """Return whether a file's name is that of an image. macOS leaves metadata as `._x.JPEG` beside x.JPEG."""
+    return name[-5:].lower().endswith(IMAGE_EXTENSIONS) and name[:2] != b"._"
 
 
 def every(names: Sequence[bytes]) -> str:
@@ -40,7 +40,7 @@ def some(names: Sequence[bytes]) -> str:
 
 @dataclass
 class Listing:
-    """What lies below some folders of `root`: the image names of each class, relative to `root`."""
+    """The images found in some folders of `root`, by class; their names are relative to `root`."""
 
     root: bytes
     by_class: dict[bytes, list[bytes]] = field(default_factory=dict)
@@ -60,9 +60,8 @@ class Listing:
         """Return what to tell the user about ignored files and links."""
         notes = []
         if self.others:
-            notes.append(
-                f"{part}: ignored {len(self.others):,} files that are not images ({some(self.others)})"
-            )
+            count = f"{len(self.others):,} files that are not images"
+            notes.append(f"{part}: ignored {count} ({some(self.others)})")
         if self.repeated:
             notes.append(f"{part}: ignored links to folders that are listed anyway ({some(self.repeated)})")
         return notes
@@ -75,7 +74,7 @@ class Listing:
 
 
 def list_classes(root: str | os.PathLike, *folders: str, only: Collection[bytes] | None = None) -> Listing:
-    """List `root`/<folder>/<class>/... for all `folders` as one set of classes, or `only` the classes named.
+    """List `root`/<folder>/<class>/... of all `folders` as one set of classes; `only` restricts the classes.
 
     A class includes its subfolders and may be empty. A folder reached twice through links counts once.
     Raises DataError for a folder that cannot be read and for broken links.
@@ -98,7 +97,7 @@ def list_classes(root: str | os.PathLike, *folders: str, only: Collection[bytes]
 def list_labelled(
     root: str | os.PathLike, folder: str, label_of: dict[bytes, bytes], only: Collection[bytes] | None = None
 ) -> Listing:
-    """List the images in the flat `root`/`folder`; `label_of` maps names without endings to classes."""
+    """List the images in the flat `root`/`folder`; `label_of` maps names without extensions to classes."""
     listing = Listing(os.fsencode(root))
     listing.seen.add(os.path.realpath(os.path.join(listing.root, os.fsencode(folder))))
     unlabelled = []
@@ -165,7 +164,7 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
 
 
 def _first_visit(listing: Listing, path: bytes, relative: bytes) -> bool:
-    """Note that the folder `path` is listed; False, with a note for the user, if it already was."""
+    """Record a visit to the folder `path`, and return whether it was the first."""
     real = os.path.realpath(path)
     if real in listing.seen:
         listing.repeated.append(relative)
@@ -194,7 +193,7 @@ def _refuse_broken(listing: Listing) -> None:
 def from_listings(
     name: str, train: Listing, val: Listing, *, allow_class_mismatch: bool = False, **extra
 ) -> DatasetIndex:
-    """Return an index whose classes are the training folders; `extra` are further fields of it.
+    """Return an index whose classes are the training folders; `extra` sets its other fields.
 
     Raises DataError if there are no images, or if training and validation have different classes.
     """
@@ -203,7 +202,7 @@ def from_listings(
         raise DataError(f"no class folders for training in {root}", ACCEPTED)
     if empty := [key for key in train.classes if not train.by_class[key]]:
         what = f"classes without training images in {root}: {every(empty)}"
-        raise DataError(what, f"fill or remove these folders (images end in {every(IMAGE_ENDINGS)})")
+        raise DataError(what, f"fill or remove these folders (images end in {every(IMAGE_EXTENSIONS)})")
     if not len(val):
         raise DataError(f"no validation images in class folders in {root}", ACCEPTED)
     only_train = [key for key in train.classes if not val.by_class.get(key)]
@@ -211,12 +210,10 @@ def from_listings(
     if only_val or (only_train and not allow_class_mismatch):
         parts = {"only in train": only_train, "only in val": only_val}
         lists = "; ".join(f"{where}: {every(keys)}" for where, keys in parts.items() if keys)
-        raise DataError(
-            f"training and validation classes differ in {root}: {lists}",
-            "give both the same class folders"
-            if only_val
-            else "complete val, or pass --allow-class-mismatch",
-        )
+        fix = "complete val, or pass --allow-class-mismatch"
+        if only_val:
+            fix = "give both the same class folders"
+        raise DataError(f"training and validation classes differ in {root}: {lists}", fix)
     return DatasetIndex(
         name=name,
         classes=tuple(os.fsdecode(key) for key in train.classes),

@@ -12,23 +12,19 @@ import numpy as np
 from base.errors import UsageError
 from sources.index import ArraySplit, DatasetIndex, Split, stratified_split
 
-# Of the 1,797 images, pixels in [0, 1]; tests/test_layouts.py measures them.
+# Of all 1,797 images with pixels in [0, 1]; a test measures them.
 DIGITS_MEAN, DIGITS_STD = 0.3053, 0.3759
-SYNTHETIC = {"classes": 10, "train": 2000, "val": 500, "size": 64}  # unless the dataset's name says otherwise
-MAX_SYNTHETIC = {
-    "classes": 100_000,
-    "train": 100_000_000,
-    "val": 100_000_000,
-    "size": 4096,
-}  # labels are kept
+SYNTHETIC = {"classes": 10, "train": 2000, "val": 500, "size": 64}  # defaults
+# The labels of all images are kept in memory.
+MAX_SYNTHETIC = {"classes": 100_000, "train": 100_000_000, "val": 100_000_000, "size": 4096}
 
 
 def digits() -> DatasetIndex:
-    """Index 1,797 real scans of handwritten digits, 8 x 8 px; a fifth of every class is for validation.
+    """Index 1,797 real scans of handwritten digits, 8 x 8 px; a fifth of each class is held out.
 
     They are the test set of https://archive.ics.uci.edu/dataset/80, which comes with scikit-learn.
     """
-    # Read the file of load_digits: importing scikit-learn takes longer than everything else before training.
+    # Read load_digits' file directly: importing scikit-learn takes longer than all other preparations.
     package = importlib.util.find_spec("sklearn")
     if package is None:
         raise UsageError("--dataset digits comes with scikit-learn", "pip install scikit-learn")
@@ -45,7 +41,7 @@ def digits() -> DatasetIndex:
 
 
 def synthetic(dataset: str = "synthetic") -> DatasetIndex:
-    """Index learnable computed images; `dataset` may name their numbers and size (see `synthetic_sizes`)."""
+    """Index generated images that can be learned; `synthetic_sizes` explains what `dataset` may say."""
     sizes = synthetic_sizes(dataset)
     classes, size = sizes["classes"], sizes["size"]
     return DatasetIndex(
@@ -77,10 +73,10 @@ def synthetic_sizes(dataset: str) -> dict[str, int]:
 
 
 class SyntheticSplit(Split):
-    """Images computed when they are read, each from (stream, id): any number of them takes no memory.
+    """Images computed as they are read, each from (stream, id); only their labels take memory.
 
-    A class is a mean colour and two coloured gratings; a sample draws their phases, a brightness and
-    noise. So colours and frequencies show the class, which no flip or crop takes away.
+    A class is a mean colour and two coloured gratings; a sample draws their phases, a brightness and noise.
+    So the class shows in colours and frequencies, which survive flips and crops.
     """
 
     def __init__(self, num_classes: int, count: int, size: int, stream: int):

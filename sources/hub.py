@@ -1,4 +1,4 @@
-"""Read datasets through Hugging Face `datasets`, which only this module imports."""
+"""Read datasets from the Hugging Face Hub through `datasets`, which only this module imports."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ VALIDATION = ("validation", "valid", "val", "test")  # the first of these that h
 
 
 class HubSplit(Split):
-    """A table, memory-mapped by `datasets`, whose column `image` holds encoded files."""
+    """A memory-mapped table of `datasets`, whose column `image` holds encoded files."""
 
     def __init__(self, table, image: str, labels: Sequence[int], title: str):
         from datasets import Image
 
-        # Images stay files: decoding is ours.
+        # `sources.images` decodes the files, not `datasets`.
         self.table = table.select_columns([image]).cast_column(image, Image(decode=False))
         self.image, self.labels, self.title = image, np.asarray(labels, np.int64), title
 
@@ -37,7 +37,7 @@ class HubSplit(Split):
 
 
 def hub(dataset: str) -> DatasetIndex:
-    """Index `hf:<name>` or `hf:<name>:<configuration>`: a dataset of the hub, or a folder like one.
+    """Index `hf:<name>` or `hf:<name>:<configuration>`: a dataset of the Hub, or a local folder like one.
 
     The first use downloads it into Hugging Face's cache, with the token that `hf auth login` saved.
     """
@@ -45,7 +45,7 @@ def hub(dataset: str) -> DatasetIndex:
     name, *configuration = name.split(":")
     if not name or len(configuration) > 1:
         fix = "write hf:<owner>/<name> or hf:<name>:<configuration>"
-        raise UsageError(f"--dataset {dataset}: not a name", fix)
+        raise UsageError(f"--dataset {dataset} does not name a dataset", fix)
     tables = _load(name, configuration)
     if "train" not in tables:
         what = f"{dataset} has no training split (it has {', '.join(tables)})"
@@ -70,7 +70,7 @@ def _load(name: str, configuration: list[str]):
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(name, *configuration)
-    except Exception as error:  # a dozen kinds from four packages: offline, gated, unknown name, ...
+    except Exception as error:  # a dozen types from four packages: offline, gated, unknown name, ...
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(
             f"Hugging Face datasets cannot load {name}: {reason}",

@@ -19,13 +19,13 @@ from base.errors import DataError
 from sources import folders
 from sources.index import DatasetIndex, FileSplit, stratified_split
 
-Labels = Iterator[tuple[bytes, bytes]]  # (image name without ending, class)
-Parts = dict[str, list[str]]  # the folders of each part, which hold class folders
+Labels = Iterator[tuple[bytes, bytes]]  # (image name without extension, class)
+Parts = dict[str, list[str]]  # "train" and "val" -> the folders that hold its class folders
 
 PARTS: Parts = {"train": ["train"], "val": ["val"]}
 WORDNET_ID = re.compile(r"n\d{8}\b")
 HERE = Path(__file__).parent
-XML_BYTES = 1 << 20  # read of an annotation; real ones have a few hundred
+XML_BYTES = 1 << 20  # limit of what is read of an annotation; real ones have a few hundred bytes
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1_281_167, 50_000, 1000
 LABEL_PLACES = "LOC_val_solution.csv, Annotations/CLS-LOC/val/*.xml or ILSVRC2012_devkit_t12/data/"
 TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of the training images
@@ -112,7 +112,7 @@ def _index(
 
 
 def _count_notes(index: DatasetIndex) -> list[str]:
-    """Note when ImageNet's thousand classes are there but not all images; that is no error."""
+    """Note missing images if the data have ImageNet's 1,000 classes; a part of ImageNet is not an error."""
     if len(index.classes) != NUM_CLASSES or not WORDNET_ID.match(index.classes[0]):
         return []
     found = (("train", len(index.train), NUM_TRAIN), ("val", len(index.val), NUM_VAL))
@@ -140,7 +140,7 @@ def _places(root: str, data_dir: str) -> list[Path]:
 
 
 def flat_val_labels(root: str, data_dir: str) -> dict[bytes, bytes]:
-    """Return {image name without ending: class} of a val/ without class folders, from its labels nearby."""
+    """Return {image name without extension: class} for a flat val/, from the label files around it."""
     for place in _places(root, data_dir):
         for path, read in _label_files(place):
             try:
@@ -149,13 +149,13 @@ def flat_val_labels(root: str, data_dir: str) -> dict[bytes, bytes]:
                 what = f"cannot read the labels in {path}: {error or type(error).__name__}"
                 raise DataError(what, "download them again") from error
     raise DataError(
-        f"{os.path.abspath(root)}/val has no class folders (a flat val), and its labels were not found",
-        f"add {LABEL_PLACES}, or let `python download_imagenet.py` file the images into class folders",
+        f"{os.path.abspath(root)}/val has no class folders, and the labels of its images were not found",
+        f"add {LABEL_PLACES}, or let `python download_imagenet.py` move the images into class folders",
     )
 
 
 def _label_files(place: Path) -> Iterator[tuple[Path, Callable[[Path], Labels]]]:
-    """Yield the labels that are in `place`, with the function that reads them."""
+    """Yield each label file or folder in `place`, with the function that reads it."""
     if (path := place / "LOC_val_solution.csv").is_file():
         yield path, _from_csv
     if (path := place / "Annotations/CLS-LOC/val").is_dir():
@@ -173,9 +173,9 @@ def _from_csv(path: Path) -> Labels:
 
 
 def _from_xml(folder: Path) -> Labels:
-    """Read one file per image, whose objects are all of the image's class.
+    """Read one annotation per image, whose objects all have the image's class.
 
-    Without an XML parser: 50,000 files with one tag of interest each.
+    A regular expression is enough: only one tag of each of the 50,000 files matters.
     """
     for path in folder.glob("*.xml"):
         with open(path, "rb") as file:
@@ -214,9 +214,9 @@ def read_class_list(path: str | os.PathLike) -> set[bytes]:
 
 
 def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | None:
-    """Return the names of WordNet ids, or None if `classes` are not such ids.
+    """Return the readable names of WordNet ids, or None if `classes` are not such ids.
 
-    ImageNet's thousand come with this project, others from the data's own files in `places`.
+    Those of ImageNet's thousand come with this project, others from the data's own files in `places`.
     """
     if not any(map(WORDNET_ID.fullmatch, classes)):
         return None

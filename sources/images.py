@@ -1,6 +1,6 @@
-"""Turn an encoded image into the square uint8 image that a batch is made of: decoding and the two transforms.
+"""Decode images and make them the square uint8 images of a batch: the training and evaluation transforms.
 
-Decoding is strict: a damaged file is an error that names it, where most decoders return a half-grey image.
+Decoding is strict: a damaged file is an error that names it; most decoders return a half-grey image.
 Normalization and mixing happen on the device, on whole batches. `sources.augment` holds the augmentations.
 """
 
@@ -18,8 +18,8 @@ from PIL import Image
 from base.errors import DataError
 from sources import augment
 
-Steps = Sequence[tuple[str, int | None]]  # augmentations in order, each with its number: ("cutout", 8)
-EVAL_CROP = 0.875  # share of the resized image's side that validation and prediction look at
+Steps = Sequence[tuple[str, int | None]]  # augmentations in order, with their arguments: ("cutout", 8)
+EVAL_CROP = 0.875  # share of the resized image's short side that validation and prediction use
 # Only these parsers of Pillow run: an EPS or PSD file named .JPEG must not reach its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
@@ -133,9 +133,8 @@ def _decode_strictly(data: bytes, name: str) -> np.ndarray:
             warnings.simplefilter("ignore")  # corrupt EXIF, palette transparency: the pixels are fine
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadImage(
-                        name, f"{image.width} x {image.height} px is more than {MAX_PIXELS} pixels"
-                    )
+                    size = f"{image.width} x {image.height} px"
+                    raise BadImage(name, f"{size} is more than {MAX_PIXELS} pixels")
                 return _to_rgb(image)
     except BadImage:
         raise
@@ -156,10 +155,10 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 
 class EvalTransform:
-    """Resize the short side to `image_size / crop` px and take the centre: for validation and prediction.
+    """Resize the short side to `image_size / crop` px and take the centre, for validation and prediction.
 
-    Pillow's antialiased bilinear filter with torchvision's rounding, so that reference weights reach
-    their published scores. Only the part of the image under the crop is resampled.
+    This uses Pillow's antialiased bilinear filter and torchvision's rounding, so that reference weights
+    reach their published scores. Only the cropped part of the image is resampled.
     """
 
     def __init__(self, image_size: int, crop: float = EVAL_CROP):
@@ -189,8 +188,8 @@ def centre_crop(pixels: np.ndarray, size: int, short_side: int) -> np.ndarray:
 class TrainTransform:
     """Decode, crop and augment an image; the result depends only on the image and the key.
 
-    The crop always comes first: `rrc` cuts a random box from the decoded image and resizes only that;
-    `padcrop` shifts the image resized to `image_size`; with neither of them, the crop is `EvalTransform`'s.
+    The crop always comes first. `rrc` cuts a random box from the decoded image and resizes only that;
+    `padcrop` shifts the image resized to `image_size`; without either, it is the crop of `EvalTransform`.
     `steps` come from `flags.parse_augment`. `mean`, of pixels in [0, 1], is the fill colour.
     """
 
@@ -202,7 +201,7 @@ class TrainTransform:
         self.steps = [step for step in steps if step not in crops]
         self.image_size, self.crop = image_size, crop
         self.fill = tuple(round(255 * m) for m in mean)
-        self._operations = None  # built on first use, so that each process has its own generator
+        self._operations = self._randomness = None  # made on first use, for each process its own
 
     def __getstate__(self):
         return {**self.__dict__, "_operations": None, "_randomness": None}

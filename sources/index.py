@@ -1,4 +1,4 @@
-"""What a dataset is to the rest of the project: classes, labels, names, and a way to read samples.
+"""`DatasetIndex`: the classes, labels and names of a dataset, and a way to read its samples.
 
 The paths of 1.28 million files are one bytes blob and an array of offsets, not Python objects: a forked
 worker that touches the reference count of an object copies its page, so with a list of paths the memory of
@@ -127,15 +127,15 @@ class SubsetSplit(Split):
 class DatasetIndex:
     """A dataset on disk or in memory, ready to be read."""
 
-    name: str  # as in file names: "imagenet_1k", "digits"
+    name: str  # used in the names of files: "imagenet_1k", "digits"
     classes: tuple[str, ...]  # in label order: folder names, e.g. WordNet ids
     train: Split
     val: Split
     mean: tuple[float, float, float] = IMAGENET_MEAN  # of pixels in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
-    native_size: int | None = None  # side in px of every image, where they are all alike
+    native_size: int | None = None  # side in px, if all images are squares of one size
     class_names: tuple[str, ...] | None = None  # readable names, if `classes` are ids
-    notes: tuple[str, ...] = ()  # to be printed once (ignored files, ...)
+    notes: tuple[str, ...] = ()  # for the user, such as ignored files
 
     def __post_init__(self):
         # Class names go into checkpoints, tables and pages, which are UTF-8. File names may be any bytes.
@@ -147,7 +147,7 @@ class DatasetIndex:
                 raise DataError(what, "rename the class's folder in train/ and in val/") from None
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Return plain values that tell whether two runs saw the same data."""
+        """Return plain values that are equal only for two runs on the same data."""
         classes = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape")).hexdigest()
         return {
             "classes": classes,
@@ -192,7 +192,7 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
 def take_subset(index: DatasetIndex, size: int, seed: int = 0) -> DatasetIndex:
     """Return `index` cut to a class-balanced draw of `size` training and a tenth as many validation images.
 
-    The same on every call. Raises UsageError if `size` is below the number of classes.
+    Every call returns the same draw. Raises UsageError if `size` is below the number of classes.
     """
     if size < (classes := len(index.classes)):
         raise UsageError(f"--subset-size {size} < {classes} classes", f"use --subset-size {classes} or more")

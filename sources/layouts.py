@@ -1,4 +1,4 @@
-"""Open any supported dataset by its name: `open_dataset`. Neither decodes images nor imports torch."""
+"""`open_dataset`: open any supported dataset by name, without decoding images or importing torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from sources import folders
 from sources.index import DatasetIndex, take_subset
 
 ON_DISK = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10")
-ELSEWHERE = ("digits", "synthetic", "hf")  # what is after a colon says how much, or which
-# Files and folders that give another dataset away.
+ELSEWHERE = ("digits", "synthetic", "hf")
+WITH_ARGUMENT = ("synthetic", "hf")  # written after a colon: hf:<name>
+# Files and folders that identify a dataset, for the case that --dataset names another one.
 SIGNS = {
     "tiny-imagenet": ("val/val_annotations.txt", "tiny-imagenet-200"),
     "cifar100": ("cifar-100-python", "cifar-100-python.tar.gz"),
@@ -39,16 +40,18 @@ def open_dataset(
     split: `70-30` pools Tiny ImageNet's train and val and draws 30 % of each class for validation.
     class_list: a file with one class name per line; only those are used (imagenet, imagenet100).
     allow_class_mismatch: accept validation data that lacks some of the training classes.
-    subset_size: use a fixed, class-balanced subset of so many training images (`index.take_subset`).
-    Raises UsageError for unknown or impossible values and DataError for data that is not as expected.
+    subset_size: use a fixed, class-balanced subset of this many training images (`index.take_subset`).
+    Raises UsageError for unknown or impossible values, and DataError for missing, damaged or unexpected data.
     """
     kind, colon, _ = dataset.partition(":")
-    if kind not in ON_DISK + ELSEWHERE or (colon and kind not in ("synthetic", "hf")):
+    if kind not in ON_DISK + ELSEWHERE or (colon and kind not in WITH_ARGUMENT):
         raise UsageError(f"--dataset {dataset}: unknown dataset", f"use one of {DATASETS}")
     if split != "official" and dataset != "tiny-imagenet":
-        raise UsageError(f"--split {split} with --dataset {dataset}", "only tiny-imagenet has another split")
+        what = f"--split {split} does not apply to --dataset {dataset}"
+        raise UsageError(what, "leave it out: it is for tiny-imagenet")
     if class_list and dataset not in ("imagenet", "imagenet100"):
-        raise UsageError(f"--class-list with --dataset {dataset}", "use it with imagenet or imagenet100")
+        what = f"--class-list does not apply to --dataset {dataset}"
+        raise UsageError(what, "leave it out: it is for imagenet and imagenet100")
     if kind in ON_DISK:
         index = _on_disk(dataset, os.fspath(data_dir), split, class_list, allow_class_mismatch)
     else:
@@ -56,7 +59,7 @@ def open_dataset(
     if not subset_size:
         return index
     if subset_size > (images := len(index.train)):
-        note = f"note: --subset-size {subset_size:,} of {images:,} training images: all are used"
+        note = f"note: --subset-size {subset_size:,} exceeds the {images:,} training images: all are used"
         index = replace(index, notes=(*index.notes, note))
     return take_subset(index, subset_size)
 
@@ -64,7 +67,7 @@ def open_dataset(
 def _on_disk(
     dataset: str, data_dir: str, split: str, class_list: str | os.PathLike | None, allow_class_mismatch: bool
 ) -> DatasetIndex:
-    """Index what is in `data_dir`. Each module below is imported only for its own datasets."""
+    """Index the dataset in `data_dir`, importing only the module that reads its layout."""
     check_dir(data_dir)
     if os.path.isfile(os.path.join(data_dir, "manifest.json")):
         from sources.packed import open_packed
@@ -105,7 +108,7 @@ def check_dir(data_dir: str) -> None:
 
 
 def _recognise(dataset: str, data_dir: Path) -> str | None:
-    """Return what to do if `data_dir` holds another dataset than the one named, or its archives."""
+    """Return the fix if `data_dir` holds another dataset than the one named, or only archives, else None."""
     for other, paths in SIGNS.items():
         if other != dataset and any((data_dir / path).exists() for path in paths):
             return f"this looks like --dataset {other}"

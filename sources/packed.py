@@ -1,8 +1,8 @@
 """Read a packed dataset: resized copies of every image in memory-mapped Arrow shards.
 
-Beside `manifest.json` are a folder for each stored side (`train-96/00000.arrow`, ...) and `val/`. A shard is
-an Arrow IPC stream with the columns image {bytes, path} and label, so Hugging Face `datasets` opens it too
-(`Dataset.from_file`). `sources.packing` writes them.
+The directory holds `manifest.json`, a folder of shards per stored side (`train-96/00000.arrow`, ...) and
+`val/`. A shard is an Arrow IPC stream with the columns image {bytes, path} and label, which Hugging Face
+`datasets` can open, too (`Dataset.from_file`). `sources.packing` writes all of it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ COLUMNS = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string
 MANIFEST, UNFINISHED = "manifest.json", "packing.json"
 FORMAT = 1
 BATCH_ROWS = 256  # images in each record batch of a shard
-# RandomResizedCrop cuts 0.73 of the side on average: from 1.15 times the training size on, few crops are
-# enlarged by much. benchmarks/README.md has the measurement for each stored side.
+# RandomResizedCrop cuts 0.73 of the side on average: images of at least 1.15 times the training size enlarge
+# few crops by much. benchmarks/README.md shows what each stored side loses.
 HEADROOM = 1.15
 REPAIR = "run pack_dataset.py again with the same arguments: it replaces missing and damaged shards"
 
@@ -30,8 +30,8 @@ REPAIR = "run pack_dataset.py again with the same arguments: it replaces missing
 class PackedSplit(Split):
     """One part of a packed dataset, read from the copy with short side `side` px (None: the original files).
 
-    Shards are opened on first use. Their pages belong to the page cache, which all workers share; a
-    process itself holds the labels and a few hundred bytes per record batch.
+    Shards are opened on first use. Their pages belong to the page cache, which all workers share; each
+    process holds only the labels and a few hundred bytes per record batch.
     """
 
     def __init__(self, root: str, part: str, manifest: dict, labels: np.ndarray, side: int | None):
@@ -79,7 +79,7 @@ class PackedSplit(Split):
         return os.path.join(self.root, shard_file(self.table, k))
 
     def _rows(self, ids: Sequence[int]) -> Iterator[tuple[Shard, int]]:
-        """Yield (shard, row) of each id; one search for all of them."""
+        """Yield the (shard, row) of each id."""
         ids = np.asarray(ids, np.int64)
         shards = self.starts.searchsorted(ids, "right") - 1
         for k in np.unique(shards).tolist():
@@ -116,7 +116,7 @@ class Shard:
             raise DataError(f"the shard {path} is damaged or missing: {error}", REPAIR) from error
 
     def check_size(self) -> None:
-        """Raise DataError if the file has changed: reading past its end would kill the process (SIGBUS)."""
+        """Raise DataError if the size has changed: reading past the end would kill the process (SIGBUS)."""
         if problem := check_file(self.path, self.size):
             raise DataError(f"the shard {self.path} changed while it was in use: {problem}", REPAIR)
 
@@ -162,7 +162,7 @@ def file_crc32(path: str) -> int:
 
 
 def read_plan(root: str, name: str) -> dict:
-    """Read `name` in `root`: MANIFEST, or UNFINISHED while the packing is going on. Raises DataError."""
+    """Read MANIFEST, or UNFINISHED, its substitute during packing. Raises DataError if it is damaged."""
     from base import schemas
 
     schema = schemas.Manifest if name == MANIFEST else schemas.Plan
@@ -173,7 +173,7 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
     """Open the packed dataset in `root`, with its original classes and names.
 
     The presence and size of every shard are checked; `pack_dataset.py --verify` also checks their checksums.
-    Raises DataError if the packed dataset is unfinished, damaged, or is none.
+    Raises DataError if it is unfinished or damaged, or if `root` is not a packed dataset.
     """
     root = os.fspath(root)
     if not os.path.isfile(os.path.join(root, MANIFEST)):
@@ -206,7 +206,7 @@ def _labels(root: str, part: str, manifest: dict) -> np.ndarray:
     try:
         if problem := check_file(path, known["labels_bytes"], known["labels_crc32"]):
             raise ValueError(problem)
-        # Mapped, so that a damaged header cannot ask for more memory than there are bytes.
+        # Memory-mapped, so that a damaged header cannot ask for more memory than the file has bytes.
         labels = np.load(path, mmap_mode="r", allow_pickle=False)
         if labels.dtype.kind not in "iu" or labels.shape != (images,):
             raise ValueError(f"they are not {images:,} whole numbers")

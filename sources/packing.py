@@ -1,8 +1,8 @@
 """Write a packed dataset: plan it, estimate its size, and write one group of shards at a time.
 
 A group is a range of images with one shard per stored side, so each image is read and decoded once. A shard
-takes its final name when it is complete and on disk; after that, a line in `packing.jsonl` records its group.
-So an interrupted packing continues with the groups that have no record. pack_dataset.py is the command.
+takes its final name when it is complete and on disk; then a line in `packing.jsonl` records its group. An
+interrupted packing continues with the groups that have no record. pack_dataset.py is the command.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Group:
 
 
 def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int) -> dict:
-    """Describe a packing in plain values: equal plans write equal bytes."""
+    """Return the plan of a packing as plain values; equal plans write equal bytes."""
     return {
         "format": packed.FORMAT,
         "name": index.name,
@@ -59,12 +59,12 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int) -> dict:
 
 
 def _shard_rows(images: int) -> int:
-    """About 64 shards, so that every process has work; at most 4,096 images, some 180 MB at 320 px."""
+    """Return the images per shard: about 64 shards, for many processes; at most 4,096 (180 MB at 320 px)."""
     return min(4096, max(64, -(-images // 64)))
 
 
 def tables_of(plan: dict, part: str) -> dict[str, int | None]:
-    """Return {table: stored side}. Validation is stored once, as it is (None)."""
+    """Return {table: stored side}; None stands for the original files, which validation keeps."""
     sides = plan["sides"] if part == "train" else [None]
     return {packed.table_name(part, side): side for side in sides}
 
@@ -106,7 +106,7 @@ class _BadGroup(Exception):
 def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_image: str = "fail") -> dict:
     """Write the shards of `group` below `out`; return its record, which lists the bad images left out.
 
-    With on_bad_image="fail", a group with bad images is not written and its record has only them, as "bad".
+    With on_bad_image="fail", a group with bad images is not written; its record lists them as "bad".
     """
     split, tables, schema = getattr(index, group.part), tables_of(plan, group.part), _schema(plan["classes"])
     paths = {table: os.path.join(out, packed.shard_file(table, group.k)) for table in tables}
@@ -174,8 +174,8 @@ def _read(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
 def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, quality: int) -> bytes:
     """Return the image with short side `side` px (None: unchanged), its aspect ratio kept, as a file.
 
-    No image is enlarged: one that is small enough stays the file it was, or becomes a PNG if it never was
-    one, so nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded.
+    No image is enlarged: one that is small enough keeps its file, or becomes a PNG if it had none, so that
+    nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded.
     """
     height, width = pixels.shape[:2]
     if side is None or min(height, width) <= side:
@@ -203,7 +203,7 @@ def _schema(classes: Sequence[str]) -> pa.Schema:
 
 
 def _utf8(name: str) -> str:
-    """Return a file name as Arrow's strings need it: names need not be UTF-8."""
+    """Return a file name as valid UTF-8, which Arrow requires and file systems do not."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -211,9 +211,9 @@ def _utf8(name: str) -> str:
 
 
 def start(out: str, plan: dict) -> Records:
-    """Begin in `out`, or continue: return the records of the groups whose shards are complete.
+    """Start packing into `out`, or continue; return the records of the groups whose shards are complete.
 
-    Raises DataError if `out` has a packing of other data, and UsageError if it has one with other settings.
+    Raises DataError if `out` was packed from other data, and UsageError if its settings were different.
     """
     if os.path.isfile(os.path.join(out, packed.MANIFEST)):
         known = packed.read_plan(out, packed.MANIFEST)
@@ -221,7 +221,7 @@ def start(out: str, plan: dict) -> Records:
     elif os.path.isfile(os.path.join(out, packed.UNFINISHED)):
         known = packed.read_plan(out, packed.UNFINISHED)
         records = _read_records(out, known)
-    elif set(os.listdir(out)) - {packed.UNFINISHED + ".partial"}:  # which a kill may leave
+    elif set(os.listdir(out)) - {packed.UNFINISHED + ".partial"}:  # a killed process may have left it
         what = f"{os.path.abspath(out)} is neither empty nor a packed dataset"
         raise UsageError(what, "use an empty or new --out")
     else:
@@ -236,16 +236,17 @@ def _refuse_other(out: str, known: dict, plan: dict) -> None:
     if changed := [key for key in now if before.get(key) != now[key]]:
         train = f"train {before['num_train']:,} images then, {now['num_train']:,} now"
         val = f"val {before['num_val']:,} images then, {now['num_val']:,} now"
-        what = f"the source has changed since {where} was begun ({', '.join(changed)}; {train}, {val})"
+        changes = f"{', '.join(changed)}; {train}, {val}"
+        what = f"the source has changed since packing into {where} began ({changes})"
         raise DataError(what, "restore the source, or pack into another --out (and delete this one)")
     for key in plan:
         if known[key] != plan[key]:
-            what = f"{where} has a packing with {key} {known[key]}, not {plan[key]}"
-            raise UsageError(what, "use the former value, or another --out")
+            what = f"{where} is packed with {key} {known[key]}, not {plan[key]}"
+            raise UsageError(what, "use the same value, or another --out")
 
 
 def _records_of(manifest: dict) -> list[dict]:
-    """Return the records that a finished packing was made of."""
+    """Return the records that a manifest was made from."""
     records: Records = {}
     for part in ("train", "val"):
         for table in tables_of(manifest, part):
@@ -266,7 +267,7 @@ def _read_records(out: str, plan: dict) -> list[dict]:
     records, known = [], {(group.part, group.k) for group in groups_of(plan)}
     with open(path, "rb") as file:
         for line in file:
-            with suppress(DataError):  # a kill may cut a line short; its group is written again
+            with suppress(DataError):  # a line cut short by a kill: its group is written again
                 record = schemas.parse_json(line, schemas.Record, path, packed.REPAIR)
                 tables = tables_of(plan, record["part"])
                 if (record["part"], record["k"]) in known and record["shards"].keys() == tables.keys():

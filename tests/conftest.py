@@ -1,6 +1,7 @@
-"""What all tests share: one thread (bit-exactness needs a fixed number), tiny runs, small images."""
+"""What all tests share: one thread, because bit-exactness needs a fixed number; small images; a tiny run."""
 
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest  # noqa: E402
 
 
 def pytest_runtest_setup(item) -> None:
-    """`pytest -m gpu` skips what it cannot run, wherever it is marked."""
+    """Skip tests marked gpu where there is no GPU."""
     if item.get_closest_marker("gpu"):
         import torch
 
@@ -42,22 +43,13 @@ def photos(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def photo_run(photos, tmp_path_factory) -> Path:
-    """A tiny run on the photos, two epochs at 24 px, neither blind nor perfect: its best checkpoint."""
+    """The best checkpoint of two epochs on the photos at 24 px: some of its predictions are right."""
     import train
 
     folder = tmp_path_factory.mktemp("photo_run")
-    how = "--arch resnet_tiny --epochs 2 --resize-schedule 24 --batch-size 8 --lr 3e-4 --augment none --ema-decay 0.9"
-    where = [
-        "--data-dir",
-        str(photos),
-        "--save-dir",
-        str(folder),
-        "--num-workers",
-        "0",
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
-    ]
-    assert train.main([*how.split(), *where]) == 0
+    options = shlex.split(
+        "--arch resnet_tiny --epochs 2 --resize-schedule 24 --batch-size 8 --lr 3e-4 --augment none "
+        "--ema-decay 0.9 --num-workers 0 --device cpu --amp off"
+    )
+    assert train.main([*options, "--data-dir", str(photos), "--save-dir", str(folder)]) == 0
     return next(folder.glob("best_*.pt"))

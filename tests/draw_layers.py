@@ -11,12 +11,13 @@ COLOURS = ("#9aa5b1", "#4c9f70", "#2a7fb8", "#c0392b", "#8e5ea2", "#b8860b")
 
 
 def node(name: str) -> str:
-    """Return the box that module `name` is drawn in: itself if it has a layer of its own, else its package."""
-    if name.startswith("analysis.") and layer(name) == 1:
-        return "analysis/figures, scores"
+    """Return the box of module `name`: its own if LAYERS names the module, else that of its package."""
+    if name.startswith("analysis.") and layer(name) < 5:
+        shared = {1: "scores, ...", 2: "landscape_figures", 3: "predictions, ..."}
+        return "analysis/" + shared.get(layer(name), name.removeprefix("analysis."))
     if name in LAYERS and layer(name):
         return name.replace(".", "/")
-    return name.split(".")[0]
+    return name.split(".", maxsplit=1)[0]
 
 
 def boxes() -> dict[str, int]:
@@ -47,12 +48,11 @@ def main() -> None:
     for a, b in sorted(pairs):
         (x, y), (u, v) = place[a], place[b]
         bend = "arc3,rad=0.25" if y == v else "arc3,rad=0.04"
-        style = dict(
-            arrowstyle="-|>", color=COLOURS[y], alpha=0.3 if y == 5 else 0.6, lw=0.9, shrinkA=12, shrinkB=12
-        )
-        axis.annotate("", (u, v), (x, y), arrowprops=style | {"connectionstyle": bend})
+        style = {"arrowstyle": "-|>", "connectionstyle": bend, "lw": 0.9, "shrinkA": 12, "shrinkB": 12}
+        style |= {"color": COLOURS[y], "alpha": 0.3 if y == 5 else 0.6}
+        axis.annotate("", (u, v), (x, y), arrowprops=style)
     for name, (x, y) in place.items():
-        box = dict(boxstyle="round,pad=0.35", facecolor="white", edgecolor=COLOURS[y], lw=1.4)
+        box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": COLOURS[y], "lw": 1.4}
         axis.text(x, y, name, ha="center", va="center", fontsize=9, bbox=box)
     for level, title in enumerate(TITLES):
         axis.text(-0.02, level, title, ha="right", va="center", fontsize=9, color=COLOURS[level])

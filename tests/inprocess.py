@@ -1,6 +1,7 @@
-"""Tiny runs built in this process, for tests that look inside one."""
+"""Tiny runs that are built in this process, for tests that look inside them."""
 
 import hashlib
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,32 +17,21 @@ from loop import Run
 from sources import layouts
 from train_utils import train_step
 
-TINY = [
-    *(
-        "--dataset",
-        "digits",
-        "--subset",
-        "--subset-size",
-        "40",
-        "--arch",
-        "resnet_tiny",
-        "--drop-path-rate",
-        "0.3",
-    ),
-    *("--epochs", "3", "--resize-schedule", "8,16,24", "--phase-batch-sizes", "8,8,8"),
-    *("--num-workers", "0", "--device", "cpu", "--amp", "off"),
-]
+TINY = shlex.split(
+    "--dataset digits --subset --subset-size 40 --arch resnet_tiny --drop-path-rate 0.3 --epochs 3 "
+    "--resize-schedule 8,16,24 --phase-batch-sizes 8,8,8 --num-workers 0 --device cpu --amp off"
+)
 
 
 def config_of(*arguments: object):
-    """The config of TINY with `arguments` over it, refused or noted as train.py would."""
+    """Return the config of TINY overridden by `arguments`. Raises UsageError where train.py would."""
     config, typed = flags.parse(train.build_parser(), [*TINY, *map(str, arguments)])
     flags.check_train(config, typed)
     return config
 
 
 def built(config, save_dir: Path) -> Run:
-    """The run as train.py would build it."""
+    """Return the run as train.py would build it."""
     index = layouts.open_dataset(**flags.data_args(config))
     runtime = build.open_runtime(config)
     return build.build(config, index, runtime, build.make_plan(config, index, runtime.world_size), save_dir)
@@ -52,7 +42,7 @@ def tiny_run(save_dir: Path, *arguments: object) -> Run:
 
 
 def look(make_config: Callable) -> tuple:
-    """What can be told from outside about a run: data, plan, run values, and four steps of it."""
+    """Return what distinguishes a run: its data, plan and values, and four of its steps."""
     try:
         config = make_config()
         run = built(config, Path())
@@ -67,21 +57,21 @@ def look(make_config: Callable) -> tuple:
     for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
         run.state.schedule.observe(1.0)
     steps += trace(run, run.phases[-1])
-    phases = [replace(phase, mix=True) for phase in run.phases]  # whether they mix is seen in the steps
+    phases = [replace(phase, mix=True) for phase in run.phases]  # the steps show whether they mix
     return (index.fingerprint(), phases, values, steps)
 
 
 def trace(run: Run, phase, count: int = 2) -> list:
-    """(loss, lr, weights, averaged weights) after each of the first steps of `phase`."""
-    (loader, how), state = loop.start_phase(run, phase), run.state
-    workers, compiled = loader.batches.num_workers, how.forward is not state.model
+    """Return (loss, learning rate, weights, EMA weights) after each of the first steps of `phase`."""
+    (loader, options), state = loop.start_phase(run, phase), run.state
+    workers, compiled = loader.batches.num_workers, options.forward is not state.model
     seen = [workers, compiled]
     loader.order.seek(phase.first_epoch)
     state.step = phase.first_step
     state.schedule.seek(phase.first_step)
     state.model.train()
     for _, (images, labels) in zip(range(count), loader, strict=False):
-        loss, _ = train_step(state, how, images, labels)
+        loss, _ = train_step(state, options, images, labels)
         averaged = state.ema.module and hashed(state.ema.module)
         seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
     return seen

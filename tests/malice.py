@@ -1,4 +1,4 @@
-"""Files that would run code, fill the memory or leave their directory, if whoever reads them let them."""
+"""Files that would run code, fill the memory or write outside their directory if their reader let them."""
 
 from __future__ import annotations
 
@@ -18,39 +18,29 @@ TOUCH = f"touch {SENTINEL}"
 
 
 class Calls:
-    """Pickles as a call of `function(*arguments)` at the moment of loading."""
+    """An object whose unpickling calls `function(*arguments)`."""
 
     def __init__(self, function, *arguments, state=None):
         self.function, self.arguments, self.state = function, arguments, state
 
     def __reduce__(self):
-        return (
-            (self.function, self.arguments)
-            if self.state is None
-            else (self.function, self.arguments, self.state)
-        )
+        call = (self.function, self.arguments)
+        return call if self.state is None else (*call, self.state)
 
 
 def raw(module: str, name: str, argument: str) -> bytes:
-    """Protocol 2: module.name(argument)."""
+    """Return a pickle (protocol 2) that calls module.name(argument)."""
     text = argument.encode()
-    return (
-        b"\x80\x02c" + f"{module}\n{name}\n".encode() + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
-    )
+    function = b"\x80\x02c" + f"{module}\n{name}\n".encode()
+    return function + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
 
 
-def archive(
-    data: bytes, extra: dict[str, bytes] | None = None, compression: int = zipfile.ZIP_STORED
-) -> bytes:
-    """A zip as torch.save lays it out, around any pickle."""
+def archive(data: bytes, extra: dict | None = None, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a zip file like those of torch.save, around any pickle."""
+    entries = {"archive/data.pkl": data, "archive/byteorder": b"little", "archive/version": b"3\n"}
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as file:
-        entries = {
-            "archive/data.pkl": data,
-            "archive/byteorder": b"little",
-            "archive/version": b"3\n",
-            **(extra or {}),
-        }
+        entries |= extra or {}
         for name, content in entries.items():
             file.writestr(name, content)
     return buffer.getvalue()
@@ -69,7 +59,7 @@ def saved(value) -> bytes:
 def tensor_claiming(
     elements: int, stored: int = 40, size: int | None = None, stride: int = 1, offset: int = 0
 ) -> bytes:
-    """A float tensor over `stored` bytes that says it has `elements`."""
+    """Return a file with a float tensor of `stored` bytes that claims to have `elements`."""
     size = elements if size is None else size
 
     class Pickler(pickle.Pickler):
@@ -85,7 +75,7 @@ def tensor_claiming(
 
 
 def legacy(value) -> bytes:
-    """torch.save before 1.6: no checksums, a row of pickles."""
+    """Return a file as torch.save wrote them before 1.6: several pickles, no checksums."""
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=False)
     return buffer.getvalue()
@@ -99,7 +89,7 @@ def tampered_directory() -> bytes:
 
 
 def overlapping() -> bytes:
-    """Entries that share one body: small in the file, large when read (a bomb without compression)."""
+    """Return a zip file whose entries share one body: small on disk, large when read."""
     content, body = bytearray(archive(b"x" * 100_000)), b""
     start = content.index(b"PK\x01\x02")
     length = content.index(b"PK\x01\x02", start + 4) - start
@@ -121,7 +111,7 @@ def deep(levels: int) -> bytes:
 
 
 def overridden_get() -> bytes:
-    """An OrderedDict whose `get` is a number."""
+    """Return a file with an OrderedDict whose `get` is a number."""
     return archive(b"\x80\x02ccollections\nOrderedDict\n)R}X\x03\x00\x00\x00getK\x05sb.")
 
 
@@ -129,19 +119,29 @@ ARGS = {"arch": "resnet_tiny", "num_classes": 3}
 
 
 def whole(**changes) -> dict:
-    """What a checkpoint of ours holds, as little of it as there can be, but for `changes`."""
+    """Return the smallest content of a checkpoint that is accepted, with `changes`."""
     classes = ["a", "b", "c"]
     return {
-        "model_args": ARGS, "config": {}, "precision": "fp32", "total_steps": 9, "step": 3, "bad_in_a_row": 0, "rows": [],
-        "eval": {"dataset": "x", "classes": classes, "class_names": classes[:], "mean": [0.5] * 3, "std": [0.5] * 3,
-                 "image_size": 8, "crop": 0.875},
-        "model": {"w": torch.arange(300.0), "b": torch.ones(7)}, "ema": {}, "scaler": {},
+        "model_args": ARGS,
+        "config": {},
+        "precision": "fp32",
+        "total_steps": 9,
+        "step": 3,
+        "bad_in_a_row": 0,
+        "rows": [],
+        "eval": {"dataset": "x", "classes": classes, "class_names": classes[:], "mean": [0.5] * 3}
+        | {"std": [0.5] * 3, "image_size": 8, "crop": 0.875},
+        "model": {"w": torch.arange(300.0), "b": torch.ones(7)},
+        "ema": {},
+        "scaler": {},
         "optimizer": {"state": {}, "param_groups": []},
         "schedule": {"position": 3, "last_lr": 0.1, "drops": 0, "best": float("inf"), "bad_evaluations": 0},
-        "epoch_sums": {"loss": 0.0, "images": 0, "seconds": 0.0, "waited": 0.0, "bad_steps": 0, "bad_images": 0},
+        "epoch_sums": dict.fromkeys(("loss", "seconds", "waited"), 0.0)
+        | dict.fromkeys(("images", "bad_steps", "bad_images"), 0),
         "best": {"score": -1.0, "epoch": 0, "waited": 0},
-        "fingerprint": {"classes": "x", "num_classes": 3, "train": "y", "num_train": 9, "val": "z", "num_val": 9},
-    } | changes  # fmt: skip
+        "fingerprint": {"classes": "x", "train": "y", "val": "z"}
+        | {"num_classes": 3, "num_train": 9, "num_val": 9},
+    } | changes
 
 
 def full(**changes) -> bytes:
@@ -149,7 +149,7 @@ def full(**changes) -> bytes:
 
 
 PAYLOADS: dict[str, Callable[[], bytes]] = {
-    # code, by every door
+    # code
     "os.system": lambda: pickled(Calls(os.system, TOUCH)),
     "os.system, highest protocol": lambda: pickled(Calls(os.system, TOUCH), 5),
     "os.system, protocol 0": lambda: pickled(Calls(os.system, TOUCH), 0),
@@ -176,8 +176,8 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "code behind a tensor": lambda: pickled(
         [Calls(torch._utils._rebuild_parameter, Calls(os.system, TOUCH), False, {})]
     ),
-    # sizes that are not true
-    "a tensor larger than its bytes": lambda: tensor_claiming(10**6),
+    # wrong sizes
+    "a tensor larger than its storage": lambda: tensor_claiming(10**6),
     "a tensor larger than any memory": lambda: tensor_claiming(2**60),
     "a negative count": lambda: tensor_claiming(-5, size=5),
     "a stride beyond the storage": lambda: tensor_claiming(10, size=10, stride=10**9),
@@ -190,17 +190,17 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "names that climb": lambda: archive(
         b"\x80\x02N.", {f"../../{SENTINEL}": b"x", f"/tmp/../{SENTINEL}": b"x"}
     ),
-    "two pickles of one name": lambda: saved({"a": 1}) + pickled(Calls(os.system, TOUCH)),
-    "a directory far away": tampered_directory,
+    "two archives in a row": lambda: saved({"a": 1}) + pickled(Calls(os.system, TOUCH)),
+    "a directory at a wrong offset": tampered_directory,
     "no pickle": lambda: archive(b""),
-    "nested without end": lambda: deep(200_000),
+    "nested too deeply": lambda: deep(200_000),
     "a circle": circle,
     "a dict with another get": overridden_get,
     "a step that is a text": lambda: full(step="1; touch pwned"),
     "a sparse tensor": lambda: full(model={"w": torch.zeros(3, 3).to_sparse()}),
-    "a model nobody knows": lambda: full(model_args={"arch": "__import__('os').system"}),
-    "a model too large to be": lambda: full(model_args=ARGS | {"num_classes": 10**12}),
-    "arguments that are none": lambda: full(model_args=ARGS | {"weights": "https://example.org/x.pt"}),
+    "an unknown model": lambda: full(model_args={"arch": "__import__('os').system"}),
+    "an impossibly large model": lambda: full(model_args=ARGS | {"num_classes": 10**12}),
+    "unknown model arguments": lambda: full(model_args=ARGS | {"weights": "https://example.org/x.pt"}),
     "no weights": lambda: full(config={"epochs": "many"}),
 }
 

@@ -1,4 +1,4 @@
-"""Tiny training runs through the real command line, and what it means for two of them to be equal."""
+"""Tiny training runs through the real command line, and functions to tell whether two are equal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import multiprocessing
 import os
 import pkgutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,22 +17,12 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-# Three phases with everything random switched on: mixing, drop-path, augmentation, EMA.
-TINY = [
-    *(
-        "--arch",
-        "resnet_tiny",
-        "--epochs",
-        "3",
-        "--resize-schedule",
-        "16,24,32",
-        "--phase-batch-sizes",
-        "24,16,16",
-    ),
-    *("--phase-epochs", "1,1,1", "--drop-path-rate", "0.3", "--augment", "full", "--lr", "1e-3"),
-    *("--device", "cpu", "--amp", "off", "--seed", "3"),
-]
-TIMING = {"images_per_second", "data_wait_percent", "seconds"}
+# Three phases with mixing, drop-path, augmentation and EMA.
+TINY = shlex.split(
+    "--arch resnet_tiny --epochs 3 --resize-schedule 16,24,32 --phase-batch-sizes 24,16,16 "
+    "--phase-epochs 1,1,1 --drop-path-rate 0.3 --augment full --lr 1e-3 --device cpu --amp off --seed 3"
+)
+TIMING = {"images_per_second", "data_wait_percent", "seconds"}  # columns that differ between any two runs
 
 
 def command(*args: object) -> list[str]:
@@ -43,16 +34,16 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def cli(*args: object, **extra: str) -> subprocess.CompletedProcess:
-    """train.py in a process of its own."""
+    """Run train.py in a process of its own."""
     return subprocess.run(
         command(*args), capture_output=True, text=True, env=environment(**extra), timeout=300
     )
 
 
 def start(*args: object, **extra: str) -> subprocess.Popen:
-    """train.py in a process group of its own, to be killed with its workers."""
-    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=environment(**extra), start_new_session=True)  # fmt: skip
+    """Start train.py in a process group of its own, so that it can be killed together with its workers."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*args), env=environment(**extra), start_new_session=True, **streams)
 
 
 def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
@@ -67,34 +58,28 @@ def payload(run_dir: Path, kind: str = "last") -> dict:
 
 
 def digest(run_dir: Path, kind: str = "last") -> dict[str, str]:
-    """A hash of each part of a checkpoint that two equal runs must share, bit for bit."""
+    """Return a hash of each part of a checkpoint in which two equal runs must agree, bit for bit."""
     content = payload(run_dir, kind)
-    parts = {
-        name: content[name] for name in ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")
-    }
+    names = ("model", "ema", "optimizer", "schedule", "scaler", "step", "best")
+    parts = {name: content[name] for name in names}
     parts["rows"] = [{k: v for k, v in row.items() if k not in TIMING} for row in content["rows"]]
     return {name: hashlib.sha256(exact(value).encode()).hexdigest() for name, value in parts.items()}
 
 
 def exact(value) -> str:
-    """A text that two values share only if they are equal bit for bit."""
+    """Return a text that two values share only if they are equal bit for bit."""
     if isinstance(value, torch.Tensor):
-        return (
-            f"{value.dtype}{tuple(value.shape)}"
-            + hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
-        )
+        digest = hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest()
+        return f"{value.dtype}{tuple(value.shape)}{digest}"
     if isinstance(value, dict):
-        return (
-            "{"
-            + ",".join(f"{k}:{exact(v)}" for k, v in sorted(value.items(), key=lambda item: str(item[0])))
-            + "}"
-        )
+        items = sorted(value.items(), key=lambda item: str(item[0]))
+        return "{" + ",".join(f"{k}:{exact(v)}" for k, v in items) + "}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(map(exact, value)) + "]"
     return repr(value)
 
 
-# A process that starts in a twentieth of a second: forked from a server that has everything imported.
+# Processes start in a twentieth of a second: they are forked from a server that has imported everything.
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch", "numpy", "cv2", "albumentations", "train", "harness.build", "loop", "sources.layouts", "runs"]
@@ -102,7 +87,7 @@ SERVER.set_forkserver_preload(
 
 
 def _at(where: str, act) -> None:
-    """Let `act` happen when a function is about to be called for the nth time: where is 'module.name:n'."""
+    """Call `act` just before the nth call of a function; `where` is 'module.name:n'."""
     (place, _, nth), calls = where.partition(":"), []
     owner, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner)
@@ -118,7 +103,10 @@ def _at(where: str, act) -> None:
 
 
 def _send(numbers: list[str]) -> None:
-    """To the whole group, as Ctrl-C in a terminal and a cluster's scheduler do; '.' waits until it is meant as another."""
+    """Send signals to the whole process group, as a terminal does for Ctrl-C, and a cluster's scheduler.
+
+    '.' waits until the next signal counts as another one.
+    """
     for number in numbers:
         if number == ".":
             time.sleep(1.2)
@@ -127,7 +115,7 @@ def _send(numbers: list[str]) -> None:
 
 
 def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
-    os.setsid()  # a process group of its own, to be killed with its workers
+    os.setsid()  # so that it can be killed together with its workers
     os.environ.update(variables)
     if "AT" in variables:
         _at(variables["AT"], lambda: _send(variables["SIGNALS"].split()))
@@ -147,7 +135,7 @@ def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
 
 
 def spawn(*args: object, output: Path, **variables: str) -> multiprocessing.Process:
-    """train.py's main in a forked process, its output appended to a file."""
+    """Start train.py's main in a forked process, with its output appended to a file."""
     process = SERVER.Process(target=_in_child, args=(list(map(str, args)), str(output), variables))
     process.start()
     return process

@@ -41,7 +41,7 @@ def config_of(values):
     return config
 
 
-# Studies
+# --- studies ---
 
 
 @pytest.mark.parametrize(("which", "preset"), EVERY, ids=ids)
@@ -65,7 +65,7 @@ def test_every_variant_is_accepted_and_planned(which, preset):
 @pytest.mark.parametrize(("which", "preset"), [(s, preset) for s, preset in EVERY if preset != "smoke"])
 def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(which, preset):
     configs = {name: config_of(which.flags_of(name, preset)) for name in which.variants}
-    assert len({repr(c) for c in configs.values()}) == len(configs)  # no two rows are one experiment
+    assert len({repr(c) for c in configs.values()}) == len(configs)  # no two variants are the same experiment
     first, *others = which.variants
     base = flags.plain(configs[first])
     for variant in others:
@@ -75,7 +75,7 @@ def test_variants_differ_from_the_first_in_the_flags_they_name_and_in_no_other(w
 
 
 def test_every_name_is_a_flag_of_train():
-    # to_argv passes over names that it does not know.
+    # to_argv skips names that it does not know.
     known = flags.defaults().keys()
     assert study.CPU.keys() | study.SMOKE.keys() <= known
     for one in studies.STUDIES.values():
@@ -118,7 +118,7 @@ def test_flags_after_two_dashes_override_the_base_but_not_the_variant():
     assert (changed.lr, changed.epochs) == (0.1, 3)
 
 
-def test_a_recipe_is_spelled_out_without_the_flags_that_lost_their_effect():
+def test_a_recipes_flags_are_left_out_where_they_have_no_effect():
     flags_of = studies.SENSITIVITY_GRID.flags_of
     assert flags_of("batch-size=400_weight-decay=1e-4_clip-norm=1")["clip_mode"] == "value"
     assert "clip_mode" not in flags_of("batch-size=400_weight-decay=1e-4_clip-norm=0")
@@ -130,7 +130,7 @@ def test_a_study_without_a_cpu_version_says_so():
         studies.BLURPOOL.runs("cpu")
 
 
-# Statistics
+# --- statistics ---
 
 
 def test_paired_differences_agree_with_scipy():
@@ -223,7 +223,7 @@ def test_the_last_epoch_counts_not_the_best():
     assert r.score("val_top1") is None
 
 
-# Conclusions
+# --- conclusions ---
 
 TWO = Study("two", "Is b better?", {"a": {}, "b": {"lr": 1}, "c": {"lr": 2}})
 
@@ -249,7 +249,7 @@ def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
     assert "10.0 points smaller with b" in text and "No conclusion about c" in text
 
 
-def test_what_sits_at_chance_is_named():
+def test_variants_at_chance_are_named():
     runs = made(a=(30, 34, 32), b=(4.0, 6.0, 4.5), c=(5, 25, 5))
     assert "chance" not in summary.conclusion(TWO, runs)
     for r in runs:
@@ -274,7 +274,7 @@ def test_one_seed_and_failed_runs_conclude_nothing():
     assert text == "Not enough finished pairs of runs to judge b and c. Not every run finished: c (diverged)."
 
 
-# The runner, with a stand-in for train.py that knows its flags and no torch
+# --- the runner, with a stand-in for train.py that has its flags and needs no torch ---
 
 FAKE = """
 import json, pathlib, signal, sys, time
@@ -298,7 +298,7 @@ for epoch in range(done + 1, 4):
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A study of three variants and two seeds with a stand-in for train.py; the runner's arguments."""
+    """Arguments of the runner for a study of three variants and two seeds, with a stand-in for train.py."""
     script = tmp_path / "fake.py"
     script.write_text(FAKE)
     variants = {"low": {"lr": 1}, "mid": {"lr": 2}, "high": {"lr": 3}}
@@ -316,7 +316,7 @@ def replace_variant(monkeypatch, lr):
     monkeypatch.setitem(studies.STUDIES, "fake", Study("fake", "?", variants, seeds=(0, 1)))
 
 
-def test_what_is_done_is_skipped_and_its_checkpoints_make_room(fake, tmp_path, capsys):
+def test_finished_runs_are_skipped_and_their_checkpoints_deleted(fake, tmp_path, capsys):
     assert run.main([*fake, "--jobs", "3"]) == 0
     assert len(starts(tmp_path)) == 6
     kept = {p.name for p in (tmp_path / "runs/fake/mid-seed1").iterdir()}
@@ -339,11 +339,11 @@ def test_a_failing_variant_is_reported_and_the_others_run(
     assert run.main(fake) == code
     assert starts(tmp_path)["mid-seed0"] == (
         2 if code else 1
-    )  # what failed is tried again; diverging is a result
+    )  # a failed run is tried again; a diverged one is a result
     assert starts(tmp_path)["low-seed0"] == 1
 
 
-def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monkeypatch, capsys):
+def test_a_run_with_other_flags_does_not_count_as_done(fake, tmp_path, monkeypatch, capsys):
     run.main([*fake, "--seeds", "0"])
     replace_variant(monkeypatch, 2.5)
     capsys.readouterr()
@@ -353,12 +353,12 @@ def test_a_run_made_with_other_flags_does_not_pass_for_done(fake, tmp_path, monk
     assert "mid-seed0: the existing run has other flags; delete" in capsys.readouterr().out
 
 
-def test_a_flag_of_an_older_version_makes_it_another_run():
+def test_a_flag_of_an_older_version_makes_a_run_changed():
     assert run.what_trains(["--lr", "1e-3", "--subset"]) == run.what_trains(["--lr=0.001", "--subset"])
     assert run.what_trains(["--lr=0.001", "--gone=1"]) is None
 
 
-def test_other_workers_or_devices_do_not_make_it_another_run(fake, tmp_path):
+def test_other_workers_or_devices_do_not_make_a_run_changed(fake, tmp_path):
     run.main([*fake, "--seeds", "0"])
     assert run.main([*fake, "--seeds", "0", "--", "--num-workers", "3", "--device", "cuda:1"]) == 0
     assert set(starts(tmp_path).values()) == {1}
@@ -373,12 +373,12 @@ def test_shards_share_out_every_run_once(fake):
 
 
 @pytest.mark.parametrize("bad", ["0/4", "5/4", "2", "a/b", "1/0"])
-def test_a_shard_that_is_none_is_refused(fake, bad):
+def test_an_invalid_shard_argument_is_refused(fake, bad):
     with pytest.raises(UsageError, match="such as 2/8"):
         run.main([*fake, "--shard", bad])
 
 
-def test_unknown_names_are_answered_with_the_known_ones(fake):
+def test_an_unknown_name_lists_the_known_ones(fake):
     with pytest.raises(UsageError, match=r"unknown study 'emma'[\s\S]*ema"):
         run.main(["emma"])
     with pytest.raises(UsageError, match=r"no variant hi[\s\S]*low, mid, high"):
@@ -387,8 +387,8 @@ def test_unknown_names_are_answered_with_the_known_ones(fake):
         report.main(["emma"])
 
 
-def test_a_stopped_study_goes_on_where_it_was(tmp_path, fake):
-    """SIGTERM reaches the run under way, which saves; the same command takes it up and runs the rest."""
+def test_a_stopped_study_is_continued(tmp_path, fake):
+    """SIGTERM makes the active run save; the same command resumes it and runs the rest."""
     driver = tmp_path / "driver.py"
     driver.write_text(f"""
 import pathlib, sys
@@ -441,7 +441,7 @@ def test_every_run_is_given_its_data(fake):
     assert not any(word.startswith("--data-dir") for word in digits)
 
 
-# Report
+# --- report ---
 
 
 def test_the_report_of_a_grid_draws_heat_maps_and_ranks(tmp_path, monkeypatch, capsys):
@@ -481,7 +481,7 @@ def test_a_report_without_runs_names_the_command(tmp_path):
         report.main(["ema", "--preset", "cpu", "--runs", str(tmp_path)])
 
 
-def test_no_difference_is_reported_for_what_is_still_running(fake, tmp_path, monkeypatch):
+def test_no_difference_is_reported_for_unfinished_runs(fake, tmp_path, monkeypatch):
     run.main([*fake, "--keep", "none"])
     (tmp_path / "runs/fake/mid-seed1/run.json").unlink()
     runs = results.load(tmp_path / "runs/fake", studies.STUDIES["fake"])
@@ -489,11 +489,11 @@ def test_no_difference_is_reported_for_what_is_still_running(fake, tmp_path, mon
     assert "mid (unfinished)" in summary.conclusion(studies.STUDIES["fake"], runs)
 
 
-# From end to end
+# --- end to end ---
 
 
 def in_process(arguments, log, stopping):
-    """train.py in this process, as errors.run would end it."""
+    """Run train.py in this process and return its exit code."""
     said = io.StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
@@ -516,10 +516,12 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     assert "EMA against raw weights" in text and "stuck at chance" in text
     rows = list(csv.DictReader((tmp_path / "published/ema-smoke/summary.csv").read_text().splitlines()))
     assert [(r["variant"], r["seed"], r["status"], r["epochs"]) for r in rows] == [
-        ("ramp-0.9999", "0", "done", "3"), ("ramp-0.9999", "1", "done", "3"),
-        ("plain-0.9999", "0", "done", "3"), ("plain-0.9999", "1", "done", "3"),
-    ]  # fmt: skip
-    # The average does not touch training, so with one seed the raw weights score the same.
+        ("ramp-0.9999", "0", "done", "3"),
+        ("ramp-0.9999", "1", "done", "3"),
+        ("plain-0.9999", "0", "done", "3"),
+        ("plain-0.9999", "1", "done", "3"),
+    ]
+    # The EMA does not affect training, so with one seed the raw weights score the same.
     assert rows[0]["val_top1"] == rows[2]["val_top1"]
     for path in (tmp_path / "published").rglob("*.json*"):
         assert str(tmp_path) not in path.read_text()
@@ -529,7 +531,7 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
     }
 
 
-# What is committed
+# --- what is committed ---
 
 
 @pytest.mark.parametrize(
@@ -561,7 +563,7 @@ def test_published_results_hold_no_path_and_are_complete():
         }
         pictures = ["curves.png", "differences.png"]
         text = summary.markdown(studies.STUDIES[name], preset or "full", found, pictures)
-        # The report is that of the files beside it.
+        # The committed report is what its files give today.
         assert (folder / "summary.md").read_text(encoding="utf-8") == text + "\n"
     small = [p for p in (ROOT / "ablation_runs" / "results").rglob("*") if p.is_file()]
     assert sum(p.stat().st_size for p in small) < 2_000_000

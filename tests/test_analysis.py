@@ -1,4 +1,4 @@
-"""The pictures of a run: what they are drawn from, and that they are written whole."""
+"""The pictures of a run: what they show, and that they are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_plots_refuse_what_holds_no_epoch(tmp_path):
         plots.main([])
 
 
-def test_curves_leave_out_epochs_that_were_not_scored_and_mark_phases_and_the_best(tmp_path):
+def test_curves_leave_out_unscored_epochs_and_mark_phases_and_the_best(tmp_path):
     rows = [row(1, val_top1=None, val_loss=None), row(2), row(3, 48, 32, best=True), row(4, 48, 32)]
     assert runs.series(rows, "val_top1") == ([2, 3, 4], [42.0, 43.0, 44.0])
     assert runs.phases(rows) == [(1, 32, 64), (3, 48, 32)]
@@ -88,7 +88,7 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
         ["a-run", "2/2", "42.00", "2", "1.00"],
         ["b-run", "2/2", "42.00", "2", "1.00"],
     ]
-    assert runs.differing_flags(found) == ["lr", "ema"]  # not save_dir: it changes nothing that is learned
+    assert runs.differing_flags(found) == ["lr", "ema"]  # not save_dir, which does not affect training
     tie = [{"lr": 0.1, "ema": True}, {"lr": 0.2, "ema": False}]
     assert runs.unusual_flags(found) == tie  # neither value is usual
     assert runs.unusual_flags([found[0], *found])[:2] == [{}, {}]
@@ -101,7 +101,7 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
     }
 
 
-def test_a_config_that_is_no_json_is_an_error_that_names_it(tmp_path):
+def test_a_config_that_is_not_json_is_named(tmp_path):
     folder = write_run(tmp_path / "run", [row(1)])
     (folder / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config.json is unreadable"):

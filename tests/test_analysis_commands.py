@@ -1,4 +1,4 @@
-"""Looking inside a model: Grad-CAM by hand, hooks gone, the landscape's centre, what training sees."""
+"""The commands that look inside a model: Grad-CAM, feature maps, filters, loss landscape, batches."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_gradcam_equals_the_formula_by_hand():
     # d logit_0 / d map_0 is 2 / 16 everywhere (all positive) and 0 for map_1: the map is channel 0 itself.
     brightness = images[0].sum(0)
     torch.testing.assert_close(maps[0], brightness / brightness.max())
-    assert (maps[1] == 0).all()  # darkness of a bright image is cut off by the network's ReLU: no evidence
+    assert (maps[1] == 0).all()  # the network's ReLU removes the darkness of a bright image: no evidence
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -137,7 +137,7 @@ def test_gradcam_refuses_a_layer_the_logits_do_not_depend_on():
 
 
 class Tokens(nn.Module):
-    """As ViT: patches with a class token in front; the last block lets only that token out."""
+    """Like ViT: a class token before the patches; the last block returns that token alone."""
 
     def __init__(self):
         super().__init__()
@@ -157,7 +157,7 @@ def test_the_last_map_is_found_in_every_kind_of_network():
     assert feature_maps.last_map(model, images) == "layer4" and hooks(model) == 0
     assert (
         feature_maps.last_map(Tokens().eval(), images) == "attention"
-    )  # not `last`: its patches reach no logit
+    )  # not `last`: its patches do not reach the logits
     maps = gradcam_figures.grad_cam(tokens := Tokens(), tokens.attention, images, torch.tensor([1]))
     assert maps.shape == (1, 32, 32)
 
@@ -179,7 +179,7 @@ def test_outputs_read_as_maps(shape, wanted):
     assert (None if found is None else tuple(found.shape)) == wanted
 
 
-def test_tokens_keep_their_places():
+def test_tokens_become_a_map_in_reading_order():
     tokens = torch.arange(5.0).view(1, 5, 1)  # class token 0, patches 1 2 / 3 4
     assert feature_maps.as_map(tokens)[0, 0].tolist() == [[1, 2], [3, 4]]
 
@@ -191,7 +191,7 @@ def test_tokens_keep_their_places():
 def test_gradcam_on_every_architecture(arch):
     model = build_model(arch, num_classes=4, image_sizes=(64,)).eval()
     for p in model.parameters():
-        nn.init.normal_(p, 0, 0.05)  # torchvision's ViT begins with a head of zeros, which explains nothing
+        nn.init.normal_(p, 0, 0.05)  # torchvision's ViT starts with a head of zeros: its maps would be empty
     images = torch.randn(1, 3, 64, 64)
     layer = feature_maps.module_named(model, feature_maps.last_map(model, images))
     assert gradcam_figures.grad_cam(model, layer, images, torch.tensor([1])).shape == (1, 64, 64)
@@ -214,7 +214,7 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     assert all(m["truth"] != m["prediction"] for m in found["mistakes"])
 
 
-def test_commands_refuse_what_does_not_fit(trained, tmp_path, photos):
+def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
     out = ["--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(DataError, match="10 classes, the data has 3"):
         gradcam.main(
@@ -305,7 +305,7 @@ def test_loss_landscape_command(trained, tmp_path):
     }
 
 
-def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
+def test_the_initial_model_is_the_one_the_run_started_with(tmp_path):
     from harness import checkpoint
 
     frozen = ["--stop-after", "1", "--lr", "1e-30", "--weight-decay", "0", "--no-ema", "--seed", "5"]
@@ -317,7 +317,7 @@ def test_the_initial_model_is_the_one_the_run_began_with(tmp_path):
         torch.testing.assert_close(wanted, found)
 
 
-def test_batch_shows_the_very_batch_that_is_trained_on(tmp_path, monkeypatch):
+def test_batch_shows_the_batch_that_is_trained_on(tmp_path, monkeypatch):
     """The picture is drawn from the pixels and targets that the training step computes its loss on."""
     import data_utils
 

@@ -15,7 +15,7 @@ FILL = (124, 116, 104)
 
 
 def fixed(*numbers):
-    """A draw that gives these numbers in turn."""
+    """Return a `Draw` that returns these numbers in turn."""
     return iter(numbers).__next__
 
 
@@ -52,8 +52,8 @@ def test_the_library_policies_depend_on_the_key_alone(policy, A):
     assert all(image.shape == (32, 32, 3) and image.dtype == np.uint8 for image in one_way)
 
 
-def test_what_happens_half_of_the_time_happens_independently():
-    """Albumentations' set_random_seed would fire them all together: correlation 1."""
+def test_augmentations_fire_independently():
+    """With Albumentations' set_random_seed all would fire together (correlation 1)."""
     names, fired = ("flip", "affine", "jitter", "dropout"), []
     randomness = augment.KeyedRandom()
     operations = [augment.build(name, None, FILL, randomness) for name in names]
@@ -133,18 +133,18 @@ def test_a_panorama_falls_back_to_a_central_box():
     assert (top, h, w) == (0, 10, 13) and left == (1000 - 13) // 2
 
 
-def test_a_cut_of_the_right_size_is_the_picture_itself():
+def test_a_crop_of_the_right_size_is_not_resampled():
     image = photo(50, 60)
     assert np.array_equal(augment.cut_and_resize(image, (7, 5, 32, 32), 32), image[7:39, 5:37])
 
 
 @pytest.mark.parametrize("factor", [2, 3, 7])
-def test_shrinking_averages(factor):
+def test_shrinking_averages_pixels(factor):
     image = np.random.default_rng(0).integers(0, 256, (32 * factor, 32 * factor, 3), dtype=np.uint8)
     blocks = image.reshape(32, factor, 32, factor, 3).mean((1, 3))
     ours = augment.cut_and_resize(image, (0, 0, 32 * factor, 32 * factor), 32)
     assert np.abs(ours - blocks).max() <= 1
-    # No aliasing for a broken factor either: noise of standard deviation 74 must average out.
+    # No aliasing for non-integer factors either: noise of standard deviation 74 must average out.
     assert (
         augment.cut_and_resize(image, (0, 0, 32 * factor - 5, 32 * factor - 3), 32).std() < 74 / factor * 1.5
     )
@@ -174,8 +174,11 @@ def test_affine_is_albumentations(A, shift, scale, angle):
     image = photo(64, 64)
     theirs = A.Affine(
         translate_percent={"x": (shift, shift), "y": (-shift / 2, -shift / 2)},
-        scale={"x": (scale, scale), "y": (1.02, 1.02)}, rotate=(angle, angle), fill=FILL, p=1.0,
-    )  # fmt: skip
+        scale={"x": (scale, scale), "y": (1.02, 1.02)},
+        rotate=(angle, angle),
+        fill=FILL,
+        p=1.0,
+    )
     ours = augment.affine(image, (shift, -shift / 2), (scale, 1.02), angle, FILL)
     assert np.array_equal(ours, theirs(image=image)["image"])
 
@@ -208,7 +211,7 @@ def test_jitter_in_each_order_stays_next_to_albumentations(A):
             expected = steps[i](expected, values[i])
         ours = augment.jitter(photo(32, 32), values, order).astype(int)
         difference = ours - expected
-        assert np.abs(difference).mean() < 1.5, order  # 180 hues: a rounding before is a step after
+        assert np.abs(difference).mean() < 1.5, order  # one of 180 hues: earlier rounding may shift it by one
 
 
 def test_dropout_is_albumentations_coarse_dropout(A):

@@ -1,4 +1,4 @@
-"""The flips are of one bit each, the forks are the run but for that bit, and the tables count them."""
+"""benchmarks.bitflips: each fork differs from the run in one bit, and the tables count the outcomes."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def test_a_flip_is_of_exactly_one_bit_and_found_by_xor(bit):
     tensor = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)).to(
         memory_format=torch.channels_last
     )
-    words = tensor.permute(0, 2, 3, 1).reshape(-1).view(torch.int32).clone()  # as they lie in memory
+    words = tensor.permute(0, 2, 3, 1).reshape(-1).view(torch.int32).clone()  # in memory order
     before, after = bitflips.flip(tensor, 17, bit)
     changed = words ^ tensor.permute(0, 2, 3, 1).reshape(-1).view(torch.int32)
     assert changed.nonzero().tolist() == [[17]] and changed[17].item() & 0xFFFFFFFF == 1 << bit
@@ -41,7 +41,7 @@ def test_every_kind_of_memory_is_flipped_in_one_place_and_nowhere_else(tmp_path,
         assert changed == (name == kind), name
 
 
-# A process of its own: a fork copies the threads' locks, but only one thread.
+# In a process of its own, because a fork copies the locks of all threads but only one thread.
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -54,7 +54,7 @@ sys.exit(bitflips.main(["--points", "3", "--out", sys.argv[1]]))
 
 
 @pytest.mark.parametrize("what", ["nothing", "a bit"])
-def test_a_fork_is_the_run_but_for_its_bit(tmp_path, what):
+def test_a_fork_differs_from_the_run_in_its_bit_only(tmp_path, what):
     options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 300}
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path, what], env=environment, **options)

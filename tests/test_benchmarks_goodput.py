@@ -16,11 +16,11 @@ from benchmarks import goodput
 
 
 @pytest.mark.parametrize(("save", "restart", "mean"), [(2, 3, 60), (10, 5, 30), (0.5, 0.1, 1)])
-def test_the_best_possible_is_what_a_simulation_of_the_kills_gives(save, restart, mean):
+def test_the_best_possible_agrees_with_a_simulation_of_kills(save, restart, mean):
     rng, intervals, clock, to_do = random.Random(0), 100_000, 0.0, float(save)
     next_kill = rng.expovariate(1 / mean)
     for _ in range(intervals):
-        while clock + to_do > next_kill:  # what was done since the last save is lost, and R is spent anew
+        while clock + to_do > next_kill:  # the work since the last save is lost, and a restart costs R
             clock, to_do = next_kill, restart + save
             next_kill += rng.expovariate(1 / mean)
         clock, to_do = clock + to_do, save
@@ -28,7 +28,7 @@ def test_the_best_possible_is_what_a_simulation_of_the_kills_gives(save, restart
 
 
 def life(began: float, steps: range, killed: bool) -> dict:
-    """Two seconds of start, ten steps a second, a save of 10 ms after every tenth."""
+    """Return a life: two seconds of start, ten steps a second, a save of 10 ms after every tenth step."""
     done = [(step, began + 2 + 0.1 * (i + 1)) for i, step in enumerate(steps)]
     saves = [(at, at + 0.01) for step, at in done if step % 10 == 0]
     return {"began": began, "ended": done[-1][1], "killed": killed, "steps": done, "saves": saves}
@@ -48,7 +48,7 @@ def test_the_figures_of_known_lives():
     assert "1 kills, 5 steps done twice" in goodput.table(found | {"different": []})
 
 
-def test_a_line_cut_short_by_a_kill_is_passed_over(tmp_path):
+def test_a_line_cut_short_by_a_kill_is_skipped(tmp_path):
     (tmp_path / "log").write_text("step 1 10.5\nsave 10.5 10.75\nstep 2 11.0\nstep 3")
     assert goodput.read_log(tmp_path / "log") == ([(1, 10.5), (2, 11.0)], [(10.5, 10.75)])
     assert goodput.read_log(tmp_path / "none") == ([], [])
@@ -75,13 +75,13 @@ def test_nothing_is_left_running_when_it_is_interrupted(tmp_path, number):
 
 
 def running(directory: Path) -> list[int]:
-    """The processes that name `directory` on their command line."""
+    """Return the processes with `directory` on their command line."""
     found = []
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = file.read_bytes()
         except OSError:
-            continue  # it ended meanwhile
+            continue  # it has just ended
         if b"--child" in words and str(directory).encode() in words:
             found.append(int(file.parent.name))
     return found
@@ -94,7 +94,7 @@ def wait_until(true) -> None:
         time.sleep(0.05)
 
 
-def test_the_same_bits_are_told_from_equal_numbers():
+def test_equal_numbers_of_different_bits_are_distinguished():
     zero, other = torch.zeros(2), torch.tensor([0.0, -0.0])
     assert (
         goodput.bits({"a": [zero, 1]})

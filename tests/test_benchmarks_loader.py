@@ -1,4 +1,4 @@
-"""The loader and storage benchmarks run, and measure what they say."""
+"""The loader and storage benchmarks run and measure what they claim."""
 
 import json
 
@@ -29,8 +29,22 @@ def folders(tmp_path_factory):
 @pytest.mark.slow
 def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsys):
     out = tmp_path / "new" / "loader.json"
-    loader.main(["--data-dir", str(folders), "--sizes", "16", "--workers", "1", "--stored-sides", "24",
-                 "--seconds", "0.1", "--json", str(out)])  # fmt: skip
+    loader.main(
+        [
+            "--data-dir",
+            str(folders),
+            "--sizes",
+            "16",
+            "--workers",
+            "1",
+            "--stored-sides",
+            "24",
+            "--seconds",
+            "0.1",
+            "--json",
+            str(out),
+        ]
+    )
     rows = json.loads(out.read_text())
     assert {row["loader"] for row in rows} >= {"packed", "full-size", "torchvision"}
     assert {row["augmentation"] for row in rows} == {"crop-flip", "full"}
@@ -45,7 +59,7 @@ def test_the_loader_benchmark_writes_rows_and_a_picture(folders, tmp_path, capsy
     assert "x torchvision" in capsys.readouterr().out
 
 
-def test_the_data_need_only_train_and_are_limited(folders, tmp_path):
+def test_the_data_need_only_train_folders_and_are_limited(folders, tmp_path):
     (folders / "val").rename(folders / "unused")
     index = loader.gather(str(folders), 10, tmp_path / "scratch")
     assert len(index.train) == 10 and index.train.labels.tolist() == [0] * 5 + [1] * 5
@@ -77,7 +91,7 @@ def test_the_rows_are_medians_of_measurements_in_turns(monkeypatch):
     assert rows[1]["ratio_to_torchvision"] == 9.09
 
 
-def test_a_folder_without_train_is_refused_at_once(tmp_path):
+def test_a_folder_without_train_is_refused(tmp_path):
     with pytest.raises(DataError, match="cannot list"):
         loader.main(["--data-dir", str(tmp_path), "--json", str(tmp_path / "x.json")])
 

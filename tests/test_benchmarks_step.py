@@ -1,4 +1,4 @@
-"""benchmarks.step: the loops train what they say, take turns, and the rows say what was measured."""
+"""benchmarks.step: the loops train as described and take turns, and the rows hold what was measured."""
 
 import json
 import sys
@@ -78,9 +78,7 @@ def test_the_command_writes_rows_and_a_picture(tmp_path, capsys, monkeypatch):
     assert "timm: not available" in capsys.readouterr().out
 
 
-def test_a_variant_that_is_not_here_is_skipped_and_rows_are_written_as_they_come(
-    tmp_path, capsys, monkeypatch
-):
+def test_an_unavailable_variant_is_skipped_and_rows_are_written_one_by_one(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(step_loops, "LOOPS", {"bare": step_loops.bare, "timm": absent})
     monkeypatch.setitem(sys.modules, "antialiased_cnns", None)
     changed = {
@@ -116,7 +114,7 @@ def absent(setting):
     raise ImportError("No module named 'timm'")
 
 
-def test_help_and_a_wrong_count_cost_no_import():
+def test_a_wrong_number_of_batch_sizes_is_refused_before_any_import():
     started = time.perf_counter()
     with pytest.raises(step.UsageError, match="1 --batch-sizes for 2 --sizes"):
         step.main(["--sizes", "16", "24", "--batch-sizes", "8"])

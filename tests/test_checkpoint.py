@@ -33,7 +33,7 @@ def main(*arguments) -> int:
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
-    """A run of two epochs and a bit, in one directory."""
+    """A run of a little more than two epochs."""
     save_dir = tmp_path_factory.mktemp("stopped")
     assert main(*TINY, "--save-dir", save_dir, "--stop-after", 12) == 0
     return save_dir
@@ -41,14 +41,14 @@ def stopped(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_dir(stopped, tmp_path) -> Path:
-    """A copy of it for a test to damage."""
+    """A copy of the run that a test may damage."""
     subprocess.run(["cp", "-a", f"{stopped}/.", tmp_path], check=True)
     return tmp_path
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> bytes:
-    """A checkpoint of the shape of ours, small enough to damage a hundred times."""
+    """A checkpoint like ours, small enough to be damaged a hundred times."""
     path = tmp_path_factory.mktemp("small") / "last_x.pt"
     checkpoint.save(path, whole())
     return path.read_bytes()
@@ -63,7 +63,7 @@ def content_of(path: Path) -> str:
     return exact(checkpoint.load(path))
 
 
-# Writing
+# --- writing ---
 
 
 def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tmp_path, monkeypatch):
@@ -84,9 +84,14 @@ def test_a_save_is_written_flushed_synced_and_only_then_renamed_beside_itself(tm
     )
     checkpoint.save(path, whole(step=4))
     partial, older = f"{path}.partial", f"{path.with_name('prev_last_x.pt')}"
-    assert done == [("fsync", partial), ("read", partial), ("read", str(path)),
-                    ("replace", (f"{older}.partial", older)), ("replace", (partial, str(path))),
-                    ("fsync", str(tmp_path))]  # fmt: skip
+    assert done == [
+        ("fsync", partial),
+        ("read", partial),
+        ("read", str(path)),
+        ("replace", (f"{older}.partial", older)),
+        ("replace", (partial, str(path))),
+        ("fsync", str(tmp_path)),
+    ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last_x.pt", "prev_last_x.pt"]
     assert checkpoint.load(path)["step"] == 4 and checkpoint.load(older)["step"] == 3
 
@@ -99,7 +104,7 @@ def test_everything_is_in_the_file_before_it_is_synced(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_a_checkpoint_is_as_readable_as_umask_says(tmp_path, mask, mode):
+def test_a_checkpoint_has_the_permissions_of_umask(tmp_path, mask, mode):
     before = os.umask(mask)
     try:
         checkpoint.save(tmp_path / "x.pt", whole())
@@ -119,7 +124,7 @@ def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypat
     assert steps == {"last_x.pt": 2, "best_x.pt": 2, "prev_last_x.pt": 1, "prev_best_x.pt": 1}
 
 
-def test_a_damaged_file_never_replaces_the_sound_one_before_it(tmp_path):
+def test_a_damaged_file_never_replaces_the_intact_one_before_it(tmp_path):
     for step in (1, 2):
         checkpoint.save(tmp_path / "last_x.pt", whole(step=step))
     (tmp_path / "last_x.pt").write_bytes(b"rubbish")
@@ -128,19 +133,19 @@ def test_a_damaged_file_never_replaces_the_sound_one_before_it(tmp_path):
     assert checkpoint.load(tmp_path / "last_x.pt")["step"] == 3
 
 
-def test_giving_a_name_twice_leaves_nothing_behind(tmp_path):
+def test_a_name_that_occurs_twice_leaves_nothing_behind(tmp_path):
     checkpoint.save(tmp_path / "last_x.pt", whole())
     for _ in range(3):
         checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best_x.pt", "last_x.pt", "prev_best_x.pt"]
 
 
-# A disk that is full
+# --- full disks ---
 
 
 @pytest.fixture
 def full_disk(tmp_path, monkeypatch):
-    """A directory with two checkpoints, and no patience for retries: (path, bytes of both)."""
+    """A directory with two checkpoints, with retries turned off: (path, bytes of both)."""
     path, slept = tmp_path / "last_x.pt", []
     for step in (1, 2):
         checkpoint.save(path, whole(step=step))
@@ -191,7 +196,7 @@ def test_a_disk_that_recovers_costs_a_retry_and_nothing_else(full_disk, monkeypa
     assert checkpoint.load(path)["step"] == 3
 
 
-def test_a_file_that_does_not_read_back_is_no_checkpoint(full_disk, monkeypatch):
+def test_a_file_that_cannot_be_read_back_does_not_become_a_checkpoint(full_disk, monkeypatch):
     path, before = full_disk
     monkeypatch.setattr(
         checkpoint, "find_damage", lambda p: "checksum wrong" if p.suffix == ".partial" else ""
@@ -199,7 +204,7 @@ def test_a_file_that_does_not_read_back_is_no_checkpoint(full_disk, monkeypatch)
     refused_and_untouched(path, before)
 
 
-def test_any_file_that_meets_a_full_disk_ends_in_two_lines(monkeypatch, capsys):
+def test_a_full_disk_is_a_two_line_error_for_any_file(monkeypatch, capsys):
     handlers = {
         n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
     }
@@ -213,7 +218,7 @@ def test_any_file_that_meets_a_full_disk_ends_in_two_lines(monkeypatch, capsys):
         signal.signal(number, handler)
 
 
-# Damage
+# --- damage ---
 
 
 def flipped(content: bytes, rng: random.Random) -> bytes:
@@ -222,7 +227,7 @@ def flipped(content: bytes, rng: random.Random) -> bytes:
 
 
 def refused_or_identical(path: Path, content: bytes, wanted: str) -> bool:
-    """True if refused; a flip where nothing is stored (padding, a date) leaves what is read as it was."""
+    """Return whether the file is refused. If not (padding, a date), its content must be unchanged."""
     path.write_bytes(content)
     try:
         assert content_of(path) == wanted
@@ -244,7 +249,7 @@ def test_a_flipped_bit_is_refused_or_harmless(small, tmp_path, count):
 
 @pytest.mark.torture
 def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path):
-    """Also those of the archive's own records, which torch's reader believes without a checksum."""
+    """This includes the archive's own records, which torch's reader trusts without a checksum."""
     path = tmp_path / "last_x.pt"
     path.write_bytes(small)
     wanted, refused = content_of(path), 0
@@ -256,7 +261,7 @@ def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path)
 
 
 def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_path):
-    """torch would hand out memory that it never filled in place of a weight."""
+    """torch would return uninitialised memory as a weight."""
     place = (
         small.rindex(b"archive/data/1") - 8
     )  # the external attributes of its record in the central directory
@@ -266,7 +271,7 @@ def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_pat
 
 
 def test_a_flipped_bit_of_a_weight_is_refused(small, tmp_path):
-    """torch alone loads it without a word."""
+    """torch alone loads it without an error."""
     place = small.index(torch.arange(300.0).numpy().tobytes())
     path = tmp_path / "last_x.pt"
     for offset in (place, place + 701, place + 1199):
@@ -288,7 +293,7 @@ def test_a_truncated_file_is_refused(small, tmp_path):
     ("empty.pt", b"", "it is empty"), ("text.pt", b"<html>login</html>", "not a complete file"),
     ("missing.pt", None, "no checkpoint at"), ("folder.pt", "folder", "no checkpoint at"),
 ])  # fmt: skip
-def test_what_is_no_checkpoint_is_named_with_what_there_is(run_dir, capsys, name, content, words):
+def test_a_path_that_is_not_a_checkpoint_lists_those_beside_it(run_dir, capsys, name, content, words):
     path, before = run_dir / name, sorted(run_dir.glob("*_*.pt"))
     if content == "folder":
         path.mkdir()
@@ -301,7 +306,7 @@ def test_what_is_no_checkpoint_is_named_with_what_there_is(run_dir, capsys, name
     )
 
 
-# Malice
+# --- malice ---
 
 
 @pytest.mark.parametrize("name", sorted(PAYLOADS))
@@ -312,7 +317,7 @@ def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_model(path)
     assert caught.value.exit_code == 4 and caught.value.fix
-    with suppress(CheckpointError):  # two are whole but hold no model: restoring them is what fails
+    with suppress(CheckpointError):  # two are intact but hold no model: restoring them fails
         checkpoint.newest(tmp_path)
     assert not list(tmp_path.glob(f"*{SENTINEL}*"))
     assert time.monotonic() - started < 10
@@ -326,14 +331,14 @@ def test_there_are_thirty_malicious_files_and_the_sentinel_would_be_seen(tmp_pat
     assert (tmp_path / SENTINEL).exists()
 
 
-def test_train_says_that_a_file_holds_code(tmp_path):
+def test_train_reports_a_file_that_contains_code(tmp_path):
     path = write("os.system", tmp_path / "last_x.pt")
     with pytest.raises(CheckpointError, match=r"contains code.*system"):
         main("--resume", path, "--save-dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-# Other files
+# --- other files ---
 
 
 @pytest.mark.parametrize("key", sorted(whole()))
@@ -345,7 +350,7 @@ def test_a_missing_or_malformed_part_is_named(key, tmp_path):
             checkpoint.load(tmp_path / "x.pt")
 
 
-def test_a_newer_schema_asks_for_newer_code_and_names_what_is_new(tmp_path):
+def test_a_newer_schema_asks_for_newer_code_and_names_its_new_fields(tmp_path):
     torch.save({"schema": checkpoint.SCHEMA + 1, "step": 1, "new\x1b": 1}, tmp_path / "x.pt")
     with pytest.raises(
         CheckpointError, match=r"schema 2 and has unknown fields: new\\x1b; this code reads up to 1"
@@ -393,14 +398,14 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(flags, words, run
 
 
 class OnDevice(torch.Tensor):
-    """A tensor that says it is elsewhere until `cpu` is called."""
+    """A tensor that claims to be on another device until `cpu` is called."""
 
     def cpu(self):
         return self.as_subclass(torch.Tensor)
 
 
 def test_tensors_are_saved_from_the_cpu(tmp_path):
-    """Saved from a GPU, plain `torch.load` fails on a machine without one."""
+    """Plain `torch.load` could not read tensors of a GPU on a machine without one."""
     weights = {"w": torch.arange(3.0).as_subclass(OnDevice)}
     checkpoint.save(tmp_path / "x.pt", whole(model=weights))
     checkpoint.save_weights(tmp_path / "w.pt", weights)
@@ -427,10 +432,10 @@ def test_malformed_flags_in_a_checkpoint_are_refused(run_dir):
             main("--resume", run_dir / "odd.bin", "--save-dir", run_dir)
 
 
-# Which one a run goes on from
+# --- which checkpoint is resumed ---
 
 
-def test_auto_passes_over_damaged_files_and_says_why(run_dir, capsys):
+def test_auto_skips_damaged_files_and_says_why(run_dir, capsys):
     last(run_dir).write_bytes(last(run_dir).read_bytes()[:-100])
     (older,) = run_dir.glob("prev_last_*.pt")
     step = checkpoint.load(older)["step"]
@@ -444,7 +449,7 @@ def test_auto_passes_over_damaged_files_and_says_why(run_dir, capsys):
     assert checkpoint.load(older)["step"] == step  # the damaged one did not take its place
 
 
-def test_of_many_checkpoints_only_the_one_that_is_taken_is_read_whole(tmp_path, monkeypatch):
+def test_only_the_chosen_one_of_many_checkpoints_is_read_completely(tmp_path, monkeypatch):
     for name, step in (("last_x", 5), ("prev_last_x", 4), ("best_x", 3), ("prev_best_x", 6)):
         checkpoint.save(tmp_path / f"{name}.pt", whole(step=step))
     damaged = tmp_path / "prev_best_x.pt"
@@ -481,14 +486,14 @@ def test_auto_never_starts_from_scratch_over_damaged_files(run_dir):
     assert {p.name: p.read_bytes() for p in run_dir.glob("*.*")} == before
 
 
-def test_a_path_that_is_damaged_is_refused_though_there_is_a_sound_one(run_dir):
+def test_a_damaged_path_is_refused_although_another_checkpoint_is_intact(run_dir):
     path = last(run_dir)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="damaged"):
         main("--resume", path, "--save-dir", run_dir)
 
 
-# The best
+# --- the best checkpoint ---
 
 
 def row(epoch: int, score: float) -> dict:
@@ -529,7 +534,7 @@ def test_the_best_survives_a_resume_with_worse_epochs(tmp_path, monkeypatch):
     assert checkpoint.load(last(tmp_path))["best"]["epoch"] == 5
 
 
-def test_a_run_that_goes_on_elsewhere_takes_its_best_along(run_dir, tmp_path):
+def test_a_run_resumed_elsewhere_takes_its_best_checkpoint_along(run_dir, tmp_path):
     main("--resume", "auto", "--save-dir", run_dir)
     whole = digest(run_dir, "best")
     (best,) = run_dir.glob("best_*.pt")
@@ -540,7 +545,7 @@ def test_a_run_that_goes_on_elsewhere_takes_its_best_along(run_dir, tmp_path):
     assert digest(elsewhere, "best") == whole == digest(elsewhere, "last")
 
 
-# Killed while saving, through the command line
+# --- killed while saving, through the command line ---
 
 
 FAST_POINTS = ("between_renames", "between_link_and_rename")
@@ -548,7 +553,7 @@ SLOW_POINTS = [pytest.param(p, marks=pytest.mark.torture) for p in CRASH_POINTS 
 
 
 @pytest.mark.parametrize("point", [*FAST_POINTS, *SLOW_POINTS])
-def test_killed_at_a_point_of_saving_and_resumed_it_is_the_same_run(point, tmp_path):
+def test_a_run_killed_while_saving_and_resumed_ends_in_the_same_bits(point, tmp_path):
     straight, killed, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
     main(*TINY, "--save-dir", straight)
     main(*TINY, "--save-dir", killed, "--stop-after", 4)
@@ -563,7 +568,7 @@ def test_killed_at_a_point_of_saving_and_resumed_it_is_the_same_run(point, tmp_p
     assert not list(killed.glob("*.partial"))
 
 
-# Older schemas
+# --- older schemas ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""--compile: the eager run's numbers at every size, compiled once a phase; slow, because it compiles."""
+"""--compile: the numbers of the eager run at every size, with one compilation per phase. Slow."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ SIZES = ["--resize-schedule", "16,24,32"]
 
 
 def losses(run) -> list[float]:
-    """Of two steps in each phase."""
+    """Return a trace of two steps in each phase."""
     found = []
     run.state.model.train()
     for phase in run.phases:
@@ -25,9 +25,9 @@ def losses(run) -> list[float]:
 
 @pytest.mark.slow
 def test_compiled_training_follows_the_eager_trace_at_three_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # one graph a phase, never a second
+    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # one graph per phase
     torch._dynamo.utils.counters.clear()
-    options = [*SIZES, "--drop-path-rate", "0"]  # compiled code draws its coins from a stream of its own
+    options = [*SIZES, "--drop-path-rate", "0"]  # compiled code draws from a random stream of its own
     compiled = losses(tiny_run(tmp_path, *options, "--compile"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -39,7 +39,7 @@ def test_compiled_drop_path_reads_its_seed_anew(tmp_path):
     run = tiny_run(tmp_path, *SIZES, "--drop-path-rate", "0.5", "--compile")
     for name, value in run.state.model.named_parameters():
         if "bn" in name and name.endswith("weight"):
-            value.data.fill_(1.0)  # a branch that starts as nothing would hide that it is dropped
+            value.data.fill_(1.0)  # a branch that starts as zero would hide that it is dropped
     forward = loop.start_phase(run, run.phases[0])[1].forward
     images = torch.randn(16, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     run.state.model.train()

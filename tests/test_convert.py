@@ -1,4 +1,4 @@
-"""models.convert: weights travel between ours, torchvision's and the earlier code's files."""
+"""models.convert: weights convert between this project, torchvision and the earlier code."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def equal(state: dict, other: dict) -> bool:
 
 @pytest.fixture(scope="module")
 def source() -> nn.Module:
-    """A trained-looking ResNet-18: every tensor differs from a fresh model's."""
+    """A ResNet-18 in which every tensor differs from a new model's."""
     torch.manual_seed(0)
     model = resnet18(7)
     with torch.no_grad():
@@ -39,7 +39,7 @@ def test_an_exported_resnet50_scores_the_same_in_torchvision():
     assert equal(back.state_dict(), model.state_dict())
 
 
-def test_an_export_takes_a_state_as_well_and_is_plain(source):
+def test_an_export_accepts_a_state_dict_and_is_plain(source):
     wrapped = {f"module._orig_mod.{k}": v for k, v in source.state_dict().items()}
     assert equal(to_torchvision(wrapped), to_torchvision(source))
     for tensor in to_torchvision(source.to(memory_format=torch.channels_last)).values():
@@ -51,7 +51,7 @@ def test_the_zoo_is_exported_as_it_is():
     torchvision.models.mobilenet_v3_large(num_classes=3).load_state_dict(to_torchvision(model), strict=True)
 
 
-def test_what_torchvision_does_not_have_is_not_exported():
+def test_a_model_that_torchvision_lacks_is_not_exported_to_it():
     for model in (
         preact_resnet50(2),
         resnet18(2, stem="small"),
@@ -64,7 +64,7 @@ def test_what_torchvision_does_not_have_is_not_exported():
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("wrapper", ["", "model_state_dict", "model", "state_dict"])
-def test_prefixes_and_wrappers_are_seen_to(source, prefix, wrapper):
+def test_prefixes_and_wrappers_are_handled(source, prefix, wrapper):
     state = {prefix + key: value for key, value in source.state_dict().items()}
     payload = {"epoch": 3, "optimizer_state_dict": {}, wrapper: state} if wrapper else state
     assert equal(adapt_state_dict(payload, resnet18(7)), source.state_dict())
@@ -109,7 +109,7 @@ def test_old_files_without_batch_counters_load(source):
     resnet18(7).load_state_dict(adapted, strict=True)
 
 
-def test_another_class_count_names_both_and_the_way_out(source):
+def test_another_number_of_classes_names_both_and_the_fix(source):
     model = resnet18(200)
     with pytest.raises(CheckpointError) as caught:
         adapt_state_dict(source.state_dict(), model)
@@ -146,7 +146,7 @@ def test_another_architecture_is_refused_by_name(source, reset_head):
     ) as caught:
         adapt_state_dict(other.state_dict(), source, reset_head)
     assert "--arch" in caught.value.fix
-    assert equal(before, source.state_dict())  # refused before anything was touched
+    assert equal(before, source.state_dict())  # refused before anything was changed
     with pytest.raises(CheckpointError, match="now: resnet18, small stem, 7 classes"):
         adapt_state_dict(source.state_dict(), resnet18(7, stem="small"), reset_head)
 
@@ -168,7 +168,7 @@ def test_a_file_without_weights_is_refused(payload):
         find_weights(payload)
 
 
-def test_states_are_told_apart():
+def test_architectures_are_recognised_from_their_states():
     # One of each architecture is described in test_models.
     state = build_model("efficientnet_b0", num_classes=4).state_dict()
     assert head_of(state) == "classifier.1" and head_of({}) == ""

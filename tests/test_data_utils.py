@@ -1,4 +1,4 @@
-"""Targets, mixing and losses against torchvision's, torch's and hand computations."""
+"""Targets, mixing and losses, compared with torchvision, torch and computations by hand."""
 
 import math
 
@@ -143,7 +143,7 @@ def test_a_mixed_batch_follows_from_the_seed_alone():
 
 
 def test_half_of_the_batches_are_cut_and_half_blended():
-    """Images of constant value tell which: CutMix only ever shows whole values."""
+    """Images of constant value show which it was: CutMix does not blend values."""
     torch.manual_seed(0)
     images = torch.arange(1.0, 5).view(4, 1, 1, 1).expand(4, 3, 16, 16)
     mixer = BatchMixer(4, 1.0, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Batches on the device: the same for any number of workers, started anywhere, errors unchanged."""
+"""Batches are the same for any number of workers and from any start, and errors arrive unchanged."""
 
 import os
 import shutil
@@ -32,8 +32,15 @@ def data(photos):
 
 
 def batches(data, workers: int, epoch: int = 1, start: int = 0, **options):
-    loader = train_loader(data, image_size=24, batch_size=16, augment=parse_augment("full"), seed=5,
-                          num_workers=workers, **options)  # fmt: skip
+    loader = train_loader(
+        data,
+        image_size=24,
+        batch_size=16,
+        augment=parse_augment("full"),
+        seed=5,
+        num_workers=workers,
+        **options,
+    )
     loader.order.seek(epoch, start)
     return [(images.clone(), labels) for images, labels in loader]
 
@@ -57,7 +64,7 @@ def test_every_epoch_augments_anew_and_a_loader_can_start_anywhere(data):
 
 
 def test_a_sample_is_the_same_in_every_batch_it_could_be_in(data):
-    """Augmentation knows the sample and the epoch, never the batch, the worker or the rank."""
+    """Augmentation depends on the sample and the epoch, not on batch, worker or rank."""
     dataset = BatchDataset(data.train, TrainTransform(parse_augment("full"), 24, data.mean), seed=5)
     order = Order(len(data.train), 8, seed=5)
     (first, *_) = iter(order)
@@ -97,9 +104,9 @@ def test_normalisation_is_torchvisions_formula(data):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, workers):
+def test_a_bad_image_is_named_or_replaced_and_counted(photos, tmp_path, workers):
     shutil.copytree(photos, tmp_path / "d")
-    bad = sorted((tmp_path / "d" / "train" / "dog").iterdir())[0]
+    bad = min((tmp_path / "d" / "train" / "dog").iterdir())
     bad.write_bytes(bad.read_bytes()[:200])
     data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(UserError, match=bad.name):
@@ -114,7 +121,7 @@ def test_a_bad_image_fails_by_name_or_is_replaced_and_counted(photos, tmp_path, 
 
 def test_validation_never_substitutes(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "d")
-    bad = sorted((tmp_path / "d" / "val" / "owl").iterdir())[0]
+    bad = min((tmp_path / "d" / "val" / "owl").iterdir())
     bad.write_bytes(b"<html>not found</html>")
     data = open_dataset("imagenet", tmp_path / "d")
     with pytest.raises(DataError, match=bad.name):
@@ -144,7 +151,7 @@ def test_scoring_with_skip_leaves_bad_images_out_and_names_them(photos, tmp_path
 
 @pytest.mark.parametrize("device, waits", [("cuda", False), ("mps", True), ("cpu", True)])
 def test_only_cuda_copies_without_waiting(data, monkeypatch, device, waits):
-    """Metal's copy from memory that is not pinned reads what the next batch has written there."""
+    """On Metal, an asynchronous copy from unpinned memory would read the next batch."""
     loader, seen = eval_loader(data.val, data, image_size=16, batch_size=2), []
 
     class Pixels:
@@ -212,7 +219,7 @@ exec(sys.argv[2])
 
 
 def carrying(marker: str) -> list[str]:
-    """The living processes whose environment holds `marker`."""
+    """Return the running processes whose environment contains `marker`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -228,8 +235,8 @@ def carrying(marker: str) -> list[str]:
     ("", None, 0), ("del first, second", None, 0), ("raise SystemExit(7)", None, 7), ("1 / 0", None, 1),
     ("time.sleep(60)", signal.SIGINT, -signal.SIGINT), ("time.sleep(60)", signal.SIGTERM, -signal.SIGTERM),
 ])  # fmt: skip
-def test_a_users_script_ends_at_once_and_leaves_no_process(photos, tmp_path, ending, number, code):
-    """The documents' snippet, both iterators alive at the end; a signal goes to the group, as Ctrl-C does."""
+def test_a_users_script_ends_without_delay_and_leaves_no_process(photos, tmp_path, ending, number, code):
+    """The documents' snippet, with both iterators alive at its end; signals go to the group, like Ctrl-C."""
     marker = f"LOADER_TEST={tmp_path}"
     script = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(photos), ending],
@@ -264,12 +271,12 @@ def test_workers_ignore_stop_signals_only_while_a_run_is_in_charge_of_them():
 
 
 def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
-    """Reading from workers that were killed it would fail, with a traceback from a thread."""
+    """If the workers were killed first, reading from them would fail with a traceback in the thread."""
     from torch.utils.data._utils import pin_memory
 
     alive_at_end = []
 
-    def loop(in_queue, out_queue, device_id, done_event, *rest):  # without a GPU there is nothing to pin with
+    def loop(in_queue, out_queue, device_id, done_event, *rest):  # pinning needs a GPU
         while not done_event.is_set():
             in_queue.get()
         alive_at_end.append(all(process.is_alive() for process in loader.batches._iterator._workers))
@@ -288,7 +295,7 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
     assert threading.active_count() < 10
 
 
-def test_more_workers_than_cores_are_capped_and_said(photos, monkeypatch):
+def test_more_workers_than_cores_are_capped_with_a_note(photos, monkeypatch):
     monkeypatch.setattr(process, "cores", lambda: 3)
     with pytest.warns(UserWarning, match="8 loader workers requested, 3 cores: using 3"):
         loaders = get_dataloaders(data_path=str(photos), batch_size=8, image_size=16, num_workers=8)

@@ -1,4 +1,4 @@
-"""Several ranks are one run: the same samples, the same scores, one stop, one checkpoint, one end."""
+"""Several ranks act as one run: the same samples and scores, one stop, one checkpoint, one end."""
 
 import json
 import os
@@ -34,19 +34,30 @@ def free_port() -> str:
 
 
 def ranks(world: int, port: str) -> list[dict[str, str]]:
-    """What torchrun tells each rank."""
-    return [{"RANK": str(k), "LOCAL_RANK": str(k), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-             "GLOO_SOCKET_IFNAME": "lo"} for k in range(world)]  # fmt: skip
+    """Return the environment variables that torchrun sets for each rank."""
+    return [
+        {
+            "RANK": str(k),
+            "LOCAL_RANK": str(k),
+            "WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        for k in range(world)
+    ]
 
 
 def run(world: int, log: Path, *arguments, only: dict[int, dict[str, str]] | None = None) -> list[int]:
-    """train.py on `world` ranks; `only` holds more variables for some of them. Their exit codes."""
-    started = [spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
-               for k, variables in enumerate(ranks(world, free_port()))]  # fmt: skip
+    """Run train.py on `world` ranks, with the variables in `only` for some; return the exit codes."""
+    started = [
+        spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
+        for k, variables in enumerate(ranks(world, free_port()))
+    ]
     return [finish(process) for process in started]
 
 
-# Without processes
+# --- without processes ---
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
@@ -62,7 +73,7 @@ def test_the_ranks_take_the_samples_that_one_rank_would_in_the_same_order(world)
 
 
 class OneOfMany(Runtime):
-    """A rank that keeps what it would send to the others."""
+    """A rank that records what it would send to the others."""
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         self.sent.append(values.clone())
@@ -103,7 +114,7 @@ def test_an_error_that_one_rank_alone_knows_of_is_printed_there(rank, marked):
     assert caught.value.rank == marked
 
 
-def test_only_the_loss_of_a_rank_is_named_so():
+def test_only_a_lost_rank_is_reported_as_one():
     words = "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5001"
     with (
         pytest.raises(ResourceError, match="another rank ended"),
@@ -119,10 +130,10 @@ def test_only_the_loss_of_a_rank_is_named_so():
         raise RuntimeError(words)
 
 
-# Two ranks through train.py, with gloo
+# --- two ranks of train.py with gloo ---
 
 
-def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_goes_on(tmp_path):
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resume(tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     codes = run(
         2, log, *TINY, "--save-dir", save_dir, only={1: {"AT": "loop.train_step:7", "SIGNALS": str(TERM)}}
@@ -158,14 +169,14 @@ def test_a_dry_run_on_two_ranks_takes_the_same_steps_on_both(tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_on_two_ranks_it_is_the_same_run(tmp_path):
+def test_a_run_stopped_and_resumed_on_two_ranks_is_the_same_run(tmp_path):
     log = tmp_path / "log"
     assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
     only = {0: {"AT": "train_utils.hits:1", "SIGNALS": str(TERM)}}
     assert run(2, log, *TINY, "--save-dir", tmp_path / "run", only=only) == [143, 143], log.read_text()
     assert run(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
     assert digest(tmp_path / "run") == digest(tmp_path / "straight")
-    assert log.read_text().count("done: best") == 2  # one rank speaks
+    assert log.read_text().count("done: best") == 2  # only one rank prints
 
 
 @pytest.mark.slow
@@ -188,20 +199,53 @@ def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path
     data, log = tmp_path / "data", tmp_path / "log"
     shutil.copytree(photos, data)
     (data / "train" / "dog" / "dog_3.JPEG").write_bytes(b"")
-    flags = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "--batch-size", "8", "--num-workers", "0",
-             "--device", "cpu", "--amp", "off")  # fmt: skip
+    flags = (
+        "--arch",
+        "resnet_tiny",
+        "--resize-schedule",
+        "16",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "8",
+        "--num-workers",
+        "0",
+        "--device",
+        "cpu",
+        "--amp",
+        "off",
+    )
     codes = run(2, log, *flags, "--data-dir", data, "--save-dir", tmp_path / "run")
     assert sorted(codes) == [3, 6], log.read_text()
     assert "dog_3.JPEG" in log.read_text() and "Traceback" not in log.read_text()
 
 
 @pytest.mark.slow
-def test_two_runs_on_one_host_do_not_meet(tmp_path):
-    """Through torchrun, as a user starts them."""
-    started = [subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                                 str(ROOT / "train.py"), *TINY, "--seed", str(k), "--save-dir", str(tmp_path / str(k))],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
-               for k in range(2)]  # fmt: skip
+def test_two_runs_on_one_host_do_not_interfere(tmp_path):
+    """Started through torchrun, as by a user."""
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                "2",
+                str(ROOT / "train.py"),
+                *TINY,
+                "--seed",
+                str(k),
+                "--save-dir",
+                str(tmp_path / str(k)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        for k in range(2)
+    ]
     for k, process in enumerate(started):
         out, _ = process.communicate(timeout=400)
         assert process.returncode == 0 and out.count("done: best") == 1, out
@@ -223,13 +267,25 @@ def test_the_slurm_script_puts_a_stopped_job_back_into_the_queue_and_a_finished_
         (tmp_path / name).chmod(0o755)
     (tmp_path / "train.py").symlink_to(ROOT / "train.py")
     log = tmp_path / "slurm-7.log"
-    variables = environment(PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", SLURM_JOB_NODELIST="node1",
-                            SLURM_NNODES="1", SLURM_GPUS_ON_NODE="2", PYTHONPATH=str(ROOT))  # fmt: skip
+    variables = environment(
+        PATH=f"{tmp_path}:{os.environ['PATH']}",
+        SLURM_JOB_ID="7",
+        SLURM_JOB_NODELIST="node1",
+        SLURM_NNODES="1",
+        SLURM_GPUS_ON_NODE="2",
+        PYTHONPATH=str(ROOT),
+    )
 
     def job(stop: bool) -> int:
         with log.open("a") as out:
-            process = subprocess.Popen(["bash", str(ROOT / "docs" / "slurm.sh"), *TINY, "--save-dir", "run"], cwd=tmp_path,
-                                       env=variables, stdout=out, stderr=out, start_new_session=True)  # fmt: skip
+            process = subprocess.Popen(
+                ["bash", str(ROOT / "docs" / "slurm.sh"), *TINY, "--save-dir", "run"],
+                cwd=tmp_path,
+                env=variables,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + 200
         while stop and "    1    8     8" not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -243,14 +299,14 @@ def test_the_slurm_script_puts_a_stopped_job_back_into_the_queue_and_a_finished_
     assert len(payload(tmp_path / "run")["rows"]) == 3
 
 
-# The same losses as one rank
+# --- the same losses as one rank ---
 
 
 PLAIN = ("--mixup-alpha", "0", "--cutmix-alpha", "0", "--drop-path-rate", "0")
 
 
 def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
-    """A run with frozen BatchNorm; every step's loss goes into a file."""
+    """Train with frozen BatchNorm, writing every step's loss to a file."""
     os.environ.update(variables)
     torch.set_num_threads(1)
     run = built(config_of(*PLAIN, "--save-dir", save_dir), Path(save_dir))
@@ -270,8 +326,10 @@ def test_two_ranks_have_the_losses_and_scores_of_one(tmp_path):
     for world in (1, 2):
         save_dir = tmp_path / str(world)
         save_dir.mkdir()
-        started = [SERVER.Process(target=losses_of_a_run, args=(variables, str(save_dir)))
-                   for variables in ranks(world, free_port())]  # fmt: skip
+        started = [
+            SERVER.Process(target=losses_of_a_run, args=(variables, str(save_dir)))
+            for variables in ranks(world, free_port())
+        ]
         for process in started:
             process.start()
         assert [finish(process) for process in started] == [0] * world

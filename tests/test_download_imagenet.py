@@ -31,7 +31,7 @@ from sources.archives import fetch, ilsvrc, unpack
 from sources.archives.fetch import RemoteFile, check_url, download
 from sources.layouts import open_dataset
 
-BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # begins like a .gz file
+BODY = b"\x1f\x8b" + random.Random(0).randbytes(300_000)  # starts like a .gz file
 MD5 = hashlib.md5(BODY).hexdigest()
 
 
@@ -85,7 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def cut_and_wrong(handler, body):
-    """Cuts what it sends, each time elsewhere, and answers Range with another part."""
+    """Cut the transfer, each time elsewhere, and answer Range with another part."""
     asked = len(handler.server.requests)
     if handler.headers.get("Range"):
         return handler.answer(206, {"Content-Range": f"bytes 7-{len(body) - 1}/{len(body)}"}, body[7:])
@@ -95,7 +95,7 @@ def cut_and_wrong(handler, body):
 
 
 def other_total(handler, body):
-    """Goes on where it was asked to, but in a file of another length."""
+    """Continue at the requested position, but of a file of another length."""
     start = int((handler.headers.get("Range") or "bytes=0-")[6:-1])
     headers = {"ETag": '"v1"', "Content-Length": str(len(body))}
     if start:
@@ -123,7 +123,7 @@ def dripping_body(handler, body):
 
 
 def endless(handler, body):
-    """More than the published length, without saying so."""
+    """Send more than the published length without announcing it."""
     with contextlib.suppress(OSError):
         handler.answer(200, {"Content-Length": None}, body)
         while True:
@@ -195,7 +195,7 @@ def refused(kind, *args, **options):
     return caught.value
 
 
-def test_a_file_arrives_whole_and_alone(want, tmp_path, monkeypatch):
+def test_a_download_leaves_the_complete_file_and_nothing_else(want, tmp_path, monkeypatch):
     shown = []
     bar = fetch.Progress
     monkeypatch.setattr(
@@ -206,7 +206,7 @@ def test_a_file_arrives_whole_and_alone(want, tmp_path, monkeypatch):
     assert [desc for _, desc in shown] == ["downloading x.tar.gz", "checking x.tar.gz"]
 
 
-def test_a_short_read_is_noticed_and_kept_and_resumed(want, server, tmp_path):
+def test_a_short_read_is_kept_and_resumed(want, server, tmp_path):
     error = refused(DataError, want("short"), tries=1)
     assert "150,001 of 300,002 bytes" in error.what and "to resume" in error.fix
     assert not (tmp_path / "x.tar.gz").exists() and (tmp_path / "x.tar.gz.part").stat().st_size == 150_001
@@ -216,19 +216,19 @@ def test_a_short_read_is_noticed_and_kept_and_resumed(want, server, tmp_path):
     assert server.requests[-1] == ("/plain/x.tar.gz", "bytes=150001-", '"v1"')
 
 
-def test_a_connection_that_keeps_breaking_gets_there(want, server):
+def test_a_download_over_a_breaking_connection_completes(want, server):
     assert download(want("short"), tries=2).read_bytes() == BODY  # each try brings half of the rest
     assert len(server.requests) > 10
 
 
-def test_a_server_that_ignores_ranges_starts_again(want):
+def test_a_server_that_ignores_ranges_starts_over(want):
     wanted = want("norange")
     wanted.part.write_bytes(b"\x1f\x8bstale")
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_a_file_that_changed_meanwhile_starts_again(want, server):
+def test_a_file_that_changed_on_the_server_starts_over(want, server):
     wanted = want()
     wanted.part.write_bytes(b"\x1f\x8b" + bytes(1000))
     write_note(wanted, '"v0"')
@@ -236,14 +236,14 @@ def test_a_file_that_changed_meanwhile_starts_again(want, server):
 
 
 @pytest.mark.parametrize("note", ["", "[]", "{}", '{"url": "http://elsewhere", "validator": "\\"v1\\""}'])
-def test_a_part_of_unknown_origin_starts_again(note, want):
+def test_a_part_of_unknown_origin_starts_over(note, want):
     wanted = want()
     wanted.part.write_bytes(b"\x1f\x8b of something else")
     wanted.note.write_text(note)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_a_part_that_is_already_whole(want):
+def test_a_complete_part_needs_no_request(want):
     wanted = want()
     wanted.part.write_bytes(BODY)
     write_note(wanted)
@@ -251,25 +251,25 @@ def test_a_part_that_is_already_whole(want):
     wanted.path.rename(wanted.part)
     wanted.part.write_bytes(
         BODY + b"more"
-    )  # longer than the file: of another version, although the note says not
+    )  # longer than the file: of another version, whatever the note says
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_another_part_than_the_one_asked_for_is_not_appended(want):
+def test_another_range_than_the_one_requested_is_not_appended(want):
     wanted = want("wrongpart")
     wanted.part.write_bytes(BODY[:1000])
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
 
 
-def test_a_wrong_checksum_is_set_aside(want, tmp_path):
+def test_a_file_with_a_wrong_checksum_is_renamed(want, tmp_path):
     assert "checksum" in refused(DataError, want(md5="0" * 32)).what
     assert sorted(os.listdir(tmp_path)) == ["x.tar.gz.bad", "x.tar.gz.part.json"]
-    assert download(want()).read_bytes() == BODY  # and does not poison the next try
+    assert download(want()).read_bytes() == BODY  # and does not affect the next attempt
 
 
-def test_a_wrong_length_is_refused_before_anything_is_fetched(want, tmp_path):
+def test_a_wrong_length_is_refused_before_the_transfer(want, tmp_path):
     assert "300,002 bytes; the published file has 7" in refused(DataError, want(size=7)).what
     assert os.listdir(tmp_path) == []
 
@@ -278,13 +278,13 @@ def test_a_wrong_length_is_refused_before_anything_is_fetched(want, tmp_path):
     ("html", "web page"), ("login", "does not start like a .gz"), ("gzip", "re-encoded"),
     ("404", "404 Not Found"), ("403", "403 Forbidden"),
 ])  # fmt: skip
-def test_what_is_not_the_file_is_refused_and_not_kept(how, words, want, tmp_path, server):
+def test_what_is_not_the_requested_file_is_refused_and_not_kept(how, words, want, tmp_path, server):
     assert words in refused(DataError, want(how)).what
     assert os.listdir(tmp_path) == [] and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("how", ["500", "503", "429"])
-def test_a_busy_server_is_asked_again_and_then_given_up(how, want, server):
+def test_a_busy_server_is_retried_then_given_up(how, want, server):
     pauses = []
     assert how in refused(DataError, want(how), tries=3, pause=pauses.append).what
     assert len(server.requests) == 3 and pauses == [2.0, 4.0]
@@ -297,13 +297,13 @@ def test_a_server_without_lasting_progress_is_given_up(how, want, server, tmp_pa
     assert "are kept in" in error.what and ("to resume" in error.fix or "another URL" in error.fix)
 
 
-def test_what_was_kept_outlives_giving_up(want, tmp_path):
+def test_bytes_received_are_kept_after_giving_up(want, tmp_path):
     refused(DataError, want("bytewise"))
     assert (tmp_path / "x.tar.gz.part").read_bytes() == BODY[: 512 + 4]
 
 
 @pytest.mark.parametrize("how", ["drip", "driphead"])
-def test_a_server_that_drips_is_given_up(how, want, server, monkeypatch):
+def test_a_server_that_sends_too_slowly_is_given_up(how, want, server, monkeypatch):
     monkeypatch.setattr(fetch, "WINDOW", 0.2)
     assert "fewer than 1,000 bytes a second" in refused(DataError, want(how), tries=2).what
     assert len(server.requests) == 2
@@ -320,12 +320,12 @@ def test_the_body_of_a_redirect_is_not_read(want, server):
     assert server.sent < 50 << 20
 
 
-def test_a_range_that_is_no_number_is_no_traceback(want, server):
+def test_an_invalid_content_range_has_no_traceback(want, server):
     refused(DataError, want("hugerange"))
     assert len(server.requests) <= 5
 
 
-def test_how_long_to_wait_is_not_the_servers_to_say(want):
+def test_the_server_cannot_choose_the_pause(want):
     pauses = []
     assert "503" in refused(DataError, want("later"), pause=pauses.append).what
     assert pauses == [2.0, 4.0, 8.0, 16.0]
@@ -334,20 +334,20 @@ def test_how_long_to_wait_is_not_the_servers_to_say(want):
 @pytest.mark.parametrize(
     "address", ["http://[", "https://[::1", "https://a..b/x", "http://127.0.0.1:99999999/x"]
 )
-def test_an_address_that_is_none_is_no_traceback(address, tmp_path, server, want):
+def test_an_invalid_url_has_no_traceback(address, tmp_path, server, want):
     wanted = RemoteFile(address, tmp_path / "x.zip", 10, MD5)
     refused((DataError, UsageError), wanted)
     server.location = address
     refused((DataError, UsageError), want("to"))
 
 
-def test_no_server_at_all(tmp_path):
+def test_an_unreachable_server_is_reported(tmp_path):
     file = RemoteFile("http://127.0.0.1:9/x.zip", tmp_path / "x.zip", 10, MD5)
     assert "refused" in refused(DataError, file).what
 
 
 @pytest.mark.parametrize("how", ["unsaid", "oddlength"])
-def test_a_length_that_the_server_does_not_say_is_known(how, want):
+def test_a_server_need_not_send_the_length(how, want):
     assert download(want(how)).read_bytes() == BODY
 
 
@@ -371,7 +371,7 @@ def test_a_redirect_from_https_to_http_is_refused():
         follow(request, None, 302, "Found", {}, "http://elsewhere.org/x.tar")
 
 
-def test_which_addresses_are_allowed():
+def test_only_http_and_https_urls_are_allowed():
     check_url("https://image-net.org/x")
     check_url("http://image-net.org/x")  # its checksum is known
     for url in (
@@ -386,7 +386,7 @@ def test_which_addresses_are_allowed():
             check_url(url)
 
 
-def test_messages_show_no_secrets(want, server):
+def test_messages_hide_secrets(want, server):
     wanted = replace(want("404"), url=f"{server.at}/404/x.tar.gz?token=SECRET")
     server.files["x.tar.gz?token=SECRET"] = b""
     assert "SECRET" not in str(refused(DataError, wanted))
@@ -395,13 +395,13 @@ def test_messages_show_no_secrets(want, server):
     assert "SECRET" not in str(caught.value)
 
 
-def test_a_disk_without_room_is_said_before_the_transfer(want, monkeypatch, tmp_path):
+def test_a_disk_without_room_is_reported_before_the_transfer(want, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
     assert "300,002 are still to come" in refused(ResourceError, want()).what
     assert os.listdir(tmp_path) == []
 
 
-def test_a_disk_that_fills_up_keeps_what_came(want, monkeypatch, tmp_path):
+def test_a_disk_that_fills_up_keeps_the_bytes_received(want, monkeypatch, tmp_path):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -419,7 +419,9 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, monkeypatch, tmp_path):
+def test_a_download_killed_at_twenty_offsets_is_resumed_to_the_same_bytes(
+    want, server, monkeypatch, tmp_path
+):
     monkeypatch.setattr(fetch, "CHUNK", 4096)
     offsets = sorted(random.Random(1).sample(range(1, len(BODY) - 8192), 20))
     for offset in offsets:
@@ -439,10 +441,10 @@ def test_killed_at_twenty_offsets_it_goes_on_to_the_same_bytes(want, server, mon
         assert offset <= (tmp_path / "x.tar.gz.part").stat().st_size <= max(before, offset) + 4096
     assert download(want()).read_bytes() == BODY
     resumed = [asked for _, asked, _ in server.requests if asked]
-    assert len(resumed) == 20  # every request but the first asked for the rest only
+    assert len(resumed) == 20  # all requests except the first asked for the rest only
 
 
-# Archives
+# --- archives ---
 
 
 def tar_of(members, name="x.tar", format=tarfile.USTAR_FORMAT):
@@ -470,7 +472,7 @@ def anything(name):
 
 
 def write_and_unpack(data, into, place=anything, name="x.tar"):
-    """Returns how many files there are."""
+    """Unpack, and return the number of files."""
     path = into.parent / name
     path.write_bytes(data)
     unpack.unpack(path, into, place)
@@ -479,14 +481,14 @@ def write_and_unpack(data, into, place=anything, name="x.tar"):
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_a_tar_is_read_as_tarfile_wrote_it(format, name, tmp_path):
+def test_a_tar_written_by_tarfile_is_read_back(format, name, tmp_path):
     rng = random.Random(0)
     files = {f"d{i}/{'f' * i}.bin": rng.randbytes(rng.randrange(2000)) for i in range(1, 40)} | {
         "empty": b"",
         "block": bytes(512),
     }
     folder = special("d1", tarfile.DIRTYPE)
-    folder.uname = "Müller"  # makes a remark in PAX_FORMAT
+    folder.uname = "Müller"  # makes a pax header in PAX_FORMAT
     data = tar_of([folder, *files.items()], name, format)
     assert write_and_unpack(data, tmp_path / "out", name=name) == len(files)
     out = {
@@ -512,7 +514,7 @@ EVIL = {
 
 
 @pytest.mark.parametrize("members", EVIL.values(), ids=EVIL.keys())
-def test_a_tar_with_more_than_plain_files_is_refused_whole(members, tmp_path, monkeypatch):
+def test_a_tar_with_more_than_plain_files_is_refused(members, tmp_path, monkeypatch):
     monkeypatch.setattr(unpack, "MAX_SIZE", 1 << 20)
     with pytest.raises(DataError) as caught:
         write_and_unpack(tar_of([("fine", b"1"), *members], format=tarfile.GNU_FORMAT), tmp_path / "out")
@@ -546,7 +548,7 @@ def test_a_label_cannot_lead_outside():
         ilsvrc.val_place({b"ILSVRC2012_val_00000001": b"../../evil"})("ILSVRC2012_val_00000001.JPEG")
 
 
-def test_a_damaged_tar_is_refused_whole(tmp_path):
+def test_a_damaged_tar_is_refused_as_a_whole(tmp_path):
     data = tar_of([("a", b"1" * 3000), ("b", b"2" * 3000)])
     for cut in (0, 100, 512, 600, 4000, 4700, 7168):
         with pytest.raises(DataError, match=r"x\.tar"):
@@ -599,8 +601,10 @@ def test_a_zip_is_read_and_its_checksums_compared(tmp_path):
 
 def test_a_mutated_archive_is_read_or_refused(tmp_path):
     rng = random.Random(0)
-    for name, data in (("x.zip", zip_of({f"{k}": rng.randbytes(200) for k in range(5)})),
-                       ("x.tar", tar_of([(f"{k}", rng.randbytes(700)) for k in range(5)]))):  # fmt: skip
+    for name, data in (
+        ("x.zip", zip_of({f"{k}": rng.randbytes(200) for k in range(5)})),
+        ("x.tar", tar_of([(f"{k}", rng.randbytes(700)) for k in range(5)])),
+    ):
         for _ in range(150):
             damaged = bytearray(data)
             for _ in range(rng.choice((1, 2, 8))):
@@ -636,7 +640,7 @@ def test_an_unpacked_folder_is_complete_or_absent(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["out", "x.tar"]
 
 
-# The whole story, in small
+# --- from end to end, in miniature ---
 
 IDS = ["n01440764", "n01443537", "n01484850"]
 LABELS = [1, 0, 2, 2, 0, 1]  # of the validation images, positions in IDS
@@ -659,12 +663,16 @@ def small_imagenet():
     return {
         "ILSVRC2012_img_train.tar": tar_of([(f"{wnid}.tar", class_tar(wnid)) for wnid in IDS]),
         "ILSVRC2012_img_val.tar": tar_of(val),
-        "ILSVRC2012_devkit_t12.tar.gz": tar_of([
-            special(kit, tarfile.DIRTYPE), (f"{kit}/readme.txt", b"read me"),
-            (f"{kit}/data/meta.mat", meta.getvalue()),
-            (f"{kit}/data/ILSVRC2012_validation_ground_truth.txt", truth),
-        ], "x.tar.gz"),
-    }  # fmt: skip
+        "ILSVRC2012_devkit_t12.tar.gz": tar_of(
+            [
+                special(kit, tarfile.DIRTYPE),
+                (f"{kit}/readme.txt", b"read me"),
+                (f"{kit}/data/meta.mat", meta.getvalue()),
+                (f"{kit}/data/ILSVRC2012_validation_ground_truth.txt", truth),
+            ],
+            "x.tar.gz",
+        ),
+    }
 
 
 @pytest.fixture
@@ -689,8 +697,18 @@ def is_arranged(data_dir):
 
 def auto_args(server, data_dir):
     at = f"{server.at}/plain/ILSVRC2012_"
-    return ["--method", "auto", "--data-dir", str(data_dir), "--train-url", f"{at}img_train.tar",
-            "--val-url", f"{at}img_val.tar", "--devkit-url", f"{at}devkit_t12.tar.gz"]  # fmt: skip
+    return [
+        "--method",
+        "auto",
+        "--data-dir",
+        str(data_dir),
+        "--train-url",
+        f"{at}img_train.tar",
+        "--val-url",
+        f"{at}img_val.tar",
+        "--devkit-url",
+        f"{at}devkit_t12.tar.gz",
+    ]
 
 
 def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(small, server, tmp_path, capsys):
@@ -702,7 +720,7 @@ def test_auto_goes_from_two_addresses_to_class_folders_and_can_be_run_again(smal
     assert asked == 3 and main(auto_args(server, tmp_path)) == 0 and len(server.requests) == asked
     shutil.rmtree(tmp_path / "val")  # the archive is there: nothing to fetch
     assert main(auto_args(server, tmp_path)) == 0 and is_arranged(tmp_path) and len(server.requests) == asked
-    for path in tmp_path.glob("ILSVRC2012_*"):  # all arranged: nothing of them is needed any more
+    for path in tmp_path.glob("ILSVRC2012_*"):  # all arranged: the archives are no longer needed
         path.unlink() if path.is_file() else shutil.rmtree(path)
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
 
@@ -741,7 +759,7 @@ def test_auto_killed_anywhere_can_be_run_again(small, server, tmp_path, monkeypa
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.part"))
 
 
-def test_manual_says_what_to_do_and_arranges_what_is_there(small, tmp_path, capsys):
+def test_manual_explains_what_to_do_and_arranges_existing_files(small, tmp_path, capsys):
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
     for words in (
@@ -759,7 +777,7 @@ def test_manual_says_what_to_do_and_arranges_what_is_there(small, tmp_path, caps
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
 
 
-def test_manual_names_what_is_missing_and_refuses_half_a_download(small, tmp_path):
+def test_manual_names_missing_files_and_refuses_a_partial_download(small, tmp_path):
     (tmp_path / "ILSVRC2012_img_val.tar").write_bytes(small["ILSVRC2012_img_val.tar"][:2000])
     with pytest.raises(DataError, match=r"no ILSVRC2012_devkit_t12\.tar\.gz"):
         main(["--method", "manual", "--data-dir", str(tmp_path)])
@@ -792,14 +810,22 @@ def test_a_flat_val_is_filed_into_class_folders(killed_after, small, tmp_path, m
         assert not (tmp_path / "val").exists()
     assert main(["--method", "manual", "--data-dir", str(tmp_path)]) == 0 and is_arranged(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [
-        "ILSVRC2012_devkit_t12", "train", "val", "val.leftovers"]  # fmt: skip
+        "ILSVRC2012_devkit_t12",
+        "train",
+        "val",
+        "val.leftovers",
+    ]
 
 
 def test_a_train_archive_with_foreign_things_in_a_class_is_refused(small, tmp_path, monkeypatch):
     inner = tar_of([("n01440764_1.JPEG", b"1"), special("n01440764_2.JPEG", tarfile.SYMTYPE, "/etc/passwd")])
     cut = class_tar(IDS[0])[:1300] + bytes(700)
-    for name, content in (("n01440764.tar", inner), ("../n01440764.tar", class_tar(IDS[0])),
-                          ("n01440764.tar", class_tar(IDS[1])), ("n01440764.tar", cut)):  # fmt: skip
+    for name, content in (
+        ("n01440764.tar", inner),
+        ("../n01440764.tar", class_tar(IDS[0])),
+        ("n01440764.tar", class_tar(IDS[1])),
+        ("n01440764.tar", cut),
+    ):
         data = tar_of([(name, content)])
         (tmp_path / "x.tar").write_bytes(data)
         with pytest.raises(DataError):
@@ -919,7 +945,7 @@ def test_simple_explains_why_it_cannot_have_imagenet(capsys):
     assert "terms" in said and "tiny-imagenet" in said and "hf:" in said and "--method manual" in said
 
 
-def test_without_a_method_it_says_what_there_is(capsys):
+def test_without_a_method_the_options_are_listed(capsys):
     assert main([]) == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("--method manual", "--method auto", "--method simple", "digits"))

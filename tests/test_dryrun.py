@@ -1,4 +1,4 @@
-"""--dry-run and --summary: true about the plan, complete, and without a file left behind."""
+"""--dry-run and --summary describe the plan correctly and completely, and write no file."""
 
 import re
 import time
@@ -33,7 +33,7 @@ def test_the_dry_run_tries_every_phase_and_writes_nothing(tmp_path, capsys, monk
     assert re.search(r"[\d.]+ h for the whole run.*\n.*projection", out)
 
 
-def test_the_summary_has_a_table_for_every_size(tmp_path, capsys, monkeypatch):
+def test_the_summary_has_a_table_for_each_size(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sizes = ["--epochs", "3", "--resize-schedule", "8,16,24"]
     assert train.main(["--dataset", "digits", "--arch", "resnet_tiny", *sizes, "--summary"]) == 0
@@ -91,7 +91,7 @@ def test_the_projection_is_steps_times_the_measured_rate(tmp_path, monkeypatch, 
 
 
 def test_a_full_plan_is_described_quickly():
-    """The default run has 1,151,020 steps: they are looked at, not walked through."""
+    """The default run has 1,151,020 steps, which must not be gone through one by one."""
     phases = train_phases()
     started = time.perf_counter()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

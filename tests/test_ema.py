@@ -1,4 +1,4 @@
-"""The average against its closed form, and the swap that must give everything back."""
+"""The EMA against its closed form, and the swap, which must restore everything."""
 
 import copy
 import io
@@ -41,7 +41,7 @@ def test_the_average_is_the_closed_form_for_weights_and_buffers(ramp):
         train_a_little(model)
         ema.update()
         history.append(snapshot(model))
-    # shadow = sum of share_n * w_n, share_n = (1 - d_n) * d_(n+1) * ... * d_steps, and d_0 = 0 for the initial values
+    # shadow = sum of share_n * w_n with share_n = (1 - d_n) * d_(n+1) * ... * d_steps; d_0 = 0 (initial)
     decays = [0.0] + [min(0.6, (1 + n) / (10 + n)) if ramp else 0.6 for n in range(1, steps + 1)]
     shares, left = [], 1.0
     for decay in reversed(decays):
@@ -86,7 +86,7 @@ def test_the_copy_is_its_own_in_eval_mode_and_keeps_channels_last():
 
 
 def test_it_follows_replaced_buffers_and_loaded_weights():
-    """`model.to()` and loading with assign=True put new tensors where the old ones were."""
+    """`model.to()` and loading with assign=True replace the tensors."""
     model, other = a_model(), a_model(1)
     ema = EMA(model, decay=0.0)
     train_a_little(other)
@@ -121,7 +121,7 @@ def test_the_live_weights_come_back_after_an_exception():
         assert same(model.state_dict(), ema.module.state_dict())
         raise KeyboardInterrupt
     assert same(model.state_dict(), live)
-    ema.update()  # and life goes on
+    ema.update()  # training can continue
 
 
 def test_calls_out_of_order_are_refused():
@@ -137,7 +137,7 @@ def test_calls_out_of_order_are_refused():
     ema.update()
 
 
-def test_state_survives_a_file_and_goes_on_bit_for_bit():
+def test_state_survives_a_file_and_resumes_bit_for_bit():
     torch.manual_seed(3)
     model = a_model()
     ema = EMA(model, decay=0.99)

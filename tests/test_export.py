@@ -1,4 +1,4 @@
-"""Exported files compute what the model computes, or do not exist; model cards tell the truth."""
+"""Exported files compute what the model computes, or do not exist; model cards are correct."""
 
 import json
 
@@ -21,7 +21,7 @@ def classifier(photo_run):
 
 
 def untrained(arch, **more):
-    """A model with BatchNorm statistics of its own, and the payload a run would have saved."""
+    """A model with non-trivial BatchNorm statistics, and the checkpoint that a run would have saved."""
     torch.manual_seed(0)
     args = {"arch": arch, "num_classes": 5, "drop_path_rate": 0.2, "image_sizes": [32], **more}
     model = build_model(**args)
@@ -84,7 +84,7 @@ def test_torchvision_loads_a_resnet18(tmp_path):
 )
 def test_torchvision_has_no_such_model(more, message, tmp_path):
     with pytest.raises(UsageError, match=message):
-        export.export("torchvision", untrained(**more), tmp_path)
+        export.export("torchvision", untrained(**more), tmp_path / "new")
     assert not list(tmp_path.iterdir())
 
 
@@ -99,7 +99,7 @@ def test_a_file_that_differs_from_the_model_is_deleted(classifier, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_package_is_named_with_its_install_line(classifier, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_with_its_install_command(classifier, tmp_path, monkeypatch):
     def missing(name, why):
         raise UsageError(f"{why} needs {name}", f"pip install {name}")
 
@@ -109,13 +109,13 @@ def test_a_missing_package_is_named_with_its_install_line(classifier, tmp_path, 
     assert caught.value.fix.startswith("pip install safetensors")
 
 
-def test_nowhere_to_write(classifier, tmp_path):
+def test_an_output_that_cannot_be_written_is_refused(classifier, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write"):
         export.export("safetensors", classifier, tmp_path / "file")
 
 
-def test_the_command(photo_run, tmp_path, capsys):
+def test_the_export_command(photo_run, tmp_path, capsys):
     pytest.importorskip("safetensors")
     arguments = [str(photo_run), "--export", "safetensors", "--out", str(tmp_path), "--device", "cpu"]
     assert predict.main([*arguments, "--weights", "raw"]) == 0

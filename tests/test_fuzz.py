@@ -1,6 +1,6 @@
-"""Random command lines and damaged files end in a result or in an error that says what to do: `make fuzz`.
+"""Random command lines and damaged files end in a result, or in an error that says what to do: `make fuzz`.
 
-The fixed cases of `make test` are one of each kind that once went wrong.
+The fixed cases, which are part of `make test`, went wrong once.
 """
 
 import os
@@ -24,18 +24,15 @@ def files(tmp_path_factory) -> Path:
 
 def check(cases: list[Case], files: Path, root: Path) -> None:
     found = fuzzing.run_all(cases, files, root)
-    lines = [
-        f"{len(where)} x {what}: {where[0]}"
-        for what, where in sorted(found.items(), key=lambda item: -len(item[1]))
-    ]
-    assert not found, f"{len(found)} kinds of failure in {len(cases)} cases, folders in {root}\n" + "\n".join(
-        lines
-    )
+    by_count = sorted(found.items(), key=lambda item: -len(item[1]))
+    lines = [f"{len(where)} x {what}: {where[0]}" for what, where in by_count]
+    title = f"{len(found)} kinds of failure in {len(cases)} cases, folders in {root}"
+    assert not found, "\n".join([title, *lines])
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("kind", COUNTS)
-def test_at_random(kind, files, tmp_path):
+def test_random_cases(kind, files, tmp_path):
     check(fuzzing.cases(kind, SEED, COUNTS[kind], files, ONLY), files, tmp_path)
 
 
@@ -55,8 +52,11 @@ def bad_images(path: Path) -> None:
 
 NEW, STOP = ["--save-dir", "new"], ["--stop-after", "2"]
 FRESH, OF_FOLDERS = [*TINY, *NEW, *STOP], [*FOLDERS, "data", *NEW, *STOP]
+OTHER_OPTIMIZER = ["--optimizer", "sgd", "--allow-change", "optimizer"]
+SKIPPING = [*OF_FOLDERS[:-2], "--on-bad-image", "skip"]
+RESUMED, IN_EMPTY = ["--resume", "auto", "--save-dir", "half"], [*FRESH, "--save-dir", "empty"]
 ANY, IDLE = Case.codes, (2,)
-LINES = [  # what is added to a start on digits, and how it may end
+LINES = [  # flags for a run on digits, and the exit codes it may have
     ("--augment rrc,padcrop:100", ANY),
     ("--dataset synthetic:size=100000 --no-subset", REFUSED),
     ("--save-dir=", IDLE),
@@ -85,41 +85,43 @@ LINES = [  # what is added to a start on digits, and how it may end
 ]
 CASES = [Case(words[:40], "train", [*FRESH, *words.split(" ")], codes=codes) for words, codes in LINES] + [
     Case("resumed into another run", "train", ["--resume", HALF, "--save-dir", "run"], codes=(2, 4)),
-    Case("another optimizer", "train", ["--resume", HALF, *NEW, "--optimizer", "sgd", "--allow-change", "optimizer"]),
-    Case("skipped images", "train", [*OF_FOLDERS[:-2], "--on-bad-image", "skip"], spoiled("data/train/cat", bad_images), (0,)),
-    Case("a lock that links", "train", ["--resume", "auto", "--save-dir", "half"], spoiled("half/.lock", linked)),
-    Case("a lock in a new place that links", "train", [*FRESH, "--save-dir", "empty"], spoiled("empty/.lock", linked)),
-    Case("a lock that is a directory", "train", [*FRESH, "--save-dir", "empty"], spoiled("empty/.lock", Path.mkdir)),
-    Case("a lock that is a FIFO", "train", [*FRESH, "--save-dir", "empty"], spoiled("empty/.lock", os.mkfifo)),
+    Case("another optimizer", "train", ["--resume", HALF, *NEW, *OTHER_OPTIMIZER]),
+    Case("skipped images", "train", SKIPPING, spoiled("data/train/cat", bad_images), (0,)),
+    Case("a lock that is a link, resumed", "train", RESUMED, spoiled("half/.lock", linked)),
+    Case("a lock that is a link", "train", IN_EMPTY, spoiled("empty/.lock", linked)),
+    Case("a lock that is a directory", "train", IN_EMPTY, spoiled("empty/.lock", Path.mkdir)),
+    Case("a lock that is a FIFO", "train", IN_EMPTY, spoiled("empty/.lock", os.mkfifo)),
     Case("two lines in a name", "predict", ["a\nfix: b", "data/val"], codes=REFUSED),
-    Case("a picture that is none", "predict", [HALF, "flags.yaml", "--device", "cpu"]),
+    Case("a text file as a picture", "predict", [HALF, "flags.yaml", "--device", "cpu"]),
     Case("no run", "analysis.plots", ["empty"], codes=REFUSED),
     Case("packed into its source", "pack_dataset", ["--data-dir", "data", "--out", "data", "--workers", "1"]),
 ]  # fmt: skip
-CHECKPOINTS = [  # (use, place, what is done there, how it may end)
-    *[("resume", f"optimizer/state/0/{name}", how, (4,)) for name in ("exp_avg", "exp_avg_sq") for how in ("resized", "int8", "grown")],
+CHECKPOINTS = [  # (what uses the checkpoint, the damaged place, the damage, the exit codes it may have)
+    *[("resume", f"optimizer/state/0/exp_avg{name}", how, (4,))
+      for name in ("", "_sq") for how in ("resized", "int8", "grown")],
     *[("resume", "config/epochs", how, (4,)) for how in ("five", "listed")],
     ("resume", "config/epochs", "huge", ANY),
     *[("validate", f"eval/{place}", how, ANY) for place, how in (
-        ("image_size", "minus"), ("image_size", "large"), ("crop", "zero"), ("crop", "nan"), ("mean", "gone"), ("std", "cut"),
-        ("classes/0", "escape"), ("class_names", "shared"), ("dataset", "five"))],
-    *[("predict", f"eval/{place}", how, ANY) for place, how in (("mean", "shared"), ("image_size", "text"), ("class_names", "cut"))],
+        ("image_size", "minus"), ("image_size", "large"), ("crop", "zero"), ("crop", "nan"), ("mean", "gone"),
+        ("std", "cut"), ("classes/0", "escape"), ("class_names", "shared"), ("dataset", "five"))],
+    *[("predict", f"eval/{place}", how, ANY) for place, how in (
+        ("mean", "shared"), ("image_size", "text"), ("class_names", "cut"))],
     *[("resume auto", place, how, ANY) for place, how in (
-        ("best/score", "text"), ("best/waited", "none"), ("best", "emptied"), ("rows/0", "five"), ("rows/0/epoch", "gone"),
-        ("rows", "shared"), ("schedule/position", "minus"), ("ema/num_updates", "none"), ("ema/shadow/conv1.weight", "resized"),
-        ("step", "huge"), ("step", "minus"), ("epoch_sums/waited", "none"), ("epoch_sums", "emptied"),
-        ("fingerprint/num_train", "escape"),
-        ("precision", "escape"), ("optimizer/param_groups/0/lr", "text"), ("optimizer/param_groups", "emptied"),
+        ("best/score", "text"), ("best/waited", "none"), ("best", "emptied"), ("rows/0", "five"),
+        ("rows/0/epoch", "gone"), ("rows", "shared"), ("schedule/position", "minus"),
+        ("ema/num_updates", "none"), ("ema/shadow/conv1.weight", "resized"), ("step", "huge"),
+        ("step", "minus"), ("epoch_sums/waited", "none"), ("epoch_sums", "emptied"),
+        ("fingerprint/num_train", "escape"), ("precision", "escape"),
+        ("optimizer/param_groups/0/lr", "text"), ("optimizer/param_groups", "emptied"),
         ("model/conv1.weight", "meta"), ("optimizer/state/14/step", "meta"))],
-    ("init", "model/conv1.weight", "billions", ANY),
-    ("export", "model/conv1.weight", "sparse", ANY),
+    ("init", "model/conv1.weight", "billions", ANY), ("export", "model/conv1.weight", "sparse", ANY),
     ("analysis.gradcam", "eval/std", "none", ANY),
     ("analysis.misclassified", "eval/class_names", "renamed", ANY),
     *[(use, "eval/class_names/0", "surrogate", (4,)) for use in ("validate", "analysis.misclassified")],
     *[("export", "eval/dataset", how, ANY) for how in ("climbs", "escape")],
     ("torchvision", "best/epoch", "zero", IDLE),
 ]  # fmt: skip
-FILES = [  # (file, what is done to it, how it may end)
+FILES = [  # (file, the damage, the exit codes it may have)
     *[("flags.yaml", how, IDLE) for how in ("bad UTF-8", "deep list", "laughs", "huge number", "NUL")],
     ("flags.yaml", "off", (0,)),
     ("packed/manifest.json", [(("classes",), "gone")], (3,)),
@@ -130,11 +132,12 @@ FILES = [  # (file, what is done to it, how it may end)
     ("packed/manifest.json", "deep map", (3,)),
     ("packed/train-16/00000.arrow", "cut", (3,)),
     ("packed/train-labels.npy", "zeros", (3,)),
-    *[(f"{run}/metrics.jsonl", how, ANY) for run, how in (("run", "a five"), ("half", "bad UTF-8"), ("half", "deep list"))],
+    ("run/metrics.jsonl", "a five", ANY),
+    *[("half/metrics.jsonl", how, ANY) for how in ("bad UTF-8", "deep list")],
     ("run/metrics.jsonl", [((0, "epoch"), "text")], ANY),
     ("run/config.json", "bad UTF-8", ANY),
     ("run/env.json", "deep map", ANY),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(case.name))

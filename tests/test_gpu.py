@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make test-gpu`. Collected everywhere, run where there is one."""
+"""What only a GPU can show: `make test-gpu`. Skipped without one."""
 
 import copy
 from contextlib import contextmanager
@@ -53,7 +53,7 @@ def test_drop_path_under_compile_and_graphs_reads_its_seed_anew(mode):
     model = build_model("resnet_tiny", num_classes=10, drop_path_rate=0.5).cuda().train()
     for name, value in model.named_parameters():
         if "bn" in name and name.endswith("weight"):
-            value.data.fill_(1.0)  # a branch that starts as nothing would hide that it is dropped
+            value.data.fill_(1.0)  # a branch that starts as zero would hide that it is dropped
     torch._dynamo.reset()
     forward = torch.compile(model, dynamic=False, mode=mode)
     images = torch.randn(16, 3, 32, 32, device="cuda")
@@ -81,14 +81,14 @@ def test_every_precision_trains(tmp_path, amp):
     ) <= 2 + 16 * (amp == "fp16")
 
 
-def test_fp16_that_overflows_backs_off_and_moves_nothing(tmp_path):
+def test_an_overflow_in_fp16_lowers_the_scale_and_changes_no_weight(tmp_path):
     run = tiny_run(tmp_path, *LEARNS, "--amp", "fp16")
     run.state.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**60)
     how, (images, labels) = loop.start_phase(run, run.phases[0])[1], batch_of(run)
     run.state.model.train()
     before, scale = tensors(run.state), run.state.scaler.get_scale()
     _, fine = train_step(run.state, how, images, labels)
-    assert not fine and run.state.bad_in_a_row == 0  # an overflow is for a lower scale to mend
+    assert not fine and run.state.bad_in_a_row == 0  # a lower scale cures an overflow
     assert run.state.scaler.get_scale() == scale / 2 and run.state.step == 1
     assert all(torch.equal(a, b) for a, b in zip(before, tensors(run.state), strict=True))
     while run.state.scaler.get_scale() > 2.0**10:
@@ -123,7 +123,7 @@ def test_prefetched_batches_equal_those_of_the_cpu(photos):
     busy = torch.randn(4096, 4096, device="cuda")
     seen = []
     for images, labels in train_loader(data, **options, runtime=Runtime(torch.device("cuda"))):
-        for _ in range(20):  # a step that is still reading when the next batch arrives
+        for _ in range(20):  # a step still reads its batch when the next one arrives
             busy = (busy @ busy).clamp_(-1, 1)
         seen.append((images * 1, labels * 1))
     wanted = list(train_loader(data, **options))
@@ -177,7 +177,7 @@ def test_memory_that_runs_out_in_training_is_named(tmp_path):
         )
 
 
-def test_the_look_at_memory_changes_no_bit_of_the_run(tmp_path):
+def test_the_memory_check_changes_no_bit_of_the_run(tmp_path):
     arguments = [*LEARNS, "--deterministic", "--amp", "bf16"]
     fitted(arguments, tmp_path / "plain")
     looked = tiny_run(tmp_path, *arguments)

@@ -1,4 +1,4 @@
-"""The architecture and the documents as tests: imports point downwards, README tells the truth."""
+"""The architecture and the documents: imports point downwards, and README is true."""
 
 import ast
 import re
@@ -39,11 +39,11 @@ def modules() -> dict[str, Path]:
 def layer(name: str) -> int:
     if name.startswith("analysis."):
         return LAYERS.get(name, 5)
-    return LAYERS.get(name, LAYERS.get(name.split(".")[0], -1))
+    return LAYERS.get(name, LAYERS.get(name.split(".", maxsplit=1)[0], -1))
 
 
 def imports(name: str, path: Path) -> set[str]:
-    """Our modules that `path` imports, also inside functions."""
+    """Return the modules of this project that `path` imports, also inside functions."""
     found, package = set(), name if path.name == "__init__.py" else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def test_imports_point_downwards(name):
         )
 
 
-def test_imports_run_in_no_circle():
+def test_imports_have_no_cycle():
     graph = {name: imports(name, path) - {name} for name, path in modules().items()}
     while leaves := [name for name, others in graph.items() if not others & graph.keys()]:
         for name in leaves:
@@ -107,7 +107,7 @@ def readme() -> str:
 
 def test_the_flag_table_is_the_parser():
     text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
-    table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.M)
+    table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.MULTILINE)
     found = {name: (default, text) for name, default, text in table}
     for action in flags.train_parser()._actions[1:]:  # the first is --help
         default, text = found.pop(action.option_strings[0])
@@ -120,17 +120,30 @@ def test_the_flag_table_is_the_parser():
 def test_the_documents_flags_have_the_documents_defaults():
     defaults = flags.defaults()
     documents = {
-        "epochs": 90, "batch_size": 256, "lr": 3e-4, "momentum": 0.9, "weight_decay": 1e-4, "resume": "",
-        "save_dir": "./checkpoints", "data_dir": "./data/imagenet", "subset": False, "subset_size": 10000,
-        "num_workers": 8, "plot": False, "drop_path_rate": 0.2, "use_blurpool": False,
-    }  # fmt: skip
+        "epochs": 90,
+        "batch_size": 256,
+        "lr": 3e-4,
+        "momentum": 0.9,
+        "weight_decay": 1e-4,
+        "resume": "",
+        "save_dir": "./checkpoints",
+        "data_dir": "./data/imagenet",
+        "subset": False,
+        "subset_size": 10000,
+        "num_workers": 8,
+        "plot": False,
+        "drop_path_rate": 0.2,
+        "use_blurpool": False,
+    }
     assert {name: defaults[name] for name in documents} == documents
 
 
 def test_readmes_tree_names_every_file_and_no_other():
     block = readme().split("## How it is built")[1].split("```")[1]
     named = set(
-        re.findall(r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.M)
+        re.findall(
+            r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.MULTILINE
+        )
     )
     files = {p.name for p in ROOT.glob("*.py")} | {
         f"{p.name}/" for p in ROOT.iterdir() if p.is_dir() and (p / "__init__.py").exists()

@@ -1,6 +1,6 @@
-"""No idle flag: each changes what its row of flags.TABLE says, or is refused; a refused one changes nothing.
+"""No flag is idle: it changes what its row of flags.TABLE says, or is refused; then it would change nothing.
 
-The pairs of a flag and a mode in which it is idle are quick; every flag in every mode is slow.
+The tests of each flag in one mode are quick; those of every flag in every mode are slow.
 """
 
 from functools import lru_cache
@@ -17,7 +17,7 @@ from base.idle import never
 
 RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, seed: 6,
              resize-schedule: [8, 16, 24], batch-size: 16, num-workers: 0, device: cpu, amp: off}"""
-# Flags with a mode each in which they can change nothing, by hand over RECIPE.
+# Flags, each with a mode in which it has no effect: arguments added to RECIPE.
 IDLE = [
     ("batch_size", "--phase-batch-sizes 8,8,8"),
     ("clip_mode", "--clip-norm 0"),
@@ -69,14 +69,10 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
     "reset_head": ["--reset-head"],
     "allow_change": ["--allow-change lr"],
     "ema_ramp": ["--no-ema-ramp"],
-    "ema_decay": ["--ema-decay 0"],  # below what the ramp begins with
+    "ema_decay": ["--ema-decay 0"],  # below the first value of the ramp
 }
-SETTINGS = {
-    "save_every",
-    "eval_every",
-    "early_stop_patience",
-}  # seen as they are set, not by what comes of it
-# Over these every flag is tried.
+SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # observed as values, not by their effect
+# Every flag is tried in each of these modes.
 MODES = [
     *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),
     "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau",
@@ -85,7 +81,7 @@ MODES = [
     "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value", "--phase-mix on,off,off",
     "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip
-# These change no step, but files, output, or which run: tested as whole runs below and elsewhere.
+# These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
 WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary",
          "dry_run", "config", "debug"}  # fmt: skip
 
@@ -122,13 +118,13 @@ def is_idle(found: tuple, name: str) -> bool:
 
 
 def judge(recipe: str, name: str, mode: str) -> bool:
-    """Whether `name` is refused in `mode`; then no value of it may change anything, else one must."""
+    """Return whether `name` is refused in `mode`: then no value may change anything, else one must."""
     plain, values = seen(recipe, mode), VALUES[name]
     found = [seen(recipe, f"{mode} {value}") for value in values]
     refused = [is_idle(one, name) for one in found]
     if any(refused):
         free = [seen(recipe, f"{mode} {value}", checked=False) for value in values]
-        # What the plan, the data or the device refuses could not have run.
+        # A run that the plan, the data or the device refuses shows nothing.
         assert all(no or one[0] == "refused" for no, one in zip(refused, found, strict=True))
         assert name in SETTINGS or all(one == plain or one[0] == "refused" for one in free), (
             f"{name} works under {mode!r}"
@@ -154,7 +150,7 @@ def test_every_flag_has_a_row_and_a_test():
 
 
 @pytest.mark.parametrize(("name", "mode"), IDLE)
-def test_a_flag_that_can_change_nothing_is_refused(name, mode, recipe):
+def test_an_idle_flag_is_refused(name, mode, recipe):
     assert judge(recipe, name, mode)
 
 
@@ -188,7 +184,7 @@ def refusal(*arguments) -> str:
     ("--split official --dataset tiny-imagenet", ""),
     ("--save-every 2 --epochs 1", "--save-every"), ("--save-every 2min --epochs 1", ""),
 ])  # fmt: skip
-def test_idle_by_the_words(arguments, words):
+def test_the_message_names_the_idle_flag(arguments, words):
     said = refusal(*arguments.split())
     assert all(word in said for word in words.split()) and bool(said) == bool(words), said
 
@@ -205,10 +201,15 @@ def test_a_packed_copy_has_what_it_was_packed_with(tmp_path):
 
 
 @pytest.mark.parametrize("row", flags.TABLE, ids=lambda row: row.name)
-def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
+def test_summary_and_dry_run_refuse_flags_that_only_training_uses(row):
     name = row.name
-    typed = {"init_from": "--init-from a.pt", "device": "--device cpu", "save_dir": "--save-dir a",
-             "resume": "--resume auto", "wandb": "--wandb a"}.get(name)  # fmt: skip
+    typed = {
+        "init_from": "--init-from a.pt",
+        "device": "--device cpu",
+        "save_dir": "--save-dir a",
+        "resume": "--resume auto",
+        "wandb": "--wandb a",
+    }.get(name)
     typed = typed or VALUES.get(name, [flags.dashed(name)])[0]
     unseen = {"--summary": ("trace", "processes", "files"), "--dry-run": ("files",)}
     for look_at, idle in unseen.items():
@@ -218,16 +219,18 @@ def test_a_look_at_a_run_takes_no_flag_of_what_it_does_not_do(row):
             assert (flags.dashed(name) in said) == expected, (look_at, said)
 
 
-def test_a_value_given_twice_over_counts_as_given_and_one_error_names_them_all():
+def test_one_error_names_all_flags_without_effect():
     said = refusal("--clip-norm", "0", "--clip-mode", "norm", "--dataset", "digits", "--cycles", "3")
     assert "--clip-mode would do nothing" in said and "leave --cycles, --clip-mode out" in said
 
 
-def test_what_a_file_idles_itself_is_refused_and_what_a_hand_idles_is_let_go(tmp_path):
+def test_a_config_file_may_hold_flags_that_only_the_command_line_makes_idle(tmp_path):
     file = tmp_path / "flags.yaml"
     file.write_text("dataset: digits\ncycles: 2\n")
     assert f"--config {file}: cycles would do nothing" in refusal("--config", file)
-    assert not refusal("--config", file, "--schedule", "restarts")  # the other half of it is typed
+    assert not refusal(
+        "--config", file, "--schedule", "restarts"
+    )  # the flag that makes it effective is typed
     file.write_text("dataset: digits\ncycles: 2\nschedule: restarts\n")
     assert not refusal("--config", file, "--schedule", "step")
     assert "--cycles would do nothing" in refusal("--config", file, "--schedule", "step", "--cycles", "4")
@@ -259,7 +262,7 @@ def test_every_flag_in_every_mode_changes_something_or_is_refused(mode, recipe):
     ("resume", "--resume auto"), ("save_dir", "--save-dir other"),
     ("init_from", "--init-from missing.pt"), ("device", "--device cuda"), ("config", "--config missing.yaml"),
 ])  # fmt: skip
-def test_a_whole_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):
+def test_a_complete_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):
     def shown(*more) -> tuple:
         try:
             code = train.main(["--config", recipe, *more])

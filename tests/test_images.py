@@ -1,4 +1,4 @@
-"""Decoding: what is accepted, what is refused, and in what words; and the eval transform."""
+"""Decoding: what is accepted, what is refused and with which message; and the evaluation transform."""
 
 import io
 import pickle
@@ -40,7 +40,7 @@ def test_a_jpeg_decodes_to_pillows_pixels_on_the_fast_path(monkeypatch):
     assert np.array_equal(decode(grey), np.asarray(Image.open(io.BytesIO(grey)).convert("RGB")))
 
 
-def test_bytes_after_the_end_of_a_jpeg_do_no_harm():
+def test_bytes_after_the_end_of_a_jpeg_are_harmless():
     data = encoded(photo())
     assert np.array_equal(decode(data + b"\0\0trailing"), decode(data))
 
@@ -96,7 +96,7 @@ def test_exif_orientation_is_ignored_on_both_paths():
         assert np.array_equal(decode(data), images._decode_strictly(data, ""))
 
 
-def test_corrupt_exif_is_no_reason_to_complain():
+def test_corrupt_exif_is_ignored():
     data = encoded(photo(), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(20))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -132,7 +132,7 @@ def test_a_jpeg_cut_before_its_end_mark_is_an_error(options, keep):
 
 
 @pytest.mark.parametrize("mode, options", [("L", {}), ("CMYK", {}), ("RGB", {"progressive": True})])
-def test_other_kinds_of_cut_jpegs_are_found_thoroughly(mode, options, capfd):
+def test_a_thorough_check_finds_other_truncated_jpegs(mode, options, capfd):
     data = encoded(photo(100, 150), mode=mode, **options)
     decode(data, thorough=True)
     assert capfd.readouterr().err == ""  # a line for each of a million images would be too much
@@ -162,7 +162,7 @@ def test_a_grey_corner_is_no_damage():
         (encoded(photo(), "PNG")[:300], "truncated"),
     ],
 )
-def test_what_is_not_a_whole_image_is_named(data, words):
+def test_an_incomplete_image_is_named(data, words):
     with pytest.raises(BadImage, match=words) as caught:
         decode(data, "n01/x.JPEG")
     assert isinstance(caught.value, DataError) and caught.value.name == "n01/x.JPEG"
@@ -182,7 +182,7 @@ def test_a_decompression_bomb_is_refused():
         decode(data, "bomb.png")
 
 
-def test_the_error_survives_the_way_between_processes():
+def test_the_error_crosses_process_boundaries():
     error = pickle.loads(pickle.dumps(BadImage("a.JPEG", "it is empty")))  # noqa: S301
     assert (error.name, error.reason) == ("a.JPEG", "it is empty")
     assert error.what == BadImage("a.JPEG", "it is empty").what

@@ -1,4 +1,4 @@
-"""models.layers: drop-path and blur, each against what its paper says."""
+"""models.layers: drop-path and blur, compared with their papers."""
 
 import copy
 
@@ -16,7 +16,7 @@ def test_drop_path_keeps_the_expected_value_and_drops_whole_samples():
     layer, ones = DropPath(0.25).train(), torch.ones(40_000, 2, 1, 1)
     out = layer(ones, torch.zeros_like(ones))
     torch.testing.assert_close(out.unique(), torch.tensor([0.0, 1 / 0.75]))
-    assert torch.equal(out[:, 0], out[:, 1])  # a sample lives or dies as a whole
+    assert torch.equal(out[:, 0], out[:, 1])  # a sample is kept or dropped as a whole
     assert out.mean().item() == pytest.approx(1.0, abs=0.02)
 
 

@@ -131,14 +131,14 @@ def test_the_ilsvrc_tree_is_found_from_each_of_its_levels(tmp_path):
     assert prints[0] == prints[1] == prints[2]
 
 
-def test_a_dataset_has_the_same_fingerprint_wherever_it_lies(tmp_path):
+def test_a_datasets_fingerprint_does_not_depend_on_its_place(tmp_path):
     one, other = make_folders(tmp_path / "a"), make_folders(tmp_path / "b")
     assert open_dataset("imagenet", one).fingerprint() == open_dataset("imagenet", other).fingerprint()
     (other / "val" / IDS[0] / "ILSVRC2012_val_00000003.JPEG").rename(other / "val" / IDS[0] / "renamed.JPEG")
     assert open_dataset("imagenet", one).fingerprint() != open_dataset("imagenet", other).fingerprint()
 
 
-def test_what_is_not_an_image_is_passed_over_and_counted(tmp_path):
+def test_files_that_are_not_images_are_skipped_and_counted(tmp_path):
     make_folders(tmp_path)
     for name in (".DS_Store", "._n01440764_7.JPEG", "Thumbs.db", "list.txt", "moving.gif"):
         put(tmp_path / "train" / IDS[0] / name)
@@ -216,7 +216,7 @@ def test_an_empty_validation_class_is_a_missing_one(tmp_path):
 def test_a_flat_val_without_labels_is_explained(tmp_path):
     error = refused(DataError, "imagenet", make_flat(tmp_path))
     assert (
-        "flat val" in error.what
+        "no class folders" in error.what
         and "LOC_val_solution.csv" in error.fix
         and "download_imagenet.py" in error.fix
     )
@@ -252,7 +252,7 @@ def test_a_linked_dataset_works(tmp_path):
     assert open_dataset("imagenet", tmp_path / "linked").fingerprint() == found.fingerprint()
 
 
-def test_links_to_nothing_are_listed(tmp_path):
+def test_broken_links_are_listed(tmp_path):
     make_folders(tmp_path)
     (tmp_path / "train" / IDS[0] / "gone.JPEG").symlink_to(tmp_path / "nowhere.JPEG")
     (tmp_path / "train" / IDS[1] / "self.JPEG").symlink_to("self.JPEG")
@@ -312,7 +312,7 @@ def test_imagenet100_is_the_published_list_over_imagenet(tmp_path):
     assert len(open_dataset("imagenet", tmp_path).classes) == 102
 
 
-def test_imagenet100_as_class_folders_is_taken_as_it_is(tmp_path):
+def test_imagenet100_as_class_folders_is_used_as_it_is(tmp_path):
     assert open_dataset("imagenet100", make_folders(tmp_path)).classes == tuple(IDS)
 
 
@@ -349,8 +349,11 @@ def test_tiny_imagenet_as_published(below, tmp_path):
     found = open_dataset("tiny-imagenet", tmp_path)
     assert (len(found.train), len(found.val), found.native_size) == (6, 4, 64)
     assert class_of(found, found.val) == {
-        "val_0.JPEG": "n01443537", "val_10.JPEG": "n01443537", "val_1.JPEG": "n01629819", "val_11.JPEG": "n01629819",
-    }  # fmt: skip
+        "val_0.JPEG": "n01443537",
+        "val_10.JPEG": "n01443537",
+        "val_1.JPEG": "n01629819",
+        "val_11.JPEG": "n01629819",
+    }
     assert found.class_names == ("goldfish", "European fire salamander")
     assert found.notes == () and found.mean == imagenet.TINY_MEAN
 
@@ -377,11 +380,11 @@ def test_70_30_of_the_real_sizes_is_77000_and_33000():
     assert set(np.bincount(labels[val])) == {165} and not set(train) & set(val)
 
 
-def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(photos, tmp_path):
+def test_only_a_class_folder_whose_name_is_not_text_is_refused(photos, tmp_path):
     """Class names go into checkpoints, tables and pages; file names only into messages."""
     root = os.fsencode(shutil.copytree(photos, tmp_path / "d"))
     for part in (b"train", b"val"):
-        image = sorted(os.listdir(os.path.join(root, part, b"cat")))[0]
+        image = min(os.listdir(os.path.join(root, part, b"cat")))
         os.rename(
             os.path.join(root, part, b"cat", image), os.path.join(root, part, b"cat", b"\xff\xfe\x1b.JPEG")
         )
@@ -398,9 +401,10 @@ def test_a_class_folder_that_is_no_text_is_refused_and_any_other_name_is_not(pho
 
 @pytest.mark.parametrize("damage", [
     b"", b"a,b\n1,2\n", b"ImageId,PredictionString\n\xff\xff,n01440764\n", b"ImageId,PredictionString\nx\n",
-    b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000, b"ImageId\0,PredictionString\nx,n\0",
+    b"ImageId,PredictionString\nx,\n", b"ImageId,PredictionString\nx," + b"n" * 200_000,
+    b"ImageId\0,PredictionString\nx,n\0",
 ], ids=range(7))  # fmt: skip
-def test_damaged_labels_are_no_traceback(damage, tmp_path):
+def test_damaged_labels_have_no_traceback(damage, tmp_path):
     make_flat(tmp_path)
     put(tmp_path / "LOC_val_solution.csv", damage)
     refused(DataError, "imagenet", tmp_path)
@@ -412,8 +416,8 @@ def test_damaged_labels_are_no_traceback(damage, tmp_path):
     assert str(devkit) in refused(DataError, "imagenet", tmp_path).what
 
 
-def test_annotations_are_looked_into_only_so_far(tmp_path):
-    """No XML is parsed, so entities that expand to gigabytes are nothing to it; nor is a huge file read."""
+def test_only_the_beginning_of_an_annotation_is_read(tmp_path):
+    """Without an XML parser, entities that expand to gigabytes do nothing; of a huge file, little is read."""
     make_flat(tmp_path)
     laughs = (
         b"<!DOCTYPE x [<!ENTITY a '"
@@ -432,14 +436,14 @@ def test_annotations_are_looked_into_only_so_far(tmp_path):
 
 
 @pytest.mark.parametrize("names", [b"[1]", b"{", b"[" * 100_000, b"\xff"])
-def test_damaged_class_names_are_no_traceback(names, tmp_path):
+def test_damaged_class_names_have_no_traceback(names, tmp_path):
     make_folders(tmp_path, {"n99999999_1.JPEG": "n99999999"}, {"x.JPEG": "n99999999"})
     put(tmp_path / "Labels.json", names)
     assert "Labels.json" in refused(DataError, "imagenet", tmp_path).what
 
 
 class Py2:
-    """Writes a pickle as Python 2 did, which made CIFAR's: byte strings with opcodes Python 3 never writes."""
+    """Pickles as Python 2 did, which made CIFAR's files: byte strings with opcodes Python 3 never writes."""
 
     def string(self, value):
         return b"T" + len(value).to_bytes(4, "little") + value
@@ -457,8 +461,14 @@ class Py2:
                 + self.string(b"b")
                 + b"tR"
             )
-            dtype = b"cnumpy\ndtype\n(" + self.string(b"u1") + b"K\x00K\x01tR" + b"(K\x03" + self.string(b"|") + \
-                b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"  # fmt: skip
+            dtype = (
+                b"cnumpy\ndtype\n("
+                + self.string(b"u1")
+                + b"K\x00K\x01tR"
+                + b"(K\x03"
+                + self.string(b"|")
+                + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+            )
             shape = b"(" + b"".join(map(self.value, value.shape)) + b"t"
             return empty + b"(K\x01" + shape + dtype + b"\x89" + self.string(value.tobytes()) + b"tb"
         return self.string(value)
@@ -476,7 +486,7 @@ class Py3:
 
 
 def make_cifar(root, which, dumps):
-    """A few images in the files of the archive; returns the training images (n, 32, 32, 3) and labels."""
+    """Write a small CIFAR archive; return the training images (n, 32, 32, 3) and labels."""
     rng = np.random.default_rng(0)
     folder = root / which.folder
     names = [b"class%d" % i for i in range(4)]
@@ -582,16 +592,23 @@ def test_a_cifar_archive_with_other_contents_is_refused(meta, tmp_path):
     (path / "meta").write_bytes(pickle.dumps(meta))
     refused(DataError, "cifar100", tmp_path)
     make_cifar(tmp_path, CIFAR100, pickle.dumps)
-    for content in ({}, {b"data": 1, b"fine_labels": 1}, {b"data": [], b"fine_labels": []}, {b"data": b"x", b"fine_labels": {}},
-                    {b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []}):  # fmt: skip
+    for content in (
+        {},
+        {b"data": 1, b"fine_labels": 1},
+        {b"data": [], b"fine_labels": []},
+        {b"data": b"x", b"fine_labels": {}},
+        {b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []},
+    ):
         (path / "train").write_bytes(pickle.dumps(content))
         refused(DataError, "cifar100", tmp_path)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-1],
-                                    lambda b: pickle.dumps({b"data": np.zeros((4, 3072)), b"fine_labels": [0] * 4}),
-                                    lambda b: pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [9] * 4}),
-                                    lambda b: pickle.dumps([1])])  # fmt: skip
+@pytest.mark.parametrize("damage", [
+    lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"<html>", lambda b: b[:-1],
+    lambda b: pickle.dumps({b"data": np.zeros((4, 3072)), b"fine_labels": [0] * 4}),
+    lambda b: pickle.dumps({b"data": np.zeros((4, 3072), np.uint8), b"fine_labels": [9] * 4}),
+    lambda b: pickle.dumps([1]),
+])  # fmt: skip
 def test_a_damaged_cifar_archive_is_refused(damage, tmp_path):
     from sources.cifar import CIFAR100
 
@@ -642,7 +659,7 @@ def test_a_huge_synthetic_dataset_costs_labels_only():
 
 
 @pytest.mark.parametrize("text", ["classes=0", "classes=x", "colour=3", "classes", "train=-1"])
-def test_a_size_that_cannot_be_is_a_usage_error(text):
+def test_an_impossible_size_is_a_usage_error(text):
     assert "synthetic" in refused(UsageError, f"synthetic:{text}", "").fix
 
 
@@ -664,8 +681,10 @@ def test_a_packed_directory_is_opened_whatever_dataset_is_named(tmp_path, monkey
     assert open_dataset("imagenet", tmp_path) == str(tmp_path) == open_dataset("tiny-imagenet", tmp_path)
 
 
-@pytest.mark.parametrize("sign,dataset", [("tiny-imagenet-200/x", "tiny-imagenet"), ("cifar-100-python/meta", "cifar100"),
-                                          ("cifar-10-batches-py/x", "cifar10"), ("train.X1/a/b.jpg", "imagenet100")])  # fmt: skip
+@pytest.mark.parametrize("sign,dataset", [
+    ("tiny-imagenet-200/x", "tiny-imagenet"), ("cifar-100-python/meta", "cifar100"),
+    ("cifar-10-batches-py/x", "cifar10"), ("train.X1/a/b.jpg", "imagenet100"),
+])  # fmt: skip
 def test_another_dataset_than_the_named_one_is_recognised(sign, dataset, tmp_path):
     put(tmp_path / sign)
     assert refused(DataError, "imagenet", tmp_path).fix == f"this looks like --dataset {dataset}"
@@ -677,7 +696,7 @@ def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
 
 
 def make_hub(datasets, root):
-    """A dataset of the hub as a local folder of parquet files: 3 + 2 images, cat and dog."""
+    """A dataset of the Hub as a local folder of parquet files: 3 + 2 images of cat and dog."""
     features = datasets.Features(
         {"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()}
     )
@@ -750,8 +769,10 @@ def test_the_size_of_the_synthetic_dataset_is_in_its_name():
     assert sizes == {**generated.SYNTHETIC, "size": 32, "classes": 3}
 
 
-def test_a_subset_larger_than_the_data_says_how_much_there_is():
+def test_a_subset_larger_than_the_data_is_noted():
     def notes(size: int) -> tuple[str, ...]:
         return layouts.open_dataset("synthetic:classes=4,train=40,val=8,size=8", "", subset_size=size).notes
 
-    assert notes(40) == () and notes(41) == ("note: --subset-size 41 of 40 training images: all are used",)
+    assert notes(40) == () and notes(41) == (
+        "note: --subset-size 41 exceeds the 40 training images: all are used",
+    )

@@ -1,4 +1,4 @@
-"""Training through the real command on a small copy of every layout: what `index` finds can be read and learned from."""
+"""train.py on a small copy of every layout: what `open_dataset` finds can be read and learned from."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""The run over its epochs: what is saved when, what is scored, which epoch is the best and when to stop."""
+"""The training loop: what is saved when, what is scored, which epoch is the best, and when to stop."""
 
 import math
 import shutil
@@ -14,8 +14,10 @@ from base.device import Runtime
 from base.errors import DataError, DivergedError
 from harness.log import MetricLogger, read_metrics
 
-SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24", "--num-workers", "0",
-         "--device", "cpu", "--amp", "off")  # fmt: skip
+SMALL = (
+    "--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24",
+    "--num-workers", "0", "--device", "cpu", "--amp", "off",
+)  # fmt: skip
 
 
 def main(*arguments) -> int:
@@ -29,7 +31,7 @@ def spoil(folder, count: int = 99) -> list[str]:
     return [path.name for path in bad]
 
 
-def test_skip_holds_where_training_images_are_scored_too(photos, tmp_path, capsys):
+def test_skip_also_applies_where_training_images_are_scored(photos, tmp_path, capsys):
     shutil.copytree(photos, tmp_path / "d")
     bad = spoil(tmp_path / "d" / "train" / "dog", 20)  # of 24: the sample has some of them
     assert (
@@ -44,7 +46,7 @@ def test_skip_holds_where_training_images_are_scored_too(photos, tmp_path, capsy
     assert said.count("note: train_top1 leaves out") == 1 and any(name in said for name in bad)
 
 
-def test_a_bad_validation_image_fails_and_costs_no_epoch(photos, tmp_path):
+def test_a_bad_validation_image_is_an_error_and_loses_no_epoch(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "d")
     where = ("--data-dir", tmp_path / "d", "--save-dir", tmp_path / "run")
     assert main(*SMALL, "--data-dir", photos, "--save-dir", tmp_path / "straight") == 0
@@ -54,27 +56,46 @@ def test_a_bad_validation_image_fails_and_costs_no_epoch(photos, tmp_path):
     saved = payload(tmp_path / "run")
     assert saved["step"] == 3 and saved["rows"] == []  # the steps of the first epoch, not yet scored
     shutil.copy(photos / "val" / "owl" / name, tmp_path / "d" / "val" / "owl" / name)
-    assert main("--resume", "auto", "--save-dir", tmp_path / "run", "--on-bad-image", "fail", "--allow-change",
-                "on_bad_image") == 0  # fmt: skip
+    assert (
+        main(
+            "--resume",
+            "auto",
+            "--save-dir",
+            tmp_path / "run",
+            "--on-bad-image",
+            "fail",
+            "--allow-change",
+            "on_bad_image",
+        )
+        == 0
+    )
     assert digest(tmp_path / "run") == digest(tmp_path / "straight")
 
 
-@pytest.mark.parametrize("every, eval_every, saves", [
-    ("1", 1, [(5, 0), (5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]), ("2", 1, [(10, 1), (10, 2), (15, 2), (15, 3)]),
-    ("1", 2, [(5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
-])  # fmt: skip
-def test_an_epoch_that_is_due_is_saved_before_it_is_scored_and_again_with_its_row(
+@pytest.mark.parametrize(
+    "every, eval_every, saves",
+    [
+        ("1", 1, [(5, 0), (5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
+        ("2", 1, [(10, 1), (10, 2), (15, 2), (15, 3)]),
+        ("1", 2, [(5, 1), (10, 1), (10, 2), (15, 2), (15, 3)]),
+    ],
+)
+def test_an_epoch_is_saved_before_it_is_scored_and_again_with_its_row(
     every, eval_every, saves, tmp_path, monkeypatch
 ):
     run, seen, real = tiny_run(tmp_path, "--save-every", every, "--eval-every", eval_every), [], loop.save
-    monkeypatch.setattr(loop, "save", lambda run: (
-        seen.append((run.state.step, len(run.state.rows))), real(run)))  # fmt: skip
+
+    def counted(run):
+        seen.append((run.state.step, len(run.state.rows)))
+        real(run)
+
+    monkeypatch.setattr(loop, "save", counted)
     loop.fit(run, MetricLogger(tmp_path))
     assert seen == saves
 
 
 def judged(run, scores: dict[int, float]) -> list[int]:
-    """The epochs that were the best when they came, until the run is finished."""
+    """Return the epochs that were the best so far when they ended, until the run stops."""
     found = []
     for epoch, score in scores.items():
         if run.finished:
@@ -85,14 +106,17 @@ def judged(run, scores: dict[int, float]) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("scores, bests, end", [
-    ([50, 60, 55, 54, 53, 99], [1, 2], 5),  # waits for three
-    ([60, 10, 20, 30, 99], [1], 4),
-    ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is lowered or begun anew
-    ([10, 20, 30, 40, 50, 60, 70, 80, 90], list(range(1, 10)), 9),
-    ([math.nan] * 3 + [50], [], 3),
-])  # fmt: skip
-def test_an_early_end_keeps_the_best_epoch_and_waits_as_long_as_it_says(scores, bests, end, tmp_path):
+@pytest.mark.parametrize(
+    "scores, bests, end",
+    [
+        ([50, 60, 55, 54, 53, 99], [1, 2], 5),  # waits for three
+        ([60, 10, 20, 30, 99], [1], 4),
+        ([60, 50, 50, 61, 50, 50, 50, 99], [1, 4], 7),  # past two thirds: nothing is reset
+        ([10, 20, 30, 40, 50, 60, 70, 80, 90], list(range(1, 10)), 9),
+        ([math.nan] * 3 + [50], [], 3),
+    ],
+)
+def test_early_stopping_keeps_the_best_epoch_and_waits_for_its_patience(scores, bests, end, tmp_path):
     run = tiny_run(
         tmp_path, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8, "--early-stop-patience", 3
     )
@@ -101,7 +125,7 @@ def test_an_early_end_keeps_the_best_epoch_and_waits_as_long_as_it_says(scores, 
     assert run.state.best["epoch"] == (bests or [0])[-1]
 
 
-def test_sizes_before_the_last_are_no_validations_to_wait_for(tmp_path):
+def test_validations_before_the_last_size_do_not_count_for_patience(tmp_path):
     run = tiny_run(tmp_path, "--epochs", 9, "--phase-epochs", "2,2,5", "--early-stop-patience", 2)
     assert judged(run, {1: 90, 2: 80, 3: 70, 4: 60, 5: 20, 6: 10, 7: 15, 8: 99}) == [5]
     assert len(run.state.rows) == 7
@@ -132,7 +156,7 @@ def overflowing(tmp_path, until: float, *arguments: object):
     return run
 
 
-def test_overflows_are_counted_in_their_epoch_and_said_once(tmp_path, capsys):
+def test_overflows_are_counted_per_epoch_and_reported_once(tmp_path, capsys):
     run = overflowing(tmp_path, 3)
     loop.fit(run, MetricLogger(tmp_path))
     said = capsys.readouterr().out.splitlines()
@@ -140,10 +164,10 @@ def test_overflows_are_counted_in_their_epoch_and_said_once(tmp_path, capsys):
     assert [line for line in said if "fp16" in line] == [
         "note: 3 steps of epoch 1 overflowed in fp16 and were skipped; the scale is now 8192"
     ]
-    assert not any("WARNING" in line for line in said)  # no fault of the images
+    assert not any("WARNING" in line for line in said)  # not caused by the images
 
 
-def test_overflows_without_end_end_the_run_with_a_clean_checkpoint(tmp_path, capsys):
+def test_endless_overflows_end_the_run_with_a_finite_checkpoint(tmp_path, capsys):
     run = overflowing(tmp_path, math.inf, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8)
     before = {name: value.clone() for name, value in run.state.model.state_dict().items()}
     with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\)\n"):
@@ -155,23 +179,25 @@ def test_overflows_without_end_end_the_run_with_a_clean_checkpoint(tmp_path, cap
 
 
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
-def test_a_ruined_state_is_never_saved_over_a_sound_one(tmp_path, what):
+def test_a_non_finite_state_is_never_saved_over_a_finite_one(tmp_path, what):
     built = tiny_run(tmp_path)
     loop.save(built)
     before = built.path("last").read_bytes()
     state, model = built.state, built.state.model
     first = next(model.parameters())
-    ruined = {"weight": lambda: first.data[0].fill_(math.nan),
-              "statistic": lambda: next(model.buffers())[0].fill_(math.inf),
-              "average": lambda: next(state.ema.module.parameters()).data[0].fill_(-math.inf),
-              "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan))}  # fmt: skip
+    ruined = {
+        "weight": lambda: first.data[0].fill_(math.nan),
+        "statistic": lambda: next(model.buffers())[0].fill_(math.inf),
+        "average": lambda: next(state.ema.module.parameters()).data[0].fill_(-math.inf),
+        "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan)),
+    }
     ruined[what]()
     with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
         loop.save(built)
     assert built.path("last").read_bytes() == before
 
 
-def test_a_counter_on_another_device_is_not_looked_at(tmp_path):
+def test_a_counter_on_another_device_is_not_read(tmp_path):
     """RMSprop keeps its step count on the CPU beside weights on a GPU; here on meta beside the CPU."""
     state = tiny_run(tmp_path, "--optimizer", "rmsprop").state
     first = next(state.model.parameters())

@@ -1,4 +1,4 @@
-"""The range test against rates known from a grid, its edge cases, and what it leaves behind: nothing."""
+"""The range test against rates known from a grid, its edge cases, and that it restores everything."""
 
 import copy
 import json
@@ -76,7 +76,7 @@ def prepared(net, optimizer, lr=1e-3, steps=1000, amp=None, mix=True):
 
 
 # (net, optimizer, mixing) and the range of peak rates whose 150 OneCycle steps end within a point of
-# the best accuracy; the slow test below measures it anew.
+# the best accuracy; the slow test below measures it again.
 PROBLEMS = {
     "mlp, sgd": (mlp, "sgd", False, (2e-2, 0.5)),
     "convnet, adamw": (convnet, "adamw", False, (3e-3, 0.1)),
@@ -94,7 +94,7 @@ def test_suggestions_are_within_a_factor_of_three_of_the_grid(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_the_grid_is_what_the_fast_test_takes_it_for(name):
+def test_the_grid_is_what_the_fast_test_assumes(name):
     net, optimizer, mix, (low, high) = PROBLEMS[name]
     images, labels = pixels(digits().val)
 
@@ -110,7 +110,7 @@ def test_the_grid_is_what_the_fast_test_takes_it_for(name):
     assert max(inside) - min(inside) <= 1.5
 
 
-def test_everything_is_as_before_and_no_step_of_the_trained_optimizer_is_lost():
+def test_the_range_test_leaves_model_and_optimizer_as_they_were():
     state, how = prepared(convnet, "adamw")
     state.model.train()
     for _, batch in zip(range(3), Batches(), strict=False):
@@ -186,13 +186,13 @@ def test_smoothing_is_the_weighted_mean_of_its_definition():
     assert smooth([2.0] * 30) == pytest.approx([2.0] * 30)  # no bias at the ends
 
 
-def test_an_explosion_at_the_end_does_not_reach_back():
+def test_divergence_at_the_end_does_not_affect_the_suggestion():
     calm = [2.0 - 0.01 * k for k in range(100)]
     assert smooth([*calm, 1e9])[:80] == pytest.approx(smooth(calm)[:80], abs=0.02)
 
 
 def test_a_known_curve():
-    """Falls only between 1e-3 and 1e-1, rises from 1 on."""
+    """A loss that falls only between 1e-3 and 1e-1, and rises from 1 on."""
     lrs = np.geomspace(1e-6, 10, 211)
     losses = 2 - np.clip((np.log10(lrs) + 3) / 2, 0, 1) + 10 * np.clip(np.log10(lrs), 0, 1)
     found = suggest(lrs, losses)
@@ -213,10 +213,10 @@ def test_the_longest_descent_steps_over_bumps():
     assert longest_descent([1, 2, 3])[0] == longest_descent([1, 2, 3])[1]
 
 
-def test_noise_around_almost_nothing_is_no_divergence():
+def test_noise_around_a_tiny_loss_is_not_divergence():
     diverged = Divergence()
-    assert not any([diverged(loss) for loss in [2.3] + [0.001] * 60 + [0.05] * 5])
-    assert any([diverged(loss) for loss in [30.0] * 5])
+    assert not any(diverged(loss) for loss in [2.3] + [0.001] * 60 + [0.05] * 5)
+    assert any(diverged(loss) for loss in [30.0] * 5)
 
 
 # --- the command ---
@@ -276,7 +276,7 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
     assert (trial.phase_mix, trial.ema, trial.warmup_epochs) == ((False,), False, 0.4 if more else 5.0)
 
 
-def test_a_training_that_diverges_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
+def test_divergence_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):
     codes = iter([0, 5])
     here = SimpleNamespace(run=lambda command, **_: Done(next(codes), command))
     monkeypatch.setattr(lr_range_test, "subprocess", here)

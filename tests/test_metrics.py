@@ -1,4 +1,4 @@
-"""Counting hits and keeping the log."""
+"""Counting correct predictions, and the log of a run."""
 
 import json
 import sys
@@ -32,7 +32,7 @@ def test_ties_go_to_the_lower_class_as_argmax_does():
     assert torch.equal(hits(logits, labels)[:, 0], expected)
 
 
-def test_a_nan_logit_is_never_right_and_beats_nobody():
+def test_a_nan_logit_is_never_correct_and_outranks_no_other():
     nan = float("nan")
     logits = torch.tensor([[nan, nan, nan], [nan, 1.0, 0.0], [2.0, 1.0, nan]])
     assert hits(logits, torch.tensor([0, 1, 2]))[:, 0].tolist() == [False, True, False]
@@ -50,13 +50,13 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     assert [r["epoch"] for r in rows] == [1, 2, 3]
     assert (
         rows[0]["val_loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
-    )  # JSON has none
+    )  # JSON has no NaN
     resumed = MetricLogger(tmp_path, rows[:2])
     resumed.log({"epoch": 3, "val_top1": 9.0})
     assert [r["val_top1"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 9.0]
 
 
-def test_a_line_cut_short_is_passed_over_and_a_missing_file_is_named(tmp_path):
+def test_a_truncated_last_line_is_skipped_and_a_missing_file_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + '\n{"epo')
     (row,) = read_metrics(tmp_path)
     assert row["epoch"] == 1 and row["val_top1"] is None and row["seconds"] is None  # every column is there
@@ -65,16 +65,18 @@ def test_a_line_cut_short_is_passed_over_and_a_missing_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("line, words", [
-    (b"5", "should be a valid dictionary, not 5"), (b'"x"', "dictionary"), (b"[]", "dictionary"), (b"null", "dictionary"),
-    (b"", "unreadable"), (b'{"epo', "unreadable"), (b'{"epoch": "\xff"}', "unreadable: 'utf-8'"), (b"[" * 50_000, "unreadable"),
-    (b'{"epoch": "x"}', r"epoch should be a valid integer, not 'x'"), (b"{}", "lacks epoch"), (b'{"epoch": 0}', "epoch"),
-    (b'{"epoch": true}', "epoch should be a valid integer, not True"), (b'{"epoch": 2, "best": 1}', "best"),
-    (b'{"epoch": 2, "image_size": -5}', "image_size"), (b'{"epoch": 2, "val_top1": "5"}', "val_top1"),
-    (b'{"epoch": 2, "val_top1": 101}', "val_top1"), (b'{"epoch": 2, "seconds": 1e999}', "seconds"),
-    (b'{"epoch": 2, "new": {"deep": []}}', "plain"), (b'{"epoch": 2, "better": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
+    (b"5", "should be a valid dictionary, not 5"), (b'"x"', "dictionary"), (b"[]", "dictionary"),
+    (b"null", "dictionary"), (b"", "unreadable"), (b'{"epo', "unreadable"),
+    (b'{"epoch": "\xff"}', "unreadable: 'utf-8'"), (b"[" * 50_000, "unreadable"),
+    (b'{"epoch": "x"}', r"epoch should be a valid integer, not 'x'"), (b"{}", "lacks epoch"),
+    (b'{"epoch": 0}', "epoch"), (b'{"epoch": true}', "epoch should be a valid integer, not True"),
+    (b'{"epoch": 2, "best": 1}', "best"), (b'{"epoch": 2, "image_size": -5}', "image_size"),
+    (b'{"epoch": 2, "val_top1": "5"}', "val_top1"), (b'{"epoch": 2, "val_top1": 101}', "val_top1"),
+    (b'{"epoch": 2, "seconds": 1e999}', "seconds"), (b'{"epoch": 2, "new": {"deep": []}}', "plain"),
+    (b'{"epoch": 2, "better": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
     (b'{"epoch": ' + b"9" * 5000 + b"}", "unreadable"),
 ])  # fmt: skip
-def test_a_line_that_is_no_row_is_named(tmp_path, line, words):
+def test_an_invalid_row_is_named(tmp_path, line, words):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"epoch": 1}\n' + line + b'\n{"epoch": 3}\n')
     with pytest.raises(DataError, match=words) as caught:
         read_metrics(tmp_path)
@@ -104,11 +106,14 @@ def test_tensorboard_gets_every_number_of_a_row(tmp_path):
     assert (point.step, point.value) == (1, 50.0)
 
 
-@pytest.mark.parametrize("module, options, flag, install", [
-    ("wandb", {"wandb_project": "p"}, "--wandb", "pip install wandb"),
-    ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard", "pip install tensorboard"),
-])  # fmt: skip
-def test_a_tracker_that_is_not_installed_is_named_with_its_install_line(
+@pytest.mark.parametrize(
+    "module, options, flag, install",
+    [
+        ("wandb", {"wandb_project": "p"}, "--wandb", "pip install wandb"),
+        ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard", "pip install tensorboard"),
+    ],
+)
+def test_a_tracker_that_is_not_installed_is_named_with_its_install_command(
     tmp_path, monkeypatch, module, options, flag, install
 ):
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed

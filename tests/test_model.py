@@ -1,4 +1,4 @@
-"""models.model: the ResNets against torchvision's, number for number."""
+"""models.model: the ResNets compute what torchvision's compute."""
 
 import copy
 
@@ -16,13 +16,11 @@ OURS = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 
 
 def twins(arch: str, num_classes: int = 1000, **options) -> tuple[nn.Module, nn.Module]:
-    """torchvision's network and ours with the same weights, in float64; every tensor made to matter."""
+    """Return torchvision's network and ours with the same weights, in float64, none of them trivial."""
     torch.manual_seed(0)
     reference = getattr(torchvision.models, arch)(num_classes=num_classes).double()
     for name, tensor in reference.state_dict().items():
-        if (
-            "bn" in name or "downsample.1" in name
-        ):  # fresh norms are all 0 and 1: half their mistakes would not show
+        if "bn" in name or "downsample.1" in name:  # new norms are all 0 and 1 and would hide mistakes
             tensor.copy_(torch.rand_like(tensor.double()).add(0.5) if tensor.is_floating_point() else 3)
     model = OURS[arch](num_classes, drop_path_rate=0.0, **options).double()
     model.load_state_dict(adapt_state_dict(reference.state_dict(), model))

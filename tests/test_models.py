@@ -40,7 +40,7 @@ def test_the_zoo_follows_the_linear_rule(arch, branches):
     assert not any(m.p for m in model.modules() if type(m).__name__ == "StochasticDepth")
 
 
-def test_blurpool_brings_its_licence_to_the_users_eyes():
+def test_blurpools_licence_is_shown_to_the_user():
     assert "CC BY-NC-SA" in models.notes(True)[0]
     assert models.notes(False) == []
 

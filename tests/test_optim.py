@@ -1,4 +1,4 @@
-"""Optimizers against loops written out from their papers; schedules and clipping against torch's own."""
+"""Optimizers against loops written after their papers; schedules and clipping against torch's."""
 
 import copy
 import io
@@ -89,7 +89,7 @@ def test_twenty_steps_equal_a_float64_loop(name, options):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_state_is_plain_and_goes_on_bit_for_bit(name):
+def test_state_is_plain_and_resumes_bit_for_bit(name):
     model = a_model(dtype=torch.float32).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(name, model, **RECIPE)
     for t in range(3):
@@ -108,7 +108,7 @@ def test_state_is_plain_and_goes_on_bit_for_bit(name):
             set_gradients(m, t)
             o.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed_model.parameters(), strict=True))
-    # control: without the state the run would have gone elsewhere
+    # control: without the state, the weights differ
     assert not any(
         torch.equal(a, b) for a, b in zip(model.parameters(), fresh_model.parameters(), strict=True)
     )
@@ -142,7 +142,7 @@ def test_lamb_step_length_is_a_share_of_the_weight_whatever_the_gradient():
 
 
 @pytest.mark.parametrize("name, momentum", [("adamw", 0.9), ("rmsprop", 0.9), ("sgd", 0.0)])
-def test_nesterov_where_it_means_nothing_is_refused(name, momentum):
+def test_nesterov_without_effect_is_refused(name, momentum):
     with pytest.raises(UsageError, match="--nesterov"):
         build_optimizer(name, a_model(), **{**RECIPE, "momentum": momentum, "nesterov": True})
 
@@ -178,7 +178,7 @@ def test_clipping_equals_torchs(seed, scale, limit):
 
 @pytest.mark.parametrize("mode", ["norm", "value"])
 @pytest.mark.parametrize("limit", [0, 0.0, math.inf])
-def test_a_limit_of_nothing_only_measures(mode, limit):
+def test_a_clip_norm_of_zero_only_measures(mode, limit):
     params, before = gradients(10.0), gradients(10.0)
     assert clip_gradients(params, mode, limit) > 10
     assert all(torch.equal(a.grad, b.grad) for a, b in zip(params[:-1], before[:-1], strict=True))
@@ -206,7 +206,7 @@ def an_optimizer(lr=1.0):
 
 
 def walk(schedule, steps):
-    """What `steps` optimizer steps use, and what the schedule then says the last of them used."""
+    """Return the rates that `steps` optimizer steps use, and the last one according to the schedule."""
     used = []
     for _ in range(steps):
         rates = {group["lr"] for group in schedule.optimizer.param_groups}
@@ -385,7 +385,7 @@ def test_impossible_schedules_are_refused(name, options, error):
         Schedule(an_optimizer(), name, **{"peak_lr": 1.0, "total_steps": 10, **options})
 
 
-def test_a_checkpoint_from_beyond_the_plan_is_refused():
+def test_a_checkpoint_past_the_end_of_the_plan_is_refused():
     long = Schedule(an_optimizer(), "constant", peak_lr=1.0, total_steps=20)
     walk(long, 15)
     with pytest.raises(CheckpointError, match="step 15"):
@@ -394,7 +394,7 @@ def test_a_checkpoint_from_beyond_the_plan_is_refused():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_gpu_agrees_and_is_never_waited_for(name):
+def test_a_gpu_agrees_without_synchronization(name):
     cpu, gpu = a_model(), a_model().to("cuda")
     steppers = [build_optimizer(name, model, **RECIPE) for model in (cpu, gpu)]
     assert all(bool(o.defaults.get("fused")) == (name not in ("rmsprop", "lamb")) for o in steppers)

@@ -25,7 +25,7 @@ from sources import layouts
 # name: (what both runs share, what the second one changes); more than one change as a list of them
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "dataset": ("", ["--dataset synthetic:classes=10,train=40,val=10,size=8"]),
-    "subset": ("", ["--subset-size 41"]),  # TINY has --subset: what it draws is what it does
+    "subset": ("", ["--subset-size 41"]),  # TINY has --subset
     "subset_size": ("", ["--subset-size 48"]),
     "augment": ("--augment none", [f"--augment {name}" for name in
                 ("rrc", "padcrop:2", "flip", "affine", "jitter", "dropout", "cutout:4", "basic", "full")]),
@@ -72,7 +72,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "eval_every": ("", ["--eval-every 2"]),
     "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
-# What these do is no matter of a step: they are the business of other tests.
+# These do not affect steps; other tests cover them.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
              "reset_head", "device", "save_dir", "resume", "allow_change", "overwrite", "plot", "tensorboard",
              "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
@@ -172,17 +172,17 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
     ("save_every", 1), ("save_every", [0, "ep"]), ("optimizer", "adamax"), ("dataset", None), ("dataset", {}),
     ("save_dir", "a\0b"), ("augment", ["flip"]), ("augment", "padcrop"), ("wandb", 5),
 ])  # fmt: skip
-def test_a_checkpoints_flag_of_another_kind_is_refused_by_name(name, value):
+def test_a_flag_of_a_wrong_type_in_a_checkpoint_is_refused_and_named(name, value):
     with pytest.raises(
         CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")
     ):
         rundir.parse_saved_flags(flags.plain(config_of()) | {name: value})
 
 
-def test_a_list_that_holds_itself_is_refused_and_not_walked_through():
+def test_a_list_that_contains_itself_is_refused_quickly():
     knot: list = []
     for _ in range(100):
-        knot = [knot, knot]  # 2 ** 100 of them, if one were to look
+        knot = [knot, knot]  # 2 ** 100 of them, if all were visited
     with pytest.raises(CheckpointError, match="resize_schedule has the wrong type"):
         rundir.parse_saved_flags({"resize_schedule": knot})
 

@@ -1,4 +1,4 @@
-"""The packing command: going on after a kill, refusals, bad images, disk space."""
+"""The packing command: continuing after a kill, refusals, bad images, disk space."""
 
 import os
 import resource
@@ -38,12 +38,22 @@ def files(out) -> dict[str, bytes]:
 
 
 def command(data, out) -> list[str]:
-    return [sys.executable, str(ROOT / "pack_dataset.py"), "--data-dir", str(data), "--out", str(out),
-            "--stored-sides", "16,32", "--workers", "2"]  # fmt: skip
+    return [
+        sys.executable,
+        str(ROOT / "pack_dataset.py"),
+        "--data-dir",
+        str(data),
+        "--out",
+        str(out),
+        "--stored-sides",
+        "16,32",
+        "--workers",
+        "2",
+    ]
 
 
 def killed_then_finished(data, out, reached) -> bool:
-    """SIGKILL the real command once `reached(out)`; start it again to the end. Was it killed in time?"""
+    """Kill the real command once `reached(out)`, then complete it; return whether the kill came in time."""
     process = subprocess.Popen(command(data, out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (out.is_dir() and reached(out)):
         time.sleep(0.001)
@@ -56,7 +66,7 @@ def killed_then_finished(data, out, reached) -> bool:
     return killed
 
 
-def test_a_killed_packing_goes_on_to_the_same_bytes(folders, tmp_path):
+def test_a_killed_packing_is_continued_to_the_same_bytes(folders, tmp_path):
     pack(folders, tmp_path / "straight")
     out = tmp_path / "killed"
     assert killed_then_finished(folders, out, lambda out: (out / "train-16" / "00000.arrow").exists())
@@ -64,7 +74,7 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(folders, tmp_path):
 
 
 @pytest.mark.torture
-def test_kills_at_twenty_instants(folders, tmp_path):
+def test_a_packing_killed_at_twenty_times_ends_in_the_same_bytes(folders, tmp_path):
     pack(folders, tmp_path / "straight")
     expected, killed = files(tmp_path / "straight"), 0
     started = time.monotonic()
@@ -84,7 +94,7 @@ def test_kills_at_twenty_instants(folders, tmp_path):
     assert killed >= 10
 
 
-def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
+def test_complete_groups_are_not_packed_again(folders, tmp_path, monkeypatch):
     out = tmp_path / "out"
     pack(folders, out)
     before = files(out)
@@ -101,7 +111,7 @@ def test_done_groups_are_not_done_again(folders, tmp_path, monkeypatch):
     assert files(out) == before
 
 
-def test_a_line_cut_by_a_kill_or_one_that_is_no_record_is_no_obstacle(folders, tmp_path):
+def test_truncated_and_invalid_records_are_ignored(folders, tmp_path):
     plan = packing.make_plan(open_dataset("imagenet", str(folders)), (16, 32), 90)
     shard = {"rows": 1, "bytes": 2, "crc32": 3}
     val = {"part": "val", "k": 0, "shards": {"val": shard}, "skipped": []}
@@ -125,13 +135,13 @@ def test_a_source_that_changed_is_refused(folders, tmp_path):
         pack(folders, tmp_path / "out")
 
 
-def test_other_settings_are_refused(folders, tmp_path):
+def test_packing_with_other_settings_is_refused(folders, tmp_path):
     pack(folders, tmp_path / "out")
     with pytest.raises(UsageError, match="quality 90, not 80"):
         pack(folders, tmp_path / "out", "--quality", "80")
 
 
-def test_a_folder_with_other_files_is_refused(folders, tmp_path):
+def test_packing_into_a_folder_with_other_files_is_refused(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.doc").write_text("!")
     with pytest.raises(UsageError, match="neither empty nor a packed dataset"):
@@ -139,26 +149,28 @@ def test_a_folder_with_other_files_is_refused(folders, tmp_path):
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["thesis.doc"]
 
 
-def test_a_packing_killed_before_it_began_is_begun(folders, tmp_path):
+def test_a_packing_killed_before_its_first_file_can_be_continued(folders, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "packing.json.partial").write_text('{"form')
     assert pack(folders, tmp_path / "out") == 0
     assert not list((tmp_path / "out").glob("*.partial"))
 
 
-def test_two_packings_at_once_are_refused(folders, tmp_path, monkeypatch):
+def test_a_second_simultaneous_packing_is_refused(folders, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(pack_dataset.time, "sleep", lambda seconds: None)
     with (
         pack_dataset._locked(str(tmp_path / "out")),
-        pytest.raises(UsageError, match="another packing is running"),
+        pytest.raises(UsageError, match="another process is packing"),
     ):
         pack(folders, tmp_path / "out")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--out", "x", "--verify"], ["--out", "x", "--quality", "0"],
-                                       ["--out", "x", "--stored-sides", "3"]])  # fmt: skip
-def test_usage(arguments):
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--out", "x", "--verify"], ["--out", "x", "--quality", "0"], ["--out", "x", "--stored-sides", "3"]],
+)
+def test_usage_errors(arguments):
     with pytest.raises(UsageError):
         pack_dataset.main(["--data-dir", "nowhere", *arguments])
 
@@ -206,13 +218,15 @@ def test_too_small_a_disk_is_refused_before_anything_is_packed(folders, tmp_path
     assert not list((tmp_path / "out").glob("*/*.arrow"))
 
 
-def test_a_disk_that_fills_up_leaves_nothing_half(folders, tmp_path):
-    """A real failing write: the size of files is limited in the command's process."""
+def test_a_disk_that_fills_up_leaves_no_partial_folder(folders, tmp_path):
+    """Writes really fail, because the command's process has a limit on the size of files."""
     out = tmp_path / "out"
     limited = subprocess.run(
-        command(folders, out), capture_output=True, text=True,
+        command(folders, out),
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)),
-    )  # fmt: skip
+    )
     assert limited.returncode == 6, limited.stderr
     assert (
         "cannot write" in limited.stderr

@@ -1,4 +1,4 @@
-"""Packed datasets: what is stored, what is read back, and what a damaged one says."""
+"""Packed datasets: what is stored, what is read back, and how damage is reported."""
 
 import json
 import multiprocessing
@@ -52,7 +52,7 @@ def out(packed_once, tmp_path):
     return shutil.copytree(packed_once, tmp_path / "copy")
 
 
-def test_what_comes_back_is_the_dataset_that_was_packed(folders, packed_once):
+def test_a_packed_dataset_equals_its_source(folders, packed_once):
     source, copy = open_dataset("imagenet", str(folders)), open_dataset("imagenet", str(packed_once))
     assert (copy.name, copy.classes, copy.mean, copy.std) == (
         source.name,
@@ -178,7 +178,7 @@ def test_flipped_bits_are_found_by_verify(out, capsys):
     assert "00000.arrow: its checksum is wrong" in capsys.readouterr().out
 
 
-def test_a_shard_damaged_anywhere_is_an_error_or_harmless_never_a_crash(out):
+def test_a_damaged_shard_is_an_error_or_harmless_never_a_crash(out):
     path = out / "train-16" / "00000.arrow"
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     refused = 0
@@ -210,12 +210,16 @@ STRUCT = [{"bytes": b"x", "path": "a"}] * 90
 OTHER_SHARDS = {
     "no image": pa.table({"picture": STRUCT}),
     "images that are text": pa.table({"image": ["x"] * 90}),
-    "images with 64-bit offsets": pa.table({"image": pa.array(STRUCT, pa.struct({"bytes": pa.large_binary(), "path": pa.string()}))}),
+    "images with 64-bit offsets": pa.table(
+        {"image": pa.array(STRUCT, pa.struct({"bytes": pa.large_binary(), "path": pa.string()}))}
+    ),
     "images that are missing": pa.table({"image": [{"bytes": None, "path": "a"}] * 90}),
-    "a name that is missing": pa.table({"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.COLUMNS.field("image").type)}),
+    "a name that is missing": pa.table(
+        {"image": pa.array([{"bytes": b"x", "path": None}] * 90, packed.COLUMNS.field("image").type)}
+    ),
     "other images": pa.table({"image": STRUCT[:7]}),
     "nothing": pa.table({}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("table", OTHER_SHARDS.values(), ids=OTHER_SHARDS.keys())
@@ -231,8 +235,10 @@ def test_a_shard_with_other_columns_is_refused(table, packed_once, tmp_path):
         assert shard.image(3) == b"x" and shard.name(3).endswith("00000.arrow#3")
 
 
-@pytest.mark.parametrize("labels", [np.full(90, 3), np.full(90, -1), np.zeros(89, np.int64), np.zeros(90), np.zeros((90, 1), np.int64),
-                                    np.array(0), b"\x93NUMPY", b""])  # fmt: skip
+@pytest.mark.parametrize("labels", [
+    np.full(90, 3), np.full(90, -1), np.zeros(89, np.int64), np.zeros(90), np.zeros((90, 1), np.int64),
+    np.array(0), b"\x93NUMPY", b"",
+])  # fmt: skip
 def test_labels_that_do_not_fit_are_refused(labels, out):
     path = out / "train-labels.npy"
     path.write_bytes(labels) if isinstance(labels, bytes) else np.save(path, labels)
@@ -246,7 +252,7 @@ def test_labels_that_do_not_fit_are_refused(labels, out):
         open_packed(out)
 
 
-def test_a_shard_cut_short_while_it_is_read_is_an_error_not_a_signal(out):
+def test_a_shard_truncated_while_it_is_read_is_an_error_not_a_crash(out):
     split = open_packed(out).train.for_size(8)
     split.read([0])
     os.truncate(out / "train-16" / "00000.arrow", 0)
@@ -261,7 +267,7 @@ def test_a_shard_cut_short_while_it_is_read_is_an_error_not_a_signal(out):
 
 
 @pytest.mark.parametrize("damage", ["labels", "manifest", "format", "unfinished"])
-def test_other_damage_has_clear_words(out, damage):
+def test_other_damage_has_clear_messages(out, damage):
     manifest = out / "manifest.json"
     if damage == "labels":
         labels = bytearray((out / "train-labels.npy").read_bytes())

@@ -57,8 +57,13 @@ def test_planned_yielded_and_scheduled_steps_are_one_number(samples, sizes, batc
     )
     total = sum(p.steps for p in phases)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
-    schedule = optim.Schedule(torch.optim.SGD([weight], 1.0), "onecycle", peak_lr=1.0, total_steps=total,
-                              phases=tuple((p.steps, 1.0) for p in phases))  # fmt: skip
+    schedule = optim.Schedule(
+        torch.optim.SGD([weight], 1.0),
+        "onecycle",
+        peak_lr=1.0,
+        total_steps=total,
+        phases=tuple((p.steps, 1.0) for p in phases),
+    )
     yielded = 0
     for epoch in range(1, epochs + 1):
         phase = phase_of(phases, epoch)
@@ -96,7 +101,7 @@ def test_an_order_can_be_entered_anywhere_and_each_id_comes_once():
     assert [b.ids.tolist() for b in late] == [b.ids.tolist() for b in batches[7:]]
     late.seek(5)
     assert [int(i) for b in late for i in b.ids] != ids
-    assert late.epoch == 6  # used without positions, it goes on by itself
+    assert late.epoch == 6  # used without positions, it advances by itself
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -105,7 +110,9 @@ def test_evaluation_covers_every_sample_once_over_all_ranks(samples, world):
     orders = [Order(samples, 4, shuffle=False, rank=r, world_size=world) for r in range(world)]
     seen = [int(i) for order in orders for b in order for i in b.ids]
     assert sorted(seen) == list(range(samples))
-    assert len({len(list(o)) for o in orders}) == 1  # the same number of batches, so that nobody waits alone
+    assert (
+        len({len(list(o)) for o in orders}) == 1
+    )  # the same number of batches, so that no rank waits for ever
 
 
 def test_ranks_together_see_what_one_rank_sees():

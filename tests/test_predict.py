@@ -1,4 +1,4 @@
-"""predict.py: the pixels of validation, every bad image named, predictions as table, JSON and CSV."""
+"""predict.py: validation's pixels, bad images by name, and predictions as table, JSON and CSV."""
 
 import csv
 import io
@@ -67,7 +67,7 @@ def test_the_table_names_file_class_and_percent(photos, photo_run, capsys):
     assert {line.split()[-1] for line in lines} == {"cat", "dog", "owl"}
 
 
-def test_bad_images_are_named_and_the_others_answered(photos, photo_run, tmp_path, capsys):
+def test_bad_images_are_named_and_the_others_predicted(photos, photo_run, tmp_path, capsys):
     names = ["=cmd()\x1b.png", "caf\udce9.jpg", "fine.JPEG", "truncated.JPEG"]
     data = (photos / "val" / "cat" / "cat_0.JPEG").read_bytes()
     for name, content in zip(names, [b"no image", data, data, data[:300]], strict=True):
@@ -98,7 +98,7 @@ def test_bad_images_are_named_and_the_others_answered(photos, photo_run, tmp_pat
     assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 2 * 3
 
 
-def test_workers_answer_alike(photos, photo_run, tmp_path, capsys):
+def test_predictions_do_not_depend_on_workers(photos, photo_run, tmp_path, capsys):
     shutil.copy(photos / "val" / "cat" / "cat_0.JPEG", tmp_path / "a.jpg")
     (tmp_path / "b.jpg").write_bytes(b"")
     outputs = []

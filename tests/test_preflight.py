@@ -1,4 +1,4 @@
-"""Resources at every start: refused or warned about in time, without any effect on training."""
+"""Lacking resources are refused or warned about at the start, without any effect on training."""
 
 import copy
 import shutil
@@ -119,7 +119,7 @@ def fail(error: Exception):
 
 
 @pytest.mark.parametrize("error", SAID, ids=lambda error: str(error)[:40])
-def test_whatever_says_that_memory_ran_out_is_exit_6(run, error, monkeypatch, capsys):
+def test_every_message_of_memory_running_out_is_exit_code_6(run, error, monkeypatch, capsys):
     assert preflight.largest_fitting(4, lambda images: images > 1 and fail(error)) == 1
     for named in (preflight.explain_out_of_memory(run), memory_for("x", "y", torch.device("cpu"))):
         with pytest.raises(ResourceError, match="out of memory"), named:
@@ -136,7 +136,7 @@ def test_another_error_keeps_its_traceback(monkeypatch):
         errors.run(lambda argv: fail(RuntimeError("shape mismatch")))
 
 
-def test_what_stands_for_later_memory_may_be_what_does_not_fit(run, monkeypatch):
+def test_memory_reserved_for_later_may_be_what_does_not_fit(run, monkeypatch):
     monkeypatch.setattr(preflight, "ballast_bytes", lambda run, phase: 1 << 62)
     with pytest.raises(ResourceError, match="out of memory in phase 3") as caught:
         preflight.check_step_memory(run)

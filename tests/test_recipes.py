@@ -1,4 +1,4 @@
-"""Every recipe: all keys known, its values accepted, a plan and a model that can be built from it."""
+"""Recipes and --config files: known keys, valid values, and a plan and a model that can be built."""
 
 import os
 import re
@@ -48,10 +48,21 @@ def test_a_recipe_is_parsed_planned_and_built(path):
     assert {key.replace("-", "_") for key in yaml.safe_load(path.read_text())} - {"ema"} <= typed
     phases = plan_of(config)
     assert phases[-1].last_epoch == config.epochs and len(phases) == len(config.resize_schedule)
-    model = build_model(config.arch, num_classes=CLASSES[config.dataset], head=config.head, stem=config.stem,
-                        drop_path_rate=config.drop_path_rate)  # fmt: skip
-    optimizer = build_optimizer(config.optimizer, model, lr=config.lr, momentum=config.momentum,
-                                nesterov=config.nesterov, weight_decay=config.weight_decay)  # fmt: skip
+    model = build_model(
+        config.arch,
+        num_classes=CLASSES[config.dataset],
+        head=config.head,
+        stem=config.stem,
+        drop_path_rate=config.drop_path_rate,
+    )
+    optimizer = build_optimizer(
+        config.optimizer,
+        model,
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+    )
     steps = sum(p.steps for p in phases)
     warmup = round(config.warmup_epochs * phases[0].steps_per_epoch) if config.schedule == "cosine" else 0
     options = {"total_steps": steps, "cycles": config.cycles, "warmup_steps": warmup}
@@ -62,7 +73,7 @@ def test_a_recipe_is_parsed_planned_and_built(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_config_survives_the_way_to_a_command_line_and_back(path):
+def test_a_config_survives_conversion_to_a_command_line_and_back(path):
     config = parsed(
         "--config", path, "--save-every", "15min", "--no-ema-ramp", "--phase-epochs", "3,1,2", "--plot"
     )[0]
@@ -92,14 +103,17 @@ def test_the_command_line_wins_over_the_recipe(tmp_path):
     assert {"epochs", "lr", "optimizer"} <= typed
 
 
-@pytest.mark.parametrize("text, message", [
-    ("learning-rate: 1", "unknown key 'learning-rate'"),
-    ("lr: -1", "--lr"),
-    ("optimizer: adamax", "adamax"),
-    ("- lr", "holds no flags"),
-    ("lr: [1", "is not YAML"),
-    ("config: other.yaml", "unknown key 'config'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("learning-rate: 1", "unknown key 'learning-rate'"),
+        ("lr: -1", "--lr"),
+        ("optimizer: adamax", "adamax"),
+        ("- lr", "holds no flags"),
+        ("lr: [1", "is not YAML"),
+        ("config: other.yaml", "unknown key 'config'"),
+    ],
+)
 def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UsageError, match=message):
@@ -108,7 +122,7 @@ def test_a_bad_recipe_is_refused_with_its_reason(tmp_path, text, message):
         parsed("--config", tmp_path / "absent.yaml")
 
 
-def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
+def test_typed_flags_may_make_a_recipes_flags_idle_but_not_each_other():
     recipe = RECIPES[0].parent / "tiny_imagenet_resnet18.yaml"  # triangular2, with cycles
     config, given = parsed("--config", recipe, "--schedule", "plateau")
     flags.check_train(config, given)
@@ -127,7 +141,7 @@ def test_what_a_recipe_brings_may_be_idled_by_hand_but_not_what_is_typed():
     ("batch-size: &n 8", "batch_size", 8), ("augment: [padcrop:4, flip]", "augment", "padcrop:4,flip"),
     ("resize_schedule: 160", "resize_schedule", (160,)), ("\ufeffepochs: 3", "epochs", 3),
 ])  # fmt: skip
-def test_a_file_means_what_is_written_in_it(text, name, value, tmp_path):
+def test_a_yaml_value_means_what_is_written(text, name, value, tmp_path):
     (tmp_path / "flags.yaml").write_text(text, encoding="utf-8")
     config, given = parsed("--config", tmp_path / "flags.yaml")
     assert getattr(config, name) == value and type(getattr(config, name)) is type(value) and name in given
@@ -148,7 +162,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_that_means_nothing_is_one_error_with_its_name(name, tmp_path):
+def test_a_config_file_that_is_not_a_mapping_of_flags_is_named(name, tmp_path):
     path = tmp_path / "flags.yaml"
     path.write_bytes(HOSTILE[name])
     with pytest.raises(UsageError) as caught:
@@ -157,7 +171,7 @@ def test_a_file_that_means_nothing_is_one_error_with_its_name(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["directory", "FIFO", "device"])
-def test_what_is_no_file_is_not_read(kind, tmp_path):
+def test_only_regular_files_are_read(kind, tmp_path):
     path = Path("/dev/zero") if kind == "device" else tmp_path / "flags.yaml"
     if kind != "device":
         (os.mkdir if kind == "directory" else os.mkfifo)(path)

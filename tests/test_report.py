@@ -1,4 +1,4 @@
-"""The report: what it contains, that nothing leads out of it, and that no text becomes markup."""
+"""The report: what it contains, that it links to nothing outside, and that text never becomes markup."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_report_of_one_run_holds_what_is_known_about_it(run_dir, tmp_path):
     assert raw["text"] == ["41", None, "43", "44"]
 
 
-def test_nothing_leads_out_of_the_page(run_dir, tmp_path):
+def test_the_page_links_to_nothing_outside(run_dir, tmp_path):
     text = written(run_dir, out=tmp_path / "r.html")
     assert not re.search(
         r"https?:|//[a-z]|url\(|@import|<link|<iframe|<base", re.sub(r"base64,[^\"]+", "", text)
@@ -145,7 +145,7 @@ def test_several_runs_are_set_side_by_side_with_the_flags_that_differ(run_dir, t
     assert [s["name"] for s in charts[0]["series"]] == ["first (best 44.25 %)", "second (best 44.25 %)"]
 
 
-def test_a_run_of_which_little_is_known_is_reported_all_the_same(tmp_path):
+def test_a_run_with_empty_columns_is_still_reported(tmp_path):
     folder = tmp_path / "bare"
     folder.mkdir()
     nothing = {key: None for key in row(1) if key not in ("epoch", "image_size", "batch_size", "lr", "best")}
@@ -186,7 +186,7 @@ def test_usage_and_data_errors(run_dir, tmp_path):
         written(run_dir, out=run_dir / "metrics.jsonl" / "r.html")
 
 
-def test_the_list_names_each_runs_score_and_what_sets_it_apart(run_dir, tmp_path, capsys):
+def test_the_list_names_each_runs_score_and_distinguishing_flags(run_dir, tmp_path, capsys):
     make_run(tmp_path / "second", lr=0.5)
     make_run(tmp_path / "third")
     assert report.main(["--list", str(tmp_path)]) == 0
@@ -195,9 +195,7 @@ def test_the_list_names_each_runs_score_and_what_sets_it_apart(run_dir, tmp_path
     assert lines[2].split() == ["second", "4/4", "44.25", "3", "2.00", "--lr=0.5"]
 
 
-def test_what_is_missing_or_older_than_the_checkpoint_is_made_and_nothing_else(
-    run_dir, tmp_path, monkeypatch
-):
+def test_only_missing_or_outdated_pictures_are_made(run_dir, tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(report, "call", lambda command: commands.append(command) or "it failed")
     assert report.main([str(run_dir)]) == 0 and not commands  # no checkpoint
@@ -233,12 +231,12 @@ def test_a_chart_knows_where_its_epochs_are_and_is_the_same_file_every_time(run_
     assert gaps == pytest.approx([gaps[0]] * 3, abs=0.02)
 
 
-def test_a_chart_of_nothing_is_left_out(run_dir):
+def test_an_empty_chart_is_left_out(run_dir):
     run = runs.read_run(run_dir, "a")
     nothing = learning_curves.Panel("t", "u", {"unknown": "unknown"})
     assert page.chart(learning_curves.single(run, nothing)) == ""
 
 
-def test_a_run_that_is_not_there_lists_those_beside_it(run_dir):
+def test_a_missing_run_lists_those_beside_it(run_dir):
     with pytest.raises(DataError, match="first"):
         report.main([str(run_dir.parent / "frist"), "--no-pictures"])

@@ -1,4 +1,4 @@
-"""A run that was stopped anywhere and resumed is the run that was never stopped, bit for bit."""
+"""A run stopped anywhere and resumed equals the run that was never stopped, bit for bit."""
 
 import itertools
 import os
@@ -44,7 +44,7 @@ def straight(photos, tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop", range(1, STEPS + 1))
-def test_stopped_after_any_step_and_resumed_with_other_workers(stop, straight, photos, tmp_path):
+def test_a_run_stopped_after_any_step_and_resumed_with_other_workers(stop, straight, photos, tmp_path):
     run(
         "--data-dir",
         photos,
@@ -85,7 +85,7 @@ VARIANTS = {
 
 @pytest.mark.torture
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_whatever_else_is_switched_on_a_resumed_run_is_the_undisturbed_one(variant, photos, tmp_path):
+def test_a_resumed_run_equals_the_undisturbed_one_with_any_other_flag(variant, photos, tmp_path):
     data, flags = photos, [*TINY, *VARIANTS[variant]]
     if variant == "compile":
         flags = [*TINY[:4], "--resize-schedule", "24", "--batch-size", "16", *TINY[10:], "--compile"]
@@ -115,7 +115,7 @@ def test_a_clock_that_jumps_changes_no_bit(straight, photos, tmp_path, monkeypat
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     monkeypatch.setattr(
         time, "monotonic", lambda: monotonic() + next(later)
-    )  # it never goes back, but a laptop sleeps
+    )  # a monotonic clock never goes back, but a laptop sleeps
     monkeypatch.setattr(time, "perf_counter", lambda: precise() + next(later))
     run(
         "--data-dir",
@@ -136,7 +136,7 @@ def test_a_clock_that_jumps_changes_no_bit(straight, photos, tmp_path, monkeypat
 
 
 @pytest.mark.torture
-def test_data_that_changes_during_a_run_is_told_and_not_trained_on(photos, tmp_path):
+def test_data_that_changed_during_a_run_is_reported_and_refused(photos, tmp_path):
     data = shutil.copytree(photos, tmp_path / "data")
     run("--data-dir", data, *TINY, "--save-dir", tmp_path / "run", "--num-workers", 0, "--stop-after", 4)
     gone = sorted((data / "train").glob("*/*"))[3]
@@ -151,7 +151,7 @@ def test_data_that_changes_during_a_run_is_told_and_not_trained_on(photos, tmp_p
 
 
 @pytest.mark.parametrize("part", ["ema", "optimizer", "step", "schedule", "epoch_sums"])
-def test_the_comparison_notices_a_state_that_is_not_restored(part, straight, photos, tmp_path):
+def test_a_state_that_is_not_restored_is_noticed(part, straight, photos, tmp_path):
     run("--data-dir", photos, *TINY, "--save-dir", tmp_path, "--num-workers", 0, "--stop-after", 5)
     (path,) = tmp_path.glob("last_*.pt")
     saved = checkpoint.load(path)
@@ -176,7 +176,7 @@ def test_the_comparison_notices_a_state_that_is_not_restored(part, straight, pho
     assert digest(tmp_path) != straight["off"]
 
 
-def test_twentyfive_kills_at_random_instants_lose_nothing(straight, photos, tmp_path):
+def test_twenty_five_kills_at_random_times_lose_nothing(straight, photos, tmp_path):
     """SIGKILL to the whole process group: in start-up, steps, validation and saving."""
     rng, kills, log = random.Random(0), 0, tmp_path / "log"
     lengths = []

@@ -1,4 +1,4 @@
-"""Who may write to a run's directory, what --overwrite deletes, and what happens if it disappears."""
+"""Which run may write to a save directory, what --overwrite deletes, and what if the directory vanishes."""
 
 import errno
 import json
@@ -67,7 +67,7 @@ def env(directory: Path) -> dict:
 
 
 def without_id(directory: Path) -> None:
-    """As a run from before runs had ids left it."""
+    """Make the directory that of an older run, which had no id."""
     for path in directory.glob("*.pt"):
         content = checkpoint.load(path)
         del content["run"]
@@ -78,7 +78,7 @@ def without_id(directory: Path) -> None:
     )
 
 
-# Whose directory it is
+# --- which run a directory belongs to ---
 
 
 def test_a_run_resumed_in_its_directory_keeps_its_id(mine):
@@ -99,7 +99,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_id(mine):
     assert env(mine)["run"] != before
 
 
-def test_in_an_empty_directory_it_goes_on_as_a_fork_with_its_best_and_ends_in_the_same_bits(mine, tmp_path):
+def test_a_run_resumed_in_an_empty_directory_takes_its_best_along_and_ends_in_the_same_bits(mine, tmp_path):
     parent, fork = env(mine)["run"], tmp_path / "fork"
     best = digest(mine, "best")
     run("--save-dir", fork, "--resume", mine / f"last_{NAME}", "--stop-after", "28")
@@ -112,7 +112,7 @@ def test_in_an_empty_directory_it_goes_on_as_a_fork_with_its_best_and_ends_in_th
     assert digest(fork) == digest(mine) and digest(fork, "best") == digest(mine, "best")
 
 
-def test_a_fork_killed_right_after_it_was_made_goes_on_there(mine, tmp_path, monkeypatch):
+def test_a_fork_killed_right_after_it_was_made_can_be_resumed(mine, tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -132,13 +132,13 @@ def test_a_checkpoint_of_another_run_is_refused(mine, other, tmp_path):
     assert all(word in error.what for word in (env(mine)["run"], env(other)["run"], str(other)))
 
 
-def test_a_copy_of_the_run_is_the_run(mine, tmp_path):
+def test_a_copied_run_directory_counts_as_the_same_run(mine, tmp_path):
     copy = shutil.copytree(mine, tmp_path / "copy")
     run("--resume", mine / f"last_{NAME}", "--save-dir", copy, "--stop-after", "28")
     assert env(copy)["run"] == env(mine)["run"] and "parent" not in env(copy)
 
 
-def test_a_run_without_an_id_resumes_at_home_and_nowhere_else_that_holds_one(mine, other, tmp_path):
+def test_a_run_without_an_id_resumes_in_its_own_directory_only(mine, other, tmp_path):
     without_id(mine)
     refused(2, "--resume", mine / f"last_{NAME}", "--save-dir", other, where=tmp_path)
     without_id(other)
@@ -150,7 +150,7 @@ def test_a_run_without_an_id_resumes_at_home_and_nowhere_else_that_holds_one(min
     assert payload(mine)["step"] == 30
 
 
-def test_auto_passes_over_what_was_copied_in_from_another_run(mine, other, capsys, tmp_path):
+def test_auto_skips_checkpoints_copied_from_another_run(mine, other, capsys, tmp_path):
     shutil.copy(mine / f"last_{NAME}", other / "last_copied.pt")
     error = refused(2, "--save-dir", other, "--resume", other / "last_copied.pt", where=tmp_path)
     assert env(mine)["run"] in error.what
@@ -168,13 +168,13 @@ def test_a_foreign_best_is_not_carried_along(mine, other, tmp_path, capsys):
     assert "the best checkpoint (epoch 5) was not copied" in capsys.readouterr().out
 
 
-def test_a_finished_run_is_complete_where_it_lies(mine, tmp_path, capsys):
+def test_a_finished_run_is_complete_in_its_directory(mine, tmp_path, capsys):
     run("--save-dir", mine, "--resume", "auto")
     run("--save-dir", tmp_path / "fork", "--resume", mine / f"last_{NAME}")
     assert f"6 epochs in {mine}" in capsys.readouterr().out and not (tmp_path / "fork").exists()
 
 
-# What --overwrite deletes
+# --- what --overwrite deletes ---
 
 FOREIGN = ("best_xxxx.pt", "weights.pt", "best_resnet_tiny_cifar10.pt", "plots/of_mine.png",
            "tensorboard/notes.txt", "results.partial", "other.pt.partial", "notes.txt")  # fmt: skip
@@ -197,20 +197,20 @@ def test_overwrite_deletes_exactly_the_former_run(has_id, mine):
 
 @pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.jsonl", f"last_{NAME}"])
 @pytest.mark.parametrize("flag", [(), ("--overwrite",)])
-def test_what_no_run_has_written_is_not_written_over(name, flag, tmp_path):
+def test_files_that_are_not_of_a_run_are_not_overwritten(name, flag, tmp_path):
     (tmp_path / name).write_text('{"model_type": "bert"}')
     error = refused(2, *TINY, "--save-dir", tmp_path, *flag, where=tmp_path)
     assert name in error.what
 
 
-def test_a_record_that_points_elsewhere_deletes_nothing_there(mine, tmp_path):
+def test_a_record_that_points_outside_deletes_nothing_there(mine, tmp_path):
     (tmp_path / "precious.pt").write_text("precious")
     (mine / "env.json").write_text(json.dumps(env(mine) | {"checkpoint": "x/../../precious.pt"}))
     assert all(rundir.checkpoint_files(name) == [] for name in ("../precious.pt", "/precious.pt", 5))
     assert not rundir.scan(str(mine)).checkpoints and (tmp_path / "precious.pt").exists()
 
 
-def test_the_former_run_is_there_until_disk_and_memory_were_judged(mine, monkeypatch):
+def test_overwrite_deletes_nothing_before_disk_and_memory_are_checked(mine, monkeypatch):
     usage = SimpleNamespace(free=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     refused(6, *TINY, "--save-dir", mine, "--overwrite", where=mine)
@@ -218,13 +218,13 @@ def test_the_former_run_is_there_until_disk_and_memory_were_judged(mine, monkeyp
     assert run(*TINY, "--save-dir", mine, "--overwrite", "--stop-after", "1") == 0
 
 
-# Names and locks
+# --- names and locks ---
 
 
 @pytest.mark.parametrize(
     "save_dir, code", [("", 2), ("a\0b", 2), ("x" * 300, 2), ("y/" + "x" * 300 + "/z", 2), ("x/" * 3000, 6)]
 )
-def test_a_name_that_can_be_no_directory(save_dir, code, tmp_path, monkeypatch):
+def test_a_save_dir_name_that_cannot_exist_is_refused(save_dir, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for more in ((), ("--overwrite",), ("--resume", "auto")):
         assert "--save-dir" in refused(code, *TINY, "--save-dir", save_dir, *more, where=tmp_path).what
@@ -243,7 +243,7 @@ def odd_lock(directory: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "link"])
 @pytest.mark.parametrize("when", ["before", "after the check"])
-def test_a_lock_that_is_no_plain_file_is_refused_and_not_followed(kind, when, tmp_path, monkeypatch):
+def test_a_lock_that_is_not_a_plain_file_is_refused(kind, when, tmp_path, monkeypatch):
     directory = tmp_path / "run"
     directory.mkdir()
     if when == "before":
@@ -259,7 +259,7 @@ def test_a_lock_that_is_no_plain_file_is_refused_and_not_followed(kind, when, tm
     assert kind != "link" or (tmp_path / "target").read_text() == "precious"
 
 
-def test_the_check_writes_nothing(tmp_path):
+def test_check_writes_nothing(tmp_path):
     lock = rundir.acquire(rundir.scan(str(tmp_path)), overwrite=False)
     signed = (tmp_path / ".lock").read_text()
     assert f"pid {os.getpid()}" in signed
@@ -271,7 +271,7 @@ def test_the_check_writes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("flag", [(), ("--overwrite",), ("--resume", "auto")])
-def test_a_run_that_came_and_went_between_check_and_lock_is_not_replaced(flag, tmp_path, monkeypatch):
+def test_a_run_that_appeared_between_check_and_lock_is_not_replaced(flag, tmp_path, monkeypatch):
     real, left = build.build, []
 
     def meanwhile(*args, **how):
@@ -288,7 +288,7 @@ def test_a_run_that_came_and_went_between_check_and_lock_is_not_replaced(flag, t
 
 
 @pytest.mark.parametrize("number", sorted(rundir.NO_LOCKS))
-def test_a_filesystem_without_locks_has_runs(number, tmp_path, monkeypatch):
+def test_runs_work_on_a_filesystem_without_locks(number, tmp_path, monkeypatch):
     import filelock._unix
 
     def no_locks(*args):
@@ -298,13 +298,13 @@ def test_a_filesystem_without_locks_has_runs(number, tmp_path, monkeypatch):
     rundir.acquire(rundir.scan(str(tmp_path)), overwrite=False).release()
 
 
-# What is taken away
+# --- what disappears ---
 
 
 @pytest.mark.parametrize(
     "place", ["harness.checkpoint.save", "harness.log.MetricLogger.log", "loop.evaluate"]
 )
-def test_a_directory_that_is_removed_ends_the_run_by_name(place, tmp_path, monkeypatch):
+def test_a_directory_removed_during_a_run_is_named(place, tmp_path, monkeypatch):
     owner, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner)
     real = getattr(owner, name)
@@ -331,7 +331,7 @@ FAULTS = [
 
 
 @pytest.mark.parametrize("fault, words", FAULTS)
-def test_trouble_with_the_machine_is_two_lines_and_exit_6(fault, words, capsys):
+def test_errors_of_the_machine_are_two_lines_and_exit_code_6(fault, words, capsys):
     def main(argv):
         raise fault
 
@@ -349,7 +349,7 @@ def test_trouble_with_the_machine_is_two_lines_and_exit_6(fault, words, capsys):
 @pytest.mark.parametrize(
     "bug", [TypeError("x"), OSError(errno.EBADF, "Bad file descriptor"), OSError("no number")]
 )
-def test_a_bug_of_ours_still_shows(bug):
+def test_a_bug_still_has_a_traceback(bug):
     def main(argv):
         raise bug
 
@@ -357,7 +357,7 @@ def test_a_bug_of_ours_still_shows(bug):
         errors.run(main)
 
 
-# Trackers, timed saves, start-up
+# --- trackers, timed saves, start-up ---
 
 
 @pytest.mark.parametrize("flag, package", [(("--tensorboard",), "tensorboard"), (("--wandb", "p"), "wandb")])
@@ -397,7 +397,7 @@ def test_a_save_by_the_second_survives_a_resume(tmp_path):
     assert payload(tmp_path)["config"]["save_every"] == [7 / 60, "min"]
 
 
-def test_a_start_imports_nothing_that_it_does_not_need(tmp_path):
+def test_a_run_imports_only_what_it_needs(tmp_path):
     arguments = [*TINY, "--save-dir", str(tmp_path), "--stop-after", "1"]
     code = (
         f"import sys, train\nassert train.main({arguments!r}) == 0\n"
@@ -409,7 +409,7 @@ def test_a_start_imports_nothing_that_it_does_not_need(tmp_path):
     assert done.stdout.splitlines()[-1].strip() == "loaded", done.stderr
 
 
-def test_two_starts_at_once_are_one_run(tmp_path):
+def test_of_two_simultaneous_starts_one_is_refused(tmp_path):
     started = [spawn(*TINY, "--save-dir", tmp_path / "run", output=tmp_path / f"log{k}") for k in (1, 2)]
     codes, logs = [finish(p) for p in started], [(tmp_path / f"log{k}").read_text() for k in (1, 2)]
     assert sorted(codes) == [0, 2], logs

@@ -1,4 +1,4 @@
-"""Files that are not what they should be: every field of each, deleted or made wrong, is refused by name."""
+"""Invalid files: every field of each kind of file, if deleted or wrong, is refused by its name."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ FOREIGN = [None, "5", True, 1.5, -50, 10**30, float("nan"), [], {}, [[[]]], "\x1
 
 
 def places(value, at=()):
-    """Where everything in `value` is; of a list, the first item stands for all."""
+    """Yield the place of everything in `value`; the first item of a list stands for all."""
     items = (
         value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
     )
@@ -36,7 +36,7 @@ def places(value, at=()):
 
 
 def changed(content, at, *new):
-    """A copy with `new` at a place, or without that place; tensors are not copied."""
+    """Return a copy with `new` at a place, or without that place; tensors are shared."""
     content = type(content)(content)
     key, *rest = at
     if rest:
@@ -49,7 +49,7 @@ def changed(content, at, *new):
 
 
 def foreign(value):
-    """What may not stand where `value` stands: things of other types, and numbers that no field may have."""
+    """Return what must be refused in place of `value`: other types, and numbers that no field may have."""
     number = type(value) in (int, float)
     for new in FOREIGN:
         as_good = type(new) is type(value) and (not number or new == 1.5) and new != []
@@ -80,7 +80,7 @@ def payload(stopped):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run that could go on from it."""
+    """A run that could resume from it."""
     return tiny_run(tmp_path_factory.mktemp("run")), config_of()
 
 
@@ -142,7 +142,7 @@ def test_every_field_of_a_checkpoint_deleted_or_made_wrong_is_refused(payload, r
      "model.conv1.weight is .*float16, it should be .*float32"),
     (("new\x1b[31m\n",), 1, r"unknown new\\x1b\[31m\\n"),
 ])  # fmt: skip
-def test_a_field_that_is_wrong_is_named_with_exit_4_by_the_command(payload, tmp_path, capsys, at, new, words):
+def test_a_wrong_field_is_named_with_exit_code_4(payload, tmp_path, capsys, at, new, words):
     path = tmp_path / "last_x.pt"
     torch.save(changed(payload, at, new), path)
     arguments = ["--resume", str(path), "--save-dir", str(tmp_path / "new")]
@@ -169,7 +169,7 @@ def test_lists_in_lists_and_one_list_in_many_places_take_no_time(payload, tmp_pa
     assert time.process_time() - started < 20
 
 
-def test_files_of_before_and_of_a_little_later_load(payload, run, tmp_path):
+def test_older_and_slightly_newer_checkpoints_load(payload, run, tmp_path):
     older = changed(payload, ("epoch_sums",), {**payload["epoch_sums"], "more": 3})
     for content in (
         older,
@@ -198,7 +198,7 @@ def test_weights_of_another_type_are_refused_by_every_tool(payload, tmp_path):
 
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_what_an_optimizer_keeps_is_taken_bit_for_bit_and_nothing_else_is(name, momentum):
+def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, momentum):
     def stepped(steps: int):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).to(
@@ -230,7 +230,7 @@ def test_what_an_optimizer_keeps_is_taken_bit_for_bit_and_nothing_else_is(name, 
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
-def test_state_that_the_kernels_would_not_check_is_refused(name):
+def test_optimizer_state_that_kernels_do_not_check_is_refused(name):
     model = torch.nn.Linear(4, 3)
     optimizer = optim.build_optimizer(name, model, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
     for p in model.parameters():
@@ -346,7 +346,7 @@ def test_every_field_of_a_manifest_deleted_or_made_wrong_is_refused(packing):
 
 
 def harmless(at, *new) -> bool:
-    """Names and digests may be any text; what they are is found out elsewhere."""
+    """Names and digests may be any text here; other code checks them."""
     text = at[-1] in ("name", "digest", "train", "val", "classes") or at[-2:-1] in (
         ("classes",),
         ("class_names",),
@@ -372,7 +372,7 @@ LABELS = [
 
 
 @pytest.mark.parametrize("content", LABELS)
-def test_labels_that_are_none_are_refused(packing, tmp_path, content):
+def test_invalid_labels_are_refused(packing, tmp_path, content):
     out = shutil.copytree(packing, tmp_path / "out")
     path = out / "val-labels.npy"
     if isinstance(content, bytes):
@@ -396,7 +396,7 @@ ZEROS = pa.array([0] * 6)
 @pytest.mark.parametrize(
     "columns", [{"image": ZEROS, "label": ZEROS}, {"x": ZEROS}, {"image": NO_IMAGES, "label": ZEROS}]
 )
-def test_a_shard_of_other_columns_is_refused(tmp_path, columns):
+def test_a_shard_with_invalid_columns_is_refused(tmp_path, columns):
     table = pa.table(columns)
     with pa.OSFile(str(tmp_path / "x.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
@@ -418,9 +418,7 @@ NO_JSON = [b"5", b"[]", b"{", b"\xff", b"[" * 60_000]
     ("env.json", b'{"num_val": "9"}', results), ("env.json", b'{"commit": 5}', runs),
     ("run.json", b'{"status": 1}', results), ("run.json", b'{"flags": "x"}', results),
 ])  # fmt: skip
-def test_other_files_of_a_run_are_named_where_they_are_not_what_they_should_be(
-    tmp_path, name, content, reader
-):
+def test_other_invalid_files_of_a_run_are_named(tmp_path, name, content, reader):
     folder = tmp_path / "a-seed0"
     folder.mkdir()
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
@@ -429,7 +427,7 @@ def test_other_files_of_a_run_are_named_where_they_are_not_what_they_should_be(
         reader.read_run(folder, "a")
 
 
-def test_scores_that_are_none_are_named(tmp_path):
+def test_invalid_scores_are_named(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     (tmp_path / "validation").mkdir()
     for content in ("5", "{}", '{"results": [{"top1": {}}], "per_class": [], "confused_pairs": []}'):
@@ -438,7 +436,7 @@ def test_scores_that_are_none_are_named(tmp_path):
             report.main([str(tmp_path), "--out", str(tmp_path / "r.html"), "--no-pictures"])
 
 
-def test_what_a_file_says_reaches_no_terminal_raw(tmp_path, capsys):
+def test_text_from_files_reaches_the_terminal_escaped(tmp_path, capsys):
     run = tmp_path / "a\x1b[31m"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"epoch": 1}\n')

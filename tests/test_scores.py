@@ -1,4 +1,4 @@
-"""Scores against scikit-learn and against loops, on random cases full of ties."""
+"""Scores compared with scikit-learn and with loops, on random cases with many ties."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""A stop signal anywhere: the step is finished, the state saved, the run resumes to the same bits, nothing is left behind."""
+"""After a stop signal anywhere, the step is finished and saved, and the run resumes to the same bits."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ from base import errors
 from harness import checkpoint, interrupts
 
 INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
-# What is about to be done when the signal comes -> the step that is saved then.
+# The call before which the signal arrives -> the step that is then saved.
 STATES = {
     "train_utils.seed_everything:9": 9,
     "loop.train_step:1": 1,
@@ -47,7 +47,7 @@ def straight(tmp_path_factory) -> dict[str, str]:
 
 
 def members(group: int) -> list[int]:
-    """The living processes of a process group."""
+    """Return the running processes of a process group."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -82,22 +82,26 @@ def resumed(save_dir: Path) -> dict[str, str]:
 
 @pytest.mark.torture
 @pytest.mark.parametrize("state", ["harness.log.MetricLogger.log:3", "harness.checkpoint.link:1"])
-def test_a_signal_when_nothing_is_left_to_do_does_not_unmake_a_finished_run(state, straight, tmp_path):
+def test_a_signal_after_the_last_save_leaves_the_run_finished(state, straight, tmp_path):
     assert stop_at(state, str(TERM), tmp_path / "run", tmp_path / "log", 0) == 0
     assert "done: best" in (tmp_path / "log").read_text()
     assert digest(tmp_path / "run") == straight
 
 
 @pytest.mark.torture
-def test_the_same_signal_from_two_senders_is_one(straight, tmp_path):
-    """torchrun hands TERM on to ranks that the scheduler may have sent it to as well."""
+def test_the_same_signal_from_two_senders_counts_once(straight, tmp_path):
+    """torchrun passes TERM on to ranks that may also have got it from the scheduler."""
     assert stop_at("loop.train_step:8", f"{TERM} {TERM}", tmp_path / "run", tmp_path / "log", 1) == 143
     assert "To continue" in (tmp_path / "log").read_text()
     assert resumed(tmp_path / "run") == straight
 
 
-FAST = [("loop.train_step:8", INT), ("train_utils.hits:1", TERM), ("harness.checkpoint._write_and_prove:1", TERM),
-        ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP)]  # fmt: skip
+FAST = [
+    ("loop.train_step:8", INT),
+    ("train_utils.hits:1", TERM),
+    ("harness.checkpoint._write_and_prove:1", TERM),
+    ("torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1", HUP),
+]
 REST = (
     [(state, TERM) for state in STATES]
     + [(state, INT) for state in list(STATES)[::3]]
@@ -121,9 +125,11 @@ def test_a_stopped_run_is_saved_at_this_step_and_resumes_to_the_same_bits(state,
     assert resumed(save_dir) == straight
 
 
-@pytest.mark.parametrize("state", ["harness.checkpoint._write_and_prove:2",
-                                   pytest.param("loop.train_step:8", marks=pytest.mark.torture)])  # fmt: skip
-def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state, straight, tmp_path):
+@pytest.mark.parametrize(
+    "state",
+    ["harness.checkpoint._write_and_prove:2", pytest.param("loop.train_step:8", marks=pytest.mark.torture)],
+)
+def test_a_second_signal_ends_the_run_at_once_and_the_older_checkpoint_is_intact(state, straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     assert stop_at(state, f"{TERM} . {INT}", save_dir, log, 1) == 130
     assert "To continue" not in log.read_text() and "Traceback" not in log.read_text()
@@ -131,10 +137,12 @@ def test_a_second_signal_ends_it_at_once_and_the_older_checkpoint_is_whole(state
     assert resumed(save_dir) == straight
 
 
-@pytest.mark.parametrize("place", ["dataloader.BatchDataset.__getitem__:3",
-                                   pytest.param("dataloader.BatchDataset.__getitem__:8", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("place", [
+    "dataloader.BatchDataset.__getitem__:3",
+    pytest.param("dataloader.BatchDataset.__getitem__:8", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_path):
-    """A disk that does not answer, in training and in validation; with a worker, and without."""
+    """As if a disk did not answer, in training and in validation, with and without a worker."""
     log, save_dir, workers = tmp_path / "log", tmp_path / "run", int(place.endswith("3"))
     process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, HANG=place)
     deadline = time.monotonic() + 60
@@ -150,7 +158,7 @@ def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_p
 
 
 def catches(process: subprocess.Popen, number: int) -> bool:
-    """Whether the process has a handler for a signal (Linux)."""
+    """Return whether the process has a handler for a signal (Linux)."""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return bool(int(re.search(r"SigCgt:\s*(\w+)", status)[1], 16) >> (number - 1) & 1)
 
@@ -159,9 +167,14 @@ def catches(process: subprocess.Popen, number: int) -> bool:
     "number, code, delay",
     [(TERM, 143, 0.0), (INT, 130, 0.4), pytest.param(HUP, 143, 0.8, marks=pytest.mark.slow)],
 )
-def test_before_training_begins_a_signal_ends_it_quickly_with_nothing_written(number, code, delay, tmp_path):
-    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path / "run"), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, env=environment())  # fmt: skip
+def test_a_signal_before_training_ends_the_run_quickly_with_nothing_written(number, code, delay, tmp_path):
+    process = subprocess.Popen(
+        command(*TINY, "--save-dir", tmp_path / "run"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
     while process.poll() is None and not catches(process, TERM):
         time.sleep(0.01)
     time.sleep(delay)
@@ -173,15 +186,21 @@ def test_before_training_begins_a_signal_ends_it_quickly_with_nothing_written(nu
 
 @pytest.mark.slow
 def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
-    """ssh drops: SIGHUP comes, and from then on every write to the terminal fails."""
+    """If ssh is cut, SIGHUP arrives, and from then on every write to the terminal fails."""
     master, slave = os.openpty()
 
     def own_terminal():
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), stdin=slave, stdout=slave, stderr=slave,
-                               env=environment(), preexec_fn=own_terminal)  # fmt: skip
+    process = subprocess.Popen(
+        command(*TINY, "--save-dir", tmp_path),
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        env=environment(),
+        preexec_fn=own_terminal,
+    )
     os.close(slave)
     seen = b""
     while b"  1    8" not in seen:  # the row of the first epoch
@@ -195,8 +214,12 @@ def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
 @pytest.mark.slow
 def test_a_closed_pipe_stops_the_run_saved(straight, tmp_path):
     """train.py | head"""
-    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=environment())  # fmt: skip
+    process = subprocess.Popen(
+        command(*TINY, "--save-dir", tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+    )
     process.stdout.readline()
     process.stdout.close()
     err = process.stderr.read().decode()
@@ -230,7 +253,7 @@ def test_sighup_stays_ignored_under_nohup():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_handlers_found_are_put_back(tmp_path):
+def test_the_former_signal_handlers_are_restored(tmp_path):
     before = [signal.getsignal(number) for number in interrupts.STOP_SIGNALS]
     train.main([*TINY, "--save-dir", str(tmp_path), "--stop-after", "1"])
     assert [signal.getsignal(number) for number in interrupts.STOP_SIGNALS] == before

@@ -1,4 +1,4 @@
-"""models.summary: against published counts and its own sums."""
+"""models.summary against published counts and its own sums."""
 
 import pytest
 import torch

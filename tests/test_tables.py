@@ -27,18 +27,18 @@ def test_json_has_no_nan():
     assert json.loads(text, parse_constant=pytest.fail) == {"a": [1.0, None], "b": [None, {"c": None}]}
 
 
-def test_a_name_that_is_no_unicode_is_written_escaped(tmp_path):
+def test_a_name_that_is_not_unicode_is_written_escaped(tmp_path):
     assert files.write(tmp_path / "x" / "t.csv", "caf\udce9").read_text() == "caf\\udce9"
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["t.csv"]
 
 
-def test_what_cannot_be_written_is_a_resource_error(tmp_path):
+def test_an_output_that_cannot_be_written_is_a_resource_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ResourceError, match="cannot write"):
         files.write(tmp_path / "file" / "t.csv", "")
 
 
-def test_a_pipe_is_written_to_and_stays_one(tmp_path):
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     try:

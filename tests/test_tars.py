@@ -1,4 +1,4 @@
-"""ImageNet's tars, read in place: the same dataset as when unpacked, and what is refused."""
+"""ImageNet read directly from its tar files: the same dataset as when unpacked, and what is refused."""
 
 import io
 import tarfile
@@ -104,16 +104,16 @@ def test_a_truncated_archive_is_refused(archives, keep):
         tars.imagenet_tars(archives)
 
 
-def test_what_is_missing_is_named(archives):
+def test_a_missing_archive_is_named(archives):
     (archives / tars.DEVKIT).unlink()
-    with pytest.raises(DataError, match="labels were not found"):
+    with pytest.raises(DataError, match="labels of its images were not found"):
         tars.imagenet_tars(archives)
     (archives / tars.VAL).unlink()
     with pytest.raises(DataError, match=tars.VAL):
         tars.imagenet_tars(archives)
 
 
-def test_a_web_page_is_no_archive(archives):
+def test_a_web_page_is_not_taken_for_an_archive(archives):
     (archives / tars.VAL).write_text("<html>" + "x" * 2000)
     with pytest.raises(DataError, match=tars.VAL):
         tars.imagenet_tars(archives)

@@ -1,4 +1,4 @@
-"""A hundred kills at random instants, with saves all the time: `make torture` runs this and all that is marked torture."""
+"""A hundred kills at random times during constant saving: part of `make torture`."""
 
 import os
 import random
@@ -16,11 +16,11 @@ from harness import checkpoint
 from harness.log import read_metrics
 
 KILLS = 100
-OFTEN = ("--save-every", "0.001min")  # a save every 60 ms: about half of the kills come in the middle of one
+OFTEN = ("--save-every", "0.001min")  # a save every 60 ms: about half of the kills interrupt one
 
 
 @pytest.mark.torture
-def test_a_hundred_kills_at_random_instants_lose_nothing(tmp_path):
+def test_a_hundred_kills_at_random_times_lose_nothing(tmp_path):
     torch.set_num_threads(1)
     assert train.main([*TINY, "--save-dir", str(tmp_path / "straight")]) == 0
     wanted = [digest(tmp_path / "straight", kind) for kind in ("last", "best")]
@@ -28,20 +28,13 @@ def test_a_hundred_kills_at_random_instants_lose_nothing(tmp_path):
     while kills < KILLS:
         save_dir, lives = tmp_path / f"run{lives}", lives + 1
         for _ in range(6):
-            process = spawn(
-                *how(save_dir),
-                *OFTEN,
-                "--save-dir",
-                save_dir,
-                "--num-workers",
-                rng.choice((0, 1)),
-                output=log,
-            )
-            if rng.random() < 0.9:  # the others anywhere, most of them while it starts
+            workers = ("--num-workers", rng.choice((0, 1)))
+            process = spawn(*mode(save_dir), *OFTEN, "--save-dir", save_dir, *workers, output=log)
+            if rng.random() < 0.9:  # most of the others hit the start
                 wait_for_training(process, save_dir)
             process.join(rng.uniform(0, longest))
             if not process.is_alive():
-                longest *= 0.8  # it was through: aim earlier
+                longest *= 0.8  # it was done: aim earlier
                 break
             try:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -52,27 +45,28 @@ def test_a_hundred_kills_at_random_instants_lose_nothing(tmp_path):
             midway += any(save_dir.glob("*.partial"))
             saved += bool(list(save_dir.glob("*.pt")))
             assert not [file for file in save_dir.glob("*.pt") if checkpoint.find_damage(file)]
-        assert (
-            finish(spawn(*how(save_dir), "--save-dir", save_dir, "--num-workers", 0, output=log), 300) == 0
-        ), log.read_text()
+        process = spawn(*mode(save_dir), "--save-dir", save_dir, "--num-workers", 0, output=log)
+        assert finish(process, 300) == 0, log.read_text()
         assert [digest(save_dir, kind) for kind in ("last", "best")] == wanted
         assert len(read_metrics(save_dir)) == 3 and not list(save_dir.glob("*.partial"))
-    print(f"{kills} kills in {lives} runs, {saved} with a checkpoint there, {midway} in the middle of writing one: "
-          "0 lost, 0 unreadable")  # fmt: skip
-    assert midway > 5 and saved > KILLS / 2, "the kills did not hit what they are for"
+    print(
+        f"{kills} kills in {lives} runs, {saved} with a checkpoint there, {midway} in the middle of writing "
+        "one: 0 lost, 0 unreadable"
+    )
+    assert midway > 5 and saved > KILLS / 2, "too few kills hit a save"
 
 
 def wait_for_training(process, save_dir: Path) -> None:
-    """Until the run has written its settings anew, which it does just before the first step."""
-    before, deadline = mark(save_dir), time.monotonic() + 60
-    while process.is_alive() and mark(save_dir) == before and time.monotonic() < deadline:
+    """Wait until the run has written metrics.jsonl, which it does just before the first step."""
+    before, deadline = inode(save_dir), time.monotonic() + 60
+    while process.is_alive() and inode(save_dir) == before and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
-def mark(save_dir: Path) -> int:
+def inode(save_dir: Path) -> int:
     path = save_dir / "metrics.jsonl"
     return path.stat().st_ino if path.exists() else 0
 
 
-def how(save_dir: Path) -> tuple[str, ...]:
+def mode(save_dir: Path) -> tuple[str, ...]:
     return ("--resume", "auto") if list(save_dir.glob("*.pt")) else (*TINY, "--overwrite")

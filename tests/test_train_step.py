@@ -1,4 +1,4 @@
-"""The step against a loop written twice as plainly, in float64; and what it must never do."""
+"""The training step against a plain loop in float64, and what it must never do."""
 
 import copy
 import math
@@ -42,18 +42,36 @@ def make(
     model = build_model("resnet_tiny", num_classes=CLASSES, drop_path_rate=drop_path).to(dtype)
     optimizer = optim.build_optimizer("adamw", model, lr=lr, momentum=0.9, nesterov=False, weight_decay=0.05)
     schedule = optim.Schedule(optimizer, "onecycle", peak_lr=lr, total_steps=100)
-    state = TrainState(model, optimizer, schedule, torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler),
-                       ema.EMA(model, 0.99))  # fmt: skip
+    state = TrainState(
+        model,
+        optimizer,
+        schedule,
+        torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaler),
+        ema.EMA(model, 0.99),
+    )
     mixer = data_utils.BatchMixer(CLASSES, *alphas, 0.1)
-    how = StepOptions(model, mixer, data_utils.LOSSES["ce"], CPU, BatchNormBuffers(model), seed=7, clip=clip,
-               accumulate=accumulate)  # fmt: skip
+    how = StepOptions(
+        model,
+        mixer,
+        data_utils.LOSSES["ce"],
+        CPU,
+        BatchNormBuffers(model),
+        seed=7,
+        clip=clip,
+        accumulate=accumulate,
+    )
     return state, how
 
 
 def batches(n=STEPS, size=8, dtype=torch.float64):
     generator = torch.Generator().manual_seed(1)
-    return [(torch.randn(size, 3, 16, 16, generator=generator, dtype=dtype),
-             torch.randint(0, CLASSES, (size,), generator=generator)) for _ in range(n)]  # fmt: skip
+    return [
+        (
+            torch.randn(size, 3, 16, 16, generator=generator, dtype=dtype),
+            torch.randint(0, CLASSES, (size,), generator=generator),
+        )
+        for _ in range(n)
+    ]
 
 
 class PlainLoop:
@@ -103,7 +121,7 @@ def test_twenty_steps_equal_a_plain_float64_loop():
     for step, (images, labels) in enumerate(batches()):
         seed_everything(
             7, step, 0
-        )  # the draw that the step will make: mixing itself is tested against torchvision
+        )  # the same draw as in the step; mixing itself is tested against torchvision
         mixed = how.mixer(images, labels)
         expected = reference.step(*mixed)
         loss, finite = train_step(state, how, images, labels)
@@ -145,10 +163,23 @@ def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces):
         torch.manual_seed(0)
         model = NoNorm().double()
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
-        state = TrainState(model, optimizer, optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
-                           torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())  # fmt: skip
-        how = StepOptions(model, data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1), data_utils.LOSSES["ce"], CPU,
-                   BatchNormBuffers(model), 7, ("norm", 0.0), accumulate)  # fmt: skip
+        state = TrainState(
+            model,
+            optimizer,
+            optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
+            torch.amp.GradScaler("cpu", enabled=False),
+            ema.NoEMA(),
+        )
+        how = StepOptions(
+            model,
+            data_utils.BatchMixer(CLASSES, 0.2, 1.0, 0.1),
+            data_utils.LOSSES["ce"],
+            CPU,
+            BatchNormBuffers(model),
+            7,
+            ("norm", 0.0),
+            accumulate,
+        )
         train_step(state, how, *batches(1)[0])
         grads.append([p.grad.clone() for p in model.parameters()])
     for a, b in zip(*grads, strict=True):
@@ -160,8 +191,13 @@ def test_a_step_that_is_not_finite_moves_nothing_but_the_plan(poison):
     state, how = make(torch.float32)
     data = batches(3, dtype=torch.float32)
     train_step(state, how, *data[0])
-    before = copy.deepcopy({"model": state.model.state_dict(), "ema": state.ema.state_dict(),
-                            "optimizer": state.optimizer.state_dict()["state"]})  # fmt: skip
+    before = copy.deepcopy(
+        {
+            "model": state.model.state_dict(),
+            "ema": state.ema.state_dict(),
+            "optimizer": state.optimizer.state_dict()["state"],
+        }
+    )
     images = data[1][0].clone()
     if poison == "pixel":
         images[0, 0, 0, 0] = float("nan")
@@ -187,7 +223,7 @@ def flat(value):
 
 
 def train_on(state, how, data) -> list[bool]:
-    """The steps as loop.py takes them: which of them were finite."""
+    """Take steps as loop.py does; return which of them were finite."""
     seen = []
     for images, labels in data:
         seen.append(train_step(state, how, images, labels)[1])
@@ -195,7 +231,7 @@ def train_on(state, how, data) -> list[bool]:
     return seen
 
 
-def test_some_bad_steps_in_a_row_end_the_run():
+def test_too_many_bad_steps_in_a_row_end_the_run():
     state, how = make(torch.float32)
     poisoned = [(images * float("nan"), labels) for images, labels in batches(12, dtype=torch.float32)]
     with pytest.raises(DivergedError, match="10 steps in a row"):
@@ -207,7 +243,7 @@ def test_some_bad_steps_in_a_row_end_the_run():
 
 
 def scaled(name: str, fused: bool, scale: float = 1024.0):
-    """State and step with fp16's scaler: 'sgd' or 'adamw', in one kernel or not."""
+    """Return a state and step options with fp16's scaler, for 'sgd' or 'adamw', fused or not."""
     state, how = make(torch.float32, alphas=(0.0, 0.0), drop_path=0.3)
     options = {"lr": 1e-2, "weight_decay": 0.01, "fused": fused} | (
         {"momentum": 0.9} if name == "sgd" else {}
@@ -221,8 +257,8 @@ def scaled(name: str, fused: bool, scale: float = 1024.0):
 
 
 def bits(state) -> dict:
-    """All that a step may move, but the scale and what the plan counts."""
-    optimizer = {k: v for k, v in state.optimizer.state_dict()["state"].items()}
+    """Return all that a step may change, except for the scale and the step count."""
+    optimizer = dict(state.optimizer.state_dict()["state"].items())
     return flat({"model": state.model.state_dict(), "ema": state.ema.state_dict(), "optimizer": optimizer})
 
 
@@ -231,7 +267,7 @@ def bits(state) -> dict:
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, fused, poison, bad):
-    """Fused SGD, called for a step that it skips, makes its momentum of memory that nobody wrote."""
+    """Fused SGD would initialise its momentum with garbage if it were called for a skipped step."""
     ends = []
     for spoiled in (False, True):
         state, how = scaled(name, fused)
@@ -255,7 +291,7 @@ def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, 
                 assert state.bad_in_a_row == (poison == "pixel")
                 assert state.scaler.get_scale() == (
                     512.0 if poison == "overflow" else 1024.0
-                )  # no fault of the scale
+                )  # not caused by the scale
         ends.append(bits(state))
     assert ends[0] == ends[1]
 
@@ -265,7 +301,7 @@ def overflowing_above(state, limit: float) -> None:
     state.model.fc.weight.register_hook(lambda g: g * (math.inf if state.scaler.get_scale() > limit else 1.0))
 
 
-def test_a_scale_that_is_too_large_is_found_by_halves_and_costs_nothing_but_steps():
+def test_a_scale_that_is_too_large_is_halved_until_it_fits():
     state, how = scaled("sgd", fused=True, scale=65536.0)
     overflowing_above(state, 4.0)
     assert train_on(state, how, batches(20, dtype=torch.float32)) == [False] * 14 + [True] * 6
@@ -283,7 +319,7 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(scale, steps):
     assert bits(state) == before
 
 
-def test_32_images_are_learned_by_heart_in_60_steps():
+def test_32_images_are_memorized_in_60_steps():
     state, how = make(torch.float32, alphas=(0.0, 0.0), lr=1e-2)
     generator = torch.Generator().manual_seed(0)
     images, labels = (
@@ -325,7 +361,7 @@ def test_evaluate_counts_each_sample_once_whatever_the_batching():
     assert model.training  # as it was before
 
 
-def test_images_that_were_left_out_are_not_in_the_score():
+def test_skipped_images_are_not_in_the_score():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
     images, labels = torch.randn(4, 3, 2, 2), torch.arange(4)
     wanted = evaluate({"m": model}, [(images, labels)], CPU)["m"]
@@ -342,7 +378,7 @@ def test_evaluation_leaves_training_mode_alone_even_after_an_error():
 
 
 def test_with_shuffled_labels_validation_stays_at_chance():
-    """What would leak the labels (a wrong split, an augmentation that knows the class) would show here."""
+    """A leak of the labels (a wrong split, an augmentation that depends on the class) would show here."""
     from sources.generated import digits
 
     data, rng = digits(), np.random.default_rng(0)

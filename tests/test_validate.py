@@ -1,4 +1,4 @@
-"""validate.py as a command, and below it: loading a model, predicting, recalibrating, pictures of scores."""
+"""validate.py and what it uses: loading a model, predicting, recalibrating, pictures of scores."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
 
 @pytest.fixture(scope="module")
 def scored(photo_run, tmp_path_factory):
-    """(folder, scores.json) of one call with everything switched on."""
+    """(folder, scores.json) of one call with all options."""
     out = tmp_path_factory.mktemp("scored")
     everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn"]
     everything += ["--json", str(out / "copy.json")]
@@ -37,8 +37,11 @@ def scored(photo_run, tmp_path_factory):
 
 def test_the_first_lines_are_what_training_logged(photo_run, scored):
     row = checkpoint.load(photo_run)["rows"][-1]
-    by_weights = {line["weights"]: line for line in scored[1]["results"][::-1]
-                  if (line["bn"], line["tta"], line["image_size"]) == ("trained", "none", 24)}  # fmt: skip
+    by_weights = {
+        line["weights"]: line
+        for line in scored[1]["results"][::-1]
+        if (line["bn"], line["tta"], line["image_size"]) == ("trained", "none", 24)
+    }
     for weights, column in (("raw", "val"), ("ema", "ema_val")):
         for name in ("top1", "top5", "loss"):
             assert by_weights[weights][name] == pytest.approx(row[f"{column}_{name}"], rel=1e-5)
@@ -52,7 +55,7 @@ def test_every_combination_is_scored_once(scored):
     assert json.loads((scored[0] / "copy.json").read_text()) == scored[1]
 
 
-def test_files_agree_with_each_other(scored):
+def test_the_output_files_agree(scored):
     out, numbers = scored
     matrix = np.array([row[1:] for row in csv.reader((out / "confusion.csv").open())][1:], int)
     per_class = list(csv.DictReader((out / "per_class.csv").open()))
@@ -89,7 +92,7 @@ def copy_of(photos, tmp_path, names: dict):
     return tmp_path
 
 
-def test_fewer_classes_keep_their_places(photos, photo_run, tmp_path, capsys):
+def test_fewer_classes_keep_their_labels(photos, photo_run, tmp_path, capsys):
     """owl alone is class 0 of its data and class 2 of the model."""
     data = copy_of(photos, tmp_path / "data", {"owl": "owl", "dog": "dog"})
     where = ["--data-dir", str(data), "--json", "-", "--out", str(tmp_path / "out")]
@@ -137,7 +140,7 @@ def test_wrong_input(photos, photo_run, tmp_path):
         validate.check_architecture("swin_t", 224, (224,), SimpleNamespace(recalibrate_bn=True))
 
 
-def test_memory_that_runs_out_is_an_error_with_a_cure(photo_run, tmp_path, monkeypatch):
+def test_running_out_of_memory_is_an_error_with_a_fix(photo_run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -197,7 +200,7 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
         predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
 
-def test_raw_weights_are_used_if_there_is_no_average(photo_run, tmp_path):
+def test_raw_weights_are_used_without_an_ema(photo_run, tmp_path):
     classifier = predictions.load(str(photo_run), "both", CPU)
     assert list(classifier.models) == ["raw", "ema"] and classifier.weights == "ema"
     payload = {name: value for name, value in classifier.payload.items() if name != "schema"}
@@ -208,7 +211,7 @@ def test_raw_weights_are_used_if_there_is_no_average(photo_run, tmp_path):
 
 
 def test_one_normalization_for_pictures_and_for_the_loader(photos, photo_run):
-    """Pixels that a command of analysis shows become the very input that validation uses."""
+    """Pixels that a command of analysis shows become exactly the input of validation."""
     index = layouts.open_dataset("imagenet", photos)
     classifier = replace(predictions.load(str(photo_run), "ema", CPU), index=index)
     ((images, _),) = eval_loader(index.val, index, image_size=24, batch_size=64)

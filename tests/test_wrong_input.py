@@ -1,4 +1,4 @@
-"""User errors: an exit code, a line with what is wrong and where, a line with the fix, nothing written."""
+"""User errors have an exit code, one line with what is wrong, one with the fix, and nothing is written."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ SMALL = ("--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "1", "-
 
 
 def refusal(tmp_path: Path, *arguments) -> UserError:
-    """What train.py says to these arguments; it must not have written anything."""
+    """Return the error of train.py for these arguments; it must not have written anything."""
     save_dir, before = tmp_path / "run", snapshot(tmp_path)
     with pytest.raises(UserError) as caught:
         train.main([*map(str, (*SMALL, "--save-dir", save_dir, *arguments))])
@@ -43,7 +43,7 @@ def check(error: UserError, code: int, *words: str) -> None:
     assert all(word in said for word in words), said
 
 
-# Arguments: judged by the parser, so even before the data is looked at.
+# --- arguments, which are checked before the data ---
 
 NUMBERS = ("--lr", "--weight-decay", "--momentum", "--ema-decay", "--drop-path-rate", "--mixup-alpha",
            "--cutmix-alpha", "--label-smoothing", "--clip-norm", "--l1")  # fmt: skip
@@ -131,7 +131,7 @@ def test_a_config_file_meets_the_same_checks(text, words, tmp_path):
     check(refusal(tmp_path, "--config", tmp_path / "flags.yaml"), 2, *words)
 
 
-# Data
+# --- data ---
 
 
 def no_directory(root: Path) -> None:
@@ -184,7 +184,7 @@ def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("content", [b"", b"<html>not found</html>", "half", "all but 3 bytes"])
-def test_a_bad_image_ends_the_run_by_name(split, content, photos, tmp_path):
+def test_a_bad_image_ends_the_run_and_is_named(split, content, photos, tmp_path):
     bad = spoiled(photos, tmp_path / "data", split, content)
     with pytest.raises(UserError) as caught:
         train.main([*SMALL, "--data-dir", str(tmp_path / "data"), "--save-dir", str(tmp_path / "run")])
@@ -193,7 +193,7 @@ def test_a_bad_image_ends_the_run_by_name(split, content, photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_bad_image_met_by_a_worker_ends_the_run_by_name(split, photos, tmp_path):
+def test_a_bad_image_in_a_worker_ends_the_run_and_is_named(split, photos, tmp_path):
     bad, log = spoiled(photos, tmp_path / "data", split, b""), tmp_path / "log"
     flags = (*SMALL, "--data-dir", tmp_path / "data", "--save-dir", tmp_path / "run", "--num-workers", 2)
     assert finish(spawn(*flags, output=log)) == 3
@@ -209,10 +209,10 @@ def spoiled(photos: Path, data: Path, split: str, content: bytes | str) -> str:
     return bad.name
 
 
-# Surroundings
+# --- directories and machine ---
 
 
-def test_a_save_dir_that_cannot_be_one(photos, tmp_path):
+def test_a_save_dir_that_is_a_file_is_refused(photos, tmp_path):
     (tmp_path / "run").write_text("a file")
     check(refusal(tmp_path, "--data-dir", photos), 6, "--save-dir", "is a file")
     check(refusal(tmp_path, "--data-dir", photos, "--save-dir", tmp_path / "run" / "below"), 6, "is a file")
@@ -234,7 +234,7 @@ def test_a_disk_that_is_full_at_the_start(tmp_path, monkeypatch):
     assert {p.name for p in (tmp_path / "run").iterdir()} <= {".lock"}
 
 
-def test_a_directory_in_use_is_refused_and_one_left_by_a_killed_run_is_not(photos, tmp_path):
+def test_only_a_directory_still_in_use_is_refused(photos, tmp_path):
     save_dir = tmp_path / "run"
     lock = rundir.acquire(rundir.scan(str(save_dir)), overwrite=False)
     for flags in ((), ("--overwrite",), ("--resume", "auto")):
@@ -292,15 +292,17 @@ def test_training_needs_no_network(photos, tmp_path, monkeypatch):
     )
 
 
-# Through the command line
+# --- through the command line ---
 
 
 def test_usage_and_help_are_quick_because_torch_is_not_imported(tmp_path):
-    code = ("import sys\nimport train\nfrom base import errors\n"
-            "sys.argv = ['train.py', *{arguments!r}]\n"
-            "try:\n    code = errors.run(train.main)\n"
-            "except SystemExit as exit:\n    code = exit.code\n"
-            "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)")  # fmt: skip
+    code = (
+        "import sys\nimport train\nfrom base import errors\n"
+        "sys.argv = ['train.py', *{arguments!r}]\n"
+        "try:\n    code = errors.run(train.main)\n"
+        "except SystemExit as exit:\n    code = exit.code\n"
+        "print('code', code, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
     no_data = ["--data-dir", "nowhere", "--save-dir", str(tmp_path / "run")]
     for arguments, wanted in (
         (["--help"], "code 0 False False"),
@@ -334,7 +336,7 @@ def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
     assert "None" not in said and "SUPPRESS" not in said
 
 
-def test_two_lines_on_stderr_and_no_traceback(tmp_path):
+def test_an_error_is_two_lines_on_stderr_without_a_traceback(tmp_path):
     done = cli("--epochs", "0")
     assert done.returncode == 2 and done.stdout == ""
     first, second = done.stderr.splitlines()
@@ -346,7 +348,7 @@ def test_two_lines_on_stderr_and_no_traceback(tmp_path):
 @pytest.mark.parametrize(
     "variables", [{"LANG": "C", "LC_ALL": "C"}, {"TZ": "Nowhere/Land"}, {"HOME": "/nonexistent"}]
 )
-def test_odd_surroundings_do_not_matter(variables, photos, tmp_path):
+def test_odd_paths_and_environments_do_not_matter(variables, photos, tmp_path):
     strange = tmp_path / "dätä \n$(touch x)"
     shutil.copytree(photos, strange)
     done = cli(*SMALL, "--data-dir", strange, "--save-dir", tmp_path / "run", **variables)

@@ -1,6 +1,6 @@
-"""Download one file: resumable, and under its final name only when it is complete and verified.
+"""Download a file so that it can be resumed; it gets its final name when it is complete and verified.
 
-While it grows, the file is called `<name>.part`; `<name>.part.json` keeps the ETag (or Last-Modified) of its
+Until then it is called `<name>.part`, and `<name>.part.json` keeps the ETag (or Last-Modified) of its
 version, so that a resumed download asks for the rest of exactly that version.
 """
 
@@ -31,12 +31,12 @@ CHUNK = 1 << 20
 HEAD = 512  # bytes that identify the type of a file
 MAGIC = {".tar": (257, b"ustar"), ".gz": (0, b"\x1f\x8b"), ".zip": (0, b"PK\x03\x04")}  # offset, bytes
 MAX_REDIRECTS = 5
-TIMEOUT = 60  # seconds without a single byte
-MIN_RATE, WINDOW = 1000, 120  # bytes a second, averaged over so many seconds; a slower transfer has stalled
+TIMEOUT = 60  # seconds without any byte
+MIN_RATE, WINDOW = 1000, 120  # a transfer below MIN_RATE bytes a second over WINDOW seconds has stalled
 
 
 class Interrupted(Exception):
-    """The transfer ended early. A retry continues from the bytes received so far."""
+    """The transfer ended early; a retry continues it."""
 
 
 @dataclass
@@ -47,7 +47,7 @@ class RemoteFile:
     path: Path
     size: int  # bytes
     md5: str
-    restarts: int = field(default=0, init=False)  # how often the bytes received so far had to be discarded
+    restarts: int = field(default=0, init=False)  # how often the bytes received had to be discarded
 
     def __post_init__(self):
         self.part = self.path.with_name(self.path.name + ".part")
@@ -60,14 +60,14 @@ class RemoteFile:
 
     @property
     def address(self) -> str:
-        """The URL for messages, without its query, which may hold a token."""
+        """The URL without its query, which may hold a token: for messages."""
         url = urlsplit(self.url)
         return f"{url.scheme}://{url.hostname}{url.path}"
 
     def discard(self) -> None:
         """Delete the bytes received so far."""
         self.restarts += self.received > 0
-        # The part goes first: with the note of another version, two versions would be joined.
+        # The part first: beside the note of another version, it would be joined to that version.
         self.part.unlink(missing_ok=True)
         self.note.unlink(missing_ok=True)
 
@@ -84,9 +84,10 @@ class RemoteFile:
 def download(file: RemoteFile, *, tries: int = 5, pause: Callable[[float], None] = time.sleep) -> Path:
     """Download `file`, or resume its download, verify it, and return its path.
 
-    A broken transfer is retried after growing pauses. It is given up after `tries` failures in a row
-    without lasting progress, or when the server has made it start over `tries` times. Raises UsageError
-    for a URL that is not allowed, DataError for a wrong answer, ResourceError for a full disk.
+    A broken transfer is retried after growing pauses (`pause` waits for seconds). It is given up after
+    `tries` failures in a row without real progress, or when the server has made it start over `tries` times.
+    Raises UsageError for a URL that is not allowed, DataError for a wrong answer or a file that is not the
+    published one, and ResourceError for a full disk.
     """
     check_url(file.url)
     file.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ def download(file: RemoteFile, *, tries: int = 5, pause: Callable[[float], None]
 
 
 def check_url(url: str, redirected_from: str = "") -> None:
-    """Allow https, and plain http, whose files their checksums protect; no redirect from https to http."""
+    """Refuse all URLs but https and http (checksums protect the files), and redirects from https to http."""
     fix = "give the http(s):// address of the archive"
     try:
         parts = urlsplit(url)
@@ -170,7 +171,7 @@ def _http_error(file: RemoteFile, error: urllib.error.HTTPError, start: int) -> 
 
 def _receive(file: RemoteFile, response: http.client.HTTPResponse, start: int, bar: Progress) -> None:
     sent = response.headers.get("Content-Range", "")
-    if response.status != 206:  # the whole file, because the server ignores ranges or has a new version
+    if response.status != 206:  # the whole file: the server ignores ranges or has a new version
         start = 0
     elif not re.fullmatch(rf"bytes {start}-\d+/{file.size}", sent):
         file.discard()
@@ -189,7 +190,7 @@ def _receive(file: RemoteFile, response: http.client.HTTPResponse, start: int, b
 
 
 def _first_bytes(file: RemoteFile, response: http.client.HTTPResponse) -> bytes:
-    """Return the first bytes of a whole file. Refuses what cannot be that file before anything is kept."""
+    """Return the first bytes of a whole file. Raises DataError for what cannot be that file."""
     fix = "open the URL in a browser: is it a login page, or has the link expired?"
     content_type = response.headers.get("Content-Type", "").lower()
     encoding = response.headers.get("Content-Encoding", "identity")
@@ -229,7 +230,7 @@ def _append(file: RemoteFile, response: http.client.HTTPResponse, chunk: bytes, 
 
 
 def verify(path: Path, size: int, md5: str) -> None:
-    """Check the size and checksum of a whole file. If one is wrong, rename it to <name>.bad; DataError."""
+    """Check a file's size and MD5 checksum. If one is wrong, rename it to <name>.bad and raise DataError."""
     name, actual = path.name.removesuffix(".part"), path.stat().st_size
     if actual != size:
         problem = f"has {actual:,} bytes; the published file has {size:,}"
@@ -251,11 +252,11 @@ def _md5(path: Path, title: str) -> str:
     return digest.hexdigest()
 
 
-# --- connections: http and https only, few redirects, no patience for a server that only drips ---
+# --- connections: http and https only, few redirects, a minimum rate --------------------------------
 
 
 def _opener() -> urllib.request.OpenerDirector:
-    """Return an opener for http and https. urllib's own would also read file:, ftp: and data: URLs."""
+    """Return an opener for http and https; urllib's own also opens file:, ftp: and data: URLs."""
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
@@ -300,7 +301,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _RateLimited(io.RawIOBase):
-    """A connection that raises TimeoutError below MIN_RATE bytes a second; headers count, too."""
+    """A stream that raises TimeoutError below MIN_RATE bytes a second, headers included."""
 
     def __init__(self, raw: io.RawIOBase):
         self.raw, self.since, self.count = raw, time.monotonic(), 0

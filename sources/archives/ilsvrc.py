@@ -1,4 +1,4 @@
-"""From ImageNet's published archives to class folders: where images belong, their labels and the counts."""
+"""ImageNet's published archives: where each image belongs, the validation labels, and the expected counts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def train_place(name: str) -> str:
 
 
 def val_place(labels: dict[bytes, bytes]) -> Callable[[str], str]:
-    """Return the function that says where a validation image belongs: in the folder of its class."""
+    """Return a function that maps a validation image to its place: the folder of its class."""
 
     def place(name: str) -> str:
         found = VAL_IMAGE.fullmatch(name)
@@ -56,12 +56,12 @@ def devkit_place(name: str) -> str | None:
 
 
 def val_labels(data_dir: Path) -> dict[bytes, bytes]:
-    """Return {image name without suffix: class} from the devkit, Kaggle's list or the annotations."""
+    """Return {image name without extension: class} from the devkit, Kaggle's CSV file or the annotations."""
     return flat_val_labels(os.fspath(data_dir), os.fspath(data_dir))
 
 
 def val_state(data_dir: Path) -> str:
-    """Return whether val/ is "absent", "flat" (without class folders, or only partly filed) or "filed"."""
+    """Return "absent", "flat" (not, or only partly, moved into class folders) or "filed" (all moved)."""
     if (data_dir / "val.flat").exists():
         return "flat"
     if not (data_dir / "val").exists():
@@ -70,15 +70,14 @@ def val_state(data_dir: Path) -> str:
 
 
 def file_flat_val(data_dir: Path, labels: dict[bytes, bytes]) -> None:
-    """Move the images of a flat val/ into class folders. If interrupted, the next call continues.
+    """Move the images of a flat val/ into class folders, or continue an interrupted call.
 
-    Meanwhile there is no val/, only val.flat/ and val.filed/: half a validation set never looks complete.
+    Until all are moved there is no val/, only val.flat/ and val.filed/, so that no part looks complete.
+    Raises DataError, before any move, if a label is missing.
     """
     final, flat, filed = data_dir / "val", data_dir / "val.flat", data_dir / "val.filed"
     source = flat if flat.exists() else final
-    moves = folders.list_labelled(
-        source, "", labels
-    ).by_class  # raises, before any move, if a label is missing
+    moves = folders.list_labelled(source, "", labels).by_class
     if source is final:
         os.rename(final, flat)
     filed.mkdir(exist_ok=True)
@@ -90,12 +89,12 @@ def file_flat_val(data_dir: Path, labels: dict[bytes, bytes]) -> None:
     os.rename(filed, final)
     try:
         flat.rmdir()
-    except OSError:  # .DS_Store and the like are left
+    except OSError:  # not empty: .DS_Store and the like
         os.rename(flat, data_dir / "val.leftovers")
 
 
 def check_counts(data_dir: Path, train_images: int, val_images: int, classes: int) -> None:
-    """Raise a DataError that names every difference if `data_dir` does not hold all of ImageNet."""
+    """Raise DataError, naming every difference, if `data_dir` does not hold all of ImageNet."""
     train, val = folders.list_classes(data_dir, "train"), folders.list_classes(data_dir, "val")
     problems = []
     for part, listing, images in (("train", train, train_images), ("val", val, val_images)):
@@ -110,5 +109,5 @@ def check_counts(data_dir: Path, train_images: int, val_images: int, classes: in
     if differ:
         problems.append(f"classes in only one of train/ and val/: {folders.some(differ)}")
     if problems:
-        fix = "delete the incomplete folder and run the same command again to unpack it anew"
+        fix = "delete the incomplete folder and run the same command again"
         raise DataError(f"{data_dir}: {'; '.join(problems)}", fix)

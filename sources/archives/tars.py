@@ -1,4 +1,4 @@
-"""Read ImageNet in place from its published tar files, for pack_dataset.py."""
+"""Read ImageNet directly from its published tar files, for pack_dataset.py."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ class TarSplit(Split):
         return self.names[i]
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-        # Open as long as the split lives; pread, because forked processes share the position of an open file.
+        # Left open on purpose. `pread`, because forked processes share the position of an open file.
         self._file = self._file or open(self.path, "rb", buffering=0)  # noqa: SIM115
         return [os.pread(self._file.fileno(), int(self.sizes[i]), int(self.offsets[i])) for i in ids]
 
 
 def present(data_dir: str | os.PathLike) -> bool:
-    """Return whether `data_dir` holds the training tar, not yet unpacked."""
+    """Return whether `data_dir` holds the training tar and no unpacked train/."""
     return Path(data_dir, TRAIN).is_file() and not Path(data_dir, "train").is_dir()
 
 
 def imagenet_tars(data_dir: str | os.PathLike) -> DatasetIndex:
-    """Index the published tars in `data_dir`; the validation labels may be packed, unpacked or a CSV file.
+    """Index the published tars in `data_dir`. Validation labels: the devkit (packed or not), or a CSV file.
 
     Raises DataError if an archive or a label is missing, or an archive is damaged.
     """
@@ -99,7 +99,7 @@ def _val_images(members: Iterator[Member]) -> Iterator[Entry]:
 
 
 def _matching(pattern: str, members: Iterator[Member]) -> Iterator[tuple[str, Member]]:
-    """Yield the regular files whose base name matches; everything else is passed over."""
+    """Yield (base name, member) of the regular files whose base name matches `pattern`."""
     for member in members:
         name = os.path.basename(member.name)
         if member.kind == FILE and re.fullmatch(pattern, name):
@@ -107,7 +107,7 @@ def _matching(pattern: str, members: Iterator[Member]) -> Iterator[tuple[str, Me
 
 
 def _val_labels(data_dir: Path) -> dict[bytes, bytes]:
-    """Return {image name without suffix: class} from the devkit's archive, or as `ilsvrc.val_labels`."""
+    """Return {image name without extension: class} from the devkit's archive, or by `ilsvrc.val_labels`."""
     devkit = data_dir / DEVKIT
     if not devkit.is_file():
         return ilsvrc.val_labels(data_dir)

@@ -1,7 +1,7 @@
 """Read tar and zip archives without trusting them; unpack one into a new folder, completely or not at all.
 
-Only regular files with expected names are written; an unexpected name is refused, not cleaned up. `tarfile`
-is not used: its holes were in links, devices, sparse files and odd offsets; our archives have none of those.
+Only regular files with expected names are written; an archive with any other name is refused. `tarfile` is
+not used: its security holes were in links, devices and sparse files, which these archives do not contain.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from zipfile import BadZipFile
 from base.errors import DataError, ResourceError
 from base.progress import Progress
 
-BLOCK = 512  # bytes; a tar file consists of such blocks
+BLOCK = 512  # bytes; a tar file consists of blocks of this size
 CHUNK = 1 << 20
 MAX_FILES = 3_000_000
-MAX_SIZE = 256 << 20  # bytes of one unpacked file; the largest, CIFAR-100's training images, has 155 MB
+MAX_SIZE = 256 << 20  # bytes per unpacked file; the largest, CIFAR-100's training images, has 155 MB
 FILE, FOLDER, REMARK = "file", "folder", "remark"
 TAR_KINDS = {
     b"0": FILE, b"\0": FILE, b"5": FOLDER, b"x": REMARK, b"g": REMARK,
@@ -43,7 +43,7 @@ class Member:
     """An entry of an archive. Read it before asking for the next one."""
 
     name: str
-    kind: str  # FILE, FOLDER, REMARK (a pax header), or what it is instead
+    kind: str  # FILE, FOLDER, REMARK (a pax header), or a description of something else
     size: int  # bytes
     stream: BinaryIO
     offset: int = 0  # of its content in a tar file, bytes
@@ -61,7 +61,7 @@ class Member:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Iterator[Member]]:
-    """Open a .tar, .tar.gz or .zip file and yield its members; any damage becomes a DataError."""
+    """Open a .tar, .tar.gz or .zip file and yield its members. Raises DataError if it is damaged."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
@@ -113,7 +113,7 @@ def _tar_header(header: bytes, stream: BinaryIO, offset: int) -> Member:
 
 
 def zip_members(archive: zipfile.ZipFile) -> Iterator[Member]:
-    """Yield the members of a zip file, whose checksums zipfile compares as they are read."""
+    """Yield the members of a zip file; zipfile verifies their checksums while they are read."""
     packings = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
     for info in archive.infolist():
         file_type = stat.S_IFMT(info.external_attr >> 16)
@@ -134,26 +134,28 @@ def unpack(
     expected_files: int = 0,
     inside: Callable[[Iterator[Member]], Iterator[Member]] = iter,
 ) -> None:
-    """Unpack the regular files of `archive` into `folder`, which appears when all of them are there.
+    """Unpack the regular files of `archive` into `folder`, which appears only when all of them are there.
 
-    place: where a name belongs below `folder`, or None to leave it out; raises `unexpected` for any other
-    expected_files: total of the progress bar, which is only shown with it
-    inside: turns the archive's members into those to unpack, for archives inside an archive
+    place: maps a name to its path below `folder`, or to None to leave it out; raises `unexpected` otherwise.
+    expected_files: total of the progress bar; 0 hides it.
+    inside: maps the archive's members to those to unpack, for archives inside an archive.
+    Raises DataError for a damaged or unexpected archive, and ResourceError if `folder` cannot be written.
     """
     name = f"unpacking {archive.name}"
     bar = Progress(expected_files, name, unit="files", enabled=expected_files > 0)
     with bar, complete_or_absent(folder) as partial, opened(archive) as members:
         for member in inside(members):
             if member.kind in (FOLDER, REMARK):
-                continue  # folders are made for the files in them; remarks hold times and owners
+                continue  # folders are made for their files; remarks hold times and owners
             if member.kind != FILE:
                 raise DataError(f"contains a {member.kind} ({member.name})", PUBLISHED)
             target = place(member.name)
             if target is None:
                 continue
-            if member.size > MAX_SIZE or bar.count >= MAX_FILES:
-                problem = f"{member.name} is too large ({member.size:,} bytes), or one file too many"
-                raise DataError(problem, PUBLISHED)
+            if member.size > MAX_SIZE:
+                raise DataError(f"{member.name} is too large ({member.size:,} bytes)", PUBLISHED)
+            if bar.count >= MAX_FILES:
+                raise DataError(f"contains more than {MAX_FILES:,} files", PUBLISHED)
             _write(partial / target, member)
             bar.update()
 
@@ -177,17 +179,17 @@ def unexpected(name: str) -> DataError:
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Yield a new folder to fill. It gets its final name at the end, and is deleted if anything fails."""
+    """Yield a new folder to fill. It gets its final name at the end, or is deleted if anything fails."""
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():  # left by a killed run
         shutil.rmtree(partial)
     try:
         partial.mkdir(parents=True)
         yield partial
-        os.sync()  # after a power cut, no empty files may stand under the final name
+        os.sync()  # a power cut must not leave empty files under the final name
         os.rename(partial, folder)
     except OSError as error:
         problem = f"cannot write {folder}: {error.strerror or error}"
         raise ResourceError(problem, "free some space and run the same command again") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)  # gone after the rename
+        shutil.rmtree(partial, ignore_errors=True)  # it no longer exists after the rename
