@@ -1,6 +1,7 @@
 """The architecture and the documents: imports point downwards, and README is true."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -31,6 +32,7 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
 SCRIPTS = {"train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"}
 
 
+@functools.cache  # listing the files takes half a second, .venv's among them
 def modules() -> dict[str, Path]:
     files = [p for p in ROOT.rglob("*.py") if not {".venv", "tests", ".ci"} & set(p.relative_to(ROOT).parts)]
     return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
