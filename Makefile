@@ -26,7 +26,7 @@ $(VENV)/.installed: requirements.lock
 	fi
 	@touch $@
 
-train: setup     ## train a ResNet-50 on scikit-learn's digits: five minutes on two CPU cores
+train: setup     ## train a ResNet-50 on scikit-learn's digits: three to five minutes on two CPU cores
 	$(PYTHON) train.py --config recipes/digits.yaml --save-dir $(RUN) --overwrite $(ARGS)
 
 test: setup      ## run the fast tests
@@ -48,7 +48,7 @@ bench: setup     ## measure loader, storage and step: make bench DATA=data/image
 TORTURED := checkpoint schemas rundir loop signals resume wrong_input distributed torture security \
             pack_dataset benchmarks_goodput
 
-torture: setup   ## kill, damage and resume hundreds of runs: a quarter of an hour
+torture: setup   ## kill, damage and resume hundreds of runs: eleven minutes
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
 
 fuzz: setup      ## try random command lines and damaged files (FUZZ_SEED=7 tries others)
