@@ -30,7 +30,7 @@ from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import layouts
-from sources.images import BadImage, EvalTransform, Steps, TrainTransform
+from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
@@ -43,14 +43,19 @@ def train_loader(
     image_size: int,
     batch_size: int,
     augment: Steps,
+    crop: float | None = None,
     seed: int = 0,
     on_bad_image: str = "fail",
     num_workers: int = 0,
     runtime: Runtime = CPU,
 ) -> Loader:
-    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks."""
+    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks.
+
+    crop: of images without a random crop, see `eval_loader`
+    """
     split = index.train.for_size(image_size)
-    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean), seed, on_bad_image)
+    crop = crop or default_crop(image_size, index.native_size)
+    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean, crop), seed, on_bad_image)
     order = Order(len(split), batch_size, seed, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
@@ -61,12 +66,17 @@ def eval_loader(
     *,
     image_size: int,
     batch_size: int,
+    crop: float | None = None,
     on_bad_image: str = "fail",
     num_workers: int = 0,
     runtime: Runtime = CPU,
 ) -> Loader:
-    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform."""
-    dataset = BatchDataset(split, EvalTransform(image_size), on_bad_image=on_bad_image)
+    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform.
+
+    crop: share of the resized image's short side, by default `sources.images.default_crop`
+    """
+    transform = EvalTransform(image_size, crop or default_crop(image_size, index.native_size))
+    dataset = BatchDataset(split, transform, on_bad_image=on_bad_image)
     order = Order(len(split), batch_size, shuffle=False, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
