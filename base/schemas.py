@@ -266,6 +266,7 @@ Plan = exactly(**PLAN)  # packing.json
 Manifest = exactly(**PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]])
 # a line of packing.jsonl
 Record = exactly(part=Literal["train", "val"], k=Count, shards=dict[Text, Shard], skipped=list[Skipped])
+CropRecord = exactly(crc32=Crc32, skipped=list[Skipped])  # of a shard of evaluation crops
 
 
 def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:

@@ -25,7 +25,7 @@ from loop import Run
 from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
-from sources.index import DatasetIndex, FileSplit, SubsetSplit, balanced_subset
+from sources.index import DatasetIndex, FileSplit, SubsetSplit, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
@@ -81,13 +81,12 @@ def build(
         accumulate=config.accumulate,
         l1=config.l1,
     )
-    sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
     return Run(
         state,
         phases,
         runtime,
         index=index,
-        train_sample=SubsetSplit(index.train, sample),
+        train_sample=training_sample(index),
         augment=flags.parse_augment(config.augment),
         num_workers=num_workers(config),
         on_bad_image=config.on_bad_image,
