@@ -148,6 +148,7 @@ Eval = exactly(
     std=Deviations,
     image_size=Pixels,
     crop=Annotated[float, Field(gt=0, le=1)],
+    **optional(flip=bool),
 )
 Optimizer = exactly(
     state=dict[
