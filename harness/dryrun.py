@@ -110,12 +110,13 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
             steps.append(train_step(state, options, images, labels).result())
             state.count(steps[-1])
         batches = eval_batches(run, run.index.val, phase)
-        evaluate(models, timed(batches, validation, runtime, seconds / 2), runtime)
+        evaluate(models, timed(batches, validation, runtime, seconds / 2), runtime, flip=run.eval_flip)
     losses = [step.loss for step in steps if step.finite]
     details = f"{training.batches} steps timed, loss {sum(losses) / max(1, len(losses)):.3f}"
     say(
         f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({details}), "
-        f"{validation.per_second:>8,.1f} img/s validation, memory {memory_used(run, phase, options)}"
+        f"{validation.per_second:>8,.1f} img/s validation at {run.scored_as(phase)[0]} px, "
+        f"memory {memory_used(run, phase, options)}"
     )
     if bad := len(steps) - len(losses):
         searching = state.scaler.is_enabled() and not state.bad_in_a_row
