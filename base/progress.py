@@ -80,11 +80,11 @@ class Eta:
     """Estimates the remaining seconds of a run whose phases differ in cost.
 
     Assumes that the cost of a step is proportional to batch size x side^2, and so is that of validation,
-    at the size of the phase. The rates are the latest ones measured.
+    at `eval_size` or the size of the phase. The rates are the latest ones measured.
     """
 
-    def __init__(self, phases: Sequence, num_val: int):
-        self.phases, self.num_val = phases, num_val
+    def __init__(self, phases: Sequence, num_val: int, eval_size: int | None = None):
+        self.phases, self.num_val, self.eval_size = phases, num_val, eval_size
         self.train_rate = self.eval_rate = 0.0  # seconds per pixel
 
     def observe_training(self, image_size: int, images: int, seconds: float) -> None:
@@ -100,6 +100,7 @@ class Eta:
         for phase in self.phases:
             steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)
             epochs = phase.epochs - min(max(scored_epochs - phase.first_epoch + 1, 0), phase.epochs)
-            work = steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate
-            seconds += phase.image_size**2 * work
+            eval_size = self.eval_size or phase.image_size
+            seconds += steps * phase.batch_size * phase.image_size**2 * self.train_rate
+            seconds += epochs * self.num_val * eval_size**2 * eval_rate
         return seconds

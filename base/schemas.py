@@ -148,6 +148,7 @@ Eval = exactly(
     std=Deviations,
     image_size=Pixels,
     crop=Annotated[float, Field(gt=0, le=1)],
+    **optional(flip=bool),
 )
 Optimizer = exactly(
     state=dict[
@@ -266,6 +267,7 @@ Plan = exactly(**PLAN)  # packing.json
 Manifest = exactly(**PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]])
 # a line of packing.jsonl
 Record = exactly(part=Literal["train", "val"], k=Count, shards=dict[Text, Shard], skipped=list[Skipped])
+CropRecord = exactly(crc32=Crc32, skipped=list[Skipped])  # of a shard of evaluation crops
 
 
 def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:

@@ -20,7 +20,6 @@ from torch import nn
 
 from base.errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
-from sources.images import EVAL_CROP
 
 SCHEMA = 1  # version of the format
 ATTEMPTS = 3  # at writing, in case the disk recovers
@@ -70,9 +69,13 @@ def _write_and_prove(partial: Path, content: dict) -> None:
 
 
 def _on_cpu(value):
-    """Return `value` with its tensors on the CPU: plain torch.load needs a GPU to open one saved on a GPU."""
+    """Return `value` with its tensors on the CPU, each in memory of its own.
+
+    Plain torch.load needs a GPU to open a tensor saved on a GPU, and reads the whole buffer of a view.
+    """
     if isinstance(value, torch.Tensor):
-        return value.cpu()
+        is_view = value.untyped_storage().nbytes() > value.nbytes
+        return value.detach().clone().cpu() if is_view else value.cpu()
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
     return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value
@@ -261,8 +264,8 @@ def newest(
     return None, None, []
 
 
-def eval_settings(index, image_size: int) -> dict:
-    """Return payload["eval"]: the classes, and how every tool prepares images for the model."""
+def eval_settings(index, image_size: int, crop: float, flip: bool) -> dict:
+    """Return payload["eval"]: the classes, and how every tool prepares and scores images."""
     return {
         "dataset": index.name,
         "classes": list(index.classes),
@@ -270,7 +273,8 @@ def eval_settings(index, image_size: int) -> dict:
         "mean": list(index.mean),
         "std": list(index.std),
         "image_size": image_size,
-        "crop": EVAL_CROP,
+        "crop": crop,
+        "flip": flip,
     }
 
 

@@ -37,6 +37,9 @@ DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatc
 # Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
                "config"}  # fmt: skip
+# Of flags that are missing in a checkpoint of an earlier version, because there was one behaviour, which is
+# not the default now.
+OLD_VALUES = {"eval_crop": 0.875}
 MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # these decide the weights' shapes
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
@@ -194,12 +197,13 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
 
 
 def parse_saved_flags(saved: dict) -> dict:
-    """Return the flags of a checkpoint as {flag: value}, checked by the parser; missing ones get defaults.
+    """Return the flags of a checkpoint as {flag: value}, checked by the parser.
 
+    A missing flag gets the value that the version without it used.
     Raises CheckpointError that names a flag which this version does not know or whose value it refuses.
     """
     try:
-        values = defaults() | from_file(train_parser(), saved, exact=True)
+        values = defaults() | OLD_VALUES | from_file(train_parser(), saved, exact=True)
     except UsageError as error:
         fix = "use a checkpoint that train.py wrote; if it is newer than this code, update the code"
         raise CheckpointError(f"malformed flags in the checkpoint: {error.what}", fix) from None

@@ -8,13 +8,13 @@ The directory holds `manifest.json`, a folder of shards per stored side (`train-
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from base.errors import DataError
+from base.files import check_file
 from sources.index import DatasetIndex, Split
 
 COLUMNS = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
@@ -68,6 +68,15 @@ class PackedSplit(Split):
     def digest(self) -> str:
         """Return the digest of the split that was packed: equal for every stored side."""
         return self.manifest["parts"][self.part]["digest"]
+
+    @property
+    def crop_root(self) -> str:
+        return self.root
+
+    def content(self) -> str:
+        if self.side is None:  # the original files
+            return self.digest()
+        return f"{self.digest()} at {self.side} px, JPEG quality {self.manifest['quality']}"
 
     def damaged_shards(self) -> Iterator[tuple[str, str]]:
         """Read all shards; yield (path, reason) for each whose bytes are not those that were written."""
@@ -138,27 +147,6 @@ def table_name(part: str, side: int | None) -> str:
 def shard_file(table: str, k: int) -> str:
     """Return the path of shard `k`, relative to the packed dataset."""
     return os.path.join(table, f"{k:05d}.arrow")
-
-
-def check_file(path: str, size: int, crc32: int | None = None) -> str | None:
-    """Return what is wrong with the file, or None. Its content is read only if a checksum is given."""
-    try:
-        found = os.path.getsize(path)
-        if found != size:
-            return f"it has {found:,} bytes instead of {size:,}"
-        if crc32 is not None and file_crc32(path) != crc32:
-            return "its checksum is wrong"
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def file_crc32(path: str) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def read_plan(root: str, name: str) -> dict:

@@ -11,9 +11,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -115,7 +114,7 @@ def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_
         with ExitStack() as stack:
             writers = {}
             for table, path in paths.items():
-                file = stack.enter_context(_durable(path))
+                file = stack.enter_context(files.durable(path))
                 writers[table] = stack.enter_context(pa.ipc.new_stream(file, schema))
             for batch in _batches(split, plan, group, bad):
                 rows += len(batch["label"])
@@ -127,17 +126,8 @@ def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_
         return {"part": group.part, "k": group.k, "bad": bad}
     shards = {}
     for table, path in paths.items():
-        shards[table] = {"rows": rows, "bytes": os.path.getsize(path), "crc32": packed.file_crc32(path)}
+        shards[table] = {"rows": rows, "bytes": os.path.getsize(path), "crc32": files.file_crc32(path)}
     return {"part": group.part, "k": group.k, "shards": shards, "skipped": bad}
-
-
-@contextmanager
-def _durable(path: str) -> Iterator[BinaryIO]:
-    """Open a file that takes its name once its content is on disk, so that a power cut cannot empty it."""
-    with files.replacing(path) as partial, open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterator[dict[str, list]]:
@@ -277,7 +267,7 @@ def _read_records(out: str, plan: dict) -> list[dict]:
 
 def _is_complete(out: str, record: dict) -> bool:
     for table, shard in record["shards"].items():
-        if packed.check_file(os.path.join(out, packed.shard_file(table, record["k"])), shard["bytes"]):
+        if files.check_file(os.path.join(out, packed.shard_file(table, record["k"])), shard["bytes"]):
             return False
     return True
 
@@ -295,7 +285,7 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
         skipped = [image for record in ordered for image in record["skipped"]]
         labels = np.delete(getattr(index, part).labels, [image["id"] for image in skipped]).astype("<i4")
         path = os.path.join(out, f"{part}-labels.npy")
-        with _durable(path) as file:
+        with files.durable(path) as file:
             np.save(file, labels)
         digest = plan["source"][part]
         if skipped:
@@ -304,7 +294,7 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
             "images": len(labels),
             "digest": digest,
             "labels_bytes": os.path.getsize(path),
-            "labels_crc32": packed.file_crc32(path),
+            "labels_crc32": files.file_crc32(path),
             "skipped": skipped,
         }
         for table in tables_of(plan, part):
@@ -317,5 +307,5 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
 
 
 def _write_json(path: str, value: dict) -> None:
-    with _durable(path) as file:
+    with files.durable(path) as file:
         file.write(json.dumps(value, indent=1).encode())

@@ -52,7 +52,8 @@ def look(make_config: Callable) -> tuple:
     finally:
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
-    values = (run.eval_every, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
+    scoring = (run.eval_every, run.eval_size, run.eval_crop, run.eval_flip)
+    values = (scoring, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
     steps = trace(run, run.phases[0])
     for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
         run.state.schedule.observe(1.0)
@@ -71,7 +72,7 @@ def trace(run: Run, phase, count: int = 2) -> list:
     state.schedule.seek(phase.first_step)
     state.model.train()
     for _, (images, labels) in zip(range(count), loader, strict=False):
-        loss, _ = train_step(state, options, images, labels)
+        loss = train_step(state, options, images, labels).result().loss
         averaged = state.ema.module and hashed(state.ema.module)
         seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
     return seen

@@ -18,7 +18,10 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
         ("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_suggestion"), 1
     ),
     **dict.fromkeys(("analysis.feature_maps", "analysis.filter_figures"), 1),
-    **dict.fromkeys(("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log"), 2),
+    **dict.fromkeys(
+        ("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log", "harness.pool"),
+        2,
+    ),
     "analysis.landscape_figures": 2,
     **dict.fromkeys(("loop", "analysis.predictions", "analysis.export"), 3),
     **dict.fromkeys(("analysis.gradcam_figures", "analysis.validation"), 3),

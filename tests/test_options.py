@@ -70,6 +70,9 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "save_every": ("", ["--save-every 2"]),
     "stop_after": ("", ["--stop-after 2"]),
     "eval_every": ("", ["--eval-every 2"]),
+    "eval_size": ("", ["--eval-size 24", "--eval-size 32"]),
+    "eval_crop": ("", ["--eval-crop 1", "--eval-crop 0.5"]),
+    "eval_flip": ("", ["--eval-flip"]),
     "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # These do not affect steps; other tests cover them.

@@ -13,6 +13,7 @@ from test_images import encoded, photo
 
 import pack_dataset
 from base.errors import DataError
+from base.files import file_crc32
 from sources import packed, packing
 from sources.images import decode
 from sources.index import ArraySplit, DatasetIndex
@@ -243,10 +244,7 @@ def test_labels_that_do_not_fit_are_refused(labels, out):
     path = out / "train-labels.npy"
     path.write_bytes(labels) if isinstance(labels, bytes) else np.save(path, labels)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["parts"]["train"] |= {
-        "labels_bytes": path.stat().st_size,
-        "labels_crc32": packed.file_crc32(str(path)),
-    }
+    manifest["parts"]["train"] |= {"labels_bytes": path.stat().st_size, "labels_crc32": file_crc32(str(path))}
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"train-labels\.npy"):
         open_packed(out)
