@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -30,12 +31,12 @@ GPU_FACTS = (
     "clocks.sm",
     "temperature.gpu",
 )
-# px and batch size, beyond the documents' 256, 128 and 64. A size ends with the first that does not fit.
+# px and batch size, beyond the documents'. A size ends with the first batch that does not fit.
 LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), (64, 4096), (128, 1024))
 LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
 # SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
-CIFAR = """--stem small --head linear --resize-schedule 32 --batch-size 512 --optimizer sgd --nesterov --lr 0.2
---weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8 --mixup-alpha 0 --cutmix-alpha 0
+CIFAR = """--stem small --head linear --resize-schedule 32 --batch-size 512 --optimizer sgd --nesterov
+--lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8 --mixup-alpha 0 --cutmix-alpha 0
 --drop-path-rate 0 --no-ema"""
 STUDY = "tiny_imagenet_02"
 RUNGS = ("mixup,progressive,all", "mixup+cutmix,drop-path,last-size-only")  # in order of value
@@ -43,7 +44,7 @@ RUNGS = ("mixup,progressive,all", "mixup+cutmix,drop-path,last-size-only")  # in
 PROGRESSIVE = (
     "--batch-size 256 --augment basic --mixup-alpha 0.2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
 )
-SMALL = ("--arch", "resnet_tiny", "--num-workers", 0, "--device", "cpu")  # in a rehearsal
+SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
 LONGEST = 100  # epochs
 
 
@@ -166,13 +167,14 @@ def gpu_tests(s: Setting) -> None:
 
 
 def step(s: Setting) -> None:
-    """The documents' sizes: this project, bare and timm with their kernels; then compiled variants."""
+    """The documents' sizes: this project, bare and timm with their kernels; then variants of the project."""
     sizes = ["--sizes", 64, 128, 224, "--rounds", 5]
+    variants = (["compile", "cuda-graphs"], ["fp32", "fp16", "nchw"])  # in order of value
     if s.rehearse:
         sizes = ["--sizes", 16, "--batch-sizes", 8, "--rounds", 2, "--arch", "resnet_tiny", "--device", "cpu"]
-    must("-m", "benchmarks.step", *sizes, "--out", s.out)
-    if not s.rehearse:
-        must("-m", "benchmarks.step", *sizes, "--variants", "--out", s.out)
+        variants = (["nchw"],)
+    for options in ([], *(["--variants", *names] for names in variants)):
+        must("-m", "benchmarks.step", *sizes, *options, "--out", s.out)
 
 
 def large_batches(s: Setting) -> None:
@@ -216,7 +218,6 @@ def syncs(s: Setting) -> None:
     """Where the host waits for the GPU, per step: in the step alone, and in a whole run of train.py."""
     import torch
 
-    import train
     from base.device import init_runtime
     from benchmarks import step_loops
 
@@ -233,9 +234,18 @@ def syncs(s: Setting) -> None:
     words = ["--dataset", data, "--arch", arch, "--resize-schedule", size, "--batch-size", batch]
     words += ["--epochs", 2, "--num-workers", 2, "--save-dir", s.work / "syncs", "--overwrite"]
     with synchronizations() as places:
-        train.main([str(word) for word in words])
+        in_this_process("train.py", words)
     record_places(s, "train.py", places, steps)
     print(f"counted with {torch.cuda.device_count()} GPUs")
+
+
+def in_this_process(script: str, words: list) -> None:
+    sys.argv = [script, *map(str, words)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def record_places(s: Setting, run: str, places: Counter, steps: int) -> None:
@@ -347,8 +357,9 @@ def epoch_seconds(s: Setting, name: str, words: list) -> dict[int, float]:
     from harness.log import read_metrics
 
     sizes = str(words[words.index("--resize-schedule") + 1]).split(",")
-    trial = s.work / "trials" / name
-    must("train.py", *words, *long_run(2 * len(sizes)), "--save-dir", trial, "--overwrite")
+    trial, twos = s.work / "trials" / name, ["2"] * len(sizes)
+    evenly = ["--phase-epochs", ",".join(twos)] if len(sizes) > 1 else []
+    must("train.py", *words, *long_run(2 * len(sizes)), *evenly, "--save-dir", trial, "--overwrite")
     return {row["image_size"]: row["seconds"] for row in read_metrics(trial)}
 
 

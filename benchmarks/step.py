@@ -35,7 +35,8 @@ def build_parser() -> flags.Parser:
     add("--amp", default="auto", choices=precisions, help="Mixed precision.")
     add("--rounds", type=positive, default=11, metavar="N", help="Timings of each loop.")
     add("--steps", type=positive, metavar="N", help=steps)
-    add("--variants", action="store_true", help="Also time the project's step with one choice changed.")
+    chosen = "Also time the project's step with one choice changed: all such choices, or those named."
+    add("--variants", nargs="*", metavar="NAME", help=chosen)
     add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/step.jsonl.")
     add("--table", action="store_true", help="Only print the table of --out, and draw it.")
     add("--debug", action="store_true", help="Show tracebacks of errors.")
@@ -87,9 +88,9 @@ def comparisons(args, batch_sizes: list[int], runtime, done: set[str]) -> Iterat
     for size, batch_size in zip(args.sizes, batch_sizes, strict=True):
         setting = Setting(args.arch, size, batch_size, runtime)
         yield from loops_of(setting, args.steps)
-        for name, changed in variants(setting).items() if args.variants else ():
+        for name, changed in variants(setting).items() if args.variants is not None else ():
             row = f"{setting.name}, project: {name}"
-            if row in done:
+            if row in done or (args.variants and name not in args.variants):
                 continue
             pair = {"project": (project, setting), name: (project, changed)}
             rows = compare(pair, args.rounds, args.steps)
@@ -106,7 +107,7 @@ def comparisons(args, batch_sizes: list[int], runtime, done: set[str]) -> Iterat
 def compare(loops: dict[str, tuple], rounds: int, steps: int | None, *, count: bool = False) -> list[dict]:
     """Time the available ones of {name: (loop, setting)} in turns; return a row for each.
 
-    count: also count calls, and on a GPU kernels and waits
+    count: also count calls; kernels and waits are counted on any GPU
     """
     made, memory = {}, {}
     for name, (loop, setting) in loops.items():
@@ -119,7 +120,7 @@ def compare(loops: dict[str, tuple], rounds: int, steps: int | None, *, count: b
             print(f"{name}: skipped ({getattr(error, 'what', error)})", flush=True)
     timings = in_turns(made, rounds, steps or (20 if device.type == "cuda" else 1), device)
     rows = [row_of(name, loops[name][1], timings, memory[name]) for name in made]
-    return [row | (counts(row, loops[row["loop"]][1], made[row["loop"]]) if count else {}) for row in rows]
+    return [row | counts(row, loops[row["loop"]][1], made[row["loop"]], calls=count) for row in rows]
 
 
 def row_of(name: str, setting, timings: dict[str, list[tuple]], memory: int | None) -> dict:
@@ -150,12 +151,14 @@ def row_of(name: str, setting, timings: dict[str, list[tuple]], memory: int | No
     return row
 
 
-def counts(row: dict, setting, step: Callable) -> dict:
+def counts(row: dict, setting, step: Callable, *, calls: bool) -> dict:
     """Return the columns of a row that are counted rather than timed."""
     from benchmarks import step_counts
 
-    found = step_counts.calls(step)
-    if row["loop"] == "project" and setting.runtime.device.type == "cpu":  # such as the row of width 1
+    found = step_counts.calls(step) if calls else {}
+    if (
+        calls and row["loop"] == "project" and setting.runtime.device.type == "cpu"
+    ):  # such as the row of width 1
         found["host_reads"] = step_counts.host_reads(setting)
     if setting.runtime.device.type == "cuda":
         found |= step_counts.gpu_activity(step, row["milliseconds"] / 1000)

@@ -170,6 +170,8 @@ def variants(setting: Setting) -> dict[str, Setting]:
     }
     found["nchw"] = replace(setting, memory_format=torch.contiguous_format)
     found["compile"] = replace(setting, options=("--compile",))
+    if runtime.device.type == "cuda":
+        found["cuda-graphs"] = replace(setting, options=("--cuda-graphs",))
     found["blurpool"] = replace(setting, options=("--use-blurpool",))
     for factor in (0.5, 2, 4):
         batch_size = math.ceil(setting.batch_size * factor)
