@@ -87,7 +87,7 @@ class Run:
     )
 
     def __post_init__(self):
-        self.eta = Eta(self.phases, len(self.index.val), self.eval_size)
+        self.eta = Eta(self.phases, len(self.index.val), self.eval_size, self.eval_every)
         self.last_save = time.monotonic()
 
     @property
