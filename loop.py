@@ -77,6 +77,7 @@ class Run:
     eval_size: int | None = None  # px; None: the size of the phase
     eval_crop: float | None = None  # None: `sources.images.default_crop`
     eval_flip: bool = False  # also score mirror images
+    crop_root: str = ""  # where --cache-eval keeps the images as they are scored
     save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
     stop_after: int | None = None  # optimizer steps
     data_hint: str = ""  # advice, printed once if training waits for data
@@ -399,6 +400,7 @@ def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:
         image_size=image_size,
         batch_size=batch_size,
         crop=run.eval_crop,
+        crop_root=run.crop_root,
         on_bad_image="fail" if split is run.index.val else run.on_bad_image,
         num_workers=run.num_workers,
         runtime=run.runtime,

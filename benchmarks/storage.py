@@ -89,7 +89,7 @@ def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict
     from sources.images import decode
     from sources.packing import stored
 
-    packed = [stored(data, pixels, side, quality) for data, pixels in photographs]
+    packed = [stored(data, pixels, side, {"quality": quality}) for data, pixels in photographs]
     for data in packed:
         decode(data)  # warm up the cache
     started = time.process_time()
