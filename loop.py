@@ -263,7 +263,7 @@ class Meter:
             step, images = self.running.popleft()
             result = step.result()
             self.count(result, images)
-            voted |= result.votes
+            voted |= result.votes > 0
         return voted
 
     def count(self, result: StepResult, images: int) -> None:
