@@ -34,6 +34,7 @@ MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what eac
 }
 TRAININGS = ("cifar10", "cifar100", "tiny-imagenet")
 REHEARSAL = 5.0  # minutes
+FLOOR = 60.0  # seconds that a part gets in any case, if they are left
 LEAST = 5.0  # seconds worth starting a part for
 GRACE = 20.0  # seconds to save after SIGTERM
 POLL, LINE_EVERY = 0.2, 20.0  # seconds
@@ -71,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         data = rehearsal_data(work)
-    for directory in (out, work):
-        directory.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes or (REHEARSAL if args.rehearse else sum(MINUTES[name] for name in names))
 
     def command(name: str, seconds: float) -> list[str]:
@@ -108,6 +108,7 @@ def run_parts(
     command: from the name of a part and its time limit in seconds
     collect: called now and then while a part runs, and after it
     """
+    out.mkdir(parents=True, exist_ok=True)
     summary, commit, deadline = read_summary(out), process.commit(), time.monotonic() + seconds
     for k, name in enumerate(names):
         before = summary.get(name, {})
@@ -115,7 +116,8 @@ def run_parts(
             print(f"{name}: done before", flush=True)
             continue
         # Each part gets its share of the time that is left, so what one does not need goes to the others.
-        limit = (deadline - time.monotonic()) * MINUTES[name] / sum(MINUTES[n] for n in names[k:])
+        left = deadline - time.monotonic()
+        limit = min(left, max(FLOOR, left * MINUTES[name] / sum(MINUTES[n] for n in names[k:])))
         if limit < LEAST:
             status, code, took = "no time", None, 0.0
         else:
