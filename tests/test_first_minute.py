@@ -167,11 +167,12 @@ def test_a_batch_that_does_not_fit_ends_its_size_only(setting, monkeypatch):
     assert row["row"] == "large-batches: 64 px, batch 8" and row["fits"] == 0
 
 
-def test_as_many_epochs_as_fit_and_the_same_ones_again(setting):
-    assert first_minute_parts.planned(setting, "cifar10", lambda: 1.0) == 2  # the fewest
-    assert first_minute_parts.planned(setting, "cifar10", lambda: 99.0) == 2
-    long = first_minute_parts.Setting(setting.out, setting.work, setting.data, 100)
-    assert first_minute_parts.planned(long, "other", lambda: 31.0) == 27
+def test_as_many_epochs_as_fit_and_the_same_ones_again(tmp_path):
+    long = first_minute_parts.Setting(tmp_path, tmp_path, tmp_path, seconds=115)
+    assert first_minute_parts.planned(long, "cifar10", lambda: 3.0) == 29  # 0.9 x 100 s, less a moment
+    assert first_minute_parts.planned(long, "cifar10", lambda: 99.0) == 29
+    assert first_minute_parts.planned(long, "cifar100", lambda: 99.0) == 2  # the fewest
+    assert first_minute_parts.planned(long, "tiny-imagenet", lambda: 3.0, runs=3) == 20
 
 
 # --- the data ----------------------------------------------------------------------------------------
