@@ -134,6 +134,7 @@ def fit(run: Run, log: MetricLogger) -> None:
     An epoch whose steps were all taken before the run was stopped, but which has no row, is only scored.
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
+    run.options.buffers.check()
     if best_is_lost(run):
         save(run)
         name_best(run)
