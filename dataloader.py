@@ -29,8 +29,8 @@ from base.device import Runtime
 from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
-from sources import layouts
-from sources.images import BadImage, EvalTransform, Steps, TrainTransform
+from sources import crops, layouts
+from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
@@ -43,14 +43,19 @@ def train_loader(
     image_size: int,
     batch_size: int,
     augment: Steps,
+    crop: float | None = None,
     seed: int = 0,
     on_bad_image: str = "fail",
     num_workers: int = 0,
     runtime: Runtime = CPU,
 ) -> Loader:
-    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks."""
+    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks.
+
+    crop: of images without a random crop, see `eval_loader`
+    """
     split = index.train.for_size(image_size)
-    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean), seed, on_bad_image)
+    crop = crop or default_crop(image_size, index.native_size)
+    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean, crop), seed, on_bad_image)
     order = Order(len(split), batch_size, seed, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
@@ -61,14 +66,32 @@ def eval_loader(
     *,
     image_size: int,
     batch_size: int,
+    crop: float | None = None,
     on_bad_image: str = "fail",
     num_workers: int = 0,
     runtime: Runtime = CPU,
+    crop_root: str = "",
 ) -> Loader:
-    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform."""
-    dataset = BatchDataset(split, EvalTransform(image_size), on_bad_image=on_bad_image)
+    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform.
+
+    crop:      share of the resized image's short side, by default `sources.images.default_crop`
+    crop_root: directory that may hold stored crops, besides the split's own
+    """
+    crop = crop or default_crop(image_size, index.native_size)
+    dataset = eval_dataset(split, image_size, crop, on_bad_image, crop_root)
     order = Order(len(split), batch_size, shuffle=False, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
+
+
+def eval_dataset(
+    split: Split, image_size: int, crop: float, on_bad_image: str = "fail", crop_root: str = ""
+) -> StoredCrops | BatchDataset:
+    """Return the dataset of evaluation batches: from stored crops if there are any, else by decoding."""
+    for root in filter(None, (split.crop_root, crop_root)):
+        if found := crops.find(root, split, image_size, crop):
+            found.bad()  # read here, once for all workers
+            return StoredCrops(found, image_size, split.labels, on_bad_image)
+    return BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
 
 
 def get_dataloaders(
@@ -222,6 +245,34 @@ class BatchDataset(Dataset):
             f"{self.split.name(i)} is bad, and so is every other image of its class that was tried",
             "list all bad images with pack_dataset.py --verify",
         )
+
+
+@dataclass(eq=False)
+class StoredCrops(Dataset):
+    """Maps a `Batch` to what `BatchDataset` returns for `EvalTransform`, but copies stored pixels."""
+
+    crops: crops.Crops | crops.PartOfCrops
+    image_size: int
+    labels: np.ndarray
+    on_bad_image: str = "fail"
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[str]] | UserError:
+        images = new_batch(len(batch.ids), self.image_size)
+        known = self.crops.bad()
+        bad = [known[i] for i in batch.ids.tolist() if i in known]
+        if bad and self.on_bad_image == "fail":
+            return BadImage(bad[0]["name"], bad[0]["reason"])
+        ids = np.array([i for i in batch.ids if i not in known], np.int64) if bad else batch.ids
+        try:
+            self.crops.read(ids, images.numpy())
+        except UserError as error:
+            return error
+        return images[: len(ids)], torch.from_numpy(self.labels[ids]), [image["name"] for image in bad]
+
+
+def new_batch(images: int, side: int) -> Tensor:
+    """Return uninitialised memory for a batch: (images, side, side, 3) uint8."""
+    return torch.empty(images, side, side, 3, dtype=torch.uint8)
 
 
 class Loader:

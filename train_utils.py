@@ -389,11 +389,14 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     runtime: Runtime,
     after_batch: Callable[[], None] = lambda: None,
+    *,
+    flip: bool = False,
 ) -> dict[str, EvalResult]:
     """Score every model on every sample of `batches`, over all ranks, in one pass over the data.
 
     models:  {name: model}, put into eval mode meanwhile
     batches: this rank's images (N, 3, H, W) and labels (N,), on the device; N may be 0
+    flip:    score each image together with its mirror image, see `flipped_logits`
 
     Every sample counts once: sums are divided at the end. A mean of batch means, or of rank means,
     would give the samples of a short last batch too much weight.
@@ -407,8 +410,9 @@ def evaluate(
     try:
         for images, labels in batches:
             for name, model in models.items() if len(labels) else ():
-                with runtime.autocast():
-                    logits = model(images).float()  # (N, K)
+                logits = logits_of(model, images, runtime)
+                if flip:
+                    logits = flipped_logits(model, images, logits, runtime)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
                 count = torch.tensor([len(labels)], device=runtime.device)
                 sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0), count]).to(dtype)
@@ -417,6 +421,21 @@ def evaluate(
         for name, model in models.items():
             model.train(was_training[name])
     return {name: _result(*runtime.sum_over_ranks(total).tolist()) for name, total in sums.items()}
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
+    """images (N, 3, H, W) -> (N, K) float32, computed in the runtime's precision."""
+    with runtime.autocast():
+        return model(images).float()
+
+
+def flipped_logits(model: nn.Module, images: Tensor, logits: Tensor, runtime: Runtime) -> Tensor:
+    """Test-time augmentation: the mean of an image's `logits` and those of its mirror image, (N, K).
+
+    The mean of logits, not of probabilities, as in FFCV's recipe: https://github.com/libffcv/ffcv-imagenet
+    """
+    return (logits + logits_of(model, images.flip(3), runtime)) / 2
 
 
 def _result(loss: float, top1: float, top5: float, samples: float) -> EvalResult:

@@ -22,8 +22,10 @@ RECALIBRATION_IMAGES = 4096  # enough for a mean, and seconds on a GPU
 SCORES = (
     flags.Flag("image_sizes", "trace", "Image sizes to test, by default the checkpoint's.",
                flags.listing(flags.pixels), (), "PX,PX,..."),
-    flags.Flag("tta", "trace", "Test-time augmentation: also average with the mirror image.",
-               ("none", "flip"), "none", "NAME"),
+    flags.Flag("crop", "trace", "Share of the image's short side to score, by default the checkpoint's.",
+               flags.share, None, "F"),
+    flags.Flag("tta", "trace", "Test-time augmentation: flip also averages the logits with those of the "
+               "mirror image; by default what the run did.", ("none", "flip"), None, "NAME"),
     flags.Flag("recalibrate_bn", "trace",
                f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."),
     flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint.",
@@ -72,9 +74,10 @@ def main(argv: list[str] | None = None) -> int:
             classifier,
             size,
             labels,
+            crop=config.crop or classifier.crop,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
-            flip=config.tta == "flip",
+            flip=config.tta == "flip" if config.tta else classifier.flip,
             recalibration_images=RECALIBRATION_IMAGES if config.recalibrate_bn else 0,
         )
     checkpoint = Path(config.checkpoint)

@@ -36,6 +36,7 @@ from base.phases import used_epochs
 
 natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
+share = number(float, 0.01, 1)
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic or hf:<name>"
 STEPS = ", ".join(name + argument for name, argument in AUGMENTS.items())
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
@@ -48,7 +49,7 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
     "plot", "debug", "device", "tensorboard", "wandb", "config", "dry_run", "summary", "init_from",
-    "reset_head", "allow_class_mismatch",
+    "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -199,6 +200,14 @@ RUN = (
          positive, None, "STEP"),
     Flag("eval_every", "trace", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
+    Flag("cache_eval", "files", "Decode the images to be scored only once: keep their crops in --save-dir "
+         "until the run is complete. Prints the disk space first."),
+    Flag("eval_size", "trace", "Image size to score at in every epoch, instead of that of the phase.",
+         pixels, None, "PX"),
+    Flag("eval_crop", "trace", "Share of the short side that is scored, and trained on without a random "
+         "crop; by default 0.875, or 1 for data at its native size, such as CIFAR at 32 px.",
+         share, None, "F"),
+    Flag("eval_flip", "trace", "Score the mean logits of each image and its mirror image."),
     Flag("early_stop_patience", "files", "Stop after N validations at the last size without a better score.",
          positive, None, "N", idle=lambda c: used_epochs(c)[-1] == 1 and "the last size has one epoch"),
     Flag("plot", "files", "Draw learning curves into --save-dir/plots during training."),
@@ -293,6 +302,9 @@ def check_train(config: Any, given: Given) -> list[str]:
             "start with torchrun, or unset these variables",
         )
     _check_phases(config)
+    if config.arch == "vit_b_16" and config.eval_size and config.eval_size not in config.resize_schedule:
+        size = config.resize_schedule[-1]
+        raise UsageError(f"vit_b_16 works at one image size only: {size} px here", "leave --eval-size out")
     notes = refuse_idle(TABLE, config, given)
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of them out")

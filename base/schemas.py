@@ -148,6 +148,7 @@ Eval = exactly(
     std=Deviations,
     image_size=Pixels,
     crop=Annotated[float, Field(gt=0, le=1)],
+    **optional(flip=bool),
 )
 Optimizer = exactly(
     state=dict[
@@ -259,13 +260,14 @@ PLAN = {
     "format": Positive, "name": FileName, "classes": Names, "class_names": Names | None, "mean": Means,
     "std": Deviations, "native_size": Pixels | None, "sides": Annotated[list[Pixels], Field(min_length=1)],
     "quality": Annotated[int, Field(ge=1, le=100)], "source": Fingerprint,
-    "shard_rows": exactly(train=Positive, val=Positive),
+    "shard_rows": exactly(train=Positive, val=Positive), **optional(raw_sides=list[Pixels]),
 }  # fmt: skip
 Plan = exactly(**PLAN)  # packing.json
 # manifest.json
 Manifest = exactly(**PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]])
 # a line of packing.jsonl
 Record = exactly(part=Literal["train", "val"], k=Count, shards=dict[Text, Shard], skipped=list[Skipped])
+CropRecord = exactly(crc32=Crc32, skipped=list[Skipped])  # of a shard of evaluation crops
 
 
 def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:

@@ -25,7 +25,8 @@ from loop import Run
 from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
-from sources.index import DatasetIndex, FileSplit, SubsetSplit, balanced_subset
+from sources.images import default_crop
+from sources.index import DatasetIndex, FileSplit, SubsetSplit, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
@@ -81,13 +82,12 @@ def build(
         accumulate=config.accumulate,
         l1=config.l1,
     )
-    sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
     return Run(
         state,
         phases,
         runtime,
         index=index,
-        train_sample=SubsetSplit(index.train, sample),
+        train_sample=training_sample(index),
         augment=flags.parse_augment(config.augment),
         num_workers=num_workers(config),
         on_bad_image=config.on_bad_image,
@@ -100,6 +100,10 @@ def build(
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
         early=EarlyStopping(config.early_stop_patience),
         eval_every=config.eval_every,
+        eval_size=config.eval_size,
+        eval_crop=config.eval_crop,
+        eval_flip=config.eval_flip,
+        crop_root=str(save_dir / rundir.EVAL_CROPS) if config.cache_eval else "",
         save_every=config.save_every,
         stop_after=config.stop_after,
         data_hint=packing_hint(config, index),
@@ -149,6 +153,8 @@ def model_args(config, index) -> dict:
 
 def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> dict:
     """Return what every checkpoint holds besides the training state."""
+    size = config.eval_size or phases[-1].image_size
+    crop = config.eval_crop or default_crop(size, index.native_size)
     return {
         "model_args": model_args(config, index),
         "config": flags.plain(config),
@@ -156,7 +162,7 @@ def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase,
         "fingerprint": index.fingerprint(),
         "commit": process.commit(),
         "total_steps": sum(p.steps for p in phases),
-        "eval": checkpoint.eval_settings(index, phases[-1].image_size),
+        "eval": checkpoint.eval_settings(index, size, crop, config.eval_flip),
     }
 
 

@@ -1,4 +1,4 @@
-"""Checks before every run: disk space for checkpoints, shared memory, and whether a step fits the GPU.
+"""Checks before every run: disk space for checkpoints, shared memory, and whether the GPU has enough.
 
 Nothing here writes a file or changes what training computes.
 """
@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from base.process import say
 from dataloader import PREFETCH
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
-from train_utils import Phase, StepOptions
+from train_utils import Phase, StepOptions, evaluate
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
 
@@ -35,6 +36,7 @@ def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
         say(shared_memory_warning(run.phases, run.num_workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
+        check_eval_memory(run)
 
 
 def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
@@ -120,11 +122,43 @@ def check_step_memory(run: Run) -> None:
     )
 
 
+def check_eval_memory(run: Run) -> None:
+    """Try to score the largest batch of an evaluation. Changes nothing.
+
+    Raises ResourceError if memory is short.
+    """
+    size, batch = max(map(run.scored_as, run.phases), key=lambda scored: scored[0] ** 2 * scored[1])
+    images, device = math.ceil(batch / run.runtime.world_size), run.runtime.device
+    alone = replace(run.runtime, world_size=1)  # a rank that runs out of memory must not let others wait
+    steps = new_optimizer_bytes(run) + tensor_bytes(run.state.model.parameters())  # with the gradients
+
+    def attempt(images: int) -> None:
+        prefetched = 2 * images * 3 * size**2 * 4  # before and after it is normalised
+        ballast = torch.empty(steps + prefetched, dtype=torch.uint8, device=device)
+        blank = torch.zeros(images, 3, size, size, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        evaluate({"val": run.state.model}, [(blank, labels)], alone, flip=run.eval_flip)
+        del ballast
+
+    fitting = largest_fitting(images, attempt)
+    torch.cuda.empty_cache()
+    if fitting < images:
+        lower = "--eval-size" if run.eval_size else "the sizes or batch sizes of the phases"
+        what = f"out of memory when scoring {images} images at once at {size} px"
+        raise ResourceError(f"{what} ({memory_words(device)})", f"free the device, or lower {lower}")
+
+
 def ballast_bytes(run: Run, phase: Phase) -> int:
     """Return the bytes that a step needs in addition to `try_step`: new optimizer state and more batches."""
-    new_state = 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
     batch = phase.batch_size // run.runtime.world_size * 3 * phase.image_size**2 * 4
-    return new_state + 3 * batch  # the batch before mixing, and the prefetched one twice
+    return new_optimizer_bytes(run) + 3 * batch  # the batch before mixing, and the prefetched one twice
+
+
+def new_optimizer_bytes(run: Run) -> int:
+    """Return the bytes that the optimizer's state will take and does not take yet."""
+    return 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
 
 
 def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:

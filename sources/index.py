@@ -39,6 +39,7 @@ class Split:
     """Labelled samples, numbered 0 ... len - 1. Subclasses define how they are read."""
 
     labels: np.ndarray  # (n,) int64
+    crop_root = ""  # the directory that may hold its evaluation crops, see `sources.crops`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +62,10 @@ class Split:
         for i in range(len(self)):
             sha.update(os.fsencode(self.name(i)) + b"\0")
         return sha.hexdigest()
+
+    def content(self) -> str:
+        """Return the digest of what `read` returns: it differs between the copies of a packed split."""
+        return self.digest()
 
 
 class FileSplit(Split):
@@ -122,6 +127,14 @@ class SubsetSplit(Split):
     def for_size(self, image_size: int) -> Split:
         return SubsetSplit(self.base.for_size(image_size), self.ids)
 
+    @property
+    def crop_root(self) -> str:
+        return self.base.crop_root
+
+    def content(self) -> str:
+        ids = self.ids.astype("<i8").tobytes()
+        return hashlib.sha256(self.base.content().encode() + ids).hexdigest()
+
 
 @dataclass(frozen=True)
 class DatasetIndex:
@@ -174,6 +187,15 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     lengths = np.diff(np.r_[starts, len(ordered)])
     rank = np.arange(len(ordered)) - np.repeat(starts, lengths)
     return np.sort(by_class[np.argsort(rank, kind="stable")[:size]])
+
+
+def training_sample(index: DatasetIndex) -> SubsetSplit:
+    """Return the images that train_top1 is measured on: the same class-balanced ones on every call.
+
+    As many as there are validation images, at most 10,000. Of packed data, the largest copy is read.
+    """
+    size = min(10_000, len(index.val), len(index.train))
+    return SubsetSplit(index.train, balanced_subset(index.train.labels, size, seed=1))
 
 
 def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

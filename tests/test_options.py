@@ -70,12 +70,15 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "save_every": ("", ["--save-every 2"]),
     "stop_after": ("", ["--stop-after 2"]),
     "eval_every": ("", ["--eval-every 2"]),
+    "eval_size": ("", ["--eval-size 24", "--eval-size 32"]),
+    "eval_crop": ("", ["--eval-crop 1", "--eval-crop 0.5"]),
+    "eval_flip": ("", ["--eval-flip"]),
     "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # These do not affect steps; other tests cover them.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
              "reset_head", "device", "save_dir", "resume", "allow_change", "overwrite", "plot", "tensorboard",
-             "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
+             "cache_eval", "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
 SLOW_VALUES = {
     "arch": ["resnet34", "resnet50", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large", "swin_t"],
     "augment": ["rrc,randaugment", "rrc,trivialaugment"],
