@@ -57,6 +57,38 @@ def test_the_samples_do_not_depend_on_the_number_of_workers(data):
     assert all(equal(alone, batches(data, workers)) for workers in (1, 2))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, workers):
+    """Workers write into the same memory again and again, at most PREFETCH batches each ahead."""
+    loader = eval_loader(data.train, data, image_size=8, batch_size=2, num_workers=workers)
+    plain = eval_loader(data.train, data, image_size=8, batch_size=2)
+    expected = [plain.dataset[batch][0] for batch in plain.order]
+    assert len(expected) > 3 * workers * dataloader.PREFETCH
+    loader._renew_memory()
+    before, seen = None, 0
+    for images, _, _ in loader.batches:
+        time.sleep(0.01)  # the workers are as far ahead as they can be
+        assert torch.equal(images, expected[seen]) and (seen == 0 or torch.equal(before, expected[seen - 1]))
+        before, seen = images, seen + 1
+    assert seen == len(expected)
+
+
+def test_two_iterations_at_once_do_not_disturb_each_other(data):
+    loader = eval_loader(data.train, data, image_size=8, batch_size=4, num_workers=1)
+    pairs = [(a.clone(), b.clone()) for (a, _), (b, _) in zip(loader, loader, strict=True)]
+    assert len(pairs) == 18 and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_an_abandoned_epoch_leaves_nothing_in_the_next(data):
+    expected = batches(data, 0, epoch=2)
+    loader = train_loader(
+        data, image_size=24, batch_size=16, augment=parse_augment("full"), seed=5, num_workers=2
+    )
+    next(iter(loader))
+    loader.order.seek(2)
+    assert equal([(images.clone(), labels) for images, labels in loader], expected)
+
+
 def test_every_epoch_augments_anew_and_a_loader_can_start_anywhere(data):
     first, second = batches(data, 0, epoch=1), batches(data, 0, epoch=2)
     assert not equal(first, second)
