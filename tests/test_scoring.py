@@ -16,7 +16,7 @@ import loop
 import predict
 import train
 import validate
-from analysis import predictions
+from analysis import export, predictions
 from base import flags
 from base.device import Runtime
 from base.errors import CheckpointError, ResourceError, UsageError
@@ -172,7 +172,8 @@ def test_without_a_random_crop_training_sees_what_is_scored():
 
 @pytest.mark.parametrize(("typed", "expected"), [
     ([], (24, 0.875)), (["--resize-schedule", "16,8", "--phase-batch-sizes", "8,8"], (8, 1.0)),
-    (["--eval-size", "8"], (8, 1.0)), (["--eval-size", "8", "--eval-crop", "0.9"], (8, 0.9)), (["--eval-crop", "0.9"], (24, 0.9)),
+    (["--eval-size", "8"], (8, 1.0)), (["--eval-size", "8", "--eval-crop", "0.9"], (8, 0.9)),
+    (["--eval-crop", "0.9"], (24, 0.9)),
 ])  # fmt: skip
 def test_the_checkpoint_records_the_size_and_the_crop_that_is_used(tmp_path, typed, expected):
     """The digits are 8 px."""
@@ -272,6 +273,15 @@ def test_predict_prepares_and_averages_as_training_did(last, photos, tmp_path):
     classifier = predictions.replace(predictions.load(last, "ema", CPU), index=index)
     confidence = [image["predictions"][0]["probability"] for image in found]
     assert classifier.predict_val().confidence == pytest.approx(confidence, rel=1e-5)
+
+
+def test_a_model_card_says_how_the_model_was_scored(run, last):
+    card = export.model_card("safetensors", "x", predictions.load(last, "ema", CPU), 0.0)
+    assert (
+        f"at 40 px, averaged with the mirror image: top-1 {read_metrics(run)[-1]['ema_val_top1']:.2f} %"
+        in card
+    )
+    assert "Resize the short side of an image to 42 px" in card  # 40 / .95
 
 
 # --- what is refused, what is said -------------------------------------------------------------------
