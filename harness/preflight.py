@@ -20,7 +20,7 @@ from base.process import say
 from dataloader import PREFETCH
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
-from train_utils import Phase, StepOptions
+from train_utils import Phase, StepOptions, phase_of
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
 
@@ -35,6 +35,8 @@ def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
         say(shared_memory_warning(run.phases, run.num_workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
+    if run.runtime.world_size == 1 and run.options.forward is not run.state.model:
+        check_compilation(run)
 
 
 def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
@@ -91,7 +93,8 @@ def shared_memory_warning(phases: Sequence[Phase], workers: int, directory: str 
 def check_step_memory(run: Run) -> None:
     """Try a forward and backward pass of the largest phase: if memory is short, fail now, not at epoch 51.
 
-    Changes nothing. Raises ResourceError with a batch size that fits.
+    Through the plain model: if one rank ran out of memory inside DDP, the others would wait for it, and a
+    compiled pass needs no more memory. Changes nothing. Raises ResourceError with a batch size that fits.
     """
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
     _, options = start_phase(run, phase)
@@ -101,7 +104,7 @@ def check_step_memory(run: Run) -> None:
     def attempt(images: int) -> None:
         # A stand-in for the memory that a real step needs in addition to `try_step`.
         ballast = torch.empty(ballast_bytes(run, phase), dtype=torch.uint8, device=run.runtime.device)
-        try_step(run, options, phase, images)
+        try_step(run, options, phase, images, run.state.model)
         del ballast
 
     fitting = largest_fitting(images, attempt)
@@ -127,11 +130,24 @@ def ballast_bytes(run: Run, phase: Phase) -> int:
     return new_state + 3 * batch  # the batch before mixing, and the prefetched one twice
 
 
-def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:
-    """Run forward and backward on `images` blank images in training mode, and restore everything."""
+def check_compilation(run: Run) -> None:
+    """Compile the next phase now, before the run writes anything. Raises what torch.compile raises.
+
+    Nothing is compiled twice: training finds what was compiled here. Later phases compile at their first
+    step.
+    """
+    phase = phase_of(run.phases, min(len(run.state.rows) + 1, run.epochs))
+    _, options = start_phase(run, phase)
+    say(f"compiling for {phase.image_size} px")
+    with explain_out_of_memory(run):
+        try_step(run, options, phase, math.ceil(phase.batch_size / options.accumulate), options.forward)
+
+
+def try_step(
+    run: Run, options: StepOptions, phase: Phase, images: int, forward: Callable[[Tensor], Tensor]
+) -> None:
+    """Run `forward` and backward on `images` blank images in training mode, and restore everything."""
     model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
-    # Not through DDP: if one rank runs out of memory, the others would wait for it.
-    forward = options.forward if run.runtime.world_size == 1 else model
     side, classes = phase.image_size, len(run.index.classes)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         options.buffers.take()
