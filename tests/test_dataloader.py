@@ -335,7 +335,9 @@ def test_a_step_on_a_gpu_waits_for_its_own_copy_and_overlaps_the_next(data, monk
     for loader in loaders:
         loader.device = torch.device("cuda", 0)
         monkeypatch.setattr(loader, "_to_device", lambda batch: seen.append("copy") or (OnGpu(), OnGpu()))
-        monkeypatch.setattr(loader, "_raw", lambda iterator: (seen.append("take") or pair for pair in iterator))
+        monkeypatch.setattr(
+            loader, "_raw", lambda iterator: (seen.append("take") or pair for pair in iterator)
+        )
         for _ in loader:
             seen.append("step")
     dataloader._copy_stream.cache_clear()

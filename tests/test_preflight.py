@@ -130,6 +130,17 @@ def test_every_message_of_memory_running_out_is_exit_code_6(run, error, monkeypa
     assert said.startswith("error: out of memory") and "fix: " in said
 
 
+def test_code_that_cannot_be_compiled_is_exit_code_6(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    reason = RuntimeError("no compiler found\nand much more")
+    failed = torch._dynamo.exc.BackendCompilerFailed(lambda: None, reason, None)
+    assert errors.run(lambda argv: fail(failed)) == 6
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: torch.compile failed: RuntimeError: no compiler found\nfix: use --no-compile"
+    )
+
+
 def test_another_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(RuntimeError, match="shape"):
