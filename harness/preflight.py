@@ -149,8 +149,8 @@ def try_step(
     """Run `forward` and backward on `images` blank images in training mode, and restore everything."""
     model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
     side, classes = phase.image_size, len(run.index.classes)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        options.buffers.take()
         try:
             model.train()
             blank = torch.zeros(images, 3, side, side, device=device)
@@ -160,7 +160,8 @@ def try_step(
             options.loss(logits.float(), targets).backward()
         finally:
             run.state.optimizer.zero_grad(set_to_none=True)
-            options.buffers.restore()
+            for buffer, before in buffers:
+                buffer.copy_(before)
             model.train(was_training)
 
 
