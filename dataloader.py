@@ -343,8 +343,8 @@ class Loader:
     """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
     Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalises
-    the next batch during the current step. Since the iteration began, `waited` counts the seconds spent
-    waiting for data, and `bad` lists the names of bad images that were replaced or left out.
+    the next batch while the current step runs. Since the iteration began, `waited` counts the seconds
+    spent waiting for data, and `bad` lists the names of bad images that were replaced or left out.
     """
 
     def __init__(
@@ -423,25 +423,26 @@ class Loader:
         return normalise(images, self.mean, self.std, self.device), labels
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches on the GPU; the next one is copied and normalised on a stream of its own."""
-        stream = torch.cuda.Stream(self.device)
-        ready = None
-        for batch in raw:
-            with torch.cuda.stream(stream):
-                following = self._to_device(batch)
-            if ready is not None:
-                yield self._handed_over(ready, stream)
-            ready = following
-        if ready is not None:
-            yield self._handed_over(ready, stream)
+        """Yield batches on the GPU, each copied and normalised on a side stream.
 
-    def _handed_over(self, batch: tuple[Tensor, Tensor], stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
-        """Return `batch`, made on `stream`, safe to use on the current stream."""
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(stream)
-        for tensor in batch:  # the allocator must not reuse this memory while the step still reads it
-            tensor.record_stream(current)
-        return batch
+        The host launches a step without waiting for it, then comes here for the next batch, whose copy so
+        overlaps that step. To copy one batch ahead would let a step wait for the workers' next batch.
+        """
+        side = _copy_stream(self.device)
+        for batch in raw:
+            with torch.cuda.stream(side):
+                batch = self._to_device(batch)
+                copied = side.record_event()
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)  # of this copy only: the stream may be used by other loaders as well
+            for tensor in batch:  # the allocator must not reuse this memory while the step still reads it
+                tensor.record_stream(current)
+            yield batch
+
+
+@functools.cache  # one for all loaders: the allocator keeps the freed memory of each stream apart
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def normalise(

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from base.device import Runtime
@@ -67,7 +66,6 @@ class Run:
     options: StepOptions
     mixers: dict[bool, BatchMixer]  # by `Phase.mix`
     drop_path_rate: float
-    compiled: bool
     # validation and checkpoints
     save_dir: Path
     checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
@@ -158,8 +156,6 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     A phase sets the image size, the batch size, and whether MixUp, CutMix and drop-path are on.
     """
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
-    if run.compiled:
-        torch._dynamo.reset()  # one static shape per phase
     loader = train_loader(
         run.index,
         image_size=phase.image_size,

@@ -48,8 +48,8 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 # Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
-    "plot", "debug", "device", "tensorboard", "wandb", "config", "dry_run", "summary", "init_from",
-    "reset_head", "allow_class_mismatch", "cache_eval",
+    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "config", "dry_run",
+    "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -180,7 +180,10 @@ DEVICE_AND_PRECISION = (
 DEVICE = (
     *DEVICE_AND_PRECISION,
     Flag("seed", "trace", "Random seed.", number(int, 0, 2**32 - 1), 0, "N"),
-    Flag("compile", "processes", "Compile the training forward pass with torch.compile."),
+    Flag("compile", "processes", "Compile the training forward and backward passes with torch.compile.",
+         Switch, unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
+    Flag("cuda_graphs", "processes", "Compile, and launch each pass as one CUDA graph: faster where kernels "
+         "run shorter than their launches, as at small sizes. One GPU.", Switch),
     Flag("deterministic", "processes", "Use deterministic kernels only."),
     Flag("sync_bn", "processes", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )
@@ -305,6 +308,7 @@ def check_train(config: Any, given: Given) -> list[str]:
     if config.arch == "vit_b_16" and config.eval_size and config.eval_size not in config.resize_schedule:
         size = config.resize_schedule[-1]
         raise UsageError(f"vit_b_16 works at one image size only: {size} px here", "leave --eval-size out")
+    _check_cuda_graphs(config)
     notes = refuse_idle(TABLE, config, given)
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of them out")
@@ -336,6 +340,19 @@ def _check_phases(config: Any) -> None:
                 f"--augment {name}:{size} leaves nothing of an image of {min(sizes)} px",
                 f"give at most {name}:{largest[name]}, or larger --resize-schedule sizes",
             )
+
+
+def _check_cuda_graphs(config: Any) -> None:
+    if not config.cuda_graphs:
+        return
+    if config.device in ("cpu", "mps"):
+        what = f"--cuda-graphs needs an NVIDIA GPU, and --device is {config.device}"
+        raise UsageError(what, "use --no-cuda-graphs")
+    if process.world_size() > 1:
+        what = "--cuda-graphs works in one process only"
+        raise UsageError(what, "use --no-cuda-graphs, with --compile if you like")
+    if config.accumulate > 1:  # each replay overwrites the gradients of the one before
+        raise UsageError("--cuda-graphs cannot accumulate gradients", "leave one of the two out")
 
 
 def idle_flags(config: Any) -> set[str]:

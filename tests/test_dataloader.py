@@ -332,3 +332,47 @@ def test_more_workers_than_cores_are_capped_with_a_note(photos, monkeypatch):
     with pytest.warns(UserWarning, match="8 loader workers requested, 3 cores: using 3"):
         loaders = get_dataloaders(data_path=str(photos), batch_size=8, image_size=16, num_workers=8)
     assert [loader.batches.num_workers for loader in loaders] == [3, 3]
+
+
+def test_a_step_on_a_gpu_waits_for_its_own_copy_and_overlaps_the_next(data, monkeypatch):
+    """The order of calls, with torch.cuda's streams replaced by a record of what is asked of them."""
+    seen, made = [], []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(device)
+
+        def __enter__(self):
+            seen.append("side")
+
+        def __exit__(self, *exception):
+            seen.append("main")
+
+        def record_event(self):
+            return f"copy {sum(call.startswith('copy') for call in seen)}"
+
+    class Main:
+        def wait_event(self, event):
+            seen.append(f"wait for {event}")
+
+    class OnGpu:
+        def record_stream(self, stream):
+            seen.append("keep") if isinstance(stream, Main) else None
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Main())
+    dataloader._copy_stream.cache_clear()
+    loaders = [eval_loader(data.val, data, image_size=8, batch_size=11) for _ in range(2)]
+    for loader in loaders:
+        loader.device = torch.device("cuda", 0)
+        monkeypatch.setattr(loader, "_to_device", lambda batch: seen.append("copy") or (OnGpu(), OnGpu()))
+        monkeypatch.setattr(
+            loader, "_raw", lambda iterator: (seen.append("take") or pair for pair in iterator)
+        )
+        for _ in loader:
+            seen.append("step")
+    dataloader._copy_stream.cache_clear()
+    one = ["take", "side", "copy", "main", "wait for copy {}", "keep", "keep", "step"]
+    assert seen == [call.format(k) for k in (1, 2, 3, 4) for call in one]
+    assert made == [torch.device("cuda", 0)]  # one stream for all loaders
