@@ -122,7 +122,7 @@ def fit(run: Run, log: MetricLogger) -> None:
             continue
         loader, options = start_phase(run, phase)
         for epoch in epochs:
-            trained = train_epoch(run, phase, epoch, loader, options)
+            trained = train_epoch(run, phase, epoch, loader, options, log)
             if trained and run.is_scored(epoch) and run.is_saved(epoch):
                 save(run)  # in case scoring fails; `finish_epoch` saves again, with the row
             finish_epoch(run, score_epoch(run, phase, epoch), log)
@@ -151,7 +151,9 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     return loader, dataclasses.replace(run.options, mixer=run.mixers[phase.mix])
 
 
-def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: StepOptions) -> bool:
+def train_epoch(
+    run: Run, phase: Phase, epoch: int, loader: Loader, options: StepOptions, log: MetricLogger
+) -> bool:
     """Take the remaining steps of `epoch`: fewer than all if the run was resumed in it.
 
     Return whether there were any.
@@ -163,7 +165,7 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: Ste
         return False
     loader.order.seek(epoch, done)
     run.state.model.train()
-    with Meter(run, phase, epoch, loader) as meter:
+    with Meter(run, phase, epoch, loader, log) as meter:
         for images, labels in interruptible(run, loader):
             loss, finite = train_step(run.state, options, images, labels)
             meter.count(loss, finite, len(images) * run.runtime.world_size)
@@ -196,8 +198,8 @@ def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 class Meter:
     """Counts the steps of an epoch: adds up its row, moves the progress bar, reports bad steps."""
 
-    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader):
-        self.run, self.phase, self.epoch, self.loader = run, phase, epoch, loader
+    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, log: MetricLogger):
+        self.run, self.phase, self.epoch, self.loader, self.log = run, phase, epoch, loader, log
         self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
         self.images, self.seconds, self.overflows = 0, 0.0, 0  # since the start
         title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
@@ -228,8 +230,10 @@ class Meter:
             sums["bad_steps"] += 1
             self.report_bad_step()
         seconds, self.clock = now - self.clock, now
+        waited = self.loader.waited - self.waited
+        self.log_step(loss, finite, images, seconds, waited)
         sums["seconds"] += seconds
-        sums["waited"] += self.loader.waited - self.waited
+        sums["waited"] += waited
         sums["bad_images"] += len(self.loader.bad) - self.bad_images
         self.waited, self.bad_images = self.loader.waited, len(self.loader.bad)
         self.images, self.seconds = self.images + images, self.seconds + seconds
@@ -240,6 +244,28 @@ class Meter:
             f"loss {sums['loss'] / max(1, sums['images']):.3f}  lr {run.state.schedule.last_lr:.1e}  "
             f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
             f"{left} left",
+        )
+
+    def log_step(self, loss: float, finite: bool, images: int, seconds: float, waited: float) -> None:
+        state, phase = self.run.state, self.phase
+        row = {
+            "step": state.step,
+            "epoch": self.epoch,
+            "image_size": phase.image_size,
+            "batch_size": phase.batch_size,
+            "lr": state.schedule.lr_at(state.step - 1),
+            "loss_scale": state.scaler.get_scale() if state.scaler.is_enabled() else None,
+        }
+        self.log.steps.add(
+            state.row_sums,
+            row,
+            loss=loss,
+            norm=state.norm,
+            finite=finite,
+            images=images,
+            seconds=seconds,
+            waited=waited,
+            last=state.step == phase.first_step + phase.steps,
         )
 
     def report_bad_step(self) -> None:
@@ -353,7 +379,8 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     row["best"] = is_best(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
-    log.log(row)  # before saving: a resumed run can cut surplus rows but cannot restore a lost one
+    # Before saving: a resumed run can cut surplus rows but cannot restore a lost one.
+    log.log(row, run.state.step)
     if row["best"] or run.finished or run.is_saved(row["epoch"]):
         save(run)
     if row["best"]:
