@@ -82,8 +82,8 @@ MODES = [
     "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip
 # These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
-WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "log_every", "tensorboard", "wandb",
-         "summary", "dry_run", "config", "debug"}  # fmt: skip
+WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "log_every", "tensorboard",
+         "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
