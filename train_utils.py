@@ -117,12 +117,13 @@ class TrainState:
     ema: object  # ema.EMA or ema.NoEMA
     step: int = 0
     epoch_sums: dict = field(default_factory=dict)  # of the current epoch
+    row_sums: dict = field(default_factory=dict)  # since the last row of steps.jsonl, see `log.StepLog`
     bad_in_a_row: int = 0  # non-finite steps, except fp16 overflows that lowered the loss scale
     best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "waited": 0})
     rows: list = field(default_factory=list)
 
     PARTS = ("model", "optimizer", "schedule", "scaler", "ema")
-    VALUES = ("step", "epoch_sums", "bad_in_a_row", "best", "rows")
+    VALUES = ("step", "epoch_sums", "row_sums", "bad_in_a_row", "best", "rows")
 
     def __post_init__(self):
         self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
@@ -159,6 +160,7 @@ class TrainState:
         if state["scaler"]:  # empty unless the run used fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
+        self.row_sums = state.get("row_sums", {})
         # Earlier versions saved other counters: drop unknown ones, start missing ones at their initial value.
         for own, saved in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
             own.update({name: saved[name] for name in own if name in saved})

@@ -48,8 +48,8 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 # Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
-    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "config", "dry_run",
-    "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
+    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "log_every", "config",
+    "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -214,6 +214,8 @@ RUN = (
     Flag("early_stop_patience", "files", "Stop after N validations at the last size without a better score.",
          positive, None, "N", idle=lambda c: used_epochs(c)[-1] == 1 and "the last size has one epoch"),
     Flag("plot", "files", "Draw learning curves into --save-dir/plots during training."),
+    Flag("log_every", "files", "Log loss, gradient norm, learning rate and speed every N steps; 0: never.",
+         natural, 20, "N"),
     Flag("tensorboard", "files", "Log to --save-dir/tensorboard as well."),
     Flag("wandb", "files", "Log to Weights & Biases as well.", str, "", "PROJECT"),
     Flag("summary", "output", "Print the layers at every size, then exit."),

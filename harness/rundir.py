@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
 
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
-FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")
+FILES = ("wandb_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
 EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
-PLOTS = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
-         "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
+PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",
+         "filtered", "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
 DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
 # Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
@@ -86,7 +87,8 @@ def scan(save_dir: str) -> SaveDir:
         checkpoints = [p for p in checkpoints if p.name in names]
         files = [path / "plots" / f"{plot}.png" for plot in PLOTS]
         files += sorted((path / EVAL_CROPS).glob("eval-*/*"))
-        files += sorted((path / "tensorboard").glob("events.out.tfevents.*"))
+        for board in (path / "tensorboard", path / "tensorboard" / "steps"):
+            files += sorted(board.glob("events.out.tfevents.*"))
         files += checkpoints + [path / f"{name}.partial" for name in names]
         foreign = {"config.json": not has_config, "env.json": not has_env}
         files += [path / name for name in FILES if not foreign.get(name)]
@@ -349,6 +351,19 @@ def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
             checkpoint.save(target, found | {"run": run_id})
             return
     say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: it is not beside {resume}")
+
+
+def copy_steps(saved: dict, resume: str, target: Path) -> None:
+    """Copy steps.jsonl, if it lies beside the checkpoint `resume` of a run that continues elsewhere.
+
+    saved:  the content of the checkpoint
+    target: the path of the copy
+    """
+    source = Path(resume).parent
+    same_run = saved.get("run") and _read_json(source / "env.json").get("run") == saved["run"]
+    if same_run and not target.exists() and (source / target.name).is_file():
+        with replacing(target, parents=False) as partial:
+            shutil.copyfile(source / target.name, partial)
 
 
 # Writing to the directory
