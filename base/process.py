@@ -50,7 +50,7 @@ def incomplete_ranks() -> str:
 
 
 def commit() -> str:
-    """Return the git commit of this code, with a + if files have changed since; $GIT_COMMIT outside a clone."""
+    """Return the git commit of this code, with a + if files have changed; outside a clone, $GIT_COMMIT."""
     import subprocess  # not needed behind --help
 
     git = ["git", "-C", str(Path(__file__).parent)]

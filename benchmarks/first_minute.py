@@ -32,8 +32,10 @@ MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what eac
     "cifar100": 3,
     "tiny-imagenet": 7,
 }
+UNFINISHED = ("stopped", "no time")  # as is to be expected of the last parts, except in a rehearsal
 TRAININGS = ("cifar10", "cifar100", "tiny-imagenet")
 REHEARSAL = 5.0  # minutes
+FLOOR = 60.0  # seconds that a part gets in any case, if they are left
 LEAST = 5.0  # seconds worth starting a part for
 GRACE = 20.0  # seconds to save after SIGTERM
 POLL, LINE_EVERY = 0.2, 20.0  # seconds
@@ -71,8 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.rehearse:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         data = rehearsal_data(work)
-    for directory in (out, work):
-        directory.mkdir(parents=True, exist_ok=True)
+    work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes or (REHEARSAL if args.rehearse else sum(MINUTES[name] for name in names))
 
     def command(name: str, seconds: float) -> list[str]:
@@ -82,9 +83,9 @@ def main(argv: list[str] | None = None) -> int:
 
     with stop_signals():
         summary = run_parts(names, 60 * minutes, command, out, lambda name: record_epochs(name, out, work))
-    failed = [name for name in names if summary[name]["status"] == "failed"]
-    print(f"failed: {', '.join(failed)}; see {out / 'log.txt'}" if failed else f"results: {out}")
-    return 1 if failed else 0
+    bad = [name for name in names if summary[name]["status"] in ("failed", *(UNFINISHED * args.rehearse))]
+    print(f"not done: {', '.join(bad)}; see {out / 'log.txt'}" if bad else f"results: {out}")
+    return 1 if bad else 0
 
 
 def rehearsal_data(work: Path) -> Path:
@@ -108,6 +109,7 @@ def run_parts(
     command: from the name of a part and its time limit in seconds
     collect: called now and then while a part runs, and after it
     """
+    out.mkdir(parents=True, exist_ok=True)
     summary, commit, deadline = read_summary(out), process.commit(), time.monotonic() + seconds
     for k, name in enumerate(names):
         before = summary.get(name, {})
@@ -115,7 +117,8 @@ def run_parts(
             print(f"{name}: done before", flush=True)
             continue
         # Each part gets its share of the time that is left, so what one does not need goes to the others.
-        limit = (deadline - time.monotonic()) * MINUTES[name] / sum(MINUTES[n] for n in names[k:])
+        left = deadline - time.monotonic()
+        limit = min(left, max(FLOOR, left * MINUTES[name] / sum(MINUTES[n] for n in names[k:])))
         if limit < LEAST:
             status, code, took = "no time", None, 0.0
         else:

@@ -46,6 +46,7 @@ PROGRESSIVE = (
 )
 SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
 LONGEST = 100  # epochs
+STARTUP = 15.0  # seconds of a training before its first step
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def gpu_tests(s: Setting) -> None:
     report = s.work / "gpu-tests.xml"
     report.unlink(missing_ok=True)
     options = ["-m", "gpu", "-v", "-rfE", "--tb=short", "--continue-on-collection-errors"]
-    code = run("-m", "pytest", *options, f"--junitxml={report}", "tests")
+    marked = [path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+    code = run("-m", "pytest", *options, f"--junitxml={report}", *sorted(marked))
     if not report.is_file():
         raise SystemExit(code or 1)
     outcomes = Counter(passed=0, failed=0, skipped=0)
@@ -179,7 +181,7 @@ def step(s: Setting) -> None:
 
 def large_batches(s: Setting) -> None:
     """The same with ever larger batches, until the GPU's memory is full."""
-    largest = ((16, 16), (16, 32)) if s.rehearse else LARGE
+    largest = ((16, 16),) if s.rehearse else LARGE
     options = ["--rounds", 2, "--arch", "resnet_tiny", "--device", "cpu"] if s.rehearse else ["--rounds", 3]
     full = set()
     for size, batch_size in largest:
@@ -305,26 +307,38 @@ def train_cifar(s: Setting, name: str) -> None:
     """ResNet-34, for as many epochs as the time allows."""
     words = ["--dataset", name, "--data-dir", unpacked(s, name), *CIFAR.split()]
     words += SMALL if s.rehearse else ["--arch", "resnet34", "--num-workers", process.cores()]
-    epochs = planned(s, name, lambda: s.left() / sum(epoch_seconds(s, name, words).values()))
+    epochs = planned(s, name, lambda: sum(epoch_seconds(s, name, words).values()))
     directory = s.work / name / "resnet34"
     must("train.py", *words, *long_run(epochs), "--save-dir", directory, "--resume", "auto")
 
 
 def tiny_imagenet(s: Setting) -> None:
     """The variants of STUDY with one seed; the time is planned for those of the first rung."""
+    from sources.layouts import open_dataset
+
     name = "tiny-imagenet"
     data = unpacked(s, name)
 
-    def rounds() -> float:
-        small = [*SMALL, "--subset-size", 40] if s.rehearse else ["--subset-size", 10_000]
-        sizes = ["--resize-schedule", "16,24,32" if s.rehearse else "64,128,224", "--subset"]
-        words = ["--dataset", name, "--data-dir", data, *PROGRESSIVE.split(), *sizes, *small]
-        words += [] if s.rehearse else ["--num-workers", process.cores()]
+    def first_rung() -> float:
+        images = len(open_dataset(name, data).train)
+        subset = min(images, 40 if s.rehearse else 10_000)
+        words = [
+            "--dataset",
+            name,
+            "--data-dir",
+            data,
+            *PROGRESSIVE.split(),
+            "--subset",
+            "--subset-size",
+            subset,
+        ]
+        words += ["--resize-schedule", "16,24,32" if s.rehearse else "64,128,224"]
+        words += SMALL if s.rehearse else ["--num-workers", process.cores()]
         first, second, third = epoch_seconds(s, name, words).values()
         progressive = (30 * first + 20 * second + 40 * third) / 90
-        return s.left() / (10 * (first + 2 * progressive))  # of a tenth of the images
+        return images / subset * (first + 2 * progressive)
 
-    epochs = planned(s, name, rounds)
+    epochs = planned(s, name, first_rung, runs=3)
     for variants in RUNGS[:1] if s.rehearse else RUNGS:
         words = [STUDY, "--seeds", 0, "--variants", variants, "--data-dir", data, "--keep", "none"]
         words += ["--out", s.work / name, *(["--smoke"] if s.rehearse else [])]
@@ -342,13 +356,17 @@ def long_run(epochs: int) -> list[object]:
     return ["--epochs", epochs, "--save-every", 1000]  # a stopped run is saved anyway
 
 
-def planned(s: Setting, name: str, fitting: Callable[[], float]) -> int:
-    """Return the epochs that fit the time, less a tenth; the same ones when a stopped part goes on."""
+def planned(s: Setting, name: str, seconds: Callable[[], float], runs: int = 1) -> int:
+    """Return the number of epochs that fit the time; the same one when a stopped part goes on.
+
+    seconds: measures how long an epoch of all `runs` takes
+    """
     plan = s.work / name / "epochs.txt"
     if not plan.is_file():
-        epochs = max(2, min(3 if s.rehearse else LONGEST, int(0.9 * fitting())))
+        each = seconds()
+        epochs = int(0.9 * (s.left() - STARTUP * runs) / each)
         plan.parent.mkdir(parents=True, exist_ok=True)
-        plan.write_text(str(epochs))
+        plan.write_text(str(max(2, min(3 if s.rehearse else LONGEST, epochs))))
     return int(plan.read_text())
 
 
