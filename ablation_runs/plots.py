@@ -12,7 +12,7 @@ import numpy as np
 
 from ablation_runs import results
 from ablation_runs.results import Result
-from ablation_runs.statistics import ALPHA, BETTER, WORSE
+from ablation_runs.statistics import ALPHA, BETTER, WORSE, p_value
 from ablation_runs.study import Study
 from analysis import figures
 from base.flags import dashed
@@ -56,8 +56,11 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     fig = figures.figure(max(7, 2.8 * columns), 1.4 + 2.2 * rows, title)
     axes = figures.axes(fig, rows, columns, sharex=True, sharey=True)
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
-        for epochs, mean, _, _ in filter(None, means):
-            axis.plot(epochs, mean, color="0.8", lw=1)
+        for k, (epochs, mean, _, _) in enumerate(filter(None, means)):
+            # Behind its own curve, each variant sees the baseline, black, and the others.
+            first = k == 0 and not study.grid
+            style = {"color": figures.BLACK, "lw": 1.2, "ls": "--"} if first else {"color": "0.8", "lw": 1}
+            axis.plot(epochs, mean, zorder=2 if first else 1, **style)
         draw_lines(axis, lines, column)
         axis.set_title(name, fontsize=9)
         if chance:
@@ -69,8 +72,13 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     axes[0, 0].locator_params(axis="x", integer=True)
     if column == "lr" and wide_range(means):
         axes[0, 0].set_yscale("log")
-    key = ["grey: mean of each variant", "" if study.grid else "band: worst to best seed"]
-    key = "; ".join(filter(None, [*key, "dotted: chance" if chance else ""]))
+    words = {
+        "grey: all variants" if study.grid else "grey: the other variants": len(means) > 1,
+        f"dashed: {next(iter(study.variants))}": len(means) > 1 and not study.grid,
+        "band: worst to best seed": column != "lr" and not study.grid,
+        "dotted: chance": bool(chance),
+    }
+    key = "; ".join(text for text, shown in words.items() if shown)
     fig.supxlabel(f"epoch\n{key}", fontsize=9)
     fig.supylabel(LABELS[column], fontsize=9)
     return fig
@@ -155,7 +163,7 @@ def effects(runs: list[Result], study: Study, title: str):
     names = []
     for k, effect in enumerate(ranked):
         decided = effect.p is not None and effect.p <= ALPHA
-        names.append(dashed(effect.flag) + ("" if effect.p is None else f"\np = {effect.p:.3f}"))
+        names.append(dashed(effect.flag) + ("" if effect.p is None else f"\np {p_value(effect.p)}"))
         axis.plot([*effect.means.values()], [k] * len(effect.means), color=figures.BLUE, lw=2)
         for j, (value, mean) in enumerate(sorted(effect.means.items(), key=lambda pair: pair[1])):
             fill = figures.BLUE if decided else "white"

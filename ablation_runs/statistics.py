@@ -142,6 +142,11 @@ def seeds_and_images(differences: np.ndarray) -> tuple[float, float]:
     return float(mean) - half, float(mean) + half
 
 
+def p_value(p: float | None) -> str:
+    """Return "= 0.031", "< 0.001", or "-" for none."""
+    return "-" if p is None else f"= {p:.3f}" if p >= 0.001 else "< 0.001"
+
+
 def pooled_deviation(differences: np.ndarray) -> float | None:
     """Return the standard deviation of a paired difference, pooled over comparisons (k, n), or None."""
     rows = [row[np.isfinite(row)] for row in np.asarray(differences, float)]

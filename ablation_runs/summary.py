@@ -79,18 +79,15 @@ def comparison_table(study: Study, runs: list[Result]) -> Table:
     scores, gaps = (results.compare(runs, study, column) for column in (study.metric, "gap"))
     for variant, d in scores.items() if not study.grid else ():
         row = [f"**{variant}**", str(d.n), f"{d.mean:+.2f}", bounds(d.low and (d.low, d.high)), bounds(d.bca)]
-        row += [bounds(results.seeds_and_images(runs, study, variant)), "-" if d.p is None else f"{d.p:.3f}"]
+        row += [
+            bounds(results.seeds_and_images(runs, study, variant)),
+            statistics.p_value(d.p).removeprefix("= "),
+        ]
         gap = gaps.get(variant)
         rows.append(
             [*row, d.verdict, f"{interval(gap)}: {GAP_WORDS.get(gap.verdict, gap.verdict)}" if gap else "-"]
         )
-    header = [
-        "variant",
-        "pairs",
-        f"{METRICS[study.metric]} (better → larger)",
-        "95 % t interval",
-        "BCa interval",
-    ]
+    header = ["variant", "pairs", f"{METRICS[study.metric]} (+ is better)", "95 % t interval", "BCa interval"]
     header += ["over seeds and images", "p (max-t)", "verdict", "gap"]
     return Table("comparisons", f"Differences to {first}, in points:", header, rows)
 
@@ -152,7 +149,9 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     for variant, d in found.items():
         if d.verdict in (BETTER, WORSE):
             size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
-            evidence = f"95 % interval {d.low:+.1f} to {d.high:+.1f}, p = {d.p:.3f}, {d.n} seeds"
+            evidence = (
+                f"95 % interval {d.low:+.1f} to {d.high:+.1f}, p {statistics.p_value(d.p)}, {d.n} seeds"
+            )
             sentences.append(f"**{variant}** is {d.verdict} than {first} by {size} ({evidence}).")
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
@@ -218,7 +217,7 @@ def effect_table(study: Study, runs: list[Result]) -> Table:
     rows = []
     for effect in results.effects(runs, study, study.metric):
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
-        p = "-" if effect.p is None else f"{effect.p:.3f}"
+        p = statistics.p_value(effect.p).removeprefix("= ")
         rows.append(
             [flags.dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p]
         )

@@ -55,5 +55,6 @@ class Table:
 def latex_text(text: str) -> str:
     """Return `text` with LaTeX's special characters escaped, and its bold and code as commands."""
     text = "".join(LATEX.get(character, character) for character in text)
+    text = re.sub(r"(?<![\w.-])-(?=\d)", "$-$", text)  # a minus, not a hyphen
     text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
     return re.sub(r"`(.+?)`", r"\\texttt{\1}", text)

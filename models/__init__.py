@@ -61,6 +61,7 @@ def notes(use_blurpool: bool) -> list[str]:
 def describe_args(model_args: dict) -> str:
     """Describe `build_model`'s arguments, for example "resnet50+blurpool, 1000 classes"."""
     blur = "+blurpool" if model_args.get("use_blurpool") else ""
+    width = f", width {model_args['width']}" if model_args.get("width") else ""
     stem = model_args.get("stem", "imagenet")
     stem = "" if stem == "imagenet" else f", {stem} stem"
-    return f"{model_args['arch']}{blur}{stem}, {model_args['num_classes']} classes"
+    return f"{model_args['arch']}{blur}{stem}{width}, {model_args['num_classes']} classes"

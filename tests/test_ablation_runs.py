@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import numpy as np
 import pytest
 from conftest import ROOT
+from runs import TIMING
 from scipy import stats
 
 import train
@@ -22,6 +24,7 @@ from ablation_runs.study import Study
 from ablation_runs.tables import Table
 from base import flags
 from base.errors import DataError, UsageError, UserError
+from harness.log import read_metrics
 
 IMAGES = {
     "tiny-imagenet": 100_000,
@@ -592,6 +595,70 @@ def test_a_study_from_end_to_end(tmp_path, monkeypatch, capsys):
         "curves.png",
         "differences.png",
     }
+
+
+DIGITS = {"dataset": "digits", "holdout": 100, "arch": "resnet_tiny", "resize_schedule": [16], "epochs": 1}
+DIGITS |= {
+    "batch_size": 128,
+    "augment": "basic",
+    "num_workers": 0,
+    "device": "cpu",
+    "amp": "off",
+    "lr": 0.003,
+}
+
+
+def test_any_row_of_a_study_can_be_repeated_bit_for_bit(tmp_path, monkeypatch, capsys):
+    """Also a run that is repeated alone, and from the command that its run.json has."""
+    which = Study("again", "?", {"a": {}, "b": {"lr": 0.01}}, base=DIGITS, primary=("b",))
+    monkeypatch.setitem(studies.STUDIES, "again", which)
+    monkeypatch.setattr(run, "launch", in_process)
+    assert run.main(["again", "--pilot", "--out", str(tmp_path / "one")]) == 0
+    said = capsys.readouterr().out
+    assert "takes" in said and re.search(r"next: --seeds 0,1,2,3,4,5(,\d)*, which can see", said)
+    assert run.main(["again", "--variants", "b", "--seeds", "1", "--out", str(tmp_path / "two")]) == 0
+    one, two = (tmp_path / name / "again" / "b-seed1" for name in ("one", "two"))
+    record = json.loads((one / "run.json").read_text())
+    assert record.keys() >= {"command", "commit", "load", "minutes"} and record["status"] == "done"
+    assert train.main([*shlex.split(record["command"])[2:], "--save-dir", str(tmp_path / "three")]) == 0
+    rows = [
+        {name: value for name, value in read_metrics(folder)[-1].items() if name not in TIMING}
+        for folder in (one, two, tmp_path / "three")
+    ]
+    assert rows[0] == rows[1] == rows[2] and rows[0]["val_top1"] > 10
+    hits = [(folder / study.FINAL / "hits.npz").read_bytes() for folder in (one, two)]
+    assert hits[0] == hits[1]
+    found = results.load(tmp_path / "one" / "again", which)
+    assert [r.num_val for r in found] == [359] * 4 and all(r.held_out for r in found)
+
+
+def test_pilot_and_seeds_contradict_each_other(fake):
+    with pytest.raises(UsageError, match="--pilot and --seeds"):
+        run.main([*fake, "--pilot", "--seeds", "3"])
+
+
+def test_the_official_images_are_scored_with_the_runs_precision(tmp_path):
+    job = run.Job(study.Run("s", "v", 0, DIGITS | {"subset": True, "amp": "bf16"}), tmp_path)
+    (tmp_path / "last_x.pt").touch()
+    assert job.scoring() == [
+        *(str(tmp_path / "last_x.pt"), "--num-workers=0", "--device=cpu", "--amp=bf16", "--holdout=0"),
+        *("--no-subset", "--save-hits", f"--out={tmp_path / 'final'}"),
+    ]
+    plain = run.Job(study.Run("s", "v", 0, {"dataset": "cifar10"}), tmp_path, "/d").scoring()
+    assert plain[1:3] == ["--data-dir=/d", "--save-hits"]
+
+
+def test_pictures_come_in_the_formats_that_are_asked_for(tmp_path):
+    runs = made(a=SIX, b=CLEAR, c=NOISY)
+    first = plots.draw(runs, TWO, "full", tmp_path, ("svg", "pdf", "png"))
+    assert [path.name for path in first][-1] == "differences.svg"
+    heads = {kind: (tmp_path / f"differences.{kind}").read_bytes()[:5] for kind in ("svg", "pdf", "png")}
+    assert heads == {"svg": b"<?xml", "pdf": b"%PDF-", "png": b"\x89PNG\r"}
+    plots.draw(runs, TWO, "full", tmp_path / "again", ("svg", "pdf"))
+    for name in ("differences.svg", "differences.pdf"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    with pytest.raises(UsageError, match="--formats bmp"):
+        report.main(["ema", "--formats", "bmp"])
 
 
 # --- what is committed ---
