@@ -23,6 +23,7 @@ from base.parser import (
     Switch,
     above_zero,
     augment_text,
+    count_or_share,
     dashed,
     listing,
     number,
@@ -79,7 +80,7 @@ class Flag:
 
 
 # fmt: off
-DATASET = (
+SOURCE = (
     Flag("data_dir", "plan", "Dataset directory, or a packed copy of one.", str, "./data/imagenet", "DIR",
          unused=lambda c: idle.dataset_kind(c) in idle.NO_FILES and f"{c.dataset} needs no directory"),
     Flag("dataset", "plan", f"Dataset: {DATASETS}. Your own class folders are imagenet.",
@@ -91,9 +92,15 @@ DATASET = (
          idle=idle.no_class_list),
     Flag("allow_class_mismatch", "plan", "Accept a validation set that lacks some classes.",
          idle=idle.classes_known),
+)
+DATASET = (
+    *SOURCE,
+    Flag("classes", "plan", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
+    Flag("holdout", "plan", "Validate on training images held out of training; 0: on the official ones.",
+         count_or_share, 0, "N|SHARE"),
     Flag("subset", "plan", "Use a fixed, class-balanced subset of the images.", Switch),
-    Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many.",
-         positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
+    Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many, or all of "
+         "--holdout.", positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
 )
 LOADING = (
     Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}.",
@@ -115,6 +122,8 @@ MODEL = (
          idle=idle.torchvision_arch),
     Flag("stem", "model", "First layers: small is one 3x3 convolution, for 32 px images; d is ResNet-D's.",
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
+    Flag("width", "model", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
+         "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
     Flag("init_from", "trace", "Start from these weights (ours or torchvision's).", str, "", "FILE",
          idle=idle.weights_resumed),
     Flag("reset_head", "trace", "With --init-from: new classifier, for other classes.",
@@ -370,7 +379,7 @@ def workers_note(workers: int) -> str:
 
 def data_args(config: Any) -> dict[str, Any]:
     """Return the arguments of `sources.layouts.open_dataset`."""
-    same = ("dataset", "data_dir", "split", "allow_class_mismatch")
+    same = ("dataset", "data_dir", "split", "allow_class_mismatch", "classes", "holdout")
     subset_size = config.subset_size if config.subset else None
     return {name: getattr(config, name) for name in same} | {
         "class_list": config.class_list or None,

@@ -150,6 +150,7 @@ ModelArgs = exactly(
     arch=Text,
     num_classes=Positive,
     **optional(drop_path_rate=Fraction, use_blurpool=bool, head=Text, stem=Text, image_sizes=list[Pixels]),
+    **optional(width=Positive),
 )
 Eval = exactly(
     dataset=FileName,
@@ -333,7 +334,7 @@ _ENV = optional(
     parent=Text | None,
 )
 Env = Annotated[at_least(**_ENV), AfterValidator(_all_plain)]
-StudyRun = at_least(**optional(status=Text, flags=list[Text]))  # run.json
+StudyRun = at_least(**optional(status=Text, flags=list[Text], minutes=NotNegative))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
 # Earlier versions wrote guess_name.
 Prediction = Annotated[Text, Field(validation_alias=AliasChoices("prediction_name", "guess_name"))]

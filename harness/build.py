@@ -143,7 +143,8 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
 
 def model_args(config, index) -> dict:
     """Return the arguments of `models.build_model`, from which any tool can rebuild the model."""
-    return {
+    width = {"width": config.width} if config.width else {}
+    return width | {
         "arch": config.arch,
         "num_classes": len(index.classes),
         "drop_path_rate": config.drop_path_rate,

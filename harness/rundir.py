@@ -35,14 +35,16 @@ OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.par
 EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
 PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",
          "filtered", "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
-DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
+DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "classes",
+              "holdout", "subset", "subset_size")  # fmt: skip
 # Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
                "config"}  # fmt: skip
 # Of flags that are missing in a checkpoint of an earlier version, because there was one behaviour, which is
 # not the default now.
 OLD_VALUES = {"eval_crop": 0.875}
-MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # these decide the weights' shapes
+# These decide the weights' shapes.
+MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem", "width")
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
 
@@ -276,7 +278,9 @@ def restore(run, saved: dict, config) -> None:
         raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
     _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
     then, now = saved["model_args"], metadata["model_args"]
-    if changed := [f"{k} {then.get(k)} then, {now[k]} now" for k in MODEL_ARGS if then.get(k) != now[k]]:
+    if changed := [
+        f"{k} {then.get(k)} then, {now.get(k)} now" for k in MODEL_ARGS if then.get(k) != now.get(k)
+    ]:
         fix = "start a new run from its weights with --init-from and --reset-head"
         raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
     same_plan = saved["total_steps"] == metadata["total_steps"]

@@ -25,6 +25,8 @@ from sources import layouts
 # name: (what both runs share, what the second one changes); more than one change as a list of them
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "dataset": ("", ["--dataset synthetic:classes=10,train=40,val=10,size=8"]),
+    "classes": ("", ["--classes 5"]),
+    "holdout": ("", ["--holdout 300", "--holdout 0.3"]),
     "subset": ("", ["--subset-size 41"]),  # TINY has --subset
     "subset_size": ("", ["--subset-size 48"]),
     "augment": ("--augment none", [f"--augment {name}" for name in
@@ -34,6 +36,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "drop_path_rate": ("", ["--drop-path-rate 0.6"]),
     "use_blurpool": ("", ["--use-blurpool"]),
     "head": ("", ["--head linear"]),
+    "width": ("", ["--width 4"]),
     "stem": ("", ["--stem small", "--stem d"]),
     "epochs": ("", ["--epochs 6"]),
     "resize_schedule": ("", ["--resize-schedule 8,16,20", "--resize-schedule 8,24,24"]),

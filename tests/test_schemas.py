@@ -85,7 +85,7 @@ def run(tmp_path_factory):
 
 
 OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes", "flip"}
-OPTIONAL |= {"row_sums"}
+OPTIONAL |= {"row_sums", "width"}
 
 
 def is_free(at: tuple) -> bool:
