@@ -49,8 +49,8 @@ class EMA:
         self._backup: list[Tensor] | None = None
         # The shadow lives in one buffer per dtype: torch has a kernel that moves one tensor by a weight
         # known only on the device, but none for many. The model is gathered in a second buffer.
-        self._flat = [move_into_flat(group) for group in group_by_dtype(_read(self._averaged[0]))]
-        self._gathered = [flat_copy(group) for group in group_by_dtype(_read(self._averaged[0]))]
+        groups = group_by_dtype(_read(self._averaged[0]))
+        self._flat = [(move_into_flat(group), *flat_copy(group)) for group in groups]
 
     def decay_at(self, update: int) -> float:
         """Return the decay of update number `update` (1, 2, ...)."""
@@ -66,7 +66,7 @@ class EMA:
         self.num_updates += 1
         weight = 1.0 - self.decay_at(self.num_updates)
         live = group_by_dtype(_read(self._averaged[1]))
-        for flat, (gathered, views), tensors in zip(self._flat, self._gathered, live, strict=True):
+        for (flat, gathered, views), tensors in zip(self._flat, live, strict=True):
             torch._foreach_copy_(views, tensors)
             flat.lerp_(gathered, weight if finite is None else finite.to(flat.dtype) * weight)
         _copy(*self._copied)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from base.device import Runtime
+from base.device import Runtime, memory_for
 from base.errors import Stopped
 from base.process import say
 from base.progress import Eta, Progress, duration
@@ -411,7 +411,12 @@ def evaluate_split(
 
     loader = eval_batches(run, split, phase)
     batches = interruptible(run, loader)
-    return evaluate(models, batches, run.runtime, stop_if_asked, flip=run.eval_flip), loader.bad
+    size, batch = run.scored_as(phase)
+    fix = "the last checkpoint is intact: free the device and use --resume auto"
+    fix += ", or score at a smaller --eval-size with --allow-change eval_size" if run.eval_size else ""
+    with memory_for(f"scoring at {size} px, batch {batch}", fix, run.runtime.device):
+        results = evaluate(models, batches, run.runtime, stop_if_asked, flip=run.eval_flip)
+    return results, loader.bad
 
 
 def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:

@@ -13,7 +13,6 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from base.errors import CheckpointError, UsageError, one_line
 
@@ -142,7 +141,10 @@ def step_if(finite: Tensor, bad: Tensor, optimizer: torch.optim.Optimizer) -> No
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
     """Let SGD's momentum start at zero: a skipped first step would leave it uninitialised."""
-    for group in optimizer.param_groups if optimizer.defaults.get("momentum") else ():
+    started = len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
+    if started or not optimizer.defaults.get("momentum"):
+        return
+    for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -181,13 +183,15 @@ def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
     """
     if mode not in ("norm", "value"):
         raise ValueError(f"clip mode must be norm or value, got {mode}")
-    params = [p for p in params if p.grad is not None]
-    norm = get_total_norm([p.grad for p in params])
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     if 0 < limit < math.inf:
         if mode == "norm":
-            clip_grads_with_norm_(params, limit, norm)
+            # torch.nn.utils does the same, but sorts the gradients by device and dtype at every step.
+            torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
         else:
-            clip_grad_value_(params, limit)
+            torch._foreach_clamp_min_(grads, -limit)
+            torch._foreach_clamp_max_(grads, limit)
     return norm
 
 

@@ -343,6 +343,17 @@ def test_scoring_is_tried_before_the_run_at_its_own_size(tmp_path, monkeypatch):
     assert "lower --eval-size" in caught.value.fix
 
 
+def test_memory_that_runs_out_while_scoring_names_the_size(tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    run = tiny_run(tmp_path, "--eval-size", 48)
+    monkeypatch.setattr(loop, "evaluate", full)
+    with pytest.raises(ResourceError, match="scoring at 48 px, batch 64") as caught:
+        loop.score_epoch(run, run.phases[0], epoch=1)
+    assert "--resume auto" in caught.value.fix and "--allow-change eval_size" in caught.value.fix
+
+
 def test_it_is_said_how_the_run_is_scored(run, photos, tmp_path, capsys):
     where = ["--data-dir", str(photos), "--save-dir", str(tmp_path / "x"), "--num-workers", "0"]
     assert train.main([*TINY, *where, *SCORED, "--dry-run"]) == 0
