@@ -1,4 +1,4 @@
-"""Checks before every run: disk space for checkpoints, shared memory, and whether the GPU has enough.
+"""Checks before every run: disk space for checkpoints, and whether the GPU has enough memory.
 
 Nothing here writes a file or changes what training computes.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,6 @@ from torch import Tensor
 
 from base.device import MIB, memory_for, memory_words
 from base.errors import ResourceError, is_out_of_memory
-from base.process import say
-from dataloader import PREFETCH
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
 from train_utils import Phase, StepOptions, evaluate, phase_of
@@ -29,11 +27,10 @@ CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being
 def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
     """Raise ResourceError now for a lack of disk or GPU memory that would end the run hours later.
 
-    Warns if shared memory may be too small. former: checkpoints that the run will replace or delete
+    former: checkpoints that the run will replace or delete
     """
     if run.runtime.is_main:
         check_disk(run, former)
-        say(shared_memory_warning(run.phases, run.num_workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
         check_eval_memory(run)
@@ -75,21 +72,6 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def tensor_bytes(tensors: Iterable) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-
-def shared_memory_warning(phases: Sequence[Phase], workers: int, directory: str = "/dev/shm") -> str:
-    """Return a warning if the batches that the workers prefetch may not fit into shared memory, or ''."""
-    if not workers or not Path(directory).is_dir():
-        return ""
-    batch = max(phase.batch_size * phase.image_size**2 * 3 for phase in phases)  # uint8, of all ranks
-    need, free = workers * PREFETCH * batch, shutil.disk_usage(directory).free
-    if need <= free:
-        return ""
-    return (
-        f"WARNING: {workers} loader workers may need {need / MIB:,.0f} MiB in {directory}, which has "
-        f"{free / MIB:,.0f} MiB free: use --num-workers {free // (PREFETCH * batch)}, or give the container "
-        "more (docker run --shm-size)"
-    )
 
 
 def check_step_memory(run: Run) -> None:

@@ -243,9 +243,9 @@ def _refuse_other(out: str, known: dict, plan: dict) -> None:
         changes = f"{', '.join(changed)}; {train}, {val}"
         what = f"the source has changed since packing into {where} began ({changes})"
         raise DataError(what, "restore the source, or pack into another --out (and delete this one)")
-    for key in dict.fromkeys([*plan, *(known.keys() & {"raw_sides"})]):
-        if known.get(key) != plan.get(key):
-            what = f"{where} is packed with {key} {known.get(key)}, not {plan.get(key)}"
+    for key in {**plan, "raw_sides": []}:  # which only plans with such sides have
+        if known.get(key, []) != plan.get(key, []):
+            what = f"{where} is packed with {key} {known.get(key, [])}, not {plan.get(key, [])}"
             raise UsageError(what, "use the same value, or another --out")
 
 

@@ -211,7 +211,7 @@ def test_hugging_face_datasets_opens_raw_pixels(raw_once):
 
 def test_raw_data_is_verified_and_its_settings_are_kept(folders, raw_once, tmp_path, capsys):
     out = shutil.copytree(raw_once, tmp_path / "copy")
-    with pytest.raises(UsageError, match=r"packed with raw_sides \[16\], not None"):
+    with pytest.raises(UsageError, match=r"packed with raw_sides \[16\], not \[\]"):
         pack_dataset.main(["--data-dir", str(folders), "--out", str(out), "--stored-sides", "16,32"])
     path = out / "train-16" / "00000.arrow"
     data = bytearray(path.read_bytes())

@@ -63,15 +63,6 @@ def test_a_resumed_run_needs_room_for_the_checkpoints_it_does_not_have_yet(run, 
         preflight.check_disk(run, former)
 
 
-def test_full_shared_memory_is_warned_of_with_the_flag_to_lower(run, tmp_path, monkeypatch):
-    batch = 8 * 24 * 24 * 3  # the largest phase, in bytes
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 4 * batch * 3))
-    assert preflight.shared_memory_warning(run.phases, 3, str(tmp_path)) == ""
-    assert "--num-workers 3" in preflight.shared_memory_warning(run.phases, 4, str(tmp_path))
-    assert preflight.shared_memory_warning(run.phases, 0, str(tmp_path)) == ""
-    assert preflight.shared_memory_warning(run.phases, 4, str(tmp_path / "none")) == ""
-
-
 def test_the_trial_step_leaves_no_trace(run):
     before, grown = copy.deepcopy(run.state.state_dict()), torch.random.get_rng_state()
     _, options = loop.start_phase(run, run.phases[-1])

@@ -19,6 +19,7 @@ from ablation_runs import results
 from analysis import report, runs
 from base import errors, schemas
 from base.errors import CheckpointError, DataError
+from base.files import file_crc32
 from harness import checkpoint, rundir
 from sources import packed
 
@@ -381,10 +382,7 @@ def test_invalid_labels_are_refused(packing, tmp_path, content):
     else:
         np.save(path, content)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["parts"]["val"] |= {
-        "labels_bytes": path.stat().st_size,
-        "labels_crc32": packed.file_crc32(str(path)),
-    }
+    manifest["parts"]["val"] |= {"labels_bytes": path.stat().st_size, "labels_crc32": file_crc32(str(path))}
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"val-labels\.npy are"):
         packed.open_packed(out)
