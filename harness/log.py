@@ -181,22 +181,12 @@ class StepLog:
             self.file = self.path.open("a", encoding="utf-8", buffering=1)  # so a kill loses no finished row
 
     def add(
-        self,
-        sums: dict,
-        row: dict,
-        *,
-        loss: float,
-        norm: float,
-        finite: bool,
-        images: int,
-        seconds: float,
-        waited: float,
-        last: bool,
+        self, sums: dict, row: dict, result: Any, *, images: int, seconds: float, waited: float, last: bool
     ) -> None:
         """Count a step in `sums`, which are those since the last row; write a row if one is due.
 
         row:     what is true of the step: step, epoch, image_size, batch_size, lr, loss_scale
-        loss:    averaged over all ranks, as `norm`, the gradient's before clipping
+        result:  its `loss` and gradient `norm` (before clipping) over all ranks, and if both are `finite`
         images:  of all ranks
         seconds: since the step before, of which `waited` for data
         last:    whether the phase ends with this step
@@ -206,11 +196,11 @@ class StepLog:
         if not sums:
             sums |= dict(steps=0, loss=0.0, norm=0.0, norm_max=0.0, bad_steps=0)
             sums |= dict(images=0, seconds=0.0, waited=0.0)
-        if finite:
+        if result.finite:
             sums["steps"] += 1
-            sums["loss"] += loss
-            sums["norm"] += norm
-            sums["norm_max"] = max(sums["norm_max"], norm)
+            sums["loss"] += result.loss
+            sums["norm"] += result.norm
+            sums["norm_max"] = max(sums["norm_max"], result.norm)
         else:
             sums["bad_steps"] += 1
         sums["images"] += images

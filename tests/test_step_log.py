@@ -17,6 +17,7 @@ import train
 import train_utils
 from base.errors import DataError
 from harness.log import MetricLogger, StepLog, read_metrics, read_steps
+from train_utils import StepResult
 
 NAME = "resnet_tiny_digits.pt"
 
@@ -47,11 +48,11 @@ def test_the_rows_are_means_over_the_steps_since_the_last_row(tmp_path, monkeypa
     built, losses, norms, rates = tiny_run(tmp_path), [], [], []
     step, clip = loop.train_step, train_utils.clip_gradients
 
-    def recorded_step(state, *args):
+    def recorded_step(state, *args, **vote):
         rates.append(state.optimizer.param_groups[0]["lr"])
-        result = step(state, *args)
-        losses.append(result[0])
-        return result
+        running = step(state, *args, **vote)
+        losses.append(running.result().loss)
+        return running
 
     def recorded_clip(params, *how):
         params = list(params)
@@ -136,10 +137,10 @@ def test_a_stop_signal_between_two_rows_changes_none(straight, tmp_path):
 
 
 def test_two_ranks_write_one_file_and_stop_and_resume_as_one(tmp_path):
-    log, late = tmp_path / "log", {"AT": "loop.check_diverged:6", "SIGNALS": "15"}
-    arguments = (*TINY, "--log-every", 4)
+    log, late = tmp_path / "log", {"AT": "loop.train_step:6", "SIGNALS": "15"}
+    arguments = (*TINY, "--log-every", 3)
     assert run_ranks(2, log, *arguments, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
-    assert [row["step"] for row in read_steps(tmp_path / "straight")] == [4, 5, 8, 10, 12, 15]
+    assert [row["step"] for row in read_steps(tmp_path / "straight")] == [3, 5, 6, 9, 10, 12, 15]
     codes = run_ranks(2, log, *arguments, "--save-dir", tmp_path / "run", only={0: late, 1: late})
     assert codes == [143, 143] and payload(tmp_path / "run")["row_sums"], log.read_text()
     assert run_ranks(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
@@ -208,9 +209,8 @@ def test_an_invalid_row_is_named_and_a_cut_one_at_the_end_is_skipped(tmp_path, l
 
 def step(log: StepLog, sums: dict, number: int) -> None:
     row = {"step": number, "epoch": 1, "image_size": 8, "batch_size": 4, "lr": 0.1, "loss_scale": None}
-    log.add(
-        sums, row, loss=2.0, norm=1.0, finite=True, images=4, seconds=0.5, waited=0.25, last=number == 5
-    )  # fmt: skip
+    result = StepResult(number - 1, loss=2.0, norm=1.0)
+    log.add(sums, row, result, images=4, seconds=0.5, waited=0.25, last=number == 5)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
