@@ -145,8 +145,7 @@ class MetricLogger:
 
     def close(self) -> None:
         self.steps.close()
-        if self.board:
-            self.board.close()
+        _close(self.board)
         for tracker in self.trackers:
             tracker.finish()
 
@@ -211,29 +210,29 @@ class StepLog:
             sums.clear()
 
     def _write(self, row: dict) -> None:
-        if self.file:
-            try:
-                self.file.write(_line(row))
-            except OSError as error:  # a full disk, say: not worth the end of the run
-                tell(f"WARNING: {self.path} gets no more rows: {error.strerror}")
-                self._close_file()
         numbers = {f"steps/{name}": value for name, value in _numbers(row).items() if name != "step"}
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, row["step"])
+        try:
+            if self.file:
+                self.file.write(_line(row))
+            if self.board:
+                for name, value in numbers.items():
+                    self.board.add_scalar(name, value, row["step"])
+        except OSError as error:  # a full disk, say: not worth the end of the run
+            tell(f"WARNING: {self.path} and TensorBoard get no more steps: {error}")
+            self.close()
         for tracker in self.trackers:
             tracker.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        self._close_file()
-        if self.board:
-            self.board.close()
+        _close(self.file, self.board)
+        self.file = self.board = None
 
-    def _close_file(self) -> None:
+
+def _close(*writers: Any) -> None:
+    """Close what is open. What it could not write before, on a full disk, may fail again: that is no error."""
+    for writer in filter(None, writers):
         with suppress(OSError):
-            if self.file:
-                self.file.close()
-        self.file = None
+            writer.close()
 
 
 def _step_values(sums: dict) -> dict:

@@ -222,7 +222,7 @@ def test_a_full_disk_ends_the_rows_and_not_the_run(tmp_path, capsys):
     for number in (2, 3):
         step(log, sums, number)
     log.close()
-    assert capsys.readouterr().err.count("gets no more rows: No space left on device") == 1
+    assert capsys.readouterr().err.count("no more steps: [Errno 28] No space left on device") == 1
     assert [row["step"] for row in read_steps(tmp_path)] == [1] and sums == {}
 
 
@@ -258,6 +258,15 @@ def test_tensorboard_has_the_steps_and_hides_those_after_the_checkpoint(tmp_path
     assert "steps/step" not in events.Tags()["scalars"] and "steps/loss_scale" not in events.Tags()["scalars"]
     epochs = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [point.step for point in epochs.Scalars("lr")] == [1, 2]
+
+
+def test_closing_after_the_directory_is_gone_hides_no_other_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    log = MetricLogger(tmp_path / "run", log_every=1, tensorboard=True)
+    step(log.steps, {}, 1)
+    shutil.rmtree(tmp_path / "run")
+    step(log.steps, {}, 2)
+    log.close()
 
 
 def test_a_tracker_gets_steps_and_epochs_at_the_step_of_the_run(tmp_path):
