@@ -229,7 +229,7 @@ class StepLog:
 
 
 def _close(*writers: Any) -> None:
-    """Close what is open. What it could not write before, on a full disk, may fail again: that is no error."""
+    """Close what is open. What could not be written before, to a full disk, may fail once more."""
     for writer in filter(None, writers):
         with suppress(OSError):
             writer.close()
@@ -251,8 +251,8 @@ def _step_values(sums: dict) -> dict:
 def _step_of(line: bytes) -> float:
     """Return the step of a line of steps.jsonl; infinity if it is damaged or was not written to its end."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -126,6 +126,22 @@ def test_a_resumed_run_writes_the_rows_of_one_that_was_never_stopped(stop, strai
     assert rows_of(tmp_path) == rows_of(straight)
 
 
+def test_damaged_rows_do_not_stop_a_resumed_run(straight, tmp_path):
+    run(*TINY, "--log-every", 4, "--save-dir", tmp_path, "--stop-after", 7)
+    damaged = [
+        b'{"step": Infinity}',
+        b'{"step": 1%s}' % (b"0" * 400),
+        b'{"step": null}',
+        b"[]",
+        b"\xff",
+        b"[" * 9999,
+    ]
+    with open(tmp_path / "steps.jsonl", "ab") as file:
+        file.write(b"\n".join(damaged) + b"\n")
+    run("--save-dir", tmp_path, "--resume", "auto")
+    assert rows_of(tmp_path) == rows_of(straight)
+
+
 def test_a_stop_signal_between_two_rows_changes_none(straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     stop = {"AT": "loop.train_step:7", "SIGNALS": "15"}
@@ -260,6 +276,7 @@ def test_tensorboard_has_the_steps_and_hides_those_after_the_checkpoint(tmp_path
     assert [point.step for point in epochs.Scalars("lr")] == [1, 2]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
 def test_closing_after_the_directory_is_gone_hides_no_other_error(tmp_path):
     (tmp_path / "run").mkdir()
     log = MetricLogger(tmp_path / "run", log_every=1, tensorboard=True)
