@@ -292,26 +292,18 @@ class Meter:
         run.state.count(result)  # last, because it raises DivergedError
 
     def log_step(self, result: StepResult, images: int, seconds: float, waited: float) -> None:
-        state, phase = self.run.state, self.phase
+        state, phase, step = self.run.state, self.phase, result.step + 1
         row = {
-            "step": result.step + 1,
+            "step": step,
             "epoch": self.epoch,
             "image_size": phase.image_size,
             "batch_size": phase.batch_size,
             "lr": state.schedule.lr_at(result.step),
             "loss_scale": result.scale if state.scaler.is_enabled() else None,
         }
-        self.log.steps.add(
-            state.row_sums,
-            row,
-            loss=result.loss,
-            norm=result.norm,
-            finite=result.finite,
-            images=images,
-            seconds=seconds,
-            waited=waited,
-            last=result.step + 1 == phase.first_step + phase.steps,
-        )
+        last = step == phase.first_step + phase.steps
+        spent = {"images": images, "seconds": seconds, "waited": waited}
+        self.log.steps.add(state.row_sums, row, result, last=last, **spent)
 
     def report_bad_step(self, result: StepResult) -> None:
         if result.overflowed:  # in fp16: not the fault of these images

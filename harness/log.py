@@ -145,8 +145,7 @@ class MetricLogger:
 
     def close(self) -> None:
         self.steps.close()
-        if self.board:
-            self.board.close()
+        _close(self.board)
         for tracker in self.trackers:
             tracker.finish()
 
@@ -181,22 +180,12 @@ class StepLog:
             self.file = self.path.open("a", encoding="utf-8", buffering=1)  # so a kill loses no finished row
 
     def add(
-        self,
-        sums: dict,
-        row: dict,
-        *,
-        loss: float,
-        norm: float,
-        finite: bool,
-        images: int,
-        seconds: float,
-        waited: float,
-        last: bool,
+        self, sums: dict, row: dict, result: Any, *, images: int, seconds: float, waited: float, last: bool
     ) -> None:
         """Count a step in `sums`, which are those since the last row; write a row if one is due.
 
         row:     what is true of the step: step, epoch, image_size, batch_size, lr, loss_scale
-        loss:    averaged over all ranks, as `norm`, the gradient's before clipping
+        result:  its `loss` and gradient `norm` (before clipping) over all ranks, and if both are `finite`
         images:  of all ranks
         seconds: since the step before, of which `waited` for data
         last:    whether the phase ends with this step
@@ -206,11 +195,11 @@ class StepLog:
         if not sums:
             sums |= dict(steps=0, loss=0.0, norm=0.0, norm_max=0.0, bad_steps=0)
             sums |= dict(images=0, seconds=0.0, waited=0.0)
-        if finite:
+        if result.finite:
             sums["steps"] += 1
-            sums["loss"] += loss
-            sums["norm"] += norm
-            sums["norm_max"] = max(sums["norm_max"], norm)
+            sums["loss"] += result.loss
+            sums["norm"] += result.norm
+            sums["norm_max"] = max(sums["norm_max"], result.norm)
         else:
             sums["bad_steps"] += 1
         sums["images"] += images
@@ -221,29 +210,29 @@ class StepLog:
             sums.clear()
 
     def _write(self, row: dict) -> None:
-        if self.file:
-            try:
-                self.file.write(_line(row))
-            except OSError as error:  # a full disk, say: not worth the end of the run
-                tell(f"WARNING: {self.path} gets no more rows: {error.strerror}")
-                self._close_file()
         numbers = {f"steps/{name}": value for name, value in _numbers(row).items() if name != "step"}
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, row["step"])
+        try:
+            if self.file:
+                self.file.write(_line(row))
+            if self.board:
+                for name, value in numbers.items():
+                    self.board.add_scalar(name, value, row["step"])
+        except OSError as error:  # a full disk, say: not worth the end of the run
+            tell(f"WARNING: {self.path} and TensorBoard get no more steps: {error}")
+            self.close()
         for tracker in self.trackers:
             tracker.log(numbers, step=row["step"])
 
     def close(self) -> None:
-        self._close_file()
-        if self.board:
-            self.board.close()
+        _close(self.file, self.board)
+        self.file = self.board = None
 
-    def _close_file(self) -> None:
+
+def _close(*writers: Any) -> None:
+    """Close what is open. What could not be written before, to a full disk, may fail once more."""
+    for writer in filter(None, writers):
         with suppress(OSError):
-            if self.file:
-                self.file.close()
-        self.file = None
+            writer.close()
 
 
 def _step_values(sums: dict) -> dict:
@@ -262,8 +251,8 @@ def _step_values(sums: dict) -> dict:
 def _step_of(line: bytes) -> float:
     """Return the step of a line of steps.jsonl; infinity if it is damaged or was not written to its end."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from base.device import MIB, memory_for, memory_words
 from base.errors import ResourceError, is_out_of_memory
+from base.process import say
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
 from train_utils import Phase, StepOptions, evaluate, phase_of

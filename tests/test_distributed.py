@@ -336,11 +336,11 @@ def test_two_ranks_have_the_losses_and_scores_of_one(tmp_path):
         saved = payload(save_dir) | {"steps": read_steps(save_dir)}
         found.append((json.loads((save_dir / "losses.json").read_text()), saved))
     (alone, one), (shared, two) = found
-    alone, shared = ([StepResult(*result) for result in results] for results in (alone, shared))
     for row, same in zip(one["steps"], two["steps"], strict=True):  # one rank writes the means over both
         assert (row["step"], row["batch_size"]) == (same["step"], same["batch_size"])
         assert row["train_loss"] == pytest.approx(same["train_loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(same["grad_norm"], rel=1e-3)
+    alone, shared = ([StepResult(*result) for result in results] for results in (alone, shared))
     assert len(alone) == 15 and all(result.finite for result in shared)
     assert [result.loss for result in shared] == pytest.approx([r.loss for r in alone], rel=1e-5)
     assert [result.norm for result in shared] == pytest.approx([r.norm for r in alone], rel=1e-4)

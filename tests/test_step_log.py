@@ -17,6 +17,7 @@ import train
 import train_utils
 from base.errors import DataError
 from harness.log import MetricLogger, StepLog, read_metrics, read_steps
+from train_utils import StepResult
 
 NAME = "resnet_tiny_digits.pt"
 
@@ -47,11 +48,11 @@ def test_the_rows_are_means_over_the_steps_since_the_last_row(tmp_path, monkeypa
     built, losses, norms, rates = tiny_run(tmp_path), [], [], []
     step, clip = loop.train_step, train_utils.clip_gradients
 
-    def recorded_step(state, *args):
+    def recorded_step(state, *args, **vote):
         rates.append(state.optimizer.param_groups[0]["lr"])
-        result = step(state, *args)
-        losses.append(result[0])
-        return result
+        running = step(state, *args, **vote)
+        losses.append(running.result().loss)
+        return running
 
     def recorded_clip(params, *how):
         params = list(params)
@@ -125,6 +126,22 @@ def test_a_resumed_run_writes_the_rows_of_one_that_was_never_stopped(stop, strai
     assert rows_of(tmp_path) == rows_of(straight)
 
 
+def test_damaged_rows_do_not_stop_a_resumed_run(straight, tmp_path):
+    run(*TINY, "--log-every", 4, "--save-dir", tmp_path, "--stop-after", 7)
+    damaged = [
+        b'{"step": Infinity}',
+        b'{"step": 1%s}' % (b"0" * 400),
+        b'{"step": null}',
+        b"[]",
+        b"\xff",
+        b"[" * 9999,
+    ]
+    with open(tmp_path / "steps.jsonl", "ab") as file:
+        file.write(b"\n".join(damaged) + b"\n")
+    run("--save-dir", tmp_path, "--resume", "auto")
+    assert rows_of(tmp_path) == rows_of(straight)
+
+
 def test_a_stop_signal_between_two_rows_changes_none(straight, tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     stop = {"AT": "loop.train_step:7", "SIGNALS": "15"}
@@ -136,10 +153,10 @@ def test_a_stop_signal_between_two_rows_changes_none(straight, tmp_path):
 
 
 def test_two_ranks_write_one_file_and_stop_and_resume_as_one(tmp_path):
-    log, late = tmp_path / "log", {"AT": "loop.check_diverged:6", "SIGNALS": "15"}
-    arguments = (*TINY, "--log-every", 4)
+    log, late = tmp_path / "log", {"AT": "loop.train_step:6", "SIGNALS": "15"}
+    arguments = (*TINY, "--log-every", 3)
     assert run_ranks(2, log, *arguments, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
-    assert [row["step"] for row in read_steps(tmp_path / "straight")] == [4, 5, 8, 10, 12, 15]
+    assert [row["step"] for row in read_steps(tmp_path / "straight")] == [3, 5, 6, 9, 10, 12, 15]
     codes = run_ranks(2, log, *arguments, "--save-dir", tmp_path / "run", only={0: late, 1: late})
     assert codes == [143, 143] and payload(tmp_path / "run")["row_sums"], log.read_text()
     assert run_ranks(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
@@ -150,7 +167,7 @@ def test_a_killed_process_has_written_its_rows(tmp_path):
     log, save_dir = tmp_path / "log", tmp_path / "run"
     kill = {"AT": "loop.train_step:4", "SIGNALS": "9"}
     assert finish(spawn(*TINY, "--log-every", 1, "--save-dir", save_dir, output=log, **kill)) == -9
-    assert [row["step"] for row in read_steps(save_dir)] == [1, 2, 3]
+    assert [row["step"] for row in read_steps(save_dir)] == [1, 2]  # the third is counted during the fourth
     run(*TINY, "--log-every", 4, "--save-dir", save_dir, "--resume", "auto", "--stop-after", 4)
     assert [row["step"] for row in read_steps(save_dir)] == [4]  # it began again: there was no checkpoint
 
@@ -208,9 +225,8 @@ def test_an_invalid_row_is_named_and_a_cut_one_at_the_end_is_skipped(tmp_path, l
 
 def step(log: StepLog, sums: dict, number: int) -> None:
     row = {"step": number, "epoch": 1, "image_size": 8, "batch_size": 4, "lr": 0.1, "loss_scale": None}
-    log.add(
-        sums, row, loss=2.0, norm=1.0, finite=True, images=4, seconds=0.5, waited=0.25, last=number == 5
-    )  # fmt: skip
+    result = StepResult(number - 1, loss=2.0, norm=1.0)
+    log.add(sums, row, result, images=4, seconds=0.5, waited=0.25, last=number == 5)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
@@ -222,7 +238,7 @@ def test_a_full_disk_ends_the_rows_and_not_the_run(tmp_path, capsys):
     for number in (2, 3):
         step(log, sums, number)
     log.close()
-    assert capsys.readouterr().err.count("gets no more rows: No space left on device") == 1
+    assert capsys.readouterr().err.count("no more steps: [Errno 28] No space left on device") == 1
     assert [row["step"] for row in read_steps(tmp_path)] == [1] and sums == {}
 
 
@@ -258,6 +274,16 @@ def test_tensorboard_has_the_steps_and_hides_those_after_the_checkpoint(tmp_path
     assert "steps/step" not in events.Tags()["scalars"] and "steps/loss_scale" not in events.Tags()["scalars"]
     epochs = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [point.step for point in epochs.Scalars("lr")] == [1, 2]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread
+def test_closing_after_the_directory_is_gone_hides_no_other_error(tmp_path):
+    (tmp_path / "run").mkdir()
+    log = MetricLogger(tmp_path / "run", log_every=1, tensorboard=True)
+    step(log.steps, {}, 1)
+    shutil.rmtree(tmp_path / "run")
+    step(log.steps, {}, 2)
+    log.close()
 
 
 def test_a_tracker_gets_steps_and_epochs_at_the_step_of_the_run(tmp_path):
