@@ -95,8 +95,10 @@ def environment(s: Setting) -> None:
     from base import device
 
     runtime = device.init_runtime("auto", "auto")
-    found = device.environment(runtime) | gpu_facts() | ceilings(runtime.device, s.rehearse)
-    s.record("environment", "environment", found | {"missing": ", ".join(missing_packages())})
+    found = {"missing": ", ".join(missing_packages())} | device.environment(runtime) | gpu_facts()
+    found |= ceilings(runtime.device, s.rehearse)
+    print("\n".join(f"{name}: {value}" for name, value in found.items()), flush=True)
+    s.record("environment", "environment", found)
 
 
 def gpu_facts() -> dict[str, str]:
