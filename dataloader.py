@@ -89,6 +89,7 @@ def eval_dataset(
     """Return the dataset of evaluation batches: from stored crops if there are any, else by decoding."""
     for root in filter(None, (split.crop_root, crop_root)):
         if found := crops.find(root, split, image_size, crop):
+            found.bad()  # read here, once for all workers
             return StoredCrops(found, image_size, split.labels, on_bad_image)
     return BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
 

@@ -77,6 +77,7 @@ class Run:
     eval_size: int | None = None  # px; None: the size of the phase
     eval_crop: float | None = None  # None: `sources.images.default_crop`
     eval_flip: bool = False  # also score mirror images
+    crop_root: str = ""  # where --cache-eval keeps the images as they are scored
     save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
     stop_after: int | None = None  # optimizer steps
     data_hint: str = ""  # advice, printed once if training waits for data
@@ -133,6 +134,7 @@ def fit(run: Run, log: MetricLogger) -> None:
     An epoch whose steps were all taken before the run was stopped, but which has no row, is only scored.
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
+    run.options.buffers.check()
     if best_is_lost(run):
         save(run)
         name_best(run)
@@ -262,7 +264,7 @@ class Meter:
             step, images = self.running.popleft()
             result = step.result()
             self.count(result, images)
-            voted |= result.votes
+            voted |= result.votes > 0
         return voted
 
     def count(self, result: StepResult, images: int) -> None:
@@ -399,6 +401,7 @@ def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:
         image_size=image_size,
         batch_size=batch_size,
         crop=run.eval_crop,
+        crop_root=run.crop_root,
         on_bad_image="fail" if split is run.index.val else run.on_bad_image,
         num_workers=run.num_workers,
         runtime=run.runtime,

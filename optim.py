@@ -120,14 +120,16 @@ OPTIMIZERS = {
 
 
 @torch.no_grad()
-def step_if(finite: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Take an optimizer step, unless the bool `finite`, () on the device, is False: then nothing moves.
+def step_if(finite: Tensor, bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take an optimizer step if the bool `finite`, () on the device, is True; else nothing moves.
+
+    bad: 0 or 1, its opposite
 
     Does not wait for a GPU. Only step counters, as of LAMB's bias correction, may count skipped steps.
     """
     if optimizer.defaults.get("fused"):
         _start_momentum(optimizer)
-        optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
         return

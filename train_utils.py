@@ -196,12 +196,13 @@ class BatchNormBuffers:
     """A model's BatchNorm running statistics: copied before the forward pass, restored after a bad step.
 
     One NaN in a batch would stay in them for good, even if the optimizer step is skipped. They are moved
-    into one buffer per dtype, so create this after `model.to(device)`.
+    into one buffer, so create this after `model.to(device)`. The counters of BatchNorm are not restored.
     """
 
     def __init__(self, model: nn.Module):
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self.live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self.live = [buffer for buffer in buffers if buffer.is_floating_point()]
         self.flats = [move_into_flat(group) for group in group_by_dtype(self.live)]
         self.copies = [torch.empty_like(flat) for flat in self.flats]
 
@@ -216,29 +217,29 @@ class BatchNormBuffers:
             copy.copy_(flat)
 
     @torch.no_grad()
-    def restore(self, unless: Tensor | bool = False) -> None:
-        """Undo what happened since `take`, unless the bool `unless`, () on the device, is True."""
+    def restore(self) -> None:
+        """Undo what happened since `take`."""
         for copy, flat in zip(self.copies, self.flats, strict=True):
-            if unless is False:
-                flat.copy_(copy)
-            else:
-                torch.where(unless, flat, copy, out=flat)
+            flat.copy_(copy)
 
     @torch.no_grad()
-    def reduce(self, values: Tensor, runtime: Runtime) -> Tensor:
-        """Replace the statistics and `values`, (k,), by their means over the ranks, in one reduction.
+    def restore_unless(self, finite: Tensor) -> None:
+        """Undo what happened since `take` if the bool `finite`, () on the device, is False."""
+        for copy, flat in zip(self.copies, self.flats, strict=True):
+            torch.where(finite, flat, copy, out=flat)
 
-        Return the means of `values`. All ranks then hold the same state.
+    @torch.no_grad()
+    def average(self, values: list[Tensor], runtime: Runtime) -> list[Tensor]:
+        """Replace the statistics by their means over the ranks, so that all ranks hold the same state.
+
+        The scalars `values` travel with them, in one reduction; return their means.
         """
-        if runtime.world_size == 1:
-            return values
-        floating = [flat for flat in self.flats if flat.is_floating_point()]
-        sent = torch.cat([values, *(flat.to(values.dtype) for flat in floating)])
+        sent = torch.cat([torch.stack(values), *(flat.to(values[0].dtype) for flat in self.flats)])
         means = runtime.sum_over_ranks(sent).div_(runtime.world_size)
-        values, *averages = means.split([len(values), *map(len, floating)])
-        for flat, average in zip(floating, averages, strict=True):
+        means, *averages = means.split([len(values), *map(len, self.flats)])
+        for flat, average in zip(self.flats, averages, strict=True):
             flat.copy_(average)
-        return values
+        return list(means)
 
 
 @dataclass
@@ -262,27 +263,31 @@ class StepResult(NamedTuple):
     step: int  # steps taken before it
     loss: float  # averaged over all ranks
     norm: float  # of the gradient, before clipping
-    finite: bool  # whether loss and norm are finite; if not, the step moved nothing
-    overflowed: bool  # not finite, but fp16's loss scale was lowered, which may help
-    scale: float  # of fp16 after the step, else 1
-    votes: bool  # whether any rank voted
+    bad: float = 0.0  # 1 if loss or norm is not finite: the step moved nothing
+    overflowed: float = 0.0  # 1 if fp16's loss scale was lowered after a bad step, which may help
+    scale: float = 1.0  # of fp16, after the step
+    votes: float = 0.0  # share of the ranks that voted, see `train_step`
+
+    @property
+    def finite(self) -> bool:
+        return not self.bad
 
 
 class RunningStep:
-    """A step that the device may still be taking. `result` waits for it, not for the steps after it."""
+    """A step that the device may still be taking. `result` waits for it, but not for the steps after it."""
 
-    def __init__(self, step: int, values: Tensor):
-        self.step, self.ready = step, None
-        self.values = values.to("cpu", non_blocking=values.is_cuda)  # into pinned memory
-        if values.is_cuda:
+    def __init__(self, step: int, values: dict[str, Tensor]):
+        self.step, self.names, self.ready = step, list(values), None
+        measured = torch.stack([value.to(values["loss"]) for value in values.values()])
+        self.measured = measured.to("cpu", non_blocking=measured.is_cuda)  # into pinned memory
+        if measured.is_cuda:
             self.ready = torch.cuda.Event()
             self.ready.record()
 
     def result(self) -> StepResult:
         if self.ready is not None:
             self.ready.synchronize()
-        loss, norm, finite, overflowed, scale, votes = self.values.tolist()
-        return StepResult(self.step, loss, norm, bool(finite), bool(overflowed), scale, votes > 0)
+        return StepResult(self.step, **dict(zip(self.names, self.measured.tolist(), strict=True)))
 
 
 def train_step(
@@ -293,35 +298,37 @@ def train_step(
     If the loss or the gradient norm is not finite, nothing moves: BatchNorm statistics, weights,
     optimizer state and EMA keep their values. The step still counts in the plan, so a resumed run does
     not repeat the batch. All this is decided on the device: the host reads nothing, and can launch the
-    next steps meanwhile. `vote` travels with the reduction over the ranks, see `StepResult.votes`.
+    next steps meanwhile. With several ranks, `vote` reaches all of them with the result of this step.
     """
     # Mixing and drop-path draw from this seed, so a step is a function of (state, batch, seed).
     seed_everything(options.seed, state.step, options.runtime.rank)
     images, targets = options.mixer(images, labels)
-    return RunningStep(state.step, update(state, options, images, targets, vote))
+    step = RunningStep(state.step, update(state, options, images, targets, vote))
+    state.schedule.step()
+    state.step += 1
+    return step
 
 
-def update(state: TrainState, options: StepOptions, images: Tensor, targets: Tensor, vote: bool) -> Tensor:
-    """Do the work of `train_step` on mixed images and soft targets (N, K).
-
-    Return the values of `StepResult` after `step`, (6,) on the device.
-    """
+def update(
+    state: TrainState, options: StepOptions, images: Tensor, targets: Tensor, vote: bool = False
+) -> dict[str, Tensor]:
+    """Update the state on mixed images and soft targets (N, K); return what `StepResult` names, each ()."""
     options.buffers.take()
     state.optimizer.zero_grad(set_to_none=True)
-    loss = backward(state, options, images, targets)
+    measured = {"loss": backward(state, options, images, targets)}
     # A disabled scaler passes everything through, so fp32, bf16 and fp16 share these lines.
     state.scaler.unscale_(state.optimizer)  # clip real gradients, not scaled ones
     norm = clip_gradients(state.parameters, *options.clip)
-    voted = torch.full_like(loss, float(vote))
-    loss, voted = options.buffers.reduce(torch.stack([loss, voted]), options.runtime)
-    finite = torch.isfinite(loss + norm)
-    options.buffers.restore(unless=finite)
-    step_if(finite, state.optimizer)
-    overflowed, scale = update_scale(state.scaler, loss, finite)
+    if options.runtime.world_size > 1:
+        loss = measured["loss"]
+        means = options.buffers.average([loss, torch.full_like(loss, float(vote))], options.runtime)
+        measured = dict(zip(("loss", "votes"), means, strict=True))
+    zero = (measured["loss"] + norm) * 0.0  # NaN unless both are finite
+    finite, bad = zero == 0.0, zero.nan_to_num(nan=1.0)
+    options.buffers.restore_unless(finite)
+    step_if(finite, bad, state.optimizer)
     state.ema.update(finite)
-    state.schedule.step()
-    state.step += 1
-    return torch.stack([value.to(loss) for value in (loss, norm, finite, overflowed, scale, voted)])
+    return measured | {"norm": norm, "bad": bad} | update_scale(state.scaler, measured["loss"], finite)
 
 
 def backward(state: TrainState, options: StepOptions, images: Tensor, targets: Tensor) -> Tensor:
@@ -335,12 +342,13 @@ def backward(state: TrainState, options: StepOptions, images: Tensor, targets: T
             with options.runtime.autocast():
                 logits = options.forward(part)
             # Outside autocast, so in float32. Weighted, because the last piece may be smaller.
-            loss = options.loss(logits, part_targets) * (len(part) / len(images))
+            loss = options.loss(logits, part_targets)
+            loss = loss * (len(part) / len(images)) if len(pieces) > 1 else loss
             if last and options.l1:
                 loss = loss + options.l1 * l1_penalty(state.parameters)
             state.scaler.scale(loss).backward()
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
 def smallest_piece(images: int, accumulate: int) -> int:
@@ -348,21 +356,21 @@ def smallest_piece(images: int, accumulate: int) -> int:
     return (images - 1) % math.ceil(images / accumulate) + 1
 
 
-def update_scale(scaler: torch.amp.GradScaler, loss: Tensor, finite: Tensor) -> tuple[Tensor, Tensor]:
-    """Update the fp16 loss scale; return whether a bad step lowered it, and the scale, on the device.
+def update_scale(scaler: torch.amp.GradScaler, loss: Tensor, finite: Tensor) -> dict[str, Tensor]:
+    """Update the fp16 loss scale; return whether a bad step lowered it, and the scale. Nothing without fp16.
 
     Lowering cannot help if the loss itself is not finite, or at a scale of 1, where the gradients overflow
     without any scaling. So, from the initial 65536, at most 16 steps in a row are excused as overflows.
     """
-    one = torch.ones_like(loss)
     if not scaler.is_enabled():
-        return torch.zeros_like(finite), one
+        return {}
+    one = torch.ones_like(loss)
     before = scaler.scale(one)
     scaler.update()
     after = scaler.scale(one)
     overflowed = ~finite & loss.isfinite() & (after >= 1.0) & (after < before)
     scaler.update(torch.where(finite | overflowed, after, before.clamp(min=1.0)))
-    return overflowed, scaler.scale(one)
+    return {"overflowed": overflowed, "scale": scaler.scale(one)}
 
 
 # --- one evaluation ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from base.device import Runtime, init_runtime, memory_for
 from base.errors import DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
-from dataloader import Batch, BatchDataset, Loader, Order, normalise
+from dataloader import Batch, Loader, Order, eval_dataset, normalise
 from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import BadImage, EvalTransform
@@ -97,9 +97,12 @@ class Classifier:
 
     def loader(self, source: Split | Sequence[str], batch_size: int = 64, num_workers: int = 0) -> Loader:
         """Return batches, in order: (images, labels) of a split, or (images, positions) of image files."""
-        dataset = BatchDataset if isinstance(source, Split) else ImageFiles
+        if isinstance(source, Split):
+            dataset = eval_dataset(source, self.image_size, self.crop)
+        else:
+            dataset = ImageFiles(source, self.transform)
         return Loader(
-            dataset(source, self.transform),
+            dataset,
             Order(len(source), batch_size, shuffle=False),
             mean=self.payload["eval"]["mean"],
             std=self.payload["eval"]["std"],

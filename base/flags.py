@@ -49,7 +49,7 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
     "plot", "debug", "device", "tensorboard", "wandb", "config", "dry_run", "summary", "init_from",
-    "reset_head", "allow_class_mismatch",
+    "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -200,6 +200,8 @@ RUN = (
          positive, None, "STEP"),
     Flag("eval_every", "trace", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
+    Flag("cache_eval", "files", "Decode the images to be scored only once: keep their crops in --save-dir "
+         "until the run is complete. Prints the disk space first."),
     Flag("eval_size", "trace", "Image size to score at in every epoch, instead of that of the phase.",
          pixels, None, "PX"),
     Flag("eval_crop", "trace", "Share of the short side that is scored, and trained on without a random "

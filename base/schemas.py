@@ -260,7 +260,7 @@ PLAN = {
     "format": Positive, "name": FileName, "classes": Names, "class_names": Names | None, "mean": Means,
     "std": Deviations, "native_size": Pixels | None, "sides": Annotated[list[Pixels], Field(min_length=1)],
     "quality": Annotated[int, Field(ge=1, le=100)], "source": Fingerprint,
-    "shard_rows": exactly(train=Positive, val=Positive),
+    "shard_rows": exactly(train=Positive, val=Positive), **optional(raw_sides=list[Pixels]),
 }  # fmt: skip
 Plan = exactly(**PLAN)  # packing.json
 # manifest.json

@@ -39,7 +39,13 @@ def build_parser() -> flags.Parser:
     add("--sizes", type=positive, nargs="+", default=[64, 128, 224], metavar="PX", help="Image sizes.")
     add("--workers", type=positive, nargs="+", default=workers, metavar="N", help="Loader processes.")
     add("--augmentations", nargs="+", choices=AUGMENTATIONS, default=list(AUGMENTATIONS), help="Pipelines.")
-    add("--stored-sides", type=sides, default=(96, 192, 320), metavar="LIST", help="Packed sides in px.")
+    add(
+        "--stored-sides",
+        type=sides,
+        default=(96, 192, 320),
+        metavar="LIST",
+        help="Packed sides in px; also as raw pixels.",
+    )
     add("--images", type=positive, default=2000, metavar="N", help="Maximum images, spread over the classes.")
     add("--batches", type=positive, default=8, metavar="N", help="Batches of 128 per worker in a pass.")
     add("--passes", type=positive, default=5, metavar="N", help=passes)
@@ -93,9 +99,15 @@ def prepare(data_dir: str, limit: int, sides: tuple[int, ...], work_dir: Path):
 
     folder = work_dir / "folders"
     link(data_dir, limit, folder)
-    pack(folder, sides, work_dir / "packed")
-    indices = {REFERENCE: open_packed(work_dir / "packed")}
-    return Data(folder, indices | {"full-size": open_dataset("imagenet", str(folder))}, tuple(sides))
+    listed = ",".join(map(str, sides))
+    pack(folder, work_dir / "packed", "--stored-sides", listed)
+    pack(folder, work_dir / "raw", "--stored-sides", listed, "--raw-sides", listed, "--eval-sizes", "none")
+    indices = {
+        REFERENCE: open_packed(work_dir / "packed"),
+        "packed, raw": open_packed(work_dir / "raw"),
+        "full-size": open_dataset("imagenet", str(folder)),
+    }
+    return Data(folder, indices, tuple(sides))
 
 
 def link(data_dir: str, limit: int, folder: Path) -> None:
@@ -116,10 +128,10 @@ def link(data_dir: str, limit: int, folder: Path) -> None:
         (folder / "val").symlink_to("train")
 
 
-def pack(folder: Path, sides: tuple[int, ...], out: Path, *options: str) -> None:
+def pack(folder: Path, out: Path, *options: str) -> None:
     """Run pack_dataset.py, which is quick if `out` is complete already."""
     script = Path(__file__).parents[1] / "pack_dataset.py"
-    paths = ["--data-dir", str(folder), "--out", str(out), "--stored-sides", ",".join(map(str, sides))]
+    paths = ["--data-dir", str(folder), "--out", str(out)]
     done = subprocess.run(
         [sys.executable, str(script), *paths, "--on-bad-image", "skip", *options],
         capture_output=True,

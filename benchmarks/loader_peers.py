@@ -52,8 +52,8 @@ class Data:
 def loaders(data: Data, setting: Setting) -> dict[str, Callable[[], Iterable]]:
     """Return {row: function that starts its loader} of the loaders that can do what `setting` says."""
     found = {name: lambda i=i: ours(i, setting) for name, i in data.indices.items()}
-    if setting.augmentation == "evaluation":
-        return found
+    if setting.augmentation == "evaluation":  # packed data store these crops; raw sides are for training
+        return {name: start for name, start in found.items() if name != "packed, raw"}
     found["torchvision, PIL"] = lambda: torchvision_pil(data.folder, setting)
     found["torchvision, decode_jpeg"] = lambda: torchvision_v2(data.folder, setting)
     if setting.augmentation == "basic":  # timm and FFCV have no affine, for instance

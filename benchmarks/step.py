@@ -82,8 +82,9 @@ def comparisons(args, batch_sizes: list[int], runtime, done: set[str]) -> Iterat
     if args.arch in RESNETS:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        cpu = Runtime(torch.device("cpu"))
-        yield from loops_of(Setting(args.arch, 32, 2, cpu, narrow=True), args.steps or 5)
+        for dtype in (None, torch.bfloat16):
+            cpu = Runtime(torch.device("cpu"), dtype)
+            yield from loops_of(Setting(args.arch, 64, 2, cpu, narrow=True), args.steps or 5)
         torch.set_num_threads(threads)
     for size, batch_size in zip(args.sizes, batch_sizes, strict=True):
         setting = Setting(args.arch, size, batch_size, runtime)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -54,6 +55,9 @@ def main(argv: list[str] | None = None) -> int:
         name = {"benchmark": "storage", "row": f"{size} px, side {side}, quality {quality}"}
         records.append(args.out, name | row | records.environment())
         print(line(row), flush=True)
+    row = packing_cost(args.data_dir, args.images)
+    records.append(args.out, {"benchmark": "packing", "row": "packing"} | row | records.environment())
+    print(f"packing {row['sides']} px: {row['cpu_ms']} ms of CPU time an image")
     draw(spectra, Path(args.out) / "storage.png")
     return 0
 
@@ -70,18 +74,46 @@ def line(row: dict) -> str:
     )
 
 
-def load(data_dir: str, count: int) -> list[tuple[bytes, np.ndarray]]:
-    """Return the (encoded file, pixels) of `count` photographs, spread over the classes."""
+def some_of(data_dir: str, count: int):
+    """Return (the class names, a split of `count` photographs spread over the classes)."""
     from sources import folders
-    from sources.images import decode
-    from sources.index import balanced_subset
+    from sources.index import SubsetSplit, balanced_subset
 
     listing = folders.list_classes(data_dir, "train")
     split = listing.split(listing.classes)
     if not len(split):
         raise DataError(f"no images in {os.path.abspath(data_dir)}/train", folders.ACCEPTED)
     ids = balanced_subset(split.labels, min(count, len(split)), seed=0)
-    return [(data, decode(data, split.name(int(i)))) for i, data in zip(ids, split.read(ids), strict=True)]
+    return tuple(map(os.fsdecode, listing.classes)), SubsetSplit(split, ids)
+
+
+def load(data_dir: str, count: int) -> list[tuple[bytes, np.ndarray]]:
+    """Return the (encoded file, pixels) of `count` photographs."""
+    from sources.images import decode
+
+    _, split = some_of(data_dir, count)
+    ids = range(len(split))
+    return [(data, decode(data, split.name(i))) for i, data in zip(ids, split.read(ids), strict=True)]
+
+
+def packing_cost(data_dir: str, count: int, sides: tuple[int, ...] = (96, 192, 320)) -> dict:
+    """Return the columns of what pack_dataset.py computes for a training image: decoding, resizing, encoding.
+
+    Writing is included, the start of processes is not; nor are the evaluation crops.
+    """
+    from sources import packing
+    from sources.index import DatasetIndex, SubsetSplit
+
+    classes, split = some_of(data_dir, count)
+    index = DatasetIndex("benchmark", classes, split, SubsetSplit(split, [0]))
+    plan = packing.make_plan(index, sides, quality=90)
+    with tempfile.TemporaryDirectory(prefix="packing-benchmark-") as out:
+        started = time.process_time()
+        for group in packing.groups_of(plan):
+            packing.write_group(index, plan, group, out, "skip")
+        seconds = time.process_time() - started
+    columns = {"sides": ",".join(map(str, sides)), "images": len(split)}
+    return columns | {"cpu_ms": round(1000 * seconds / len(split), 2)}
 
 
 def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict, np.ndarray]:
@@ -89,7 +121,7 @@ def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict
     from sources.images import decode
     from sources.packing import stored
 
-    packed = [stored(data, pixels, side, quality) for data, pixels in photographs]
+    packed = [stored(data, pixels, side, {"quality": quality}) for data, pixels in photographs]
     for data in packed:
         decode(data)  # warm up the cache
     started = time.process_time()

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from base import errors, files, flags
 from base.errors import DataError
+from benchmarks.targets import targets
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -52,10 +53,13 @@ def result_directories() -> list[Path]:
 
 
 def load(directories: Iterable[Path]) -> Rows:
-    """Return the rows that were measured on a GPU."""
     from benchmarks import records
 
-    rows = [row for directory in directories for row in records.load(directory)]
+    return [row for directory in directories for row in records.load(directory)]
+
+
+def of_gpus(rows: Rows) -> Rows:
+    """Return the rows that were measured on a GPU."""
     return [row for row in rows if row.get("cuda") and not row.get("narrow")]
 
 
@@ -69,7 +73,7 @@ def filled(name: str, rows: Rows) -> str:
     if name not in TABLES:
         raise DataError(f"there is no table {name!r}", f"choose from {', '.join(TABLES)}")
     part, make = TABLES[name]
-    table, used = make(rows)
+    table, used = make(rows if name == "targets" else of_gpus(rows))
     if not table[1:]:
         return UNMEASURED.format(part=part) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
@@ -78,7 +82,7 @@ def filled(name: str, rows: Rows) -> str:
     ]
     drawn = [f"| {' | '.join(line)} |" for line in (header, right, *lines)]
     places = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in used)
-    return "\n".join([*drawn, "", f"{'; '.join(places)}.", ""])
+    return "\n".join([*drawn, "", *([f"{'; '.join(places)}.", ""] if used else [])])
 
 
 def shown(cell: object) -> str:
@@ -215,6 +219,7 @@ def is_documents(row: dict) -> bool:
 TABLES: dict[
     str, tuple[str, Callable[[Rows], tuple[Table, Rows]]]
 ] = {  # name: part of first_minute, function
+    "targets": ("step loader", targets),
     "gpu-machine": ("environment", machine),
     "gpu-tests": ("gpu-tests", gpu_tests),
     "gpu-step": ("step", step),

@@ -103,6 +103,7 @@ def build(
         eval_size=config.eval_size,
         eval_crop=config.eval_crop,
         eval_flip=config.eval_flip,
+        crop_root=str(save_dir / rundir.EVAL_CROPS) if config.cache_eval else "",
         save_every=config.save_every,
         stop_after=config.stop_after,
         data_hint=packing_hint(config, index),

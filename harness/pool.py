@@ -11,8 +11,18 @@ from base.errors import ResourceError
 from harness.interrupts import die_with_parent
 
 
-def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple]:
-    """Yield (job, work(job)) for all `jobs`, in the order in which `workers` processes finish them."""
+def in_processes(
+    work: Callable,
+    jobs: Iterable,
+    workers: int,
+    *,
+    flag: str = "--workers",
+    again: str = "run the same command again to continue",
+) -> Iterator[tuple]:
+    """Yield (job, work(job)) for all `jobs`, in the order in which `workers` processes finish them.
+
+    flag, again: how the user sets the number of processes, and how to continue after an error
+    """
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor, as_completed
     from concurrent.futures.process import BrokenProcessPool
@@ -20,16 +30,15 @@ def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple
     # `work` refers to the whole dataset: a worker receives it once at its start (by fork on Linux).
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work, os.getpid()))
-    again = "and run the same command again to continue"
     try:
         futures = {pool.submit(_run, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:
         what = "a worker process was killed; the machine may be out of memory"
-        raise ResourceError(what, f"use fewer --workers {again}") from error
+        raise ResourceError(what, f"use fewer {flag} and {again}") from error
     except ResourceError as error:  # the disk is full
-        raise ResourceError(error.what, f"make room {again}") from error
+        raise ResourceError(error.what, f"make room and {again}") from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -31,6 +31,7 @@ KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
 FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
+EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
 PLOTS = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
          "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
 DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
@@ -84,6 +85,7 @@ def scan(save_dir: str) -> SaveDir:
         names = checkpoint_files(env.get("checkpoint") or _newest_name(checkpoints, str(config.get("arch"))))
         checkpoints = [p for p in checkpoints if p.name in names]
         files = [path / "plots" / f"{plot}.png" for plot in PLOTS]
+        files += sorted((path / EVAL_CROPS).glob("eval-*/*"))
         files += sorted((path / "tensorboard").glob("events.out.tfevents.*"))
         files += checkpoints + [path / f"{name}.partial" for name in names]
         foreign = {"config.json": not has_config, "env.json": not has_env}

@@ -13,7 +13,7 @@ from base.device import Runtime, environment
 from base.files import write_json
 from base.process import say
 from dataloader import end_workers
-from harness import build, preflight, rundir
+from harness import build, crop_cache, preflight, rundir
 from harness.log import ROW_HEADER, MetricLogger
 from harness.rundir import RunIdentity, SaveDir
 from loop import Run, StopAfterReached, best_is_lost, save
@@ -41,6 +41,7 @@ def prepare(
         return None, identity
     former = [path for path in directory.checkpoints if path in directory.files or not identity.is_new]
     preflight.check_resources(run, former)
+    crop_cache.check_disk(run)
     return run, identity
 
 
@@ -77,11 +78,14 @@ def protected(
                 config=values,
                 plot=config.plot,
             )
+            crop_cache.fill(run)
             if not gc.isenabled():
                 gc.freeze()
                 gc.enable()
             with run.stop.installed(), preflight.explain_out_of_memory(run):
                 yield log
+            if run.finished:
+                crop_cache.delete(run)
     except StopAfterReached as stop:
         say(str(stop))
     finally:
@@ -122,6 +126,7 @@ def introduction(run: Run, config) -> str:
         )
     if config.eval_size or config.eval_crop or config.eval_flip:
         lines.append(scoring(run))
+    lines += filter(None, [crop_cache.note(run)])
     return "\n".join([*lines, ROW_HEADER])
 
 

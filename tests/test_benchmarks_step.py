@@ -53,8 +53,9 @@ def test_the_command_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeyp
     sizes = ["--sizes", "16", "24", "--batch-sizes", "8", "4"]
     assert step.main([*ARGUMENTS.split(), *sizes, *out]) == 0
     rows = records.load(out[1], "step")
-    assert [(row["narrow"], row["size"], row["loop"]) for row in rows] == [
-        (size == 32, size, loop) for size in (32, 16, 24) for loop in step_loops.LOOPS if loop != "timm"
+    settings = [(True, 64, "fp32"), (True, 64, "bf16"), (False, 16, "fp32"), (False, 24, "fp32")]
+    assert [(row["narrow"], row["size"], row["precision"], row["loop"]) for row in rows] == [
+        (*setting, loop) for setting in settings for loop in step_loops.LOOPS if loop != "timm"
     ]
     for row in rows:
         assert row["images_per_second"] == pytest.approx(1000 * row["batch_size"] / row["milliseconds"])
@@ -63,7 +64,7 @@ def test_the_command_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeyp
     assert "host_reads" in rows[1] and "times_bare" in rows[1] and "times_bare" not in rows[0]
     assert (tmp_path / "new" / "step.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert printed.count("timm: skipped (No module named 'timm')") == 3
+    assert printed.count("timm: skipped (No module named 'timm')") == 4
     assert printed.count(step.line(rows[1])) == 2  # when it was measured, and in the table
 
     monkeypatch.setattr(step, "compare", None)  # nothing is measured again
@@ -91,8 +92,8 @@ def test_an_unavailable_variant_is_skipped_and_rows_are_written_one_by_one(tmp_p
     monkeypatch.setattr(step, "compare", counting)
     sizes = ["--sizes", "16", "--batch-sizes", "8", "--variants", "--out", str(tmp_path)]
     assert step.main([*ARGUMENTS.split(), *sizes]) == 0
-    rows = records.load(tmp_path, "step")[4:]
-    assert [row["variant"] for row in rows] == ["nchw", "batch 4"] and compared == [0, 2, 4, 5, 5]
+    rows = records.load(tmp_path, "step")[6:]
+    assert [row["variant"] for row in rows] == ["nchw", "batch 4"] and compared == [0, 2, 4, 6, 7, 7]
     assert rows[1]["base_batch_size"] == 8 and rows[1]["times_faster_than_default"] > 0
     assert "blurpool: skipped (--use-blurpool needs the antialiased-cnns package)" in capsys.readouterr().out
 
@@ -120,8 +121,12 @@ def test_calls_are_counted_without_views_and_mixed_lists_are_found():
 
 def test_a_read_in_the_step_is_found(monkeypatch):
     assert step_counts.host_reads(TINY) == 0
-    update = step_counts.train_utils.update
-    monkeypatch.setattr(step_counts.train_utils, "update", lambda *args, **kw: update(*args, **kw).tolist())
+    backward = step_counts.train_utils.backward
+    monkeypatch.setattr(step_counts.train_utils, "backward", lambda *args: backward(*args) + 0 * read(*args))
+
+    def read(state, options, images, targets):
+        return images.sum().item()
+
     assert step_counts.host_reads(TINY) == 1
 
 

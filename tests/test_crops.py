@@ -1,17 +1,25 @@
 """Stored evaluation crops: the same batches as decoding, whatever was interrupted, damaged or left out."""
 
+import json
 import os
+import shlex
 import shutil
+from collections import namedtuple
 from functools import partial
 
 import pytest
+import test_distributed
 import torch
+from runs import TIMING
 from test_packed import make_folders
 
+import dataloader
 import pack_dataset
+import train
 from base.device import Runtime
-from base.errors import DataError, UsageError
+from base.errors import DataError, ResourceError, UsageError
 from dataloader import BatchDataset, StoredCrops, eval_loader
+from harness import crop_cache, preflight
 from sources import crops
 from sources.index import take_subset, training_sample
 from sources.layouts import open_dataset
@@ -220,3 +228,99 @@ def test_bad_images_are_left_out_and_named_as_by_decoding(folders, tmp_path):
                 sample, index, **options | {"on_bad_image": "fail"}, crop_root=str(tmp_path / "crops")
             )
         )
+
+
+# --- train.py --cache-eval ---------------------------------------------------------------------------
+
+SMALL = shlex.split(
+    "--arch resnet_tiny --epochs 3 --resize-schedule 16,24,32 --phase-batch-sizes 24,16,16 --lr 1e-3 "
+    "--augment none --device cpu --amp off --num-workers 0"
+)
+
+
+def train_run(data, out, *more) -> list[dict]:
+    assert train.main([*SMALL, "--data-dir", str(data), "--save-dir", str(out), *more]) == 0
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+
+
+def test_a_run_with_cached_crops_has_the_same_scores_and_leaves_none(photos, tmp_path, capsys):
+    expected = train_run(photos, tmp_path / "plain")
+    capsys.readouterr()
+    assert train_run(photos, tmp_path / "cached", "--cache-eval") == expected
+    # 21 + 21 images of 16, 24 and 32 px
+    assert "evaluation crops: 0.00 GB in" in capsys.readouterr().out
+    assert not (tmp_path / "cached" / "eval_crops").exists()
+
+
+def test_a_stopped_run_keeps_its_crops_and_decodes_nothing_when_it_is_resumed(photos, tmp_path, monkeypatch):
+    expected = train_run(photos, tmp_path / "plain")
+    assert train.main([*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path / "a"), "--cache-eval",
+                       "--stop-after", "1"]) == 0  # fmt: skip
+    found = contents(tmp_path / "a" / "eval_crops")
+    assert len(found) == 2 * 2 * 3  # shards and their records, of two splits at three sizes
+    monkeypatch.setattr(crops, "write", None)
+    monkeypatch.setattr(dataloader, "EvalTransform", None)
+    assert train_run(photos, tmp_path / "a", "--resume", "auto") == expected  # the flag was saved
+
+
+def test_a_run_killed_while_it_writes_crops_continues(photos, tmp_path, monkeypatch):
+    expected, fill = train_run(photos, tmp_path / "plain"), crops.write
+
+    def killed(sets, job, *rest):
+        if job == (1, 0):
+            os._exit(9)
+        fill(sets, job, *rest)
+
+    monkeypatch.setattr(crops, "write", killed)
+    with pytest.raises(ResourceError, match=r"killed[^\n]*\nfix: use fewer --num-workers and use --resume"):
+        train_run(photos, tmp_path / "a", "--cache-eval")
+    monkeypatch.undo()
+    assert len(list((tmp_path / "a" / "eval_crops").glob("*/*.npy"))) == 3
+    assert train_run(photos, tmp_path / "a", "--cache-eval", "--resume", "auto") == expected
+
+
+def test_too_small_a_disk_is_refused_before_the_run_begins(photos, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(crop_cache.shutil, "disk_usage", lambda path: usage(10**9, 0, 10))
+    monkeypatch.setattr(preflight, "check_resources", lambda run, former: None)
+    with pytest.raises(ResourceError, match="--cache-eval needs"):
+        train_run(photos, tmp_path / "a", "--cache-eval")
+    assert not (tmp_path / "a").exists()
+
+
+def test_overwriting_deletes_the_crops_of_the_former_run(photos, tmp_path):
+    args = [*SMALL, "--data-dir", str(photos), "--save-dir", str(tmp_path), "--stop-after", "1"]
+    assert train.main([*args, "--cache-eval"]) == 0
+    assert train.main([*args, "--overwrite"]) == 0
+    assert not list(tmp_path.glob("eval_crops/*/*"))
+
+
+def test_two_ranks_share_the_writing_and_score_as_one(photos, tmp_path):
+    expected = train_run(photos, tmp_path / "plain", "--eval-size", "24")
+    options = [
+        *SMALL,
+        "--data-dir",
+        photos,
+        "--cache-eval",
+        "--eval-size",
+        24,
+        "--save-dir",
+        tmp_path / "two",
+    ]
+    assert test_distributed.run(2, tmp_path / "log", *options) == [0, 0]
+    rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["image_size"] for row in rows] == [row["image_size"] for row in expected]
+    assert not (tmp_path / "two" / "eval_crops").exists()
+
+
+def test_packed_data_without_crops_says_how_to_store_them(packed, tmp_path, capsys):
+    more = ["--resize-schedule", "8,24,24", "--epochs", "3"]
+    train_run(packed / "with", tmp_path / "a", *more)
+    assert "decodes images" not in capsys.readouterr().out
+    train_run(packed / "without", tmp_path / "b", *more, "--eval-crop", "0.95")
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "decodes images" in line]
+    where = packed / "without"
+    assert said.endswith(
+        f"python pack_dataset.py --data-dir {where} --out {where} --eval-sizes 8,24 --eval-crop 0.95"
+    )

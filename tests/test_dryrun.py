@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,11 @@ def test_the_projection_follows_the_plan_and_what_is_scored(tmp_path):
     scored = [4 * 1.0 + 4 * 0.5, 4 * 0.0 + 4 * 0.3]  # val, then the training sample with one model
     assert parts[0] == pytest.approx([80, 40, 0, 0])
     assert parts[1] == parts[2] == pytest.approx([80, 40, *scored])
+
+    run.crop_root = "somewhere"
+    phase = replace(run.phases[1], last_epoch=4)  # all three of its epochs are scored
+    cached = dryrun.project(run, phase, training, scoring)
+    assert cached[2:] == pytest.approx([3 * scored[0], scored[1]])
 
     text = dryrun.projection_table(run.phases, parts).splitlines()
     minutes = [float(cell) for cell in text[4].removeprefix("whole run").split()]

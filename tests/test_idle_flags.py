@@ -83,7 +83,7 @@ MODES = [
 ]  # fmt: skip
 # These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
 WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "tensorboard", "wandb", "summary",
-         "dry_run", "config", "debug"}  # fmt: skip
+         "dry_run", "config", "debug", "cache_eval"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

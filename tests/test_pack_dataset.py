@@ -104,7 +104,7 @@ def test_complete_groups_are_not_packed_again(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(
         packing, "write_group", lambda *a, **options: calls.append(a[2]) or write(*a, **options)
     )
-    monkeypatch.setattr(pool, "in_processes", lambda work, jobs, workers: ((job, work(job)) for job in jobs))
+    monkeypatch.setattr(pool, "in_processes", lambda work, jobs, *_, **__: ((job, work(job)) for job in jobs))
     pack(folders, out)
     assert [(group.part, group.k) for group in calls] == [("train", 1)]
     assert files(out) == before

@@ -246,7 +246,13 @@ def bits(state) -> dict:
         if isinstance(value, torch.Tensor) and value.ndim
     }
     moving = {name: value for name, value in moving.items() if not isinstance(value, str)}
-    return flat({"model": state.model.state_dict(), "ema": state.ema.module.state_dict(), "opt": moving})
+    weights = {
+        f"{kind} {name}": value
+        for kind, model in (("raw", state.model), ("ema", state.ema.module))
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+    return flat(weights | moving)
 
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
@@ -269,7 +275,7 @@ def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, 
                 result = spoiled_step(state, how, images, labels, poison)
                 assert not result.finite and math.isfinite(result.loss) == (poison == "overflow")
                 assert bits(state) == before
-                assert result.overflowed == (poison == "overflow")
+                assert bool(result.overflowed) == (poison == "overflow")
                 assert result.scale == (512.0 if poison == "overflow" else 1024.0)  # not caused by the scale
         ends.append(bits(state))
     if name != "lamb":  # its bias correction counts the steps of the plan
@@ -306,11 +312,11 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(scale, steps):
     assert bits(state) == before
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("clip", [("norm", 1.0), ("value", 0.1), ("norm", 0.0)])
-@pytest.mark.parametrize("average", [True, False])
-@pytest.mark.parametrize("scaler", [True, False])
-@pytest.mark.parametrize("name", list(optim.OPTIMIZERS))
+@pytest.mark.parametrize(
+    "name, scaler, average, clip, accumulate",
+    [(name, scaler, True, ("norm", 1.0), 2) for name in optim.OPTIMIZERS for scaler in (True, False)]
+    + [("sgd", False, False, ("norm", 0.0), 1), ("adamw", True, False, ("value", 0.1), 1)],
+)
 def test_a_step_reads_nothing_on_the_host(name, scaler, average, clip, accumulate):
     """Fake tensors have no values: whatever would wait for a GPU raises an error."""
     state, how = scaled(name)
@@ -321,9 +327,9 @@ def test_a_step_reads_nothing_on_the_host(name, scaler, average, clip, accumulat
     targets = data_utils.soft_targets(labels, CLASSES)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for _ in range(2):  # the first creates the optimizer's state
-            values = update(state, how, images, targets, vote=False)
+            values = update(state, how, images, targets)
         with pytest.raises(DataDependentOutputException):
-            values[0].item()
+            values["loss"].item()
 
 
 def test_32_images_are_memorized_in_60_steps():
