@@ -152,6 +152,16 @@ def test_failed_gpu_tests_are_rows(setting, monkeypatch):
     assert [counts[name] for name in ("passed", "failed", "skipped")] == [1, 1, 1]
 
 
+def test_a_variant_that_fails_leaves_the_others(setting, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        first_minute_parts, "run", lambda *words: tried.append(words) or int("compile" in words)
+    )
+    with pytest.raises(SystemExit):
+        first_minute_parts.step(first_minute_parts.Setting(setting.out, setting.work, setting.data, 9))
+    assert len(tried) == 4 and "cuda-graphs" in tried[2]
+
+
 def test_a_batch_that_does_not_fit_ends_its_size_only(setting, monkeypatch):
     monkeypatch.setattr(first_minute_parts, "LARGE", ((64, 8), (128, 8), (64, 16), (128, 16)))
     tried = []
