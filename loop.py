@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from base.device import Runtime
@@ -67,7 +66,6 @@ class Run:
     options: StepOptions
     mixers: dict[bool, BatchMixer]  # by `Phase.mix`
     drop_path_rate: float
-    compiled: bool
     # validation and checkpoints
     save_dir: Path
     checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
@@ -144,7 +142,7 @@ def fit(run: Run, log: MetricLogger) -> None:
             continue
         loader, options = start_phase(run, phase)
         for epoch in epochs:
-            trained = train_epoch(run, phase, epoch, loader, options)
+            trained = train_epoch(run, phase, epoch, loader, options, log)
             if trained and run.is_scored(epoch) and run.is_saved(epoch):
                 save(run)  # in case scoring fails; `finish_epoch` saves again, with the row
             finish_epoch(run, score_epoch(run, phase, epoch), log)
@@ -158,8 +156,6 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     A phase sets the image size, the batch size, and whether MixUp, CutMix and drop-path are on.
     """
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
-    if run.compiled:
-        torch._dynamo.reset()  # one static shape per phase
     loader = train_loader(
         run.index,
         image_size=phase.image_size,
@@ -174,7 +170,9 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     return loader, dataclasses.replace(run.options, mixer=run.mixers[phase.mix])
 
 
-def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: StepOptions) -> bool:
+def train_epoch(
+    run: Run, phase: Phase, epoch: int, loader: Loader, options: StepOptions, log: MetricLogger
+) -> bool:
     """Take the remaining steps of `epoch`: fewer than all if the run was resumed in it.
 
     Return whether there were any.
@@ -186,7 +184,7 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: Ste
         return False
     loader.order.seek(epoch, done)
     run.state.model.train()
-    with Meter(run, phase, epoch, loader) as meter:
+    with Meter(run, phase, epoch, loader, log) as meter:
         for images, labels in interruptible(run, loader):
             step = train_step(run.state, options, images, labels, vote=must_save_or_stop(run))
             voted = meter.add(step, len(images) * run.runtime.world_size)
@@ -224,8 +222,8 @@ class Meter:
     A step is counted while the device takes the next one, so that the host never waits for the device.
     """
 
-    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader):
-        self.run, self.phase, self.epoch, self.loader = run, phase, epoch, loader
+    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, log: MetricLogger):
+        self.run, self.phase, self.epoch, self.loader, self.log = run, phase, epoch, loader, log
         self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
         self.images, self.seconds, self.overflows = 0, 0.0, 0  # since the start
         self.running: deque[tuple[RunningStep, int]] = deque()  # steps not counted yet, and their images
@@ -276,8 +274,10 @@ class Meter:
             sums["bad_steps"] += 1
             self.report_bad_step(result)
         seconds, self.clock = now - self.clock, now
+        waited = self.loader.waited - self.waited
+        self.log_step(result, images, seconds, waited)
         sums["seconds"] += seconds
-        sums["waited"] += self.loader.waited - self.waited
+        sums["waited"] += waited
         sums["bad_images"] += len(self.loader.bad) - self.bad_images
         self.waited, self.bad_images = self.loader.waited, len(self.loader.bad)
         self.images, self.seconds = self.images + images, self.seconds + seconds
@@ -290,6 +290,28 @@ class Meter:
             f"{left} left",
         )
         run.state.count(result)  # last, because it raises DivergedError
+
+    def log_step(self, result: StepResult, images: int, seconds: float, waited: float) -> None:
+        state, phase = self.run.state, self.phase
+        row = {
+            "step": result.step + 1,
+            "epoch": self.epoch,
+            "image_size": phase.image_size,
+            "batch_size": phase.batch_size,
+            "lr": state.schedule.lr_at(result.step),
+            "loss_scale": result.scale if state.scaler.is_enabled() else None,
+        }
+        self.log.steps.add(
+            state.row_sums,
+            row,
+            loss=result.loss,
+            norm=result.norm,
+            finite=result.finite,
+            images=images,
+            seconds=seconds,
+            waited=waited,
+            last=result.step + 1 == phase.first_step + phase.steps,
+        )
 
     def report_bad_step(self, result: StepResult) -> None:
         if result.overflowed:  # in fp16: not the fault of these images
@@ -413,7 +435,8 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     row["best"] = is_best(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
-    log.log(row)  # before saving: a resumed run can cut surplus rows but cannot restore a lost one
+    # Before saving: a resumed run can cut surplus rows but cannot restore a lost one.
+    log.log(row, run.state.step)
     if row["best"] or run.finished or run.is_saved(row["epoch"]):
         save(run)
     if row["best"]:

@@ -54,7 +54,7 @@ PACKING = (
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="pack_dataset.py", description=__doc__.split("\n\n")[0])
-    flags.add_flags(parser, "data", [flag for flag in flags.DATASET if not flag.name.startswith("subset")])
+    flags.add_flags(parser, "data", flags.SOURCE)
     flags.add_flags(parser, "packing", PACKING)
     return parser
 

@@ -117,12 +117,13 @@ class TrainState:
     ema: object  # ema.EMA or ema.NoEMA
     step: int = 0
     epoch_sums: dict = field(default_factory=dict)  # of the current epoch
+    row_sums: dict = field(default_factory=dict)  # since the last row of steps.jsonl, see `log.StepLog`
     bad_in_a_row: int = 0  # non-finite steps, except fp16 overflows that lowered the loss scale
     best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "waited": 0})
     rows: list = field(default_factory=list)
 
     PARTS = ("model", "optimizer", "schedule", "scaler", "ema")
-    VALUES = ("step", "epoch_sums", "bad_in_a_row", "best", "rows")
+    VALUES = ("step", "epoch_sums", "row_sums", "bad_in_a_row", "best", "rows")
 
     def __post_init__(self):
         self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
@@ -159,6 +160,7 @@ class TrainState:
         if state["scaler"]:  # empty unless the run used fp16
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.bad_in_a_row, self.rows = state["step"], state["bad_in_a_row"], state["rows"]
+        self.row_sums = state.get("row_sums", {})
         # Earlier versions saved other counters: drop unknown ones, start missing ones at their initial value.
         for own, saved in ((self.epoch_sums, state["epoch_sums"]), (self.best, state["best"])):
             own.update({name: saved[name] for name in own if name in saved})
@@ -404,9 +406,9 @@ def evaluate(
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    # Loss, top-1, top-5, samples. float64 counts exactly (MPS has none: float32 does up to 2**24).
+    # Loss, top-1, top-5. float64 counts exactly (MPS has none: float32 does up to 2**24).
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-    sums = {name: torch.zeros(4, device=runtime.device, dtype=dtype) for name in models}
+    sums, samples = {name: torch.zeros(3, device=runtime.device, dtype=dtype) for name in models}, 0
     try:
         for images, labels in batches:
             for name, model in models.items() if len(labels) else ():
@@ -414,13 +416,16 @@ def evaluate(
                 if flip:
                     logits = flipped_logits(model, images, logits, runtime)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                count = torch.tensor([len(labels)], device=runtime.device)
-                sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0), count]).to(dtype)
+                sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0)]).to(dtype)
+            samples += len(labels)
             after_batch()
     finally:
         for name, model in models.items():
             model.train(was_training[name])
-    return {name: _result(*runtime.sum_over_ranks(total).tolist()) for name, total in sums.items()}
+    counts = torch.full((len(models), 1), samples, device=runtime.device, dtype=dtype)
+    totals = torch.cat([torch.stack(list(sums.values())), counts], 1)
+    totals = runtime.sum_over_ranks(totals).tolist()  # the only host read: a GPU is never waited for before
+    return {name: _result(*total) for name, total in zip(models, totals, strict=True)}
 
 
 @torch.no_grad()

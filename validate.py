@@ -28,6 +28,7 @@ SCORES = (
                "mirror image; by default what the run did.", ("none", "flip"), None, "NAME"),
     flags.Flag("recalibrate_bn", "trace",
                f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."),
+    flags.Flag("save_hits", "files", "Also write hits.npz: which images each set of weights gets right."),
     flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint.",
                str, "", "DIR"),
     flags.Flag("json", "output", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if process.world_size() > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
 
-    from analysis import predictions, validation
+    from analysis import predictions, scores, validation
     from base.device import init_runtime
 
     say = tell if config.json == "-" else process.say
@@ -83,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = Path(config.checkpoint)
     out = Path(config.out) if config.out else checkpoint.parent / "validation"
     numbers = validation.write_scores(classifier, checkpoint, results, labels, out, say)
+    if config.save_hits:
+        scores.write_hits(out / "hits.npz", validation.hits_of(results))
     if config.json == "-":
         print(files.json_text(numbers), end="")
     elif config.json:

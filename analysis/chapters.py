@@ -6,7 +6,7 @@ import csv
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from analysis import learning_curves
+from analysis import learning_curves, step_curves
 from analysis.markdown import to_html
 from analysis.page import Markup, Section, chart, details, facts, image, join, page, section, table, tag
 from analysis.runs import SCORE_COLUMNS, RunFiles, changed_flags, differing_flags, phases, shown
@@ -25,7 +25,7 @@ CAPTIONS = {
     "loss_landscape.png": "The loss around the weights, before and after training",
     "lr_finder.png": "LR range test",
 }
-DRAWN_AS_CHARTS = ("curves.png", "lr.png", "compare.png")
+DRAWN_AS_CHARTS = ("curves.png", "lr.png", "steps.png", "compare.png")
 SCORE_KEYS = ("image_size", "weights", "bn", "tta", "top1", "top5", "loss", "macro_f1", "ece")
 SCORE_TITLES = ("px", "weights", "BatchNorm", "TTA", "top-1 %", "top-5 %", "loss", "macro F1", "ECE %")
 MOST_ROWS = 20  # of a table that is not folded away
@@ -43,6 +43,7 @@ def document(runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str,
         sections += [
             overview(runs),
             curves(runs),
+            *steps(runs),
             each_run("Validation", "validation", runs, validation),
             each_run("Pictures", "pictures", runs, pictures),
             each_run("Environment and flags", "environment", runs, environment),
@@ -105,6 +106,13 @@ def curves(runs: Sequence[RunFiles]) -> Section:
     """Draw the charts of one run or of several, with the table of every epoch folded away."""
     charts = [chart(fig) for fig in learning_curves.charts(runs)]
     return section("Curves", "curves", tag("div", *charts, class_="charts"), *map(epochs_table, runs))
+
+
+def steps(runs: Sequence[RunFiles]) -> list[Section]:
+    """Draw the charts over the steps, if the runs logged any."""
+    charts = [chart(fig) for fig in step_curves.charts(runs)]
+    note = tag("p", step_curves.NOTE * (len(runs) == 1) + step_curves.SMOOTHED, class_="soft")
+    return [section("Steps", "steps", note, tag("div", *charts, class_="charts"))] if charts else []
 
 
 def epochs_table(run: RunFiles) -> Markup:

@@ -77,22 +77,31 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
         star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
         ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
     ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
-    mark_phases(ax, run.rows)
+    first, last = run.rows[0]["epoch"] - 0.5, run.rows[-1]["epoch"] + 0.5
+    mark_phases(ax, [(epoch - 0.5, *what) for epoch, *what in phases(run.rows)], first, last)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.columns) > 1 and ax.get_legend_handles_labels()[1]:
         ax.legend()
 
 
-def mark_phases(ax, rows: list[dict]) -> None:
-    """Draw a line where each phase begins, with its image size and batch size above the chart."""
-    first_epoch, last_epoch = rows[0]["epoch"], rows[-1]["epoch"]
-    ax.set_xlim(first_epoch - 0.5, last_epoch + 0.5)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    width, ends = 0.16, []  # of a label, as a share of the axis; where each line of labels ends
-    for epoch, size, batch in phases(rows):
-        if epoch > first_epoch:
-            ax.axvline(epoch - 0.5, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
+def mark_phases(
+    ax, begins: Sequence[tuple[float, int, int]], first: float, last: float, labels: bool = True
+) -> None:
+    """Draw a line where each phase begins, with its image size and batch size above the chart.
+
+    begins: (x, image size in px, batch size) of each phase
+    first:  the left end of the x axis, and `last` its right end
+    """
+    ax.set_xlim(first, last)
+    # The width of a label as a share of the axis, and where each line of labels ends.
+    width, ends = 0.57 / (ax.get_position().width * ax.figure.get_figwidth()), []
+    for begin, size, batch in begins:
+        if begin > first:
+            ax.axvline(begin, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
+        if not labels:
+            continue
         # A label that would leave the chart is moved to the left, one that would cover another, up.
-        left = min((epoch - first_epoch) / (last_epoch - first_epoch + 1), 1 - width)
+        left = min((begin - first) / (last - first), 1 - width)
         line = next((k for k, end in enumerate(ends) if end <= left), len(ends))
         ends[line : line + 1] = [left + width]
         place = {"xycoords": "axes fraction", "xytext": (2, 3 + 19 * line), "textcoords": "offset points"}

@@ -1,4 +1,4 @@
-// Pointing at a chart shows the values of the nearest epoch below it, and a line at that epoch.
+// Pointing at a chart shows the values of the nearest epoch or step, and a line there.
 for (const plot of document.querySelectorAll('.plot')) {
   const data = JSON.parse(plot.dataset.chart), cursor = plot.querySelector('i');
   const values = plot.nextElementSibling, hint = values.textContent;
@@ -9,7 +9,7 @@ for (const plot of document.querySelectorAll('.plot')) {
     cursor.style.left = data.x[nearest] + '%';
     cursor.hidden = false;
     const known = data.series.filter(line => line.text[nearest] !== null);
-    values.textContent = `epoch ${data.epochs[nearest]}: ` + known.map(line => `${line.name} ${line.text[nearest]}`).join(' | ');
+    values.textContent = `${data.points[nearest]}: ` + known.map(line => `${line.name} ${line.text[nearest]}`).join(' | ');
   });
   plot.addEventListener('pointerleave', () => { cursor.hidden = true; values.textContent = hint; });
 }

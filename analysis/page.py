@@ -72,7 +72,7 @@ def _embedded(data: bytes, kind: str, alt: str) -> Markup:
 
 
 def chart(fig) -> Markup:
-    """Return a chart over epochs as SVG; pointing at it shows its values. '' for a chart without lines."""
+    """Return a chart over epochs or steps as SVG; pointing at it shows its values. '' if it has no lines."""
     (ax,) = fig.axes
     lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
     if not lines:
@@ -86,16 +86,18 @@ def chart(fig) -> Markup:
 
 
 def _values(fig, ax, lines) -> dict:
-    """Return what page.js needs: epochs, their places (percent of the width) and the values as text."""
-    points = [dict(zip(*line.get_data(), strict=True)) for line in lines]
-    epochs = sorted({int(epoch) for values in points for epoch in values})
-    x = [round(100 * ax.transData.transform((epoch, 0))[0] / fig.bbox.width, 2) for epoch in epochs]
+    """Return what page.js needs: names of points, their places (percent of the width), values as text."""
+    curves = [dict(zip(*line.get_data(), strict=True)) for line in lines]
+    at = sorted({int(x) for values in curves for x in values})
+    bottom = ax.get_ylim()[0]  # not 0, which a logarithmic axis does not have
+    places = [round(100 * ax.transData.transform((x, bottom))[0] / fig.bbox.width, 2) for x in at]
     names = [line.get_label().replace(r"\$", "$") for line in lines]
     series = [
-        {"name": name, "text": [f"{values[epoch]:.5g}" if epoch in values else None for epoch in epochs]}
-        for name, values in zip(names, points, strict=True)
+        {"name": name, "text": [f"{values[x]:.5g}" if x in values else None for x in at]}
+        for name, values in zip(names, curves, strict=True)
     ]
-    return {"epochs": epochs, "x": x, "series": series}
+    points = [f"{ax.get_xlabel()} {x:,}" for x in at]
+    return {"points": points, "x": places, "series": series}
 
 
 def details(title: str, content: object) -> Markup:

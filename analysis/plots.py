@@ -1,4 +1,4 @@
-"""Draw the learning curves and the learning rate of runs into PNG files.
+"""Draw the learning curves, the learning rate and the steps of runs into PNG files.
 
 `train.py --plot` starts this command while it trains, in a process of its own.
 """
@@ -12,7 +12,7 @@ from base import flags
 from base.errors import run as run_command
 
 EPILOG = """examples:
-  python -m analysis.plots checkpoints/                    write checkpoints/plots/curves.png and lr.png
+  python -m analysis.plots checkpoints/                    write curves, lr and steps.png to checkpoints/plots
   python -m analysis.plots runs/a runs/b --out pictures    one folder for each run, and compare.png"""
 
 
@@ -28,7 +28,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    from analysis import figures, learning_curves, runs
+    from analysis import figures, learning_curves, runs, step_curves
 
     found = runs.read_runs(args.run_dirs)
     for run in found:
@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
         rate = learning_curves.single(run, learning_curves.LR, figures.shorten(run.name, 60))
         print(figures.save(learning_curves.curves(run), folder / "curves.png"))
         print(figures.save(rate, folder / "lr.png", dpi=160))
+        if run.steps:
+            print(figures.save(step_curves.curves(run), folder / "steps.png"))
     if len(found) > 1 and args.out:
         compared = learning_curves.compare(found, *learning_curves.COMPARISONS[0], width=9)
         print(figures.save(compared, Path(args.out) / "compare.png"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 
 from base import flags
 from base.errors import DataError
-from harness.log import read_metrics
+from harness.log import read_metrics, read_steps
 
 SCORE_COLUMNS = ("run", "epochs", "best top-1 %", "at epoch", "hours")  # of `RunFiles.scores`
 
@@ -27,6 +28,11 @@ class RunFiles:
     rows: list[dict]  # of metrics.jsonl
     config: dict  # empty without config.json
     env: dict  # empty without env.json
+
+    @cached_property
+    def steps(self) -> list[dict]:
+        """The rows of steps.jsonl, which are many and seldom needed. Raises DataError if it is malformed."""
+        return read_steps(self.path)
 
     @property
     def best(self) -> dict | None:

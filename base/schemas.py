@@ -75,6 +75,7 @@ Pixels = Annotated[int, Field(ge=1, le=8192)]
 Crc32 = Annotated[int, Field(ge=0, lt=2**32)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=1e15)]
+Norm = Annotated[float, Field(ge=0, allow_inf_nan=False)]  # of a gradient: may be huge
 Percent = Annotated[float, Field(ge=0, le=100)]
 Score = Annotated[float, Field(ge=-1, le=100)]  # percent; -1 before the first one
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -135,10 +136,21 @@ Row = Annotated[
     at_least(**optional(**COLUMNS) | {"epoch": Positive}),
     AfterValidator(lambda row: dict.fromkeys(COLUMNS) | _all_plain(row)),
 ]
+STEP_COLUMNS = {  # of steps.jsonl
+    "step": Positive, "epoch": Positive, "image_size": Pixels | None, "batch_size": Positive | None,
+    "lr": NotNegative | None, "loss_scale": NotNegative | None, "train_loss": float | None,
+    "grad_norm": Norm | None, "grad_norm_max": Norm | None, "images_per_second": NotNegative | None,
+    "data_wait_percent": NotNegative | None, "bad_steps": Count | None,
+}  # fmt: skip
+StepRow = Annotated[
+    at_least(**optional(**STEP_COLUMNS) | {"step": Positive, "epoch": Positive}),
+    AfterValidator(lambda row: dict.fromkeys(STEP_COLUMNS) | _all_plain(row)),
+]
 ModelArgs = exactly(
     arch=Text,
     num_classes=Positive,
     **optional(drop_path_rate=Fraction, use_blurpool=bool, head=Text, stem=Text, image_sizes=list[Pixels]),
+    **optional(width=Positive),
 )
 Eval = exactly(
     dataset=FileName,
@@ -173,6 +185,10 @@ Scaler = all_or_nothing(  # empty except for fp16
 EpochSums = at_least(
     loss=Finite, images=Count, seconds=NotNegative, waited=NotNegative, bad_steps=Count, bad_images=Count
 )
+RowSums = all_or_nothing(  # since the last row of steps.jsonl; empty just after it
+    steps=Count, loss=Finite, norm=Norm, norm_max=Norm, bad_steps=Count, images=Count,
+    seconds=NotNegative, waited=NotNegative,
+)  # fmt: skip
 Fingerprint = exactly(
     classes=Text, num_classes=Positive, train=Text, num_train=Count, val=Text, num_val=Count
 )
@@ -194,7 +210,7 @@ Checkpoint = exactly(
     fingerprint=Fingerprint,
     precision=Annotated[str, Field(pattern=r"^[a-z0-9]{1,8}$")],
     total_steps=Positive,
-    **optional(commit=Text, run=RunId),
+    **optional(commit=Text, run=RunId, row_sums=Annotated[RowSums, AfterValidator(_all_plain)]),
 )
 
 
@@ -318,7 +334,7 @@ _ENV = optional(
     parent=Text | None,
 )
 Env = Annotated[at_least(**_ENV), AfterValidator(_all_plain)]
-StudyRun = at_least(**optional(status=Text, flags=list[Text]))  # run.json
+StudyRun = at_least(**optional(status=Text, flags=list[Text], minutes=NotNegative))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
 # Earlier versions wrote guess_name.
 Prediction = Annotated[Text, Field(validation_alias=AliasChoices("prediction_name", "guess_name"))]

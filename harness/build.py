@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import ema
 import optim
@@ -36,6 +37,10 @@ def open_runtime(config) -> Runtime:
     process.say(unused_gpu(runtime.device))
     if config.sync_bn and runtime.device.type != "cuda":
         raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
+    if config.cuda_graphs and runtime.device.type != "cuda":
+        raise UsageError(
+            f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}", "use --no-cuda-graphs"
+        )
     # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
     # whose output is a 1x1 map (26 of 40 gradients were not finite; none with 2x2). The last stage of a
     # ResNet has such maps up to 16 px.
@@ -68,11 +73,10 @@ def build(
 ) -> Run:
     """Build the training state and everything else that `loop.fit` needs."""
     state = build_state(config, index, runtime, phases)
-    forward = distributed(state.model, runtime)
     num_classes, smoothing = len(index.classes), config.label_smoothing
     mixing = BatchMixer(num_classes, config.mixup_alpha, config.cutmix_alpha, smoothing)
     options = StepOptions(
-        forward=torch.compile(forward, dynamic=False) if config.compile else forward,
+        forward=compiled(distributed(state.model, runtime), config, len(phases)),
         mixer=mixing,
         loss=LOSSES[config.loss],
         runtime=runtime,
@@ -94,7 +98,6 @@ def build(
         options=options,
         mixers={True: mixing, False: BatchMixer(num_classes, 0.0, 0.0, smoothing)},
         drop_path_rate=config.drop_path_rate,
-        compiled=config.compile,
         save_dir=save_dir,
         checkpoint_name=rundir.checkpoint_name(config.arch, index.name),
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
@@ -140,7 +143,8 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
 
 def model_args(config, index) -> dict:
     """Return the arguments of `models.build_model`, from which any tool can rebuild the model."""
-    return {
+    width = {"width": config.width} if config.width else {}
+    return width | {
         "arch": config.arch,
         "num_classes": len(index.classes),
         "drop_path_rate": config.drop_path_rate,
@@ -213,6 +217,27 @@ def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
     new_name = "forward_sync_buffers" in inspect.signature(ddp).parameters
     sync_buffers = "forward_sync_buffers" if new_name else "broadcast_buffers"  # before torch 2.13
     return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
+
+
+def compiled(forward: Callable[[Tensor], Tensor], config, phases: int) -> Callable[[Tensor], Tensor]:
+    """Return the training forward pass as --compile and --cuda-graphs ask for it; `forward` without them.
+
+    It is compiled at the first call with each shape, and what was compiled for a phase is kept.
+    """
+    if not (config.compile or config.cuda_graphs):
+        return forward
+    torch._dynamo.reset()  # what another run in this process has compiled counts towards the limit
+    torch._dynamo.config.recompile_limit = max(8, 2 * phases)  # of --accumulate, the last piece may differ
+    if not config.cuda_graphs:
+        return torch.compile(forward, dynamic=False)
+    graphs = torch.compile(forward, dynamic=False, mode="reduce-overhead")
+
+    def replayed(images: Tensor) -> Tensor:
+        # A new step: the logits and gradients of the last one, which the graphs own, may be overwritten.
+        torch.compiler.cudagraph_mark_step_begin()
+        return graphs(images)
+
+    return replayed
 
 
 def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_size: int) -> None:

@@ -1,6 +1,6 @@
-"""The log of a run: one row per epoch, in metrics.jsonl, in the trackers asked for, and on the terminal.
+"""The log of a run: a row per epoch in metrics.jsonl and on the terminal, a row every N steps in steps.jsonl.
 
-Plots, tables and reports read metrics.jsonl. This module does not import torch.
+The trackers asked for get both. Plots, tables and reports read the files. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from base import files
-from base.errors import DataError, optional
+from base.errors import DataError, optional, tell
 from base.process import say
 from base.progress import duration
 
@@ -26,14 +28,31 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
 
     path = Path(run_dir) / "metrics.jsonl"
     try:
-        lines = path.read_bytes().split(b"\n")
+        return _read_rows(path, schemas.Row)
     except OSError as error:
         fix = "name a directory that train.py wrote (--save-dir)"
         raise DataError(f"{path}: {error.strerror}", fix) from None
+
+
+def read_steps(run_dir: str | os.PathLike) -> list[dict]:
+    """Return the rows of steps.jsonl, oldest first; none if there is no file. Raises DataError."""
+    from base import schemas
+
+    path = Path(run_dir) / "steps.jsonl"
+    try:
+        return _read_rows(path, schemas.StepRow) if path.exists() else []
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", "make it readable, or delete it") from None
+
+
+def _read_rows(path: Path, schema: Any) -> list[dict]:
+    from base import schemas
+
     rows, fix = [], "delete the line, or resume the run"
+    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
-            row = schemas.parse_json(line, schemas.Row, f"{path} line {number}", fix)
+            row = schemas.parse_json(line, schema, f"{path} line {number}", fix)
         except DataError:
             if number == len(lines):
                 break  # the last line may be empty, or cut short by a kill or a full disk
@@ -51,11 +70,13 @@ def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
 
 
 class MetricLogger:
-    """Appends one row per epoch to metrics.jsonl and to TensorBoard and W&B.
+    """Appends a row per epoch to metrics.jsonl, and to TensorBoard and W&B; `steps` logs every few steps.
 
     run_dir:       must exist
     rows:          the rows of a resumed checkpoint: metrics.jsonl is cut back to them
+    step:          its step: steps.jsonl is cut back to it
     enabled:       False on all ranks but the first
+    log_every:     steps between two rows of steps.jsonl; 0 for none
     wandb_project: empty for no W&B
     config:        the flags, for W&B
     plot:          whether `draw` draws
@@ -65,8 +86,10 @@ class MetricLogger:
         self,
         run_dir: Path,
         rows: Sequence[dict] = (),
+        step: int = 0,
         *,
         enabled: bool = True,
+        log_every: int = 0,
         tensorboard: bool = False,
         wandb_project: str = "",
         config: dict | None = None,
@@ -74,33 +97,37 @@ class MetricLogger:
     ):
         self.run_dir, self.path, self.enabled = run_dir, run_dir / "metrics.jsonl", enabled
         self.plot, self.plotted = plot and enabled, -math.inf
-        self.tensorboard = self.wandb = None
+        self.steps = StepLog(run_dir / "steps.jsonl", log_every if enabled else 0)
+        self.board, self.trackers = None, []
         if not enabled:
             return
         if tensorboard:
             module = optional("torch.utils.tensorboard", "--tensorboard")
             next_epoch = rows[-1]["epoch"] + 1 if rows else 0
-            self.tensorboard = module.SummaryWriter(run_dir / "tensorboard", purge_step=next_epoch)
+            self.board = module.SummaryWriter(run_dir / "tensorboard", purge_step=next_epoch)
+            if log_every:  # in its own directory: `purge_step` applies to all series of one
+                folder = run_dir / "tensorboard" / "steps"
+                self.steps.board = module.SummaryWriter(folder, purge_step=step + 1)
         if wandb_project:
-            self.wandb = optional("wandb", "--wandb")
-            self.wandb.init(
-                project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow"
-            )
+            wandb = optional("wandb", "--wandb")
+            wandb.init(project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow")
+            self.trackers.append(wandb)
+        self.steps.trackers = self.trackers
         files.write(self.path, "".join(_line(row) for row in rows), parents=False)
+        self.steps.open(step)
 
-    def log(self, row: dict) -> None:
-        """Append the row of a finished epoch."""
+    def log(self, row: dict, step: int) -> None:
+        """Append the row of an epoch that ended with `step`."""
         if not self.enabled:
             return
         with self.path.open("a", encoding="utf-8") as file:  # closed after each row: a crash loses none
             file.write(_line(row))
-        numbers = {name: value for name, value in row.items() if isinstance(value, int | float)}
-        if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, row["epoch"])
-            self.tensorboard.flush()
-        if self.wandb:
-            self.wandb.log(numbers, step=row["epoch"])
+        if self.board:
+            for name, value in _numbers(row).items():
+                self.board.add_scalar(name, value, row["epoch"])
+            self.board.flush()
+        for tracker in self.trackers:
+            tracker.log(_numbers(row), step=step)
 
     def draw(self, now: bool = False) -> None:
         """Draw the learning curves if --plot was given: at most once a minute, unless `now`.
@@ -117,10 +144,11 @@ class MetricLogger:
             say(f"WARNING: no plots: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
 
     def close(self) -> None:
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        self.steps.close()
+        if self.board:
+            self.board.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def _wandb_id(self) -> str:
         """Return the id of this directory's W&B run, so that a resumed run continues it."""
@@ -128,6 +156,119 @@ class MetricLogger:
         if not path.exists():
             path.write_text(os.urandom(8).hex())
         return path.read_text()
+
+
+class StepLog:
+    """Logs a row after each `every` steps and at the end of each phase, in steps.jsonl and the trackers.
+
+    A row describes the steps since the row before it. Their sums are part of the training state, so that a
+    resumed run writes the rows of a run that was never stopped. The file stays open: a row is one write.
+    """
+
+    def __init__(self, path: Path, every: int):
+        self.path, self.every = path, every
+        self.file = self.board = None  # the open file, a TensorBoard writer
+        self.trackers: Sequence[Any] = ()
+
+    def open(self, step: int) -> None:
+        """Delete the rows that a former process wrote after `step`, and what a kill left of a row."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                kept = [line for line in file if _step_of(line) <= step]
+            with files.replacing(self.path, parents=False) as partial:
+                partial.write_bytes(b"".join(kept))
+        if self.every:
+            self.file = self.path.open("a", encoding="utf-8", buffering=1)  # so a kill loses no finished row
+
+    def add(
+        self,
+        sums: dict,
+        row: dict,
+        *,
+        loss: float,
+        norm: float,
+        finite: bool,
+        images: int,
+        seconds: float,
+        waited: float,
+        last: bool,
+    ) -> None:
+        """Count a step in `sums`, which are those since the last row; write a row if one is due.
+
+        row:     what is true of the step: step, epoch, image_size, batch_size, lr, loss_scale
+        loss:    averaged over all ranks, as `norm`, the gradient's before clipping
+        images:  of all ranks
+        seconds: since the step before, of which `waited` for data
+        last:    whether the phase ends with this step
+        """
+        if not self.every:
+            return
+        if not sums:
+            sums |= dict(steps=0, loss=0.0, norm=0.0, norm_max=0.0, bad_steps=0)
+            sums |= dict(images=0, seconds=0.0, waited=0.0)
+        if finite:
+            sums["steps"] += 1
+            sums["loss"] += loss
+            sums["norm"] += norm
+            sums["norm_max"] = max(sums["norm_max"], norm)
+        else:
+            sums["bad_steps"] += 1
+        sums["images"] += images
+        sums["seconds"] += seconds
+        sums["waited"] += waited
+        if last or row["step"] % self.every == 0:
+            self._write(row | _step_values(sums))
+            sums.clear()
+
+    def _write(self, row: dict) -> None:
+        if self.file:
+            try:
+                self.file.write(_line(row))
+            except OSError as error:  # a full disk, say: not worth the end of the run
+                tell(f"WARNING: {self.path} gets no more rows: {error.strerror}")
+                self._close_file()
+        numbers = {f"steps/{name}": value for name, value in _numbers(row).items() if name != "step"}
+        if self.board:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, row["step"])
+        for tracker in self.trackers:
+            tracker.log(numbers, step=row["step"])
+
+    def close(self) -> None:
+        self._close_file()
+        if self.board:
+            self.board.close()
+
+    def _close_file(self) -> None:
+        with suppress(OSError):
+            if self.file:
+                self.file.close()
+        self.file = None
+
+
+def _step_values(sums: dict) -> dict:
+    """Return the columns of a row of steps.jsonl that are means, maxima and counts over its steps."""
+    steps, seconds = sums["steps"], sums["seconds"]
+    return {
+        "train_loss": sums["loss"] / steps if steps else None,
+        "grad_norm": sums["norm"] / steps if steps else None,
+        "grad_norm_max": sums["norm_max"] if steps else None,
+        "images_per_second": sums["images"] / seconds if seconds else None,
+        "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
+        "bad_steps": sums["bad_steps"],
+    }
+
+
+def _step_of(line: bytes) -> float:
+    """Return the step of a line of steps.jsonl; infinity if it is damaged or was not written to its end."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
+
+
+def _numbers(row: dict) -> dict:
+    return {name: value for name, value in row.items() if isinstance(value, int | float)}
 
 
 def _line(row: dict) -> str:

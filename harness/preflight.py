@@ -21,7 +21,7 @@ from base.process import say
 from dataloader import PREFETCH
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
-from train_utils import Phase, StepOptions, evaluate
+from train_utils import Phase, StepOptions, evaluate, phase_of
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
 
@@ -37,6 +37,8 @@ def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
         check_eval_memory(run)
+    if run.runtime.world_size == 1 and run.options.forward is not run.state.model:
+        check_compilation(run)
 
 
 def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
@@ -93,7 +95,8 @@ def shared_memory_warning(phases: Sequence[Phase], workers: int, directory: str 
 def check_step_memory(run: Run) -> None:
     """Try a forward and backward pass of the largest phase: if memory is short, fail now, not at epoch 51.
 
-    Changes nothing. Raises ResourceError with a batch size that fits.
+    Through the plain model: if one rank ran out of memory inside DDP, the others would wait for it, and a
+    compiled pass needs no more memory. Changes nothing. Raises ResourceError with a batch size that fits.
     """
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
     _, options = start_phase(run, phase)
@@ -103,7 +106,7 @@ def check_step_memory(run: Run) -> None:
     def attempt(images: int) -> None:
         # A stand-in for the memory that a real step needs in addition to `try_step`.
         ballast = torch.empty(ballast_bytes(run, phase), dtype=torch.uint8, device=run.runtime.device)
-        try_step(run, options, phase, images)
+        try_step(run, options, phase, images, run.state.model)
         del ballast
 
     fitting = largest_fitting(images, attempt)
@@ -161,14 +164,27 @@ def new_optimizer_bytes(run: Run) -> int:
     return 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
 
 
-def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:
-    """Run forward and backward on `images` blank images in training mode, and restore everything."""
+def check_compilation(run: Run) -> None:
+    """Compile the next phase now, before the run writes anything. Raises what torch.compile raises.
+
+    Nothing is compiled twice: training finds what was compiled here. Later phases compile at their first
+    step.
+    """
+    phase = phase_of(run.phases, min(len(run.state.rows) + 1, run.epochs))
+    _, options = start_phase(run, phase)
+    say(f"compiling for {phase.image_size} px")
+    with explain_out_of_memory(run):
+        try_step(run, options, phase, math.ceil(phase.batch_size / options.accumulate), options.forward)
+
+
+def try_step(
+    run: Run, options: StepOptions, phase: Phase, images: int, forward: Callable[[Tensor], Tensor]
+) -> None:
+    """Run `forward` and backward on `images` blank images in training mode, and restore everything."""
     model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
-    # Not through DDP: if one rank runs out of memory, the others would wait for it.
-    forward = options.forward if run.runtime.world_size == 1 else model
     side, classes = phase.image_size, len(run.index.classes)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        options.buffers.take()
         try:
             model.train()
             blank = torch.zeros(images, 3, side, side, device=device)
@@ -178,7 +194,8 @@ def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:
             options.loss(logits.float(), targets).backward()
         finally:
             run.state.optimizer.zero_grad(set_to_none=True)
-            options.buffers.restore()
+            for buffer, before in buffers:
+                buffer.copy_(before)
             model.train(was_training)
 
 

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -29,19 +30,21 @@ if TYPE_CHECKING:
 
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
-FILES = ("wandb_id", "metrics.jsonl", "config.json", "env.json")
+FILES = ("wandb_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
 EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
-PLOTS = ("curves", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels", "filtered",
-         "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
-DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
+PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",
+         "filtered", "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
+DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "classes",
+              "holdout", "subset", "subset_size")  # fmt: skip
 # Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
                "config"}  # fmt: skip
 # Of flags that are missing in a checkpoint of an earlier version, because there was one behaviour, which is
 # not the default now.
 OLD_VALUES = {"eval_crop": 0.875}
-MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # these decide the weights' shapes
+# These decide the weights' shapes.
+MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem", "width")
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
 
@@ -86,7 +89,8 @@ def scan(save_dir: str) -> SaveDir:
         checkpoints = [p for p in checkpoints if p.name in names]
         files = [path / "plots" / f"{plot}.png" for plot in PLOTS]
         files += sorted((path / EVAL_CROPS).glob("eval-*/*"))
-        files += sorted((path / "tensorboard").glob("events.out.tfevents.*"))
+        for board in (path / "tensorboard", path / "tensorboard" / "steps"):
+            files += sorted(board.glob("events.out.tfevents.*"))
         files += checkpoints + [path / f"{name}.partial" for name in names]
         foreign = {"config.json": not has_config, "env.json": not has_env}
         files += [path / name for name in FILES if not foreign.get(name)]
@@ -274,7 +278,9 @@ def restore(run, saved: dict, config) -> None:
         raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
     _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
     then, now = saved["model_args"], metadata["model_args"]
-    if changed := [f"{k} {then.get(k)} then, {now[k]} now" for k in MODEL_ARGS if then.get(k) != now[k]]:
+    if changed := [
+        f"{k} {then.get(k)} then, {now.get(k)} now" for k in MODEL_ARGS if then.get(k) != now.get(k)
+    ]:
         fix = "start a new run from its weights with --init-from and --reset-head"
         raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
     same_plan = saved["total_steps"] == metadata["total_steps"]
@@ -349,6 +355,19 @@ def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
             checkpoint.save(target, found | {"run": run_id})
             return
     say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: it is not beside {resume}")
+
+
+def copy_steps(saved: dict, resume: str, target: Path) -> None:
+    """Copy steps.jsonl, if it lies beside the checkpoint `resume` of a run that continues elsewhere.
+
+    saved:  the content of the checkpoint
+    target: the path of the copy
+    """
+    source = Path(resume).parent
+    same_run = saved.get("run") and _read_json(source / "env.json").get("run") == saved["run"]
+    if same_run and not target.exists() and (source / target.name).is_file():
+        with replacing(target, parents=False) as partial:
+            shutil.copyfile(source / target.name, partial)
 
 
 # Writing to the directory

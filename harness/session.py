@@ -65,6 +65,8 @@ def protected(
                     save(run)
                 if main and not best_is_lost(run):
                     rundir.copy_best(saved, config.resume, run.path("best"), identity.id)
+                if main:
+                    rundir.copy_steps(saved, config.resume, run.save_dir / "steps.jsonl")
             (saved or {}).clear()  # already restored: free its tensors
             if main:
                 write_json(run.save_dir / "config.json", values, parents=False)
@@ -72,7 +74,9 @@ def protected(
             log = MetricLogger(
                 run.save_dir,
                 run.state.rows,
+                run.state.step,
                 enabled=main,
+                log_every=config.log_every,
                 tensorboard=config.tensorboard,
                 wandb_project=config.wandb,
                 config=values,

@@ -434,6 +434,7 @@ READERS = {  # a file, and the command that reads it
     "packed/train-16/00000.arrow": ("train", [*FOLDERS, "packed", "--save-dir", "new"]),
     "packed/train-labels.npy": ("train", [*FOLDERS, "packed", "--save-dir", "new"]),
     "run/metrics.jsonl": ("analysis.report", ["run", "--no-pictures"]),
+    "run/steps.jsonl": ("analysis.report", ["run", "--no-pictures"]),
     "run/config.json": ("analysis.report", ["run", "--no-pictures"]),
     "run/env.json": ("analysis.report", ["run", "half", "--no-pictures", "--out", "new.html"]),
     "half/metrics.jsonl": ("analysis.plots", ["half"]),

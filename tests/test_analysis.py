@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 
+import numpy as np
 import pytest
 
-from analysis import figures, learning_curves, plots, runs
+from analysis import figures, learning_curves, plots, runs, step_curves
 from base.errors import DataError, ResourceError, UsageError
 
 
@@ -26,6 +28,18 @@ def row(epoch: int, size: int = 32, batch: int = 64, **values) -> dict:
 def write_run(folder, rows: list[dict]):
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def step_row(step: int, size: int = 32, batch: int = 64, **values) -> dict:
+    place = {"step": step, "epoch": 1, "image_size": size, "batch_size": batch, "lr": 1e-3}
+    speed = {"images_per_second": 900.0, "data_wait_percent": 1.0, "bad_steps": 0, "loss_scale": None}
+    return {**place, "train_loss": 2.0, "grad_norm": 1.0, "grad_norm_max": 3.0, **speed, **values}
+
+
+def write_steps(folder, rows: list[dict]):
+    write_run(folder, [row(1)])
+    (folder / "steps.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 
@@ -106,3 +120,94 @@ def test_a_config_that_is_not_json_is_named(tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"config.json is unreadable"):
         runs.read_runs([folder])
+
+
+# --- the curves over the steps ---
+
+
+def test_plots_draw_the_steps_of_runs_that_logged_them(tmp_path):
+    folder = write_steps(tmp_path / "run", [step_row(20), step_row(40)])
+    assert plots.main([str(folder)]) == 0 and is_png(folder / "plots" / "steps.png")
+    with open(folder / "steps.jsonl", "a") as file:
+        file.write('{"step": 60, "ep')  # the run is writing
+    assert plots.main([str(folder)]) == 0
+    with open(folder / "steps.jsonl", "a") as file:
+        file.write("och\n")
+    with pytest.raises(DataError, match=r"steps\.jsonl line 3"):
+        plots.main([str(folder)])
+
+
+def test_bins_hold_rows_of_one_phase_and_hide_no_spike():
+    rng, sizes = np.random.default_rng(0), [32] * 1003 + [48] * 2001
+    rows = [
+        step_row(20 * k, size, train_loss=float(rng.normal()), grad_norm_max=5.0)
+        for k, size in enumerate(sizes, 1)
+    ]
+    rows[1500] |= {"train_loss": 77.0, "grad_norm_max": 99.0}
+    rows[700] |= {"train_loss": None, "grad_norm": None, "grad_norm_max": None, "bad_steps": 20}
+    points = step_curves.binned(rows, step_curves.LOSS)
+    assert step_curves.BINS / 2 < len(points.step) <= step_curves.BINS and 1003 * 20 in points.step
+    first = 0
+    for step, *found in zip(*points[:4], strict=True):
+        part = [r["train_loss"] for r in rows if first < r["step"] <= step and r["train_loss"] is not None]
+        assert found == pytest.approx([math.fsum(part) / len(part), min(part), max(part)])
+        assert 7 <= (step - first) / 20 <= 8
+        first = step
+    assert first == 3004 * 20 and points.highest.max() == 77.0
+    assert step_curves.binned(rows, step_curves.NORM).highest.max() == 99.0
+
+
+def test_few_rows_are_drawn_as_they_are():
+    rows = [step_row(5 * k, train_loss=float(k)) for k in range(1, 31)]
+    points = step_curves.binned(rows, step_curves.LOSS)
+    for values in points[1:]:
+        assert values.tolist() == list(range(1, 31))
+    assert points.step.tolist() == [row["step"] for row in rows]
+
+
+def test_smoothing_averages_equally_on_both_sides():
+    values = np.array([0.0, 3.0, 9.0, 0.0, 1e30, 2.0])
+    means = step_curves.smoothed(values, 1)
+    assert means.tolist() == [0.0, 4.0, 4.0, pytest.approx(1e30 / 3), pytest.approx(1e30 / 3), 2.0]
+    line = np.arange(50.0)
+    np.testing.assert_allclose(step_curves.smoothed(line, 7), line)
+
+
+def test_the_norm_shows_the_clip_limit_and_skipped_steps_and_all_panels_the_phases(tmp_path):
+    rows = [step_row(20), step_row(40, bad_steps=2), step_row(60, 48, 32), step_row(80, 48, 32)]
+    folder = write_steps(tmp_path / "run", rows)
+    (folder / "config.json").write_text(json.dumps({"clip_norm": 1.5, "clip_mode": "norm"}))
+    run = runs.read_run(folder, "run")
+    assert step_curves.phases(run.steps) == [(0, 32, 64), (40, 48, 32)]
+    axes = step_curves.curves(run).axes
+    assert [ax.get_ylabel() for ax in axes] == [
+        "loss (nats)", "norm before clipping", "learning rate", "images per second", "waiting (%)"
+    ]  # fmt: skip
+    labels = [text.get_text() for text in axes[1].get_legend().get_texts()]
+    assert labels == ["mean of 20 steps", "lowest to highest", "clipped to 1.5", "skipped steps"]
+    assert axes[1].get_yscale() == "log" and [text.get_text() for text in axes[0].texts] == [
+        "32 px\nbatch 64",
+        "48 px\nbatch 32",
+    ]
+    assert all(any(set(line.get_xdata()) == {40} for line in ax.get_lines()) for ax in axes)
+    for limit in ("x", 0.0, math.inf, None):
+        (folder / "config.json").write_text(json.dumps({"clip_norm": limit, "clip_mode": "norm"}))
+        _, norm, *_ = step_curves.curves(runs.read_run(folder, "run")).axes
+        assert "clipped" not in str([text.get_text() for text in norm.get_legend().get_texts()])
+
+
+def test_columns_without_values_are_not_drawn(tmp_path):
+    nothing = dict.fromkeys(("train_loss", "grad_norm", "grad_norm_max", "lr", "image_size", "batch_size"))
+    rows = [step_row(20, loss_scale=65536.0, **nothing), {"step": 40, "epoch": 1}]
+    run = runs.read_run(write_steps(tmp_path / "run", rows), "run")
+    assert [panel.column for panel in step_curves.panels(run)] == [
+        "images_per_second",
+        "data_wait_percent",
+        "loss_scale",
+    ]
+    assert len(step_curves.charts([run])) == 3 and len(step_curves.curves(run).axes) == 3
+    empty = runs.read_run(write_run(tmp_path / "old", [row(1)]), "old")
+    assert step_curves.charts([empty]) == step_curves.charts([empty, empty]) == []
+    assert step_curves.charts([run, empty]) == []
+    logged = runs.read_run(write_steps(tmp_path / "logged", [step_row(20)]), "logged")
+    assert len(step_curves.charts([run, logged])) == 2

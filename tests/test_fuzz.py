@@ -135,6 +135,8 @@ FILES = [  # (file, the damage, the exit codes it may have)
     ("run/metrics.jsonl", "a five", ANY),
     *[("half/metrics.jsonl", how, ANY) for how in ("bad UTF-8", "deep list")],
     ("run/metrics.jsonl", [((0, "epoch"), "text")], ANY),
+    ("run/steps.jsonl", "a five", ANY),
+    ("run/steps.jsonl", [((0, "grad_norm"), "text")], ANY),
     ("run/config.json", "bad UTF-8", ANY),
     ("run/env.json", "deep map", ANY),
 ]

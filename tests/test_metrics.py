@@ -45,14 +45,14 @@ def test_with_few_classes_top5_holds_them_all():
 def test_the_log_is_cut_back_to_the_checkpoint_and_goes_on(tmp_path):
     log = MetricLogger(tmp_path)
     for epoch in (1, 2, 3):
-        log.log({"epoch": epoch, "val_top1": float(epoch), "val_loss": float("nan")})
+        log.log({"epoch": epoch, "val_top1": float(epoch), "val_loss": float("nan")}, 5 * epoch)
     rows = read_metrics(tmp_path)
     assert [r["epoch"] for r in rows] == [1, 2, 3]
     assert (
         rows[0]["val_loss"] is None and "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     )  # JSON has no NaN
     resumed = MetricLogger(tmp_path, rows[:2])
-    resumed.log({"epoch": 3, "val_top1": 9.0})
+    resumed.log({"epoch": 3, "val_top1": 9.0}, 15)
     assert [r["val_top1"] for r in read_metrics(tmp_path)] == [1.0, 2.0, 9.0]
 
 
@@ -97,7 +97,7 @@ ROW = {"epoch": 1, "lr": 0.1, "val_top1": 50.0, "ema_val_top1": None, "better": 
 
 def test_tensorboard_gets_every_number_of_a_row(tmp_path):
     log = MetricLogger(tmp_path, tensorboard=True)
-    log.log(ROW)
+    log.log(ROW, 700)
     log.close()
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -132,6 +132,6 @@ def test_wandb_gets_the_rows_and_one_id_per_directory(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):  # the second one is a resumed run
         log = MetricLogger(tmp_path, wandb_project="p", config={})
-        log.log(ROW)
+        log.log(ROW, 700)
         log.close()
-    assert calls[0] == calls[3] and calls[1:3] == calls[4:] == [(1, 50.0), "finish"]
+    assert calls[0] == calls[3] and calls[1:3] == calls[4:] == [(700, 50.0), "finish"]

@@ -106,9 +106,34 @@ def test_the_report_of_one_run_holds_what_is_known_about_it(run_dir, tmp_path):
     pictures = [value[:15] for name, value in reader.attributes if name == "src"]
     assert sorted(pictures) == ["data:image/png;"] * 2 + ["data:image/svg+"] * 4  # curves.png is a chart here
     charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
-    assert len(charts) == 4 and charts[0]["epochs"] == [1, 2, 3, 4]
+    assert len(charts) == 4 and charts[0]["points"] == ["epoch 1", "epoch 2", "epoch 3", "epoch 4"]
     raw = next(s for s in charts[0]["series"] if s["name"] == "validation, raw weights")
     assert raw["text"] == ["41", None, "43", "44"]
+
+
+def add_steps(folder) -> None:
+    """Give a run a row for every tenth step."""
+    row = {"epoch": 1, "image_size": 32, "batch_size": 64, "lr": 0.1, "train_loss": 2.0, "grad_norm": 0.5}
+    row |= {"grad_norm_max": 2.5, "images_per_second": 100.0, "data_wait_percent": 3.0, "bad_steps": 0}
+    lines = [json.dumps(row | {"step": step}) + "\n" for step in (10, 20, 1030)]
+    (folder / "steps.jsonl").write_text("".join(lines))
+
+
+def test_the_report_draws_the_steps_of_a_run_and_compares_those_of_several(run_dir, tmp_path):
+    other, old = make_run(tmp_path / "second"), make_run(tmp_path / "old")
+    for folder in (run_dir, other):
+        add_steps(folder)
+    for arguments, names in (
+        ([run_dir], ["mean of 10 steps"]), ([run_dir, other, old], ["first", "second"])
+    ):  # fmt: skip
+        reader = Reader(written(*arguments, out=tmp_path / "r.html"))
+        charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
+        assert len(charts) == (9 if len(arguments) == 1 else 6) and "Steps" in reader.text
+        norm = charts[5]
+        assert norm["points"] == ["step 10", "step 20", "step 1,030"]
+        assert [(line["name"], line["text"]) for line in norm["series"]] == [(n, ["0.5"] * 3) for n in names]
+        assert 0 < norm["x"][0] < norm["x"][1] < norm["x"][2] < 100
+    assert "Steps" not in Reader(written(old, out=tmp_path / "r.html")).text
 
 
 def test_the_page_links_to_nothing_outside(run_dir, tmp_path):

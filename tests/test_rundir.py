@@ -178,7 +178,8 @@ def test_a_finished_run_is_complete_in_its_directory(mine, tmp_path, capsys):
 
 FOREIGN = ("best_xxxx.pt", "weights.pt", "best_resnet_tiny_cifar10.pt", "plots/of_mine.png",
            "tensorboard/notes.txt", "results.partial", "other.pt.partial", "notes.txt")  # fmt: skip
-OURS = ("plots/curves.png", "plots/lr.png", "tensorboard/events.out.tfevents.1.host.1.0", "wandb_id",
+OURS = ("plots/curves.png", "plots/lr.png", "plots/steps.png", "wandb_id",
+        *(f"tensorboard/{place}events.out.tfevents.1.host.1.0" for place in ("", "steps/")),
         f"prev_best_{NAME}", f"last_{NAME}.partial", "config.partial", "env.json.partial")  # fmt: skip
 
 
@@ -192,10 +193,13 @@ def test_overwrite_deletes_exactly_the_former_run(has_id, mine):
     assert run(*TINY, "--save-dir", mine, "--overwrite", "--stop-after", "1") == 0
     left = snapshot(mine)
     assert all(left.pop(name) == name.encode() for name in FOREIGN)
-    assert left.keys() == {"plots", "tensorboard", "config.json", "env.json", "metrics.jsonl", f"last_{NAME}"}
+    assert left.keys() == {
+        *("plots", "tensorboard", "tensorboard/steps"),
+        *("config.json", "env.json", "metrics.jsonl", "steps.jsonl", f"last_{NAME}"),
+    }
 
 
-@pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.jsonl", f"last_{NAME}"])
+@pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.jsonl", "steps.jsonl", f"last_{NAME}"])
 @pytest.mark.parametrize("flag", [(), ("--overwrite",)])
 def test_files_that_are_not_of_a_run_are_not_overwritten(name, flag, tmp_path):
     (tmp_path / name).write_text('{"model_type": "bert"}')

@@ -85,6 +85,7 @@ def run(tmp_path_factory):
 
 
 OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes", "flip"}
+OPTIONAL |= {"row_sums", "width"}
 
 
 def is_free(at: tuple) -> bool:
@@ -101,7 +102,7 @@ def mutations(payload):
         if is_free(at):
             continue
         name, in_row = str(at[-1]), at[0] == "rows" and len(at) == 3 and at[2] != "epoch"
-        any_number = "loss" in name or at == ("schedule", "best")
+        any_number = "loss" in name or at == ("schedule", "best") or (at[0] == "row_sums" and "norm" in name)
         if not (name in OPTIONAL or in_row or "image_sizes" in at):
             yield at, ()
         for new in foreign(value):
