@@ -17,11 +17,13 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from base import errors, files, flags
+from base import errors, files, flags, process
 from base.errors import DataError, UsageError
 
 LIMIT = 45_000_000  # bytes of an archive
@@ -222,7 +224,13 @@ def in_turns(classes: Iterable[list[Path]]) -> Iterator[Path]:
 
 
 def unpack_files(archives: list[Path], target: Path) -> None:
-    for member, content in members_of(archives):
+    """Write the files of all archives, each in a process of its own: there may be 100,000."""
+    with ProcessPoolExecutor(process.cores()) as pool:
+        list(pool.map(partial(unpack_archive, target=target), archives))
+
+
+def unpack_archive(archive: Path, target: Path) -> None:
+    for member, content in members_of([archive]):
         if member.endswith(".tar.xz"):
             with tarfile.open(fileobj=io.BytesIO(content)) as group:
                 group.extractall(target, filter="data")

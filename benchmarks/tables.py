@@ -24,7 +24,8 @@ UNMEASURED = (
     "*Not measured yet*: `python -m benchmarks.first_minute {part} --out DIR` on a machine with a GPU."
 )
 Rows = list[dict]
-Table = list[list[object]]  # the header, then the lines; empty without results
+Table = list[list[object]]  # the header, then the lines
+Maker = Callable[[Rows], tuple[Table, Rows]]  # also returns the rows it used
 
 
 def build_parser() -> flags.Parser:
@@ -53,14 +54,20 @@ def result_directories() -> list[Path]:
 
 
 def load(directories: Iterable[Path]) -> Rows:
+    """Return all rows; `gpu_machine` says whether any row of their directory was measured on a GPU."""
     from benchmarks import records
 
-    return [row for directory in directories for row in records.load(directory)]
+    rows = []
+    for directory in directories:
+        found = records.load(directory)
+        gpu_machine = any(row.get("cuda") for row in found)
+        rows += [row | {"gpu_machine": gpu_machine} for row in found]
+    return rows
 
 
 def of_gpus(rows: Rows) -> Rows:
-    """Return the rows that were measured on a GPU."""
-    return [row for row in rows if row.get("cuda") and not row.get("narrow")]
+    """Return the rows of machines with a GPU, those of the loader included."""
+    return [row for row in rows if row["gpu_machine"] and not row.get("narrow")]
 
 
 def fill(text: str, rows: Rows) -> str:
@@ -216,9 +223,7 @@ def is_documents(row: dict) -> bool:
     return BATCH_SIZES.get(row["size"]) == row["batch_size"]
 
 
-TABLES: dict[
-    str, tuple[str, Callable[[Rows], tuple[Table, Rows]]]
-] = {  # name: part of first_minute, function
+TABLES: dict[str, tuple[str, Maker]] = {  # name -> parts of first_minute that measure it, and its function
     "targets": ("step loader", targets),
     "gpu-machine": ("environment", machine),
     "gpu-tests": ("gpu-tests", gpu_tests),

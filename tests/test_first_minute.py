@@ -152,6 +152,16 @@ def test_failed_gpu_tests_are_rows(setting, monkeypatch):
     assert [counts[name] for name in ("passed", "failed", "skipped")] == [1, 1, 1]
 
 
+def test_a_variant_that_fails_leaves_the_others(setting, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        first_minute_parts, "run", lambda *words: tried.append(words) or int("compile" in words)
+    )
+    with pytest.raises(SystemExit):
+        first_minute_parts.step(first_minute_parts.Setting(setting.out, setting.work, setting.data, 9))
+    assert len(tried) == 4 and "cuda-graphs" in tried[2]
+
+
 def test_a_batch_that_does_not_fit_ends_its_size_only(setting, monkeypatch):
     monkeypatch.setattr(first_minute_parts, "LARGE", ((64, 8), (128, 8), (64, 16), (128, 16)))
     tried = []
@@ -257,6 +267,7 @@ def test_photos_fill_one_archive_class_by_class(originals, tmp_path, monkeypatch
 # --- the tables --------------------------------------------------------------------------------------
 
 GPU = {"machine": "NVIDIA X, 16 cores", "commit": "abc1234", "load": 1.0, "torch": "2.11.0", "cuda": "13.0"}
+GPU |= {"gpu_machine": True}
 
 
 def step_row(loop="project", variant="", **more):
@@ -319,6 +330,12 @@ def test_every_table_can_be_filled():
 
 
 def test_rows_of_a_cpu_and_of_the_narrow_network_are_left_out(tmp_path):
-    for row in (step_row(), step_row(narrow=True), step_row(cuda=None) | {"cuda": None}):
-        records.append(tmp_path, row)
-    assert len(tables.of_gpus(tables.load([tmp_path]))) == 1
+    records.append(tmp_path / "cpu", step_row() | {"cuda": None})
+    for row in (
+        step_row(),
+        step_row(narrow=True),
+        {"benchmark": "loader", "row": "l"} | GPU | {"cuda": None},
+    ):
+        records.append(tmp_path / "gpu", row)
+    rows = tables.of_gpus(tables.load([tmp_path / "cpu", tmp_path / "gpu"]))
+    assert [row["benchmark"] for row in rows] == ["loader", "step"]
