@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import CheckpointError
+from base.flat import flat_copy, group_by_dtype, move_into_flat
 
 
 def decay_for_half_life(steps: float) -> float:
@@ -46,19 +47,28 @@ class EMA:
         self._averaged = [_slots(m, floating=True) for m in (self.module, model)]
         self._copied = [_slots(m, floating=False) for m in (self.module, model)]
         self._backup: list[Tensor] | None = None
+        # The shadow lives in one buffer per dtype: torch has a kernel that moves one tensor by a weight
+        # known only on the device, but none for many. The model is gathered in a second buffer.
+        self._flat = [move_into_flat(group) for group in group_by_dtype(_read(self._averaged[0]))]
+        self._gathered = [flat_copy(group) for group in group_by_dtype(_read(self._averaged[0]))]
 
     def decay_at(self, update: int) -> float:
         """Return the decay of update number `update` (1, 2, ...)."""
         return min(self.decay, (1 + update) / (10 + update)) if self.ramp else self.decay
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the shadow towards the model. Call this once after every optimizer step."""
+    def update(self, finite: Tensor | None = None) -> None:
+        """Move the shadow towards the model. Call this once after every optimizer step.
+
+        finite: bool, () on the device; if it is False, the shadow stays, but the update counts
+        """
         self._refuse_while_applied("update")
         self.num_updates += 1
-        # One call for all tensors: one by one, a ResNet-50 would take 267 kernel launches per step.
-        shadow, live = map(_read, self._averaged)
-        torch._foreach_lerp_(shadow, live, 1.0 - self.decay_at(self.num_updates))
+        weight = 1.0 - self.decay_at(self.num_updates)
+        live = group_by_dtype(_read(self._averaged[1]))
+        for flat, (gathered, views), tensors in zip(self._flat, self._gathered, live, strict=True):
+            torch._foreach_copy_(views, tensors)
+            flat.lerp_(gathered, weight if finite is None else finite.to(flat.dtype) * weight)
         _copy(*self._copied)
 
     @torch.no_grad()
@@ -110,7 +120,7 @@ class NoEMA:
     module = None
     num_updates = 0
 
-    def update(self) -> None: ...
+    def update(self, finite: Tensor | None = None) -> None: ...
 
     def apply_shadow(self) -> None: ...
 

@@ -10,7 +10,8 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,9 +33,10 @@ from train_utils import (
     EarlyStopping,
     EvalResult,
     Phase,
+    RunningStep,
     StepOptions,
+    StepResult,
     TrainState,
-    check_diverged,
     evaluate,
     phase_of,
     train_step,
@@ -77,6 +79,9 @@ class Run:
     data_hint: str = ""  # advice, printed once if training waits for data
     bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
+    read_steps: Callable[[], bool] = (
+        bool  # within an epoch `Meter.read`, which counts the steps that are running
+    )
 
     def __post_init__(self):
         self.eta = Eta(self.phases, len(self.index.val))
@@ -89,6 +94,10 @@ class Run:
     @property
     def finished(self) -> bool:
         return len(self.state.rows) >= self.epochs or self.early.should_stop(self.state.best["waited"])
+
+    @property
+    def stop_after_reached(self) -> bool:
+        return self.stop_after is not None and self.state.step >= self.stop_after
 
     @property
     def best_by(self) -> str:
@@ -113,6 +122,7 @@ def fit(run: Run, log: MetricLogger) -> None:
     An epoch whose steps were all taken before the run was stopped, but which has no row, is only scored.
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
+    run.options.buffers.check()
     if best_is_lost(run):
         save(run)
         name_best(run)
@@ -165,10 +175,12 @@ def train_epoch(run: Run, phase: Phase, epoch: int, loader: Loader, options: Ste
     run.state.model.train()
     with Meter(run, phase, epoch, loader) as meter:
         for images, labels in interruptible(run, loader):
-            loss, finite = train_step(run.state, options, images, labels)
-            meter.count(loss, finite, len(images) * run.runtime.world_size)
-            save_or_stop(run)
-            check_diverged(run.state)
+            step = train_step(run.state, options, images, labels, vote=must_save_or_stop(run))
+            voted = meter.add(step, len(images) * run.runtime.world_size)
+            # Ranks save and stop together: at a step whose votes all of them have read.
+            if voted or run.runtime.world_size == 1 or run.stop_after_reached:
+                save_or_stop(run)
+        meter.read()
     return True
 
 
@@ -194,12 +206,16 @@ def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 class Meter:
-    """Counts the steps of an epoch: adds up its row, moves the progress bar, reports bad steps."""
+    """Counts the steps of an epoch: adds up its row, moves the progress bar, reports bad steps.
+
+    A step is counted while the device takes the next one, so that the host never waits for the device.
+    """
 
     def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader):
         self.run, self.phase, self.epoch, self.loader = run, phase, epoch, loader
         self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
         self.images, self.seconds, self.overflows = 0, 0.0, 0  # since the start
+        self.running: deque[tuple[RunningStep, int]] = deque()  # steps not counted yet, and their images
         title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
         done = run.state.step - phase.step_before(epoch)
         self.bar = Progress(
@@ -207,9 +223,11 @@ class Meter:
         )
 
     def __enter__(self) -> Meter:
+        self.run.read_steps = self.read  # for `save`: a checkpoint includes the counts of all its steps
         return self
 
     def __exit__(self, *exception) -> None:
+        self.run.read_steps = bool
         self.bar.close()
         if self.overflows and exception[0] is None:
             say_or_stop(
@@ -218,15 +236,32 @@ class Meter:
                 f"the scale is now {self.run.state.scaler.get_scale():g}",
             )
 
-    def count(self, loss: float, finite: bool, images: int) -> None:
-        """Count a step of `images` images, over all ranks, that has just been taken."""
+    def add(self, step: RunningStep, images: int) -> bool:
+        """Note a step of `images` images, over all ranks, that was just launched; count the one before it.
+
+        Return whether a rank voted in that one. Raises DivergedError.
+        """
+        self.running.append((step, images))
+        return self.read(running=1)
+
+    def read(self, running: int = 0) -> bool:
+        """Count all steps but the newest `running`; return whether a rank voted in one of them."""
+        voted = False
+        while len(self.running) > running:
+            step, images = self.running.popleft()
+            result = step.result()
+            self.count(result, images)
+            voted |= result.votes > 0
+        return voted
+
+    def count(self, result: StepResult, images: int) -> None:
         run, sums, now = self.run, self.run.state.epoch_sums, time.perf_counter()
-        if finite:
-            sums["loss"] += loss * images
+        if result.finite:
+            sums["loss"] += result.loss * images
             sums["images"] += images
         else:
             sums["bad_steps"] += 1
-            self.report_bad_step()
+            self.report_bad_step(result)
         seconds, self.clock = now - self.clock, now
         sums["seconds"] += seconds
         sums["waited"] += self.loader.waited - self.waited
@@ -241,17 +276,27 @@ class Meter:
             f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
             f"{left} left",
         )
+        run.state.count(result)  # last, because it raises DivergedError
 
-    def report_bad_step(self) -> None:
-        if not self.run.state.bad_in_a_row:  # an fp16 overflow: not the fault of these images
+    def report_bad_step(self, result: StepResult) -> None:
+        if result.overflowed:  # in fp16: not the fault of these images
             self.overflows += 1
             return
-        position = self.run.state.step - 1 - self.phase.step_before(self.epoch)
-        first = position * self.phase.batch_size
+        first = (result.step - self.phase.step_before(self.epoch)) * self.phase.batch_size
         ids = self.loader.order.ids(self.epoch)[first : first + self.phase.batch_size]
         names = listed([self.run.index.train.name(int(i)) for i in ids[:9]])
-        what = f"step {self.run.state.step} was not finite and was skipped; its {len(ids)} images: {names}"
+        what = f"step {result.step + 1} was not finite and was skipped; its {len(ids)} images: {names}"
         say_or_stop(self.run, f"WARNING: {what}")
+
+
+def must_save_or_stop(run: Run) -> bool:
+    """Return whether this rank has to save, by --save-every, or to stop, after a signal."""
+    return is_save_due(run) or run.stop.received != 0
+
+
+def is_save_due(run: Run) -> bool:
+    every, unit = run.save_every
+    return unit == "min" and time.monotonic() - run.last_save >= 60 * every
 
 
 def save_or_stop(run: Run) -> None:
@@ -259,13 +304,11 @@ def save_or_stop(run: Run) -> None:
 
     Called between two steps or two validation batches, on all ranks at the same place.
     """
-    every, unit = run.save_every
-    due = unit == "min" and run.runtime.any_rank(int(time.monotonic() - run.last_save >= 60 * every))
+    due = run.runtime.any_rank(int(is_save_due(run)))
     stopping = run.runtime.any_rank(run.stop.received)
-    reached = run.stop_after is not None and run.state.step >= run.stop_after
-    if due or stopping or reached:
+    if due or stopping or run.stop_after_reached:
         save(run)
-    if stopping or reached:
+    if stopping or run.stop_after_reached:
         command = f"python train.py --save-dir {run.save_dir} --resume auto"
         text = f"Stopped at step {run.state.step:,}. To continue: {command}"  # docs/slurm.sh looks for it
         raise Stopped(stopping, text) if stopping else StopAfterReached(text)
@@ -387,6 +430,7 @@ def is_best(run: Run, row: dict) -> bool:
 
 def save(run: Run) -> None:
     """Write the checkpoint last_*. Raises DivergedError if the state is not finite."""
+    run.read_steps()  # the counts belong to the state
     run.state.check_finite()  # on every rank: all hold the same state and end together
     if run.runtime.is_main:
         checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())

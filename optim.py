@@ -119,6 +119,57 @@ OPTIMIZERS = {
 }
 
 
+@torch.no_grad()
+def step_if(finite: Tensor, bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take an optimizer step if the bool `finite`, () on the device, is True; else nothing moves.
+
+    bad: 0 or 1, its opposite
+
+    Does not wait for a GPU. Only step counters, as of LAMB's bias correction, may count skipped steps.
+    """
+    if optimizer.defaults.get("fused"):
+        _start_momentum(optimizer)
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        return
+    before = {id(value): value.clone() for value in _moving(optimizer)}
+    optimizer.step()
+    moved = _moving(optimizer)
+    kept = [before[id(m)] if id(m) in before else torch.zeros_like(m) for m in moved]
+    _select(finite, moved, kept)
+
+
+def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Let SGD's momentum start at zero: a skipped first step would leave it uninitialised."""
+    for group in optimizer.param_groups if optimizer.defaults.get("momentum") else ():
+        for p in group["params"]:
+            if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
+                optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+
+
+def _moving(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return all weights and their state, without step counters."""
+    params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    state = [v for p in params for v in optimizer.state[p].values() if isinstance(v, Tensor) and v.ndim]
+    return params + state
+
+
+def _select(finite: Tensor, new: list[Tensor], old: list[Tensor]) -> None:
+    """Set new[i] to old[i] if `finite` is False, with three kernels for all of them.
+
+    The bits are selected as integers: 0 * NaN would be NaN.
+    """
+    integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for size in {value.element_size() for value in new}:
+        of_size = [k for k, value in enumerate(new) if value.element_size() == size]
+        new_bits, old_bits = ([values[k].view(integers[size]) for k in of_size] for values in (new, old))
+        chosen = finite.to(integers[size])
+        torch._foreach_mul_(new_bits, chosen)
+        torch._foreach_mul_(old_bits, 1 - chosen)
+        torch._foreach_add_(new_bits, old_bits)
+
+
 def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
     """Clip the gradients in place; return their total 2-norm before clipping, a scalar on their device.
 

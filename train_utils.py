@@ -18,9 +18,10 @@ from torch.nn import functional as F
 
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError, UsageError
+from base.flat import group_by_dtype, is_view_of, move_into_flat
 from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
-from optim import Schedule, clip_gradients, load_optimizer
+from optim import Schedule, clip_gradients, load_optimizer, step_if
 
 MAX_BAD_STEPS = 10  # in a row; then the run ends
 
@@ -124,10 +125,21 @@ class TrainState:
     VALUES = ("step", "epoch_sums", "bad_in_a_row", "best", "rows")
 
     def __post_init__(self):
+        self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
         self.start_epoch()
 
     def start_epoch(self) -> None:
         self.epoch_sums = dict(loss=0.0, images=0, seconds=0.0, waited=0.0, bad_steps=0, bad_images=0)
+
+    def count(self, result: StepResult) -> None:
+        """Count the bad steps in a row. Raises DivergedError at `MAX_BAD_STEPS`."""
+        self.bad_in_a_row = 0 if result.finite or result.overflowed else self.bad_in_a_row + 1
+        if self.bad_in_a_row >= MAX_BAD_STEPS:
+            scale = f", fp16 scale {result.scale:g}" if self.scaler.is_enabled() else ""
+            lr = f"learning rate {self.schedule.last_lr:.2e}{scale}"
+            what = f"{self.bad_in_a_row} steps in a row were not finite, up to step {result.step + 1} ({lr})"
+            fix = "lower --lr (lr_finder.py suggests one) or try --amp off; the last checkpoint is intact"
+            raise DivergedError(what, fix)
 
     def state_dict(self) -> dict:
         parts = {name: getattr(self, name).state_dict() for name in self.PARTS}
@@ -183,34 +195,51 @@ class TrainState:
 class BatchNormBuffers:
     """A model's BatchNorm running statistics: copied before the forward pass, restored after a bad step.
 
-    One NaN in a batch would stay in them for good, even if the optimizer step is skipped.
+    One NaN in a batch would stay in them for good, even if the optimizer step is skipped. They are moved
+    into one buffer, so create this after `model.to(device)`. The counters of BatchNorm are not restored.
     """
 
     def __init__(self, model: nn.Module):
         norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self.live = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        self.averaged = [buffer for buffer in self.live if buffer.is_floating_point()]
-        self.copies = [buffer.detach().clone() for buffer in self.live]
+        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
+        self.live = [buffer for buffer in buffers if buffer.is_floating_point()]
+        self.flats = [move_into_flat(group) for group in group_by_dtype(self.live)]
+        self.copies = [torch.empty_like(flat) for flat in self.flats]
+
+    def check(self) -> None:
+        """Raise RuntimeError if the model's buffers were moved or replaced since they were made flat."""
+        if not all(any(is_view_of(buffer, flat) for flat in self.flats) for buffer in self.live):
+            raise RuntimeError("the model was moved after BatchNormBuffers(model): create them afterwards")
 
     @torch.no_grad()
     def take(self) -> None:
-        if self.live:
-            torch._foreach_copy_(self.copies, self.live)
+        for copy, flat in zip(self.copies, self.flats, strict=True):
+            copy.copy_(flat)
 
     @torch.no_grad()
     def restore(self) -> None:
-        if self.live:
-            torch._foreach_copy_(self.live, self.copies)
+        """Undo what happened since `take`."""
+        for copy, flat in zip(self.copies, self.flats, strict=True):
+            flat.copy_(copy)
 
     @torch.no_grad()
-    def average(self, runtime: Runtime) -> None:
-        """Replace the statistics by their mean over the ranks, so that all ranks hold the same state."""
-        if runtime.world_size > 1 and self.averaged:
-            flat = torch.cat([buffer.flatten() for buffer in self.averaged])
-            flat = runtime.sum_over_ranks(flat).div_(runtime.world_size)
-            means = flat.split([buffer.numel() for buffer in self.averaged])
-            means = [mean.view_as(buffer) for mean, buffer in zip(means, self.averaged, strict=True)]
-            torch._foreach_copy_(self.averaged, means)
+    def restore_unless(self, finite: Tensor) -> None:
+        """Undo what happened since `take` if the bool `finite`, () on the device, is False."""
+        for copy, flat in zip(self.copies, self.flats, strict=True):
+            torch.where(finite, flat, copy, out=flat)
+
+    @torch.no_grad()
+    def average(self, values: list[Tensor], runtime: Runtime) -> list[Tensor]:
+        """Replace the statistics by their means over the ranks, so that all ranks hold the same state.
+
+        The scalars `values` travel with them, in one reduction; return their means.
+        """
+        sent = torch.cat([torch.stack(values), *(flat.to(values[0].dtype) for flat in self.flats)])
+        means = runtime.sum_over_ranks(sent).div_(runtime.world_size)
+        means, *averages = means.split([len(values), *map(len, self.flats)])
+        for flat, average in zip(self.flats, averages, strict=True):
+            flat.copy_(average)
+        return list(means)
 
 
 @dataclass
@@ -228,36 +257,78 @@ class StepOptions:
     l1: float = 0.0  # factor of the L1 penalty
 
 
-def train_step(state: TrainState, options: StepOptions, images: Tensor, labels: Tensor) -> tuple[float, bool]:
+class StepResult(NamedTuple):
+    """What one step measured."""
+
+    step: int  # steps taken before it
+    loss: float  # averaged over all ranks
+    norm: float  # of the gradient, before clipping
+    bad: float = 0.0  # 1 if loss or norm is not finite: the step moved nothing
+    overflowed: float = 0.0  # 1 if fp16's loss scale was lowered after a bad step, which may help
+    scale: float = 1.0  # of fp16, after the step
+    votes: float = 0.0  # share of the ranks that voted, see `train_step`
+
+    @property
+    def finite(self) -> bool:
+        return not self.bad
+
+
+class RunningStep:
+    """A step that the device may still be taking. `result` waits for it, but not for the steps after it."""
+
+    def __init__(self, step: int, values: dict[str, Tensor]):
+        self.step, self.names, self.ready = step, list(values), None
+        measured = torch.stack([value.to(values["loss"]) for value in values.values()])
+        self.measured = measured.to("cpu", non_blocking=measured.is_cuda)  # into pinned memory
+        if measured.is_cuda:
+            self.ready = torch.cuda.Event()
+            self.ready.record()
+
+    def result(self) -> StepResult:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return StepResult(self.step, **dict(zip(self.names, self.measured.tolist(), strict=True)))
+
+
+def train_step(
+    state: TrainState, options: StepOptions, images: Tensor, labels: Tensor, vote: bool = False
+) -> RunningStep:
     """Take one optimizer step on this rank's images (N, 3, H, W) and labels (N,).
 
-    Return the loss, averaged over all ranks, and whether the step was finite. If the loss or the
-    gradient norm is not, nothing moves: BatchNorm statistics are restored, and the optimizer and EMA
-    are skipped. The step still counts in the plan, so a resumed run does not repeat the batch.
+    If the loss or the gradient norm is not finite, nothing moves: BatchNorm statistics, weights,
+    optimizer state and EMA keep their values. The step still counts in the plan, so a resumed run does
+    not repeat the batch. All this is decided on the device: the host reads nothing, and can launch the
+    next steps meanwhile. With several ranks, `vote` reaches all of them with the result of this step.
     """
     # Mixing and drop-path draw from this seed, so a step is a function of (state, batch, seed).
     seed_everything(options.seed, state.step, options.runtime.rank)
     images, targets = options.mixer(images, labels)
-    options.buffers.take()
-    state.optimizer.zero_grad(set_to_none=True)
-    loss = backward(state, options, images, targets)
-    # A disabled scaler passes everything through, so fp32, bf16 and fp16 share these lines.
-    state.scaler.unscale_(state.optimizer)  # clip real gradients, not scaled ones
-    norm = clip_gradients(state.model.parameters(), *options.clip)
-    options.buffers.average(options.runtime)
-    loss = options.runtime.sum_over_ranks(loss) / options.runtime.world_size
-    loss, norm = torch.stack([loss, norm.to(loss)]).tolist()  # one host sync for both
-    finite = math.isfinite(loss) and math.isfinite(norm)
-    if finite:
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.ema.update()
-    else:  # the scaler would skip the step too, but leave fused SGD's momentum uninitialised
-        options.buffers.restore()
-    state.bad_in_a_row = 0 if finite or lower_scale(state.scaler, loss) else state.bad_in_a_row + 1
+    step = RunningStep(state.step, update(state, options, images, targets, vote))
     state.schedule.step()
     state.step += 1
-    return loss, finite
+    return step
+
+
+def update(
+    state: TrainState, options: StepOptions, images: Tensor, targets: Tensor, vote: bool = False
+) -> dict[str, Tensor]:
+    """Update the state on mixed images and soft targets (N, K); return what `StepResult` names, each ()."""
+    options.buffers.take()
+    state.optimizer.zero_grad(set_to_none=True)
+    measured = {"loss": backward(state, options, images, targets)}
+    # A disabled scaler passes everything through, so fp32, bf16 and fp16 share these lines.
+    state.scaler.unscale_(state.optimizer)  # clip real gradients, not scaled ones
+    norm = clip_gradients(state.parameters, *options.clip)
+    if options.runtime.world_size > 1:
+        loss = measured["loss"]
+        means = options.buffers.average([loss, torch.full_like(loss, float(vote))], options.runtime)
+        measured = dict(zip(("loss", "votes"), means, strict=True))
+    zero = (measured["loss"] + norm) * 0.0  # NaN unless both are finite
+    finite, bad = zero == 0.0, zero.nan_to_num(nan=1.0)
+    options.buffers.restore_unless(finite)
+    step_if(finite, bad, state.optimizer)
+    state.ema.update(finite)
+    return measured | {"norm": norm, "bad": bad} | update_scale(state.scaler, measured["loss"], finite)
 
 
 def backward(state: TrainState, options: StepOptions, images: Tensor, targets: Tensor) -> Tensor:
@@ -271,12 +342,13 @@ def backward(state: TrainState, options: StepOptions, images: Tensor, targets: T
             with options.runtime.autocast():
                 logits = options.forward(part)
             # Outside autocast, so in float32. Weighted, because the last piece may be smaller.
-            loss = options.loss(logits, part_targets) * (len(part) / len(images))
+            loss = options.loss(logits, part_targets)
+            loss = loss * (len(part) / len(images)) if len(pieces) > 1 else loss
             if last and options.l1:
-                loss = loss + options.l1 * l1_penalty(state.model.parameters())
+                loss = loss + options.l1 * l1_penalty(state.parameters)
             state.scaler.scale(loss).backward()
         losses.append(loss.detach())
-    return torch.stack(losses).sum()
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
 def smallest_piece(images: int, accumulate: int) -> int:
@@ -284,28 +356,21 @@ def smallest_piece(images: int, accumulate: int) -> int:
     return (images - 1) % math.ceil(images / accumulate) + 1
 
 
-def lower_scale(scaler: torch.amp.GradScaler, loss: float) -> bool:
-    """Halve the fp16 loss scale after a bad step if that may help; return whether it may.
+def update_scale(scaler: torch.amp.GradScaler, loss: Tensor, finite: Tensor) -> dict[str, Tensor]:
+    """Update the fp16 loss scale; return whether a bad step lowered it, and the scale. Nothing without fp16.
 
-    It cannot help if the loss itself is not finite, or at a scale of 1, where the gradients overflow
+    Lowering cannot help if the loss itself is not finite, or at a scale of 1, where the gradients overflow
     without any scaling. So, from the initial 65536, at most 16 steps in a row are excused as overflows.
     """
-    before = scaler.get_scale()
+    if not scaler.is_enabled():
+        return {}
+    one = torch.ones_like(loss)
+    before = scaler.scale(one)
     scaler.update()
-    if math.isfinite(loss) and 1.0 <= scaler.get_scale() < before:
-        return True
-    scaler.update(max(1.0, before))
-    return False
-
-
-def check_diverged(state: TrainState) -> None:
-    """Raise DivergedError after `MAX_BAD_STEPS` bad steps in a row."""
-    if state.bad_in_a_row >= MAX_BAD_STEPS:
-        scale = f", fp16 scale {state.scaler.get_scale():g}" if state.scaler.is_enabled() else ""
-        lr = f"learning rate {state.schedule.last_lr:.2e}{scale}"
-        what = f"{state.bad_in_a_row} steps in a row were not finite, up to step {state.step} ({lr})"
-        fix = "lower --lr (lr_finder.py suggests one) or try --amp off; the last checkpoint is intact"
-        raise DivergedError(what, fix)
+    after = scaler.scale(one)
+    overflowed = ~finite & loss.isfinite() & (after >= 1.0) & (after < before)
+    scaler.update(torch.where(finite | overflowed, after, before.clamp(min=1.0)))
+    return {"overflowed": overflowed, "scale": scaler.scale(one)}
 
 
 # --- one evaluation ---------------------------------------------------------------------------------

@@ -87,14 +87,15 @@ def range_test(
             rate = test.optimizer.param_groups[0]["lr"]
             with warnings.catch_warnings():  # torch warns if the schedule steps while fp16 skips a step
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-                loss, _ = train_step(test, options, *next(batches))
+                result = train_step(test, options, *next(batches)).result()
+            test.count(result)
             if test.bad_in_a_row:  # not if fp16 just lowered its scale: that loss is finite
                 ended = "the loss was no longer finite"
                 break
             rates.append(rate)
-            losses.append(loss)
-            after_step(1, f"lr {rate:.1e}  loss {loss:.3f}")
-            if diverged(loss):
+            losses.append(result.loss)
+            after_step(1, f"lr {rate:.1e}  loss {result.loss:.3f}")
+            if diverged(result.loss):
                 ended = "the loss diverged"
                 break
     finally:

@@ -70,9 +70,13 @@ def _write_and_prove(partial: Path, content: dict) -> None:
 
 
 def _on_cpu(value):
-    """Return `value` with its tensors on the CPU: plain torch.load needs a GPU to open one saved on a GPU."""
+    """Return `value` with its tensors on the CPU, each in memory of its own.
+
+    Plain torch.load needs a GPU to open a tensor saved on a GPU, and reads the whole buffer of a view.
+    """
     if isinstance(value, torch.Tensor):
-        return value.cpu()
+        is_view = value.untyped_storage().nbytes() > value.nbytes
+        return value.detach().clone().cpu() if is_view else value.cpu()
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
     return type(value)(map(_on_cpu, value)) if type(value) in (list, tuple) else value

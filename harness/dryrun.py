@@ -26,7 +26,7 @@ from loop import Run, eval_batches, start_phase
 from models import build_model
 from models.summary import count_macs, count_params, format_table
 from sources.index import DatasetIndex
-from train_utils import Phase, StepOptions, check_diverged, evaluate, train_step
+from train_utils import Phase, StepOptions, evaluate, train_step
 
 SECONDS = 2.0  # to time steps at each size; at least one step
 
@@ -107,11 +107,11 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
     models = {"val": state.model} | ({} if average is None else {"ema": average})
     with explain_out_of_memory(run):
         for images, labels in timed(itertools.islice(epochs, phase.steps), training, runtime, seconds):
-            steps.append(train_step(state, options, images, labels))
-            check_diverged(state)
+            steps.append(train_step(state, options, images, labels).result())
+            state.count(steps[-1])
         batches = eval_batches(run, run.index.val, phase)
         evaluate(models, timed(batches, validation, runtime, seconds / 2), runtime)
-    losses = [loss for loss, finite in steps if finite]
+    losses = [step.loss for step in steps if step.finite]
     details = f"{training.batches} steps timed, loss {sum(losses) / max(1, len(losses)):.3f}"
     say(
         f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({details}), "

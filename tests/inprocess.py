@@ -71,7 +71,7 @@ def trace(run: Run, phase, count: int = 2) -> list:
     state.schedule.seek(phase.first_step)
     state.model.train()
     for _, (images, labels) in zip(range(count), loader, strict=False):
-        loss, _ = train_step(state, options, images, labels)
+        loss = train_step(state, options, images, labels).result().loss
         averaged = state.ema.module and hashed(state.ema.module)
         seen.append((loss, state.schedule.last_lr, hashed(state.model), averaged))
     return seen

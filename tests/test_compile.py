@@ -19,7 +19,7 @@ def losses(run) -> list[float]:
         loader, how = loop.start_phase(run, phase)
         loader.order.seek(phase.first_epoch)
         for _, (images, labels) in zip(range(2), loader, strict=False):
-            found.append(train_step(run.state, how, images, labels)[0])
+            found.append(train_step(run.state, how, images, labels).result().loss)
     return found
 
 

@@ -22,7 +22,7 @@ from base.device import Runtime, explain_lost_ranks
 from base.errors import ResourceError, UserError
 from dataloader import Order
 from harness.log import MetricLogger
-from train_utils import evaluate
+from train_utils import StepResult, evaluate
 
 TERM = 15
 
@@ -141,17 +141,17 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resum
     said = log.read_text()
     assert codes == [143, 143] and "Traceback" not in said, said
     assert said.count("To continue") == 1
-    assert payload(save_dir)["step"] == 7
+    assert payload(save_dir)["step"] == 9  # rank 1 votes with step 8, whose votes are read during step 9
     assert train.main(["--resume", "auto", "--save-dir", str(save_dir)]) == 0
     assert len(payload(save_dir)["rows"]) == 3
 
 
 @pytest.mark.parametrize(
     "where, step",
-    [("loop.check_diverged:3", 4), pytest.param("loop.train_epoch:2", 6, marks=pytest.mark.slow)],
+    [("loop.must_save_or_stop:3", 4), pytest.param("loop.train_epoch:2", 7, marks=pytest.mark.slow)],
 )
 def test_a_signal_between_two_steps_of_two_ranks_takes_no_batch_twice_and_skips_none(where, step, tmp_path):
-    """The ranks stop after their next step, which needs its own batch: not the last one, and not none."""
+    """The ranks stop two steps later, and these need batches of their own: not the last one, and not none."""
     log, late = tmp_path / "log", {"AT": where, "SIGNALS": str(TERM)}
     assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
     codes = run(2, log, *TINY, "--save-dir", tmp_path / "run", only={0: late, 1: late})
@@ -314,10 +314,10 @@ def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.eval().train = lambda mode=True, module=module: module
     losses, real = [], loop.train_step
-    loop.train_step = lambda *args: (losses.append(real(*args)), losses[-1])[1]
+    loop.train_step = lambda *args, **vote: (losses.append(real(*args, **vote)), losses[-1])[1]
     loop.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main))
     if run.runtime.is_main:
-        (Path(save_dir) / "losses.json").write_text(json.dumps(losses))
+        (Path(save_dir) / "losses.json").write_text(json.dumps([step.result() for step in losses]))
 
 
 @pytest.mark.slow
@@ -335,8 +335,10 @@ def test_two_ranks_have_the_losses_and_scores_of_one(tmp_path):
         assert [finish(process) for process in started] == [0] * world
         found.append((json.loads((save_dir / "losses.json").read_text()), payload(save_dir)))
     (alone, one), (shared, two) = found
-    assert len(alone) == 15 and all(finite for _, finite in shared)
-    assert [loss for loss, _ in shared] == pytest.approx([loss for loss, _ in alone], rel=1e-5)
+    alone, shared = ([StepResult(*result) for result in results] for results in (alone, shared))
+    assert len(alone) == 15 and all(result.finite for result in shared)
+    assert [result.loss for result in shared] == pytest.approx([r.loss for r in alone], rel=1e-5)
+    assert [result.norm for result in shared] == pytest.approx([r.norm for r in alone], rel=1e-4)
     for a, b in zip(one["rows"], two["rows"], strict=True):
         assert [a[k] for k in ("val_top1", "ema_val_top1", "train_top1")] == [
             b[k] for k in ("val_top1", "ema_val_top1", "train_top1")

@@ -173,8 +173,10 @@ def test_endless_overflows_end_the_run_with_a_finite_checkpoint(tmp_path, capsys
     with pytest.raises(DivergedError, match=r"up to step 26 .*fp16 scale 1\)\n"):
         loop.fit(run, MetricLogger(tmp_path))
     saved = payload(tmp_path)
-    assert saved["step"] == 25 and saved["optimizer"]["state"] == {}
-    assert all(torch.equal(before[name], value) for name, value in saved["model"].items())
+    assert saved["step"] == 25
+    assert not any(v.any() for state in saved["optimizer"]["state"].values() for v in state.values())
+    moving = {name: value for name, value in saved["model"].items() if value.is_floating_point()}
+    assert all(torch.equal(before[name], value) for name, value in moving.items())
     assert capsys.readouterr().out.count("WARNING: step") == 10
 
 
