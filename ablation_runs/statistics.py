@@ -33,6 +33,10 @@ class Difference:
     p: float | None = None  # of sign flips, adjusted for all comparisons that were tested together
     verdict: str = TOO_FEW
 
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        return None if self.low is None else (self.low, self.high)
+
 
 def compare(differences: np.ndarray, floor: float = 0.0) -> list[Difference]:
     """Return the `Difference` of each row of `differences` (k, n); its verdict needs three witnesses.

@@ -46,7 +46,8 @@ def tables(study: Study, preset: str, runs: list[Result]) -> list[Table]:
     """Return the report's tables that have rows, without their empty columns."""
     found = [
         variant_table(study, preset, runs),
-        comparison_table(study, runs),
+        comparison_table(study, runs, study.metric),
+        comparison_table(study, runs, "gap"),
         ema_table(study, runs),
         effect_table(study, runs),
         false_verdict_table(study, runs),
@@ -73,23 +74,18 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> Table:
     return Table("variants", "", [*header, "images/s", "minutes", "published"], rows)
 
 
-def comparison_table(study: Study, runs: list[Result]) -> Table:
-    """Return the differences to the first variant with their intervals and verdicts; none for a grid."""
-    first, rows = next(iter(study.variants)), []
-    scores, gaps = (results.compare(runs, study, column) for column in (study.metric, "gap"))
-    for variant, d in scores.items() if not study.grid else ():
-        row = [f"**{variant}**", str(d.n), f"{d.mean:+.2f}", bounds(d.low and (d.low, d.high)), bounds(d.bca)]
-        row += [
-            bounds(results.seeds_and_images(runs, study, variant)),
-            statistics.p_value(d.p).removeprefix("= "),
-        ]
-        gap = gaps.get(variant)
-        rows.append(
-            [*row, d.verdict, f"{interval(gap)}: {GAP_WORDS.get(gap.verdict, gap.verdict)}" if gap else "-"]
-        )
-    header = ["variant", "pairs", f"{METRICS[study.metric]} (+ is better)", "95 % t interval", "BCa interval"]
-    header += ["over seeds and images", "p (max-t)", "verdict", "gap"]
-    return Table("comparisons", f"Differences to {first}, in points:", header, rows)
+def comparison_table(study: Study, runs: list[Result], column: str) -> Table:
+    """Return the differences of `column` to the first variant with their verdicts; none for a grid."""
+    gap, rows = column == "gap", []
+    for variant, d in results.compare(runs, study, column).items() if not study.grid else ():
+        both = None if gap else results.seeds_and_images(runs, study, variant)
+        row = [f"**{variant}**", str(d.n), f"{d.mean:+.2f}", bounds(d.interval), bounds(d.bca), bounds(both)]
+        verdict = GAP_WORDS.get(d.verdict, d.verdict) if gap else d.verdict
+        rows.append([*row, statistics.p_value(d.p).removeprefix("= "), verdict])
+    what = "the gap" if gap else f"{METRICS[column]} (+ is better)"
+    title = f"Differences to {next(iter(study.variants))} of {what}, in points:"
+    header = ["variant", "pairs", "difference", "95 % t interval", "BCa interval", "over seeds and images"]
+    return Table("gaps" if gap else "comparisons", title, [*header, "p (max-t)", "verdict"], rows)
 
 
 def count_seeds(runs: list[Result]) -> str:
@@ -113,11 +109,6 @@ def average(values: list[float | None], spec: str) -> str:
 
 def bounds(interval: tuple[float, float] | None) -> str:
     return f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
-
-
-def interval(d: Difference) -> str:
-    """Return "+1.20 [+0.40, +2.00]", or the difference alone for a single seed."""
-    return f"{d.mean:+.2f}" + ("" if d.low is None else f" [{d.low:+.2f}, {d.high:+.2f}]")
 
 
 def conclusion(study: Study, runs: list[Result]) -> str:
@@ -207,9 +198,9 @@ def ema_table(study: Study, runs: list[Result]) -> Table:
     for variant in study.variants:
         if gain := results.ema_gain(runs, variant):
             scores = (results.by_seed(runs, variant, column) for column in ("val_top1", "ema_val_top1"))
-            rows.append([variant, *map(spread, scores), interval(gain)])
+            rows.append([variant, *map(spread, scores), f"{gain.mean:+.2f}", bounds(gain.interval)])
     title = "EMA against raw weights of the same run, last epoch:"
-    return Table("ema", title, ["variant", "raw", "EMA", "EMA - raw"], rows)
+    return Table("ema", title, ["variant", "raw", "EMA", "EMA - raw", "95 % t interval"], rows)
 
 
 def effect_table(study: Study, runs: list[Result]) -> Table:

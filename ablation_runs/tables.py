@@ -13,6 +13,8 @@ LATEX = {
     ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "→": r"$\rightarrow$", "×": r"$\times$",
 }  # fmt: skip
 
+PAIR = re.compile(r"([+-]?[\d.]+) (?:to|±) ([+-]?[\d.]+)")
+
 
 @dataclass(frozen=True)
 class Table:
@@ -39,9 +41,21 @@ class Table:
         return f"{self.title}\n\n{table}" if self.title else table
 
     def csv(self) -> str:
-        return files.csv_text(
-            self.header, [[re.sub(r"\*\*|`", "", cell) for cell in row] for row in self.rows]
-        )
+        """Return the table with a number in each cell: "a to b" and "a ± b" become two columns."""
+        header, columns = [], []
+        for name, cells in zip(self.header, zip(*self.rows, strict=True), strict=True):
+            pairs = [PAIR.fullmatch(cell) for cell in cells]
+            if not any(pairs):
+                header.append(name)
+                columns.append([number(cell) for cell in cells])
+                continue
+            low, high = ("low", "high") if any(" to " in cell for cell in cells) else ("mean", "deviation")
+            header += [f"{name}, {low}", f"{name}, {high}"]
+            columns.append(
+                [number(pair[1] if pair else cell) for pair, cell in zip(pairs, cells, strict=True)]
+            )
+            columns.append([number(pair[2]) if pair else None for pair in pairs])
+        return files.csv_text(header, zip(*columns, strict=True))
 
     def latex(self) -> str:
         """Return a table for LaTeX, which needs \\usepackage{booktabs}."""
@@ -50,6 +64,16 @@ class Table:
         table = [*lines, *rows, r"\bottomrule", r"\end{tabular}"]
         caption = rf"\caption{{{latex_text(self.title.rstrip(':'))}}}"
         return "\n".join([r"\begin{table}", r"\centering", caption, *table, r"\end{table}"]) + "\n"
+
+
+def number(cell: str) -> int | float | str | None:
+    """Return a cell without its marks, as a number if it is one; None for "-"."""
+    text = re.sub(r"\*\*|`", "", cell)
+    digits = text.replace(",", "")
+    try:
+        return None if text == "-" else int(digits) if digits.isdecimal() else float(digits)
+    except ValueError:
+        return text
 
 
 def latex_text(text: str) -> str:

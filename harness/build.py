@@ -199,7 +199,9 @@ def num_workers(config) -> int:
 
 def packing_hint(config, index: DatasetIndex) -> str:
     """Return advice on loading image files faster, or '' if the data is not image files."""
-    split = index.train.base if isinstance(index.train, SubsetSplit) else index.train
+    split = index.train
+    while isinstance(split, SubsetSplit):
+        split = split.base
     if not isinstance(split, FileSplit):
         return ""
     data, packed = config.data_dir, f"{config.data_dir.rstrip('/')}-packed"

@@ -323,8 +323,10 @@ def test_a_table_in_latex_escapes_what_latex_would_read_and_in_csv_has_no_marks(
         in text
     )
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"1 $\pm$ 2 & -"))
-    assert table.csv().splitlines()[1] == r"x_1,'--lr=1 $ # {~^\}"
-    assert "without" not in table.without_empty_columns().header
+    assert table.csv().splitlines() == ['"a, mean","a, deviation",b', r"x_1,,'--lr=1 $ # {~^\}", "1,2,"]
+    intervals = Table("t", "", ["n", "i"], [["+0.5", "-0.25 to +1.50"], ["1,234", "-"]])
+    assert intervals.csv().splitlines() == ['n,"i, low","i, high"', "0.5,-0.25,1.5", "1234,,"]
+    assert "$-$0.25 to +1.50" in intervals.latex()
     assert Table("t", "", ["a", "b"], [["1", "-"]]).without_empty_columns().header == ["a"]
 
 
