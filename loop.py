@@ -81,9 +81,7 @@ class Run:
     data_hint: str = ""  # advice, printed once if training waits for data
     bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
-    read_steps: Callable[[], bool] = (
-        bool  # within an epoch `Meter.read`, which counts the steps that are running
-    )
+    read_steps: Callable[[], bool] = bool  # `Meter.read` within an epoch: counts the steps still running
 
     def __post_init__(self):
         self.eta = Eta(self.phases, len(self.index.val), self.eval_size, self.eval_every)
