@@ -7,6 +7,7 @@ FOUND  := $(shell for p in python3 python3.12 python3.11 python3.13 python3.10; 
             $$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null && { echo $$p; break; }; done)
 RUN    := checkpoints/digits
 DATA   ?= data/imagenet
+RESULTS ?= benchmark-results
 ARGS   ?=
 
 .PHONY: help setup train test lint format bench torture fuzz test-gpu notebooks audit lock clean
@@ -41,9 +42,9 @@ format: setup    ## fix style and formatting
 
 # benchmarks/README.md explains these, and the two that measure reliability: goodput and bitflips.
 bench: setup     ## measure loader, storage and step: make bench DATA=data/imagenet
-	$(PYTHON) -m benchmarks.loader --data-dir $(DATA) --json benchmarks/loader.json
-	$(PYTHON) -m benchmarks.storage --data-dir $(DATA) --json benchmarks/storage.json
-	$(PYTHON) -m benchmarks.step --json benchmarks/step.json
+	$(PYTHON) -m benchmarks.loader --data-dir $(DATA) --out $(RESULTS)
+	$(PYTHON) -m benchmarks.storage --data-dir $(DATA) --out $(RESULTS)
+	$(PYTHON) -m benchmarks.step --out $(RESULTS)
 
 TORTURED := checkpoint schemas rundir loop signals resume wrong_input distributed torture security \
             pack_dataset benchmarks_goodput

@@ -8,6 +8,9 @@ started at step k, with any number of workers, yields exactly the batches k, k +
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import mmap
 import multiprocessing
 import signal
 import sys
@@ -22,15 +25,15 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from base import process
 from base.device import Runtime
 from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
-from sources import layouts
-from sources.images import BadImage, EvalTransform, Steps, TrainTransform
+from sources import crops, layouts
+from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split
 
 PREFETCH = 4  # batches that each worker keeps ready
@@ -43,14 +46,19 @@ def train_loader(
     image_size: int,
     batch_size: int,
     augment: Steps,
+    crop: float | None = None,
     seed: int = 0,
     on_bad_image: str = "fail",
     num_workers: int = 0,
     runtime: Runtime = CPU,
 ) -> Loader:
-    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks."""
+    """Return this rank's share of the training batches; `batch_size` is global, i.e. summed over ranks.
+
+    crop: of images without a random crop, see `eval_loader`
+    """
     split = index.train.for_size(image_size)
-    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean), seed, on_bad_image)
+    crop = crop or default_crop(image_size, index.native_size)
+    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean, crop), seed, on_bad_image)
     order = Order(len(split), batch_size, seed, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
@@ -61,14 +69,31 @@ def eval_loader(
     *,
     image_size: int,
     batch_size: int,
+    crop: float | None = None,
     on_bad_image: str = "fail",
     num_workers: int = 0,
     runtime: Runtime = CPU,
+    crop_root: str = "",
 ) -> Loader:
-    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform."""
-    dataset = BatchDataset(split, EvalTransform(image_size), on_bad_image=on_bad_image)
+    """Return this rank's share of `split`, a part of `index`, in order, through the evaluation transform.
+
+    crop:      share of the resized image's short side, by default `sources.images.default_crop`
+    crop_root: directory that may hold stored crops, besides the split's own
+    """
+    crop = crop or default_crop(image_size, index.native_size)
+    dataset = eval_dataset(split, image_size, crop, on_bad_image, crop_root)
     order = Order(len(split), batch_size, shuffle=False, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
+
+
+def eval_dataset(
+    split: Split, image_size: int, crop: float, on_bad_image: str = "fail", crop_root: str = ""
+) -> StoredCrops | BatchDataset:
+    """Return the dataset of evaluation batches: from stored crops if there are any, else by decoding."""
+    for root in filter(None, (split.crop_root, crop_root)):
+        if found := crops.find(root, split, image_size, crop):
+            return StoredCrops(found, image_size, split.labels, on_bad_image)
+    return BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
 
 
 def get_dataloaders(
@@ -154,12 +179,43 @@ def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
 
 
+class Batches(Dataset):
+    """Maps a `Batch` to (images (n, S, S, 3) uint8, labels (n,) int64, names of bad images).
+
+    A UserError is returned, not raised: DataLoader would wrap what a worker raises.
+    """
+
+    image_size: int
+    labels: np.ndarray  # of all samples
+    memory: BatchMemory | None = None  # what workers write into
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[str]] | InMemory | UserError:
+        shared = self.memory is not None and get_worker_info() is not None
+        n, side = len(batch.ids), self.image_size
+        images = self.memory.slot(batch.step) if shared else np.empty((n, side, side, 3), np.uint8)
+        try:
+            kept, bad = self.fill(images[:n], batch)
+        except UserError as error:
+            return error
+        labels = self.labels[kept]
+        if shared:
+            return InMemory(self.memory, batch.step, labels, bad)
+        return torch.from_numpy(images[: len(kept)]), torch.from_numpy(labels), bad
+
+    def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
+        """Write the images of `batch`; return their ids and the names of bad images.
+
+        There are fewer than `batch` has if bad images are left out. Raises UserError.
+        """
+        raise NotImplementedError
+
+
 @dataclass(eq=False)
-class BatchDataset(Dataset):
-    """Maps a `Batch` to (images (n, H, W, 3) uint8, labels (n,) int64, names of bad images).
+class BatchDataset(Batches):
+    """Decodes and transforms the images of a batch.
 
     With `on_bad_image="skip"`, training replaces a bad image by another of its class, and evaluation
-    leaves it out. A UserError is returned, not raised: DataLoader would wrap what a worker raises.
+    leaves it out.
     """
 
     split: Split
@@ -167,19 +223,17 @@ class BatchDataset(Dataset):
     seed: int = 0  # of the augmentation
     on_bad_image: str = "fail"  # or "skip"
 
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[str]] | UserError:
-        side = self.transform.image_size
-        images = np.empty((len(batch.ids), side, side, 3), np.uint8)
+    def __post_init__(self):
+        self.image_size, self.labels = self.transform.image_size, self.split.labels
+
+    def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
         kept, bad = [], []
-        try:
-            for i, data in zip(batch.ids, self._read(batch.ids), strict=True):
-                image = self._image(int(i), data, batch.epoch, bad)
-                if image is not None:
-                    images[len(kept)] = image
-                    kept.append(i)
-        except UserError as error:
-            return error
-        return torch.from_numpy(images[: len(kept)]), torch.from_numpy(self.split.labels[kept]), bad
+        for i, data in zip(batch.ids.tolist(), self._read(batch.ids), strict=True):
+            image = self._image(i, data, batch.epoch, bad)
+            if image is not None:
+                images[len(kept)] = image
+                kept.append(i)
+        return kept, bad
 
     @property
     def augments(self) -> bool:
@@ -224,12 +278,73 @@ class BatchDataset(Dataset):
         )
 
 
+@dataclass(eq=False)
+class StoredCrops(Batches):
+    """Copies stored evaluation crops: the batches of `BatchDataset` with `EvalTransform`, to the bit."""
+
+    crops: crops.Crops | crops.PartOfCrops
+    image_size: int
+    labels: np.ndarray
+    on_bad_image: str = "fail"
+
+    def __post_init__(self):
+        self.bad = self.crops.bad()  # read here, once for all workers
+
+    def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
+        kept, bad = batch.ids, []
+        if self.bad:
+            kept = [i for i in batch.ids.tolist() if i not in self.bad]
+            bad = [self.bad[i] for i in batch.ids.tolist() if i in self.bad]
+        if bad and self.on_bad_image == "fail":
+            raise BadImage(bad[0]["name"], bad[0]["reason"])
+        self.crops.read(kept, images)
+        return kept, [image["name"] for image in bad]
+
+
+class BatchMemory:
+    """Memory of batches that the workers fill and this process reads, used again and again.
+
+    In new shared memory, each 4 kB of each batch cost a page fault in both processes, together as much as
+    half of decoding. A worker is asked for a batch when the one `ahead` batches before is taken. So batch k
+    can use slot k % (ahead + 2): whoever takes a batch may still hold the one before. Forked workers
+    inherit the memory. It is not in /dev/shm, which is small in containers.
+    """
+
+    def __init__(self, ahead: int, shape: tuple[int, int, int, int]):
+        shape = (ahead + 2, *shape)
+        self.slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
+        self.number = next(_numbers)
+        _memories[self.number] = self
+
+    def slot(self, step: int) -> np.ndarray:
+        return self.slots[step % len(self.slots)]
+
+
+_numbers = itertools.count()
+_memories: weakref.WeakValueDictionary[int, BatchMemory] = weakref.WeakValueDictionary()
+
+
+class InMemory:
+    """A batch in `BatchMemory`, as a worker sends it; what arrives are tensors."""
+
+    def __init__(self, memory: BatchMemory, step: int, labels: np.ndarray, bad: list[str]):
+        self.content = (memory.number, step, labels, bad)
+
+    def __reduce__(self):
+        return _received, self.content
+
+
+def _received(number: int, step: int, labels: np.ndarray, bad: list[str]) -> tuple[Tensor, Tensor, list]:
+    images = _memories[number].slot(step)[: len(labels)]
+    return torch.from_numpy(images), torch.from_numpy(labels), bad
+
+
 class Loader:
     """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
     Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalises
-    the next batch during the current step. Since the iteration began, `waited` counts the seconds spent
-    waiting for data, and `bad` lists the names of bad images that were replaced or left out.
+    the next batch while the current step runs. Since the iteration began, `waited` counts the seconds
+    spent waiting for data, and `bad` lists the names of bad images that were replaced or left out.
     """
 
     def __init__(
@@ -244,6 +359,8 @@ class Loader:
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
         self.mean, self.std = mean, std
         self.waited, self.bad = 0.0, []
+        fork = num_workers > 0 and sys.platform == "linux"
+        self.uses_memory = fork and isinstance(dataset, Batches)
         self.batches = DataLoader(
             dataset,
             sampler=order,
@@ -252,8 +369,9 @@ class Loader:
             persistent_workers=num_workers > 0 and order.shuffle,
             prefetch_factor=PREFETCH if num_workers else None,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context="fork" if num_workers and sys.platform == "linux" else None,
+            multiprocessing_context="fork" if fork else None,
         )
+        self._renew_memory()
 
     def __len__(self) -> int:
         return len(self.order)
@@ -261,11 +379,20 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
         self.batches.worker_init_fn = functools.partial(_init_worker, left_to_parent())
+        if not self.batches.persistent_workers:
+            self._renew_memory()  # an earlier iteration may still go on
         iterator = iter(self.batches)  # workers start here, not at the first batch
         if self.batches.num_workers:
             _started.add(iterator)
+            iterator.memory = getattr(self.dataset, "memory", None)  # lives as long as the iteration
         raw = self._raw(iterator)
         return self._prefetched(raw) if self.device.type == "cuda" else map(self._to_device, raw)
+
+    def _renew_memory(self) -> None:
+        if self.uses_memory:
+            rows, side = -(-self.order.batch_size // self.order.world_size), self.dataset.image_size
+            ahead = self.batches.num_workers * PREFETCH
+            self.dataset.memory = BatchMemory(ahead, (rows, side, side, 3))
 
     def _raw(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 batches on the CPU; time the waiting and raise the workers' errors."""
@@ -296,25 +423,26 @@ class Loader:
         return normalise(images, self.mean, self.std, self.device), labels
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches on the GPU; the next one is copied and normalised on a stream of its own."""
-        stream = torch.cuda.Stream(self.device)
-        ready = None
-        for batch in raw:
-            with torch.cuda.stream(stream):
-                following = self._to_device(batch)
-            if ready is not None:
-                yield self._handed_over(ready, stream)
-            ready = following
-        if ready is not None:
-            yield self._handed_over(ready, stream)
+        """Yield batches on the GPU, each copied and normalised on a side stream.
 
-    def _handed_over(self, batch: tuple[Tensor, Tensor], stream: torch.cuda.Stream) -> tuple[Tensor, Tensor]:
-        """Return `batch`, made on `stream`, safe to use on the current stream."""
-        current = torch.cuda.current_stream(self.device)
-        current.wait_stream(stream)
-        for tensor in batch:  # the allocator must not reuse this memory while the step still reads it
-            tensor.record_stream(current)
-        return batch
+        The host launches a step without waiting for it, then comes here for the next batch, whose copy so
+        overlaps that step. To copy one batch ahead would let a step wait for the workers' next batch.
+        """
+        side = _copy_stream(self.device)
+        for batch in raw:
+            with torch.cuda.stream(side):
+                batch = self._to_device(batch)
+                copied = side.record_event()
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)  # of this copy only: the stream may be used by other loaders as well
+            for tensor in batch:  # the allocator must not reuse this memory while the step still reads it
+                tensor.record_stream(current)
+            yield batch
+
+
+@functools.cache  # one for all loaders: the allocator keeps the freed memory of each stream apart
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def normalise(

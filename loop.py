@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from base.device import Runtime
@@ -67,13 +66,16 @@ class Run:
     options: StepOptions
     mixers: dict[bool, BatchMixer]  # by `Phase.mix`
     drop_path_rate: float
-    compiled: bool
     # validation and checkpoints
     save_dir: Path
     checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
     metadata: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
     early: EarlyStopping
     eval_every: int = 1  # epochs
+    eval_size: int | None = None  # px; None: the size of the phase
+    eval_crop: float | None = None  # None: `sources.images.default_crop`
+    eval_flip: bool = False  # also score mirror images
+    crop_root: str = ""  # where --cache-eval keeps the images as they are scored
     save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
     stop_after: int | None = None  # optimizer steps
     data_hint: str = ""  # advice, printed once if training waits for data
@@ -84,7 +86,7 @@ class Run:
     )
 
     def __post_init__(self):
-        self.eta = Eta(self.phases, len(self.index.val))
+        self.eta = Eta(self.phases, len(self.index.val), self.eval_size, self.eval_every)
         self.last_save = time.monotonic()
 
     @property
@@ -109,6 +111,14 @@ class Run:
 
     def is_scored(self, epoch: int) -> bool:
         return epoch % self.eval_every == 0 or epoch == self.epochs
+
+    def scored_as(self, phase: Phase) -> tuple[int, int]:
+        """Return the image size and the global batch size of scoring in `phase`.
+
+        A batch has no more pixels than one of training, or has 64 images.
+        """
+        size = self.eval_size or phase.image_size
+        return size, max(64, phase.batch_size * phase.image_size**2 // size**2)
 
     def is_saved(self, epoch: int) -> bool:
         """Return whether `epoch` is saved even if it is not the best: by --save-every, or as the last."""
@@ -146,13 +156,12 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     A phase sets the image size, the batch size, and whether MixUp, CutMix and drop-path are on.
     """
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
-    if run.compiled:
-        torch._dynamo.reset()  # one static shape per phase
     loader = train_loader(
         run.index,
         image_size=phase.image_size,
         batch_size=phase.batch_size,
         augment=run.augment,
+        crop=run.eval_crop,
         seed=run.options.seed,
         on_bad_image=run.on_bad_image,
         num_workers=run.num_workers,
@@ -349,7 +358,7 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
     if run.is_scored(epoch):
         scores, left_out = score(run, phase)
         row |= scores
-        run.eta.observe_validation(phase.image_size, time.perf_counter() - started)
+        run.eta.observe_validation(run.scored_as(phase)[0], time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
     seconds = sums["seconds"]
     return row | {
@@ -386,23 +395,27 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
 def evaluate_split(
     run: Run, models: dict[str, nn.Module], split: Split, phase: Phase
 ) -> tuple[dict[str, EvalResult], list[str]]:
-    """Score `models` at the phase's size; return the results and the names of bad images left out."""
+    """Score `models`; return the results and the names of bad images left out."""
 
     def stop_if_asked() -> None:
         if run.runtime.any_rank(run.stop.received):
             save_or_stop(run)
 
     loader = eval_batches(run, split, phase)
-    return evaluate(models, interruptible(run, loader), run.runtime, stop_if_asked), loader.bad
+    batches = interruptible(run, loader)
+    return evaluate(models, batches, run.runtime, stop_if_asked, flip=run.eval_flip), loader.bad
 
 
 def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:
-    """Return the batches of `split` at the phase's size. A bad validation image is always an error."""
+    """Return the batches of `split`, as `phase` is scored. A bad validation image is always an error."""
+    image_size, batch_size = run.scored_as(phase)
     return eval_loader(
         split,
         run.index,
-        image_size=phase.image_size,
-        batch_size=max(64, phase.batch_size),
+        image_size=image_size,
+        batch_size=batch_size,
+        crop=run.eval_crop,
+        crop_root=run.crop_root,
         on_bad_image="fail" if split is run.index.val else run.on_bad_image,
         num_workers=run.num_workers,
         runtime=run.runtime,

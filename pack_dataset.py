@@ -3,6 +3,7 @@ ILSVRC2012 tar files in --data-dir are read directly.
 
 Run `python pack_dataset.py --data-dir data/imagenet --out data/imagenet-packed`, then
 `python train.py --data-dir data/imagenet-packed`. The same command continues an interrupted run.
+With --out equal to a packed --data-dir, only evaluation crops are added to it.
 `--verify` packs nothing: it decodes every image of --data-dir and lists the bad ones.
 """
 
@@ -10,10 +11,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
@@ -22,13 +22,27 @@ from base.errors import DataError, ResourceError, UsageError
 from base.flags import Flag
 from base.progress import Progress
 
+
+def eval_sizes(text: str) -> tuple[int, ...]:
+    return () if text == "none" else flags.listing(flags.number(int, 8, 4096))(text)
+
+
 # fmt: off
 PACKING = (
     Flag("out", "files", "Output directory; required unless --verify is given.", str, "", "DIR"),
     Flag("stored_sides", "files", "Short sides in px of the stored training images; the default suits "
          "training at 64, 128 and 224 px.",
          flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,..."),
+    Flag("raw_sides", "files", "Short sides that are stored as pixels, not as JPEG: several times as large, "
+         "several times as fast. 96 takes 49 GB of ImageNet.",
+         flags.listing(flags.number(int, 8, 4096)), (), "PX,PX,..."),
     Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q"),
+    Flag("eval_sizes", "files", "Sizes in px at which validation images are stored as pixels, ready to be "
+         "scored; and so is the sample of train_top1. none for no sizes. By default 0.7 of each stored side, "
+         "cut to a multiple of 32 (64,128,224); none for data of one small size.",
+         eval_sizes, None, "PX,PX,..."),
+    Flag("eval_crop", "files", "Crop of these, as train.py's; by default 0.875.",
+         flags.number(float, 0, 1, open_low=True), None, "F"),
     Flag("on_bad_image", "files", "fail lists bad images, leaves their shards unwritten and exits with 3; "
          "skip leaves only these images out.", ("fail", "skip"), "fail", "ACTION"),
     Flag("workers", "processes", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
@@ -40,7 +54,7 @@ PACKING = (
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="pack_dataset.py", description=__doc__.split("\n\n")[0])
-    flags.add_flags(parser, "data", [flag for flag in flags.DATASET if not flag.name.startswith("subset")])
+    flags.add_flags(parser, "data", flags.SOURCE)
     flags.add_flags(parser, "packing", PACKING)
     return parser
 
@@ -54,7 +68,18 @@ def main(argv: list[str] | None = None) -> int:
         print(note)
     if args.verify:
         return verify(index, args.workers)
-    return pack(index, args.out, args.stored_sides, args.quality, args.workers, args.on_bad_image)
+    crops = crop_settings(index, args)
+    if is_packed(args.out) and os.path.samefile(args.data_dir, args.out):
+        with _locked(args.out):
+            add_crops(args.out, crops, args.workers)
+        return 0
+    return pack(index, args.out, plan_of(index, args), args.workers, args.on_bad_image, crops)
+
+
+def is_packed(directory: str) -> bool:
+    from sources.packed import MANIFEST
+
+    return os.path.isfile(os.path.join(directory, MANIFEST))
 
 
 def open_index(args):
@@ -68,20 +93,54 @@ def open_index(args):
     return open_dataset(args.dataset, args.data_dir, split=args.split, **options)
 
 
+def plan_of(index, args) -> dict:
+    from sources import packing
+
+    return packing.make_plan(index, args.stored_sides, args.quality, args.raw_sides)
+
+
+def crop_settings(index, args) -> dict[int, float]:
+    """Return {size: crop} of the evaluation crops to store, the crop as a share of the resized image."""
+    from sources.images import default_crop
+
+    sizes = args.eval_sizes
+    if sizes is None:
+        sides = () if index.native_size else (*args.stored_sides, *args.raw_sides)
+        sizes = map(default_eval_size, sides)
+    return {size: args.eval_crop or default_crop(size, index.native_size) for size in sorted({*sizes})}
+
+
+def default_eval_size(side: int) -> int:
+    """Return the training size that a stored side is for: 64, 128, 224 for 96, 192, 320."""
+    size = 7 * side // 10
+    return max(8, size - size % (32 if size >= 32 else 8))
+
+
 # --- packing -------------------------------------------------------------------------------------
 
 
-def pack(index, out: str, sides: Sequence[int], quality: int, workers: int, on_bad_image="fail") -> int:
-    """Pack the DatasetIndex `index` into `out`; return the exit code."""
+def pack(
+    index,
+    out: str,
+    plan: dict,
+    workers: int,
+    on_bad_image: str = "fail",
+    crops: dict[int, float] | None = None,
+) -> int:
+    """Pack the DatasetIndex `index` into `out` as `packing.make_plan` says; return the exit code.
+
+    crops: {size: crop} of the evaluation crops to store
+    """
+    from harness.pool import in_processes
     from sources import packing
 
-    plan = packing.make_plan(index, sides, quality)
     os.makedirs(out, exist_ok=True)
     with _locked(out):
         records, groups = packing.start(out, plan), packing.groups_of(plan)
         missing = [group for group in groups if (group.part, group.k) not in records]
         if missing:
-            _check_disk(packing.estimate(index, plan, missing), out)
+            needed = packing.estimate(index, plan, missing)
+            _check_disk(needed | crops_bytes(index, crops or {}), out)
         images = sum(len(group.ids) for group in groups)
         done = images - sum(len(group.ids) for group in missing)
         write = partial(packing.write_group, index, plan, out=out, on_bad_image=on_bad_image)
@@ -96,8 +155,41 @@ def pack(index, out: str, sides: Sequence[int], quality: int, workers: int, on_b
                 progress.update(len(group.ids))
         _refuse_bad(bad)
         manifest = packing.finish(out, index, plan, records)
-    _print_summary(manifest, out)
+        _print_summary(manifest)
+        add_crops(out, crops or {}, workers, announced=bool(missing))
+    print(f"next: python train.py --data-dir {out}")
     return 0
+
+
+def crops_bytes(index, sizes: Iterable[int]) -> dict[str, int]:
+    """Return the bytes of the evaluation crops of all validation images and of the training sample."""
+    from sources.index import training_sample
+
+    images = len(index.val) + len(training_sample(index))
+    return {f"eval-{size}": images * size**2 * 3 for size in sizes}
+
+
+def add_crops(out: str, sizes: dict[int, float], workers: int, *, announced: bool = False) -> None:
+    """Store the evaluation crops of the packed dataset `out` that are missing; `sizes` is {size: crop}.
+
+    announced: their disk space has been printed and checked
+    """
+    from harness.pool import in_processes
+    from sources import crops
+    from sources.index import training_sample
+    from sources.packed import open_packed
+
+    index = open_packed(out)
+    sets = crops.planned(out, (index.val, training_sample(index)), sizes)
+    jobs = crops.missing(sets)
+    if jobs and not announced:
+        _check_disk(crops.missing_bytes(sets), out)
+    with Progress(len(jobs), "evaluation crops", unit="shards") as progress:
+        for _ in progress.over(in_processes(partial(crops.write, sets), jobs, workers)):
+            pass
+    for of_size in zip(*sets, strict=True):
+        images, total = sum(len(found.split) for found in of_size), sum(found.bytes() for found in of_size)
+        print(f"{f'eval-{of_size[0].image_size}':>12}  {images:>9,} images  {_bytes(total):>22}")
 
 
 @contextmanager
@@ -127,20 +219,20 @@ def _check_disk(needed: dict[str, int], out: str) -> None:
     print(f"{'total':>12}  about {_bytes(total)}, {_bytes(free)} free", flush=True)
     if total * 1.02 > free:  # a margin, because the total is estimated from a sample
         what = f"packing needs about {_bytes(total)} in {os.path.abspath(out)}, which has {_bytes(free)}"
-        raise ResourceError(what, "use an --out on a larger disk, or fewer --stored-sides")
+        fix = "use an --out on a larger disk, or fewer --stored-sides, --raw-sides or --eval-sizes"
+        raise ResourceError(what, fix)
 
 
 def _bytes(size: int) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
-def _print_summary(manifest: dict, out: str) -> None:
+def _print_summary(manifest: dict) -> None:
     for table, shards in manifest["tables"].items():
         images, size = sum(shard["rows"] for shard in shards), sum(shard["bytes"] for shard in shards)
         print(f"{table:>12}  {images:>9,} images  {len(shards):>4} shards  {_bytes(size):>10}")
     if skipped := sum(len(part["skipped"]) for part in manifest["parts"].values()):
         print(f"{skipped} bad images left out; manifest.json names them")
-    print(f"next: python train.py --data-dir {out}")
 
 
 # --- verifying -----------------------------------------------------------------------------------
@@ -148,6 +240,8 @@ def _print_summary(manifest: dict, out: str) -> None:
 
 def verify(index, workers: int) -> int:
     """Decode every stored copy of every image, and verify the checksums of packed shards."""
+    from harness.pool import in_processes
+    from sources import crops
     from sources.packed import PackedSplit
 
     copies, bad = {"train": index.train, "val": index.val}, []
@@ -155,6 +249,8 @@ def verify(index, workers: int) -> int:
         copies = {split.table: split for split in (*index.train.copies(), index.val)}
         for table, split in copies.items():
             bad += [{"part": table, "name": path, "reason": why} for path, why in split.damaged_shards()]
+        damaged = crops.damaged(index.train.root)
+        bad += [{"part": "evaluation crops", "name": path, "reason": why} for path, why in damaged]
     for name, split in copies.items():
         found, ids = [], range(len(split))
         with Progress(len(ids), f"verify {name}", unit="images") as progress:
@@ -189,54 +285,6 @@ def _refuse_bad(bad: list[dict]) -> None:
     if bad:
         fix = "replace them (then pack into a new --out), or pack with --on-bad-image skip"
         raise DataError(f"{len(bad):,} bad images (listed above)", fix)
-
-
-# --- worker processes ----------------------------------------------------------------------------
-
-
-def in_processes(work: Callable, jobs: Iterable, workers: int) -> Iterator[tuple]:
-    """Yield (job, work(job)) for all `jobs`, in the order in which `workers` processes finish them."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-    from concurrent.futures.process import BrokenProcessPool
-
-    # `work` refers to the whole dataset: a worker receives it once at its start (by fork on Linux).
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work, os.getpid()))
-    again = "and run the same command again to continue"
-    try:
-        futures = {pool.submit(_run, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
-    except BrokenProcessPool as error:
-        what = "a worker process was killed; the machine may be out of memory"
-        raise ResourceError(what, f"use fewer --workers {again}") from error
-    except ResourceError as error:  # the disk is full
-        raise ResourceError(error.what, f"make room {again}") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_work: Callable  # what this worker process does with a job
-
-
-def _init_worker(work: Callable, parent: int) -> None:
-    """Prepare a worker process, which leaves Ctrl-C to its parent and ends with it."""
-    import cv2
-
-    from harness.interrupts import die_with_parent
-
-    global _work
-    _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    die_with_parent()
-    if os.getppid() != parent:  # it has already died; this worker would hold the lock for ever
-        os._exit(1)
-    cv2.setNumThreads(0)
-
-
-def _run(job: object) -> object:
-    return _work(job)
 
 
 if __name__ == "__main__":

@@ -391,11 +391,14 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     runtime: Runtime,
     after_batch: Callable[[], None] = lambda: None,
+    *,
+    flip: bool = False,
 ) -> dict[str, EvalResult]:
     """Score every model on every sample of `batches`, over all ranks, in one pass over the data.
 
     models:  {name: model}, put into eval mode meanwhile
     batches: this rank's images (N, 3, H, W) and labels (N,), on the device; N may be 0
+    flip:    score each image together with its mirror image, see `flipped_logits`
 
     Every sample counts once: sums are divided at the end. A mean of batch means, or of rank means,
     would give the samples of a short last batch too much weight.
@@ -403,22 +406,41 @@ def evaluate(
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
-    # Loss, top-1, top-5, samples. float64 counts exactly (MPS has none: float32 does up to 2**24).
+    # Loss, top-1, top-5. float64 counts exactly (MPS has none: float32 does up to 2**24).
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
-    sums = {name: torch.zeros(4, device=runtime.device, dtype=dtype) for name in models}
+    sums, samples = {name: torch.zeros(3, device=runtime.device, dtype=dtype) for name in models}, 0
     try:
         for images, labels in batches:
             for name, model in models.items() if len(labels) else ():
-                with runtime.autocast():
-                    logits = model(images).float()  # (N, K)
+                logits = logits_of(model, images, runtime)
+                if flip:
+                    logits = flipped_logits(model, images, logits, runtime)
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                count = torch.tensor([len(labels)], device=runtime.device)
-                sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0), count]).to(dtype)
+                sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0)]).to(dtype)
+            samples += len(labels)
             after_batch()
     finally:
         for name, model in models.items():
             model.train(was_training[name])
-    return {name: _result(*runtime.sum_over_ranks(total).tolist()) for name, total in sums.items()}
+    counts = torch.full((len(models), 1), samples, device=runtime.device, dtype=dtype)
+    totals = torch.cat([torch.stack(list(sums.values())), counts], 1)
+    totals = runtime.sum_over_ranks(totals).tolist()  # the only host read: a GPU is never waited for before
+    return {name: _result(*total) for name, total in zip(models, totals, strict=True)}
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
+    """images (N, 3, H, W) -> (N, K) float32, computed in the runtime's precision."""
+    with runtime.autocast():
+        return model(images).float()
+
+
+def flipped_logits(model: nn.Module, images: Tensor, logits: Tensor, runtime: Runtime) -> Tensor:
+    """Test-time augmentation: the mean of an image's `logits` and those of its mirror image, (N, K).
+
+    The mean of logits, not of probabilities, as in FFCV's recipe: https://github.com/libffcv/ffcv-imagenet
+    """
+    return (logits + logits_of(model, images.flip(3), runtime)) / 2
 
 
 def _result(loss: float, top1: float, top5: float, samples: float) -> EvalResult:

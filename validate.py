@@ -22,10 +22,13 @@ RECALIBRATION_IMAGES = 4096  # enough for a mean, and seconds on a GPU
 SCORES = (
     flags.Flag("image_sizes", "trace", "Image sizes to test, by default the checkpoint's.",
                flags.listing(flags.pixels), (), "PX,PX,..."),
-    flags.Flag("tta", "trace", "Test-time augmentation: also average with the mirror image.",
-               ("none", "flip"), "none", "NAME"),
+    flags.Flag("crop", "trace", "Share of the image's short side to score, by default the checkpoint's.",
+               flags.share, None, "F"),
+    flags.Flag("tta", "trace", "Test-time augmentation: flip also averages the logits with those of the "
+               "mirror image; by default what the run did.", ("none", "flip"), None, "NAME"),
     flags.Flag("recalibrate_bn", "trace",
                f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."),
+    flags.Flag("save_hits", "files", "Also write hits.npz: which images each set of weights gets right."),
     flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint.",
                str, "", "DIR"),
     flags.Flag("json", "output", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
@@ -55,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     if process.world_size() > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
 
-    from analysis import predictions, validation
+    from analysis import predictions, scores, validation
     from base.device import init_runtime
 
     say = tell if config.json == "-" else process.say
@@ -72,14 +75,17 @@ def main(argv: list[str] | None = None) -> int:
             classifier,
             size,
             labels,
+            crop=config.crop or classifier.crop,
             batch_size=config.batch_size,
             num_workers=config.num_workers,
-            flip=config.tta == "flip",
+            flip=config.tta == "flip" if config.tta else classifier.flip,
             recalibration_images=RECALIBRATION_IMAGES if config.recalibrate_bn else 0,
         )
     checkpoint = Path(config.checkpoint)
     out = Path(config.out) if config.out else checkpoint.parent / "validation"
     numbers = validation.write_scores(classifier, checkpoint, results, labels, out, say)
+    if config.save_hits:
+        scores.write_hits(out / "hits.npz", validation.hits_of(results))
     if config.json == "-":
         print(files.json_text(numbers), end="")
     elif config.json:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
 from ablation_runs import results
-from ablation_runs.results import BETTER, WORSE, Result
+from ablation_runs.results import Result
+from ablation_runs.statistics import ALPHA, BETTER, WORSE, p_value
 from ablation_runs.study import Study
 from analysis import figures
 from base.flags import dashed
 
+NAMES = ("curves", "learning_rates", "differences", "effects", "heat_maps")  # of the pictures, in order
 LABELS = {
     "val_top1": "validation top-1 (%), raw weights",
     "ema_val_top1": "validation top-1 (%), EMA weights",
@@ -22,15 +25,23 @@ LABELS = {
 }
 
 
-def draw(runs: list[Result], study: Study, preset: str, out: Path) -> list[Path]:
-    """Write those pictures for which there are enough runs; return their paths."""
-    title = textwrap.fill(study.title(preset).replace("`", ""), 80)
-    pictures = {"curves.png": curves(runs, study, study.metric, title)}
+def draw(
+    runs: list[Result], study: Study, preset: str, out: Path, formats: Sequence[str] = ("png",)
+) -> list[Path]:
+    """Write those pictures for which there are enough runs, in each format; return the paths of the first."""
+    title = textwrap.fill(study.title(preset).replace("`", ""), 72)
+    pictures = {"curves": curves(runs, study, study.metric, title)}
     if any({"lr", "schedule"} & flags.keys() for flags in study.variants.values()):
-        pictures["learning_rates.png"] = curves(runs, study, "lr", title)
-    pictures["differences.png"] = differences(runs, study, title)
-    pictures["heat_maps.png"] = heat_maps(runs, study, title)
-    return [figures.save(picture, out / name) for name, picture in pictures.items() if picture]
+        pictures["learning_rates"] = curves(runs, study, "lr", title)
+    pictures["differences"] = differences(runs, study, title)
+    pictures["effects"] = effects(runs, study, title)
+    pictures["heat_maps"] = heat_maps(runs, study, title)
+    written = [
+        [figures.save(picture, out / f"{name}.{kind}") for kind in formats]
+        for name, picture in pictures.items()
+        if picture
+    ]
+    return [first for first, *_ in written]
 
 
 def curves(runs: list[Result], study: Study, column: str, title: str):
@@ -45,8 +56,11 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     fig = figures.figure(max(7, 2.8 * columns), 1.4 + 2.2 * rows, title)
     axes = figures.axes(fig, rows, columns, sharex=True, sharey=True)
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
-        for epochs, mean, _, _ in filter(None, means):
-            axis.plot(epochs, mean, color="0.8", lw=1)
+        for k, (epochs, mean, _, _) in enumerate(filter(None, means)):
+            # Behind its own curve, each variant sees the baseline, black, and the others.
+            first = k == 0 and not study.grid
+            style = {"color": figures.BLACK, "lw": 1.2, "ls": "--"} if first else {"color": "0.8", "lw": 1}
+            axis.plot(epochs, mean, zorder=2 if first else 1, **style)
         draw_lines(axis, lines, column)
         axis.set_title(name, fontsize=9)
         if chance:
@@ -56,11 +70,24 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     axes[0, 0].locator_params(axis="x", integer=True)
-    key = ["grey: mean of each variant", "" if study.grid else "band: worst to best seed"]
-    key = "; ".join(filter(None, [*key, "dotted: chance" if chance else ""]))
+    if column == "lr" and wide_range(means):
+        axes[0, 0].set_yscale("log")
+    words = {
+        "grey: all variants" if study.grid else "grey: the other variants": len(means) > 1,
+        f"dashed: {next(iter(study.variants))}": len(means) > 1 and not study.grid,
+        "band: worst to best seed": column != "lr" and not study.grid,
+        "dotted: chance": bool(chance),
+    }
+    key = "; ".join(text for text, shown in words.items() if shown)
     fig.supxlabel(f"epoch\n{key}", fontsize=9)
     fig.supylabel(LABELS[column], fontsize=9)
     return fig
+
+
+def wide_range(curves: list[tuple | None]) -> bool:
+    """Return whether the highest values of the curves differ by a factor of ten or more."""
+    peaks = [mean.max() for _, mean, _, _ in filter(None, curves)]
+    return min(peaks) > 0 and max(peaks) >= 10 * min(peaks)
 
 
 def panel_lines(runs: list[Result], study: Study) -> dict[str, dict[str, list[Result]]]:
@@ -100,23 +127,55 @@ def draw_lines(axis, lines: dict[str, list[Result]], column: str) -> None:
 
 
 def differences(runs: list[Result], study: Study, title: str):
-    """Draw each variant's paired difference to the baseline with its interval."""
-    found = {name: d for name, d in results.compare(runs, study, study.metric).items() if d}
+    """Draw each variant's paired difference to the baseline with its intervals; None for a grid."""
+    found = {} if study.grid else results.compare(runs, study, study.metric)
     if not found:
         return None
-    fig = figures.figure(7 + 0.06 * max(map(len, found)), 2 + 0.36 * len(found), title)
+    fig = figures.figure(7.5 + 0.06 * max(map(len, found)), 2.2 + 0.36 * len(found), title)
     axis = figures.axes(fig, 1, 1)[0, 0]
-    for k, d in enumerate(found.values()):
-        fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
+    for k, (variant, d) in enumerate(found.items()):
+        if both := results.seeds_and_images(runs, study, variant):
+            axis.plot(both, [k, k], color=figures.SKY, lw=1.2)
         if d.low is not None:
-            axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=2)
+            axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=3.5, solid_capstyle="butt")
+        fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
         axis.plot(d.mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=7)
     axis.axvline(0, color=figures.BLACK, lw=1)
-    axis.set_yticks(range(len(found)), found)
+    axis.set_yticks(range(len(found)), [*found])
     axis.set_ylim(len(found) - 0.5, -0.5)
+    for place, text, side in ((0, "← worse", "left"), (1, "better →", "right")):
+        axis.text(place, 1.02, text, transform=axis.transAxes, ha=side, fontsize=9, color="0.3")
     axis.set_xlabel(
-        f"difference in points of top-1 (better →)\nto {next(iter(study.variants))}\n"
-        "line: 95 % interval over seeds; hollow: within the noise"
+        f"difference to {next(iter(study.variants))}, points of {LABELS[study.metric].replace(' (%)', '')}\n"
+        "thick: 95 % interval over seeds; thin: over seeds and images; filled: better or worse",
+        fontsize=9,
+    )
+    return fig
+
+
+def effects(runs: list[Result], study: Study, title: str):
+    """Draw a grid's flags from the strongest to the weakest: the mean score at each of their values."""
+    ranked = results.effects(runs, study, study.metric)
+    if not ranked:
+        return None
+    fig = figures.figure(7.5, 1.9 + 0.75 * len(ranked), f"{title}\nmain effects, the strongest first")
+    axis = figures.axes(fig, 1, 1)[0, 0]
+    names = []
+    for k, effect in enumerate(ranked):
+        decided = effect.p is not None and effect.p <= ALPHA
+        names.append(dashed(effect.flag) + ("" if effect.p is None else f"\np {p_value(effect.p)}"))
+        axis.plot([*effect.means.values()], [k] * len(effect.means), color=figures.BLUE, lw=2)
+        for j, (value, mean) in enumerate(sorted(effect.means.items(), key=lambda pair: pair[1])):
+            fill = figures.BLUE if decided else "white"
+            axis.plot(mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=8)
+            # Neighbours may be close: their labels take turns above and below the line.
+            shift = {"xytext": (0, 9 if j % 2 == 0 else -17), "textcoords": "offset points"}
+            axis.annotate(value, (mean, k), ha="center", fontsize=8, **shift)
+    axis.set_yticks(range(len(ranked)), names)
+    axis.set_ylim(len(ranked) - 0.4, -0.6)
+    axis.margins(x=0.08)
+    axis.set_xlabel(
+        f"mean {LABELS[study.metric]} (better →)\nfilled: beyond the noise of the seeds", fontsize=9
     )
     return fig
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from ablation_runs import studies
 from ablation_runs.run import RUNS
-from ablation_runs.study import PRESETS, Study
+from ablation_runs.study import FINAL, PRESETS, Study
 from base import errors, files, flags
-from base.errors import DataError
+from base.errors import DataError, UsageError
 
 PUBLISHED = Path(__file__).resolve().parent / "results"
+FORMATS = ("png", "svg", "pdf")
 PRIVATE = ("data_dir", "save_dir", "resume", "config", "init_from", "class_list")  # paths on this machine
 
 
@@ -24,6 +25,8 @@ def build_parser() -> flags.Parser:
     add("--smoke", dest="preset", action="store_const", const="smoke", help="Short for --preset smoke.")
     add("--runs", default=RUNS, metavar="DIR", help="Directory of the runs: --out of ablation_runs.run.")
     add("--out", default="", metavar="DIR", help="Output directory; if empty, beside the runs.")
+    formats = flags.listing(str)
+    add("--formats", type=formats, default="png", metavar="NAME,...", help="Of pictures: png, svg, pdf.")
     add("--publish", action="store_true", help="Write the report and small files to ablation_runs/results/.")
     flags.DEBUG.add_to(parser)
     return parser
@@ -32,17 +35,19 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     study = studies.find(args.study)
+    if unknown := set(args.formats) - {*FORMATS}:
+        raise UsageError(f"--formats {', '.join(sorted(unknown))}", f"choose from {', '.join(FORMATS)}")
     directory = Path(args.runs) / study.directory(args.preset)
     out = PUBLISHED / study.directory(args.preset) if args.publish else Path(args.out or directory)
-    print(write(study, args.preset, directory, out))
+    print(write(study, args.preset, directory, out, args.formats))
     if args.publish:
         publish(directory, out, study)
-    errors.tell(f"wrote summary.md, summary.csv and pictures to {out}")
+    errors.tell(f"wrote summary.md, tables (csv, tex) and pictures to {out}")
     return 0
 
 
-def write(study: Study, preset: str, directory: Path, out: Path) -> str:
-    """Write summary.md, summary.csv and the pictures to `out`; return the markdown.
+def write(study: Study, preset: str, directory: Path, out: Path, formats: tuple[str, ...] = ("png",)) -> str:
+    """Write summary.md, the tables and the pictures to `out`; return the markdown.
 
     Raises DataError if `directory` has no run of the study.
     """
@@ -53,8 +58,11 @@ def write(study: Study, preset: str, directory: Path, out: Path) -> str:
         scaled = "" if preset == "full" else f" --preset {preset}"
         fix = f"python -m ablation_runs.run {study.name}{scaled}"
         raise DataError(f"no runs of {study.name} in {directory}", fix)
-    pictures = plots.draw(runs, study, preset, out)
+    pictures = plots.draw(runs, study, preset, out, formats)
     text = summary.markdown(study, preset, runs, [path.name for path in pictures])
+    for table in summary.tables(study, preset, runs):
+        files.write(out / f"{table.name}.csv", table.csv())
+        files.write(out / f"{table.name}.tex", table.latex())
     files.write(out / "summary.md", text + "\n")
     files.write(out / "summary.csv", summary.csv_table(runs))
     return text
@@ -69,8 +77,9 @@ def publish(directory: Path, out: Path, study: Study) -> None:
     for run in results.load(directory, study):
         target = out / run.directory.name
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "run.json"):
+        for name in ("metrics.jsonl", "run.json", f"{FINAL}/hits.npz"):
             if (run.directory / name).is_file():
+                (target / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run.directory / name, target / name)
         for name, schema, left_out in (
             ("config.json", schemas.Config, PRIVATE),

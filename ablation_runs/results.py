@@ -1,23 +1,26 @@
 """The results of a study: the final scores of its runs, differences between variants, and their noise.
 
-A score is always that of the last epoch, so that no epoch is selected by the score that is reported.
+A score is always that of the last epoch, so that no epoch is selected by the score that is reported. With
+--holdout it is that of the official validation images, which nothing but this score has seen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
 import numpy as np
-from scipy.special import fdtrc, stdtr, stdtrit
+from scipy.special import fdtrc
 
-from ablation_runs.study import Study
+from ablation_runs import statistics
+from ablation_runs.statistics import Difference
+from ablation_runs.study import FINAL, Study
+from analysis import scores as hit_files
 from harness.log import read_metrics
 
-LEVEL = 0.95
-BETTER, WORSE, NOISE, UNKNOWN = "better", "worse", "within the noise", "unknown"
+HITS = {"val_top1": "raw", "ema_val_top1": "ema"}  # the weights that a column scores
+PAIRINGS = 200  # of the runs of an A/A study
 
 
 @dataclass
@@ -30,19 +33,33 @@ class Result:
     rows: list[dict]  # of metrics.jsonl
     env: dict = field(default_factory=dict)
     directory: Path | None = None
+    hits: dict[str, np.ndarray] = field(default_factory=dict)  # weights -> which images are right (n,)
+    record: dict = field(default_factory=dict)  # run.json
 
     def score(self, column: str) -> float | None:
-        """Return a column of the last epoch; None if the run is unfinished or the column empty (EMA off).
+        """Return the final value of a column; None if the run is unfinished or the column empty (EMA off).
 
         "gap" is the training minus the validation top-1 of the raw weights, in points.
         """
-        if self.status != "done" or not self.rows:
-            return None
-        last = self.rows[-1]
-        if column != "gap":
-            return last.get(column)
-        known = last["train_top1"] is not None and last["val_top1"] is not None
-        return last["train_top1"] - last["val_top1"] if known else None
+        if column == "gap":
+            train, val = self.logged("train_top1"), self.score("val_top1")
+            return train - val if train is not None and val is not None else None
+        if self.status == "done" and HITS.get(column) in self.hits:
+            return 100 * float(self.hits[HITS[column]].mean())
+        return self.logged(column)
+
+    def logged(self, column: str) -> float | None:
+        """Return the last epoch's value of a column: with --holdout, on the held-out images."""
+        return self.rows[-1].get(column) if self.status == "done" and self.rows else None
+
+    @property
+    def held_out(self) -> bool:
+        return any(word.startswith("--holdout") for word in self.record.get("flags", ()))
+
+    @property
+    def num_val(self) -> int | None:
+        """Number of the images that the final score is a share of."""
+        return len(next(iter(self.hits.values()))) if self.hits else self.env.get("num_val")
 
     @property
     def minutes(self) -> float:
@@ -73,7 +90,8 @@ def read_run(path: Path, variant: str) -> Result:
     env = schemas.read_json(path / "env.json", schemas.Env, fix, missing={})
     rows = read_metrics(path) if (path / "metrics.jsonl").is_file() else []
     seed = int(path.name.rpartition("-seed")[2])
-    return Result(variant, seed, record.get("status", "unfinished"), rows, env, path)
+    hits = hit_files.read_hits(path / FINAL / "hits.npz")
+    return Result(variant, seed, record.get("status", "unfinished"), rows, env, path, hits, record)
 
 
 def of_variant(runs: list[Result], variant: str) -> list[Result]:
@@ -86,73 +104,79 @@ def by_seed(runs: list[Result], variant: str, column: str) -> dict[int, float]:
     return {seed: score for seed, score in scores.items() if score is not None}
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Mean of `n` paired differences, its t interval at LEVEL, and the p-value of "no difference".
+def differences(runs: list[Result], study: Study, column: str) -> tuple[list[str], np.ndarray]:
+    """Return the variants that share a seed with the first one, and their differences to it in points.
 
-    A single pair has neither an interval nor a p-value.
+    Pairing by seed removes what a seed does to both: initial weights, order, augmentation. The array is
+    (variants, seeds), with NaN where one of the pair is missing.
     """
-
-    mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    n: int
-    verdict: str = UNKNOWN  # BETTER, WORSE or NOISE, from `compare`
+    first, *others = ({**by_seed(runs, variant, column)} for variant in study.variants)
+    rows = [[own.get(seed, np.nan) - first[seed] for seed in sorted(first)] for own in others]
+    found = np.array(rows, float).reshape(len(others), len(first))
+    shared = np.isfinite(found).any(1)
+    return [name for name, known in zip([*study.variants][1:], shared, strict=True) if known], found[shared]
 
 
-def compare(runs: list[Result], study: Study, column: str) -> dict[str, Difference | None]:
-    """Compare every variant with the first one; verdicts follow Holm's correction for their number."""
-    baseline, *others = study.variants
-    scores, resolution = by_seed(runs, baseline, column), one_image(runs)
-    found = {variant: paired(by_seed(runs, variant, column), scores, resolution) for variant in others}
-    tested = [variant for variant, d in found.items() if d and d.p is not None]
-    for variant, p in zip(tested, holm([found[variant].p for variant in tested]), strict=True):
-        direction = BETTER if found[variant].mean > 0 else WORSE
-        found[variant] = replace(found[variant], verdict=direction if p < 1 - LEVEL else NOISE)
-    return found
+def compare(runs: list[Result], study: Study, column: str) -> dict[str, Difference]:
+    """Compare variants with the first one; only the study's primary comparisons get a verdict."""
+    variants, found = differences(runs, study, column)
+    primary = np.array([variant in study.primary for variant in variants], bool)
+    floor, judged = one_image(runs), {}
+    tested = iter(statistics.compare(found[primary], floor))
+    for variant, row, is_primary in zip(variants, found, primary, strict=True):
+        d = next(tested) if is_primary else statistics.compare(row[None], floor)[0]
+        judged[variant] = d if is_primary else replace(d, p=None, verdict=statistics.EXPLORATORY)
+    return judged
 
 
-def paired(
-    scores: dict[int, float], baseline: dict[int, float], resolution: float = 0.0
-) -> Difference | None:
-    """Compare two {seed: score} over the seeds they share; None if there is no such seed.
-
-    Pairing removes what a seed does to both: initial weights, order, augmentation. The standard deviation is
-    taken as at least `resolution` (one validation image), because three seeds that happen to differ by the
-    same number of images do not prove that there is no noise.
-    """
-    seeds = sorted(scores.keys() & baseline.keys())
-    if not seeds:
+def seeds_and_images(runs: list[Result], study: Study, variant: str) -> tuple[float, float] | None:
+    """Return the interval of the difference to the first variant over other seeds and other images."""
+    own, first = (hits_by_seed(runs, name, study.metric) for name in (variant, next(iter(study.variants))))
+    seeds = [seed for seed in own if seed in first and own[seed].shape == first[seed].shape]
+    if len(seeds) < 2 or len({own[seed].shape for seed in seeds}) > 1:
         return None
-    differences = np.array([scores[seed] - baseline[seed] for seed in seeds])
-    mean, n = float(differences.mean()), len(seeds)
-    if n == 1:
-        return Difference(mean, None, None, None, 1)
-    error = max(float(differences.std(ddof=1)), resolution) / np.sqrt(n)
-    if error == 0:
-        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0, n)
-    half = float(stdtrit(n - 1, (1 + LEVEL) / 2) * error)
-    return Difference(mean, mean - half, mean + half, float(2 * stdtr(n - 1, -abs(mean) / error)), n)
+    return statistics.seeds_and_images(np.array([100.0 * own[s] - 100.0 * first[s] for s in seeds]))
 
 
-def holm(values: Sequence[float]) -> list[float]:
-    """Return the p-values corrected for multiple tests (Holm, 1979)."""
-    order, adjusted, highest = np.argsort(values), [0.0] * len(values), 0.0
-    for rank, k in enumerate(order):
-        highest = max(highest, min(1.0, (len(values) - rank) * values[k]))
-        adjusted[k] = highest
-    return adjusted
+def hits_by_seed(runs: list[Result], variant: str, column: str) -> dict[int, np.ndarray]:
+    done = [run for run in of_variant(runs, variant) if run.status == "done"]
+    return {run.seed: run.hits[HITS[column]] for run in done if HITS[column] in run.hits}
+
+
+@dataclass(frozen=True)
+class Power:
+    """What the seeds of a study can see; `comparisons` share the error rate."""
+
+    deviation: float  # of a paired difference, in points
+    comparisons: int
+    seeds: int
+    needed: int  # seeds, to see study.worth
+    sees: float  # points
+
+
+def power(runs: list[Result], study: Study, most: int | None = None) -> Power | None:
+    """Return the power of the primary comparisons, from their first `most` seeds; None without two pairs."""
+    variants, found = differences(runs, study, study.metric)
+    found = found[[k for k, name in enumerate(variants) if name in study.primary], :most]
+    spread = statistics.pooled_deviation(found)
+    if spread is None:
+        return None
+    spread = max(spread, one_image(runs), 1e-9)
+    seeds = int(np.isfinite(found).sum(1).max())
+    needed = statistics.pairs_needed(study.worth, spread, len(found))
+    return Power(spread, len(found), seeds, needed, statistics.detectable(spread, seeds, len(found)))
 
 
 def ema_gain(runs: list[Result], variant: str) -> Difference | None:
     """Return the EMA minus the raw top-1 of the same runs; None without an EMA."""
-    return paired(by_seed(runs, variant, "ema_val_top1"), by_seed(runs, variant, "val_top1"), one_image(runs))
+    ema, raw = (by_seed(runs, variant, column) for column in ("ema_val_top1", "val_top1"))
+    gains = np.array([[ema[seed] - raw[seed] for seed in ema if seed in raw]])
+    return statistics.compare(gains, one_image(runs))[0] if gains.size else None
 
 
 def one_image(runs: list[Result]) -> float:
     """Return the points that one validation image is worth; 0 if the number of images is unknown."""
-    counts = [run.env["num_val"] for run in runs if run.env.get("num_val")]
+    counts = [run.num_val for run in runs if run.num_val]
     return 100 / min(counts) if counts else 0.0
 
 
@@ -166,10 +190,31 @@ def at_chance(runs: list[Result], study: Study) -> list[str]:
     """Return the variants whose interval ends below twice the chance score."""
     found = []
     for variant in study.variants if chance(runs) else ():
-        scores = by_seed(runs, variant, study.metric)
-        score = paired(scores, dict.fromkeys(scores, 0.0), one_image(runs))
-        if score and score.high is not None and score.high < 2 * chance(runs):
+        scores = np.array([*by_seed(runs, variant, study.metric).values()])
+        if len(scores) > 1 and statistics.t_interval(scores, one_image(runs))[1] < 2 * chance(runs):
             found.append(variant)
+    return found
+
+
+@dataclass(frozen=True)
+class FalseVerdicts:
+    """An A/A test: how often one variant was called better or worse than itself."""
+
+    runs: int
+    pairs: int
+    times: int
+    better: int
+    worse: int
+
+
+def false_verdicts(runs: list[Result], study: Study) -> list[FalseVerdicts]:
+    """Pair the runs of a study of one variant at random; empty for other studies and for too few runs."""
+    scores = [*by_seed(runs, next(iter(study.variants)), study.metric).values()]
+    found = []
+    for pairs in sorted({statistics.MIN_PAIRS, len(scores) // 2}) if len(study.variants) == 1 else ():
+        if statistics.MIN_PAIRS <= pairs <= len(scores) // 2:
+            counts = statistics.false_verdicts(scores, pairs, PAIRINGS, one_image(runs))
+            found.append(FalseVerdicts(len(scores), pairs, PAIRINGS, *counts))
     return found
 
 
@@ -219,6 +264,6 @@ def effects(runs: list[Result], study: Study, column: str) -> list[Effect]:
         values = dict(zip(study.grid_values(flag), means.tolist(), strict=True))
         found.append(Effect(flag, values, float(between / total) if total else 0.0, p))
     if all(effect.p is not None for effect in found):
-        adjusted = holm([effect.p for effect in found])
+        adjusted = statistics.holm([effect.p for effect in found])
         found = [replace(effect, p=p) for effect, p in zip(found, adjusted, strict=True)]
     return sorted(found, key=lambda effect: -effect.share)

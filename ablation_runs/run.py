@@ -1,10 +1,12 @@
 """Run a study: every variant with every seed, each with its own train.py command.
 
 Finished runs are skipped, stopped runs are resumed, and a failed run is reported while the others go on.
+A finished run is scored once by validate.py: with --holdout on the official validation images.
 """
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -17,20 +19,22 @@ from functools import cache
 from pathlib import Path
 
 from ablation_runs import studies
-from ablation_runs.study import PRESETS, Flags, Run
-from base import errors, files, flags
+from ablation_runs.study import FINAL, PRESETS, Flags, Run
+from base import errors, files, flags, process
 from base.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAIN = ROOT / "train.py"
+TRAIN, SCORE = ROOT / "train.py", ROOT / "validate.py"
 RUNS = "./checkpoints/ablation"
 train_parser = cache(flags.train_parser)
+SCORED_WITH = ("data_dir", "device", "amp", "num_workers")  # flags that validate.py shares with the run
 DIVERGED = errors.DivergedError.exit_code
 EPILOG = """examples:
   python -m ablation_runs.run --list
   python -m ablation_runs.run ema --smoke                                      a one-minute check without data
-  python -m ablation_runs.run ema --data-dir data/tiny-imagenet                all variants, three seeds each
-  python -m ablation_runs.run ema --data-dir data/tiny20 --preset cpu          scaled down for a CPU
+  python -m ablation_runs.run ema --data-dir data/tiny-imagenet                all variants, six seeds each
+  python -m ablation_runs.run ema --data-dir data/cifar10 --preset cpu --pilot two seeds, to plan the others
+  python -m ablation_runs.run ema --data-dir data/cifar10 --preset cpu         scaled down for a CPU
   python -m ablation_runs.run ema --shard $SLURM_ARRAY_TASK_ID/8 --data-dir D  an eighth of the runs
   python -m ablation_runs.run ema --data-dir D -- --lr 2e-3 --device cuda:1    override the base flags"""
 
@@ -44,6 +48,7 @@ def build_parser() -> flags.Parser:
     add("--preset", default="full", choices=PRESETS, help="Size of the study; cpu is for a small machine.")
     add("--smoke", dest="preset", action="store_const", const="smoke", help="Short for --preset smoke.")
     add("--seeds", type=numbers, default="", metavar="N,N,...", help="Random seeds; if empty, the study's.")
+    add("--pilot", action="store_true", help="Run two seeds, then say how many seeds the question needs.")
     add("--variants", type=names, default="", metavar="NAME,...", help="Run only these variants.")
     add("--jobs", type=flags.positive, default=1, metavar="N", help="Number of simultaneous runs.")
     add("--shard", type=shard, default="1/1", metavar="I/N", help="Run only part I (from 1) of N.")
@@ -70,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         for study in studies.STUDIES.values():
             print(f"{study.name:<32} {len(study.variants):>3} variants  {study.question}")
         return 0
+    if args.pilot and args.seeds:
+        raise UsageError("--pilot and --seeds contradict each other", "leave one of them out")
     runs = chosen_runs(args, train_parser().given(words[end + 1 :]))
     jobs = [Job(run, Path(args.out) / run.study / run.name, args.data_dir) for run in runs]
     if args.dry_run:
@@ -77,7 +84,12 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{job.status():<9} {job.command()}")
         return 0
     code = run_all(jobs, args.jobs, args.keep)
-    if not code:
+    if not code and args.pilot:
+        from ablation_runs import summary
+
+        study = studies.find(args.study)
+        print(summary.advice(study, Path(args.out) / study.directory(args.preset)))
+    elif not code:
         preset = ["--preset", args.preset] if args.preset != "full" else []
         where = ["--runs", args.out] if args.out != RUNS else []
         print(f"next: {shlex.join(['python', '-m', 'ablation_runs.report', args.study, *preset, *where])}")
@@ -92,12 +104,12 @@ def chosen_runs(args, extra: Flags) -> list[Run]:
         raise UsageError(what, f"choose from {', '.join(study.variants)}")
     part, parts = args.shard
     variants = args.variants or study.variants
-    runs = study.runs(args.preset, args.seeds, extra)
+    runs = study.runs(args.preset, study.seeds[:2] if args.pilot else args.seeds, extra)
     return [run for run in runs if run.variant in variants][part - 1 :: parts]
 
 
 class Job:
-    """A run, its directory and its train.py command."""
+    """A run, its directory, and the arguments of train.py and of validate.py, which scores it at the end."""
 
     def __init__(self, run: Run, directory: Path, data_dir: str = ""):
         self.run, self.directory, self.problem = run, directory, ""
@@ -105,24 +117,45 @@ class Job:
         data = from_root(Path(data_dir)) if data_dir else f"data/{dataset}"
         if "data_dir" in values or dataset.partition(":")[0] not in ("digits", "synthetic"):
             values["data_dir"] = values.get("data_dir", "{data}").replace("{data}", data)
+        self.values = values
         self.arguments = flags.to_argv(values | {"save_dir": from_root(directory), "resume": "auto"})
+
+    def scoring(self) -> list[str]:
+        """Return the arguments of validate.py for the last checkpoint, with the precision of the run."""
+        checkpoint = next(self.directory.glob("last_*.pt"), self.directory / "last_*.pt")
+        same = {name: self.values[name] for name in SCORED_WITH if name in self.values}
+        official = ["--holdout=0", "--no-subset"] if self.values.get("holdout") else []
+        out = ["--save-hits", f"--out={from_root(self.directory / FINAL)}"]
+        return [from_root(checkpoint), *flags.to_argv(same), *official, *out]
 
     def command(self) -> str:
         return shlex.join(["python", "train.py", *self.arguments])
 
     def status(self) -> str:
         """Return done, diverged, failed, started, new, or changed, if the run on disk has other flags."""
-        from base import schemas
-
-        fix = "delete it to start the run again"
-        record = schemas.read_json(self.directory / "run.json", schemas.StudyRun, fix, missing={})
+        record = self.read_record()
         if record and what_trains(record.get("flags", [])) != what_trains(flags.to_argv(self.run.flags)):
             return "changed"
         return record.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 
-    def record(self, status: str, code: int) -> None:
-        content = asdict(self.run) | {"flags": flags.to_argv(self.run.flags)}
-        files.write_json(self.directory / "run.json", content | {"status": status, "exit_code": code})
+    def read_record(self) -> dict:
+        from base import schemas
+
+        fix = "delete it to start the run again"
+        return schemas.read_json(self.directory / "run.json", schemas.StudyRun, fix, missing={})
+
+    def record(self, status: str, code: int, seconds: float, load: float) -> None:
+        """Write run.json: what was run, from which commit, on how busy a machine, for how long.
+
+        seconds: since the last start; load: of the machine then, the mean number of processes at work
+        """
+        words = flags.to_argv(self.run.flags)
+        content = asdict(self.run) | {"flags": words, "status": status, "exit_code": code}
+        content["command"] = shlex.join(["python", "train.py", *words])
+        content["commit"] = process.commit()
+        content["minutes"] = round(self.read_record().get("minutes", 0) + seconds / 60, 2)
+        content["load"] = [round(load, 2), round(os.getloadavg()[0], 2)]  # before and after
+        files.write_json(self.directory / "run.json", content)
 
 
 def what_trains(words: list[str]) -> Flags | None:
@@ -155,9 +188,9 @@ class Stopping:
             child.terminate()
 
 
-def launch(arguments: list[str], log, stopping: Stopping) -> int:
-    """Run train.py as a child process with its output in the file `log`; return the exit code."""
-    command = [sys.executable, str(TRAIN), *arguments]
+def launch(script: Path, arguments: list[str], log, stopping: Stopping) -> int:
+    """Run a command of ours as a child process with its output in the file `log`; return the exit code."""
+    command = [sys.executable, str(script), *arguments]
     # In its own session, a child gets Ctrl-C only from `stopping`, and so only once.
     child = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     stopping.children.add(child)
@@ -203,19 +236,23 @@ def run_one(job: Job, stopping: Stopping, keep: str) -> int:
     if status == "changed":
         job.problem = f"the existing run has other flags; delete {job.directory} or choose another --out"
         return UsageError.exit_code
-    started = time.monotonic()
+    started, load = time.monotonic(), os.getloadavg()[0]
     job.directory.mkdir(parents=True, exist_ok=True)
     print(f"{job.run.name}: {job.command()}", flush=True)
     with open(job.directory / "log.txt", "a", encoding="utf-8") as log:
-        code = launch(job.arguments, log, stopping)
+        code = launch(TRAIN, job.arguments, log, stopping)
+        if code == 0 and not stopping.signal:
+            code = launch(SCORE, job.scoring(), log, stopping)
+    seconds = time.monotonic() - started
     if stopping.signal:
+        job.record("started", code, seconds, load)
         return 0
     status = {0: "done", DIVERGED: "diverged"}.get(code, "failed")
-    job.record(status, code)
+    job.record(status, code, seconds, load)
     job.problem = error_in(job.directory / "log.txt") if code else ""
     if status == "done":
         delete_checkpoints(job.directory, keep)
-    print(f"{job.run.name}: {status} after {time.monotonic() - started:.0f} s", flush=True)
+    print(f"{job.run.name}: {status} after {seconds:.0f} s", flush=True)
     return code
 
 

@@ -11,9 +11,27 @@ from base.errors import UsageError
 UNREGULARIZED = {"mixup_alpha": 0, "cutmix_alpha": 0, "label_smoothing": 0, "drop_path_rate": 0, "ema": False}
 TINY_IMAGENET = {"dataset": "tiny-imagenet", "arch": "resnet50", "epochs": 30, "batch_size": 256}
 TINY_IMAGENET |= {"resize_schedule": [64], "lr": 1e-3}
-# The CPU preset reads class folders: 20 classes of Tiny ImageNet, of which --subset takes a part.
-TINY_20 = {"epochs": 3, "batch_size": 64, "subset_size": 2000}
-TINY_20_TITLE = "20 classes of Tiny ImageNet, 100 training and 10 validation images of each"
+
+# CPU presets: one to two minutes a run on two cores. Where the question is not about another network, it is
+# answered with a ResNet-18 of an eighth of the width, 0.2 million parameters. Choices are made on images held
+# out of training; the official validation images are scored once, at the end.
+SMALL = {"arch": "resnet18", "width": 8, "stem": "small", "batch_size": 128}
+SMALL_TITLE = "ResNet-18 of width 8"
+TINY_20 = SMALL | {"dataset": "tiny-imagenet", "classes": 20, "holdout": 1000, "epochs": 12}
+TINY_20 |= {"resize_schedule": [32]}
+TINY_20_TITLE = "the first 20 classes of Tiny ImageNet (9,000 + 1,000 held out + 1,000 images)"
+CIFAR_20 = SMALL | {"dataset": "cifar100", "classes": 20, "holdout": 1000, "epochs": 16}
+CIFAR_20_TITLE = "the first 20 classes of CIFAR-100 (9,000 + 1,000 held out + 2,000 images)"
+CIFAR_10 = SMALL | {
+    "dataset": "cifar10",
+    "holdout": 5000,
+    "subset": True,
+    "subset_size": 15_000,
+    "epochs": 10,
+}
+CIFAR_10_TITLE = "CIFAR-10 (15,000 + 5,000 held out + 10,000 images)"
+TINY_10 = {"dataset": "tiny-imagenet", "classes": 10, "holdout": 500, "batch_size": 64}
+TINY_10_TITLE = "the first 10 classes of Tiny ImageNet"
 
 TINY_IMAGENET_01 = Study(
     name="tiny_imagenet_01",
@@ -28,6 +46,10 @@ TINY_IMAGENET_01 = Study(
         "mixup": {"mixup_alpha": 0.2},
         "mixed-precision": {"amp": "bf16"},
     },
+    primary=("pre-activation", "conv-head", "augmentation", "mixup", "mixed-precision"),
+    cpu=TINY_20 | {"arch": "resnet50", "stem": "imagenet", "resize_schedule": [48]},
+    cpu_variants={"pre-activation": {"arch": "preact_resnet50"}},
+    cpu_title=f"{TINY_20_TITLE}, 48 px, ResNet-50 of width 8, 12 epochs",
     published="The basic architecture with a convolutional last layer was best. The LR finder needs tuning.",
     notes="Find the learning rate with `python lr_finder.py --dataset tiny-imagenet --resize-schedule 64`, "
     "then pass it on: `python -m ablation_runs.run tiny_imagenet_01 ... -- --lr SUGGESTION`. The default is "
@@ -46,21 +68,25 @@ TINY_IMAGENET_02 = Study(
         "mixup": {},
         "progressive": {"resize_schedule": [64, 128, 224]},
         "last-size-only": {"resize_schedule": [224], "batch_size": 64},
+        "last-size-equal-compute": {"resize_schedule": [224], "batch_size": 64, "epochs": 16},
         "mixup+cutmix": {"cutmix_alpha": 1},
         "drop-path": {"drop_path_rate": 0.2},
         "all": {"resize_schedule": [64, 128, 224], "cutmix_alpha": 1, "drop_path_rate": 0.2},
     },
+    primary=("progressive", "mixup+cutmix", "drop-path", "all"),
     published="Progressive resizing and CutMix with MixUp raise accuracy by about 10 points; stochastic "
     "depth makes the gap between training and test accuracy very small.",
     notes="Progressive resizing changes three things at once: the training size, the validation size and "
-    "the batch size. `last-size-only` is the control: it uses the last size and batch size from the start.",
-    cpu=TINY_20 | {"resize_schedule": [20]},
+    "the batch size. `last-size-only` is the control: it uses the last size and batch size from the start; "
+    "`last-size-equal-compute` does so for fewer epochs, as much compute (epochs x px^2) as `progressive`.",
+    cpu=TINY_20 | {"resize_schedule": [16]},
     cpu_variants={
-        "progressive": {"resize_schedule": [20, 24, 32]},
-        "last-size-only": {"resize_schedule": [32], "batch_size": 16},
-        "all": {"resize_schedule": [20, 24, 32], "cutmix_alpha": 1, "drop_path_rate": 0.2},
+        "progressive": {"resize_schedule": [16, 24, 32]},
+        "last-size-only": {"resize_schedule": [32], "batch_size": 32},
+        "last-size-equal-compute": {"resize_schedule": [32], "batch_size": 32, "epochs": 8},
+        "all": {"resize_schedule": [16, 24, 32], "cutmix_alpha": 1, "drop_path_rate": 0.2},
     },
-    cpu_title=f"{TINY_20_TITLE}, 20 to 32 px, ResNet-18, 3 epochs",
+    cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
 )
 
 TINY_IMAGENET_03 = Study(
@@ -78,11 +104,12 @@ TINY_IMAGENET_03 = Study(
         "no-drop-path": {"drop_path_rate": 0},
     },
     metric="ema_val_top1",
+    primary=("ema-plain", "ema-half-life", "no-clipping", "no-drop-path"),
     published="About 67 % with all techniques; stochastic depth reduced the gap; EMA weights scored better.",
     published_scores={"ema-ramp": "about 67 %", "ema-plain": "0.5 % (first attempt)"},
-    cpu=TINY_20 | {"resize_schedule": [20, 24, 32], "augment": "basic"},
+    cpu=TINY_20 | {"resize_schedule": [16, 24, 32], "augment": "basic"},
     cpu_variants={"ema-half-life": {"ema_half_life": 0.25}},
-    cpu_title=f"{TINY_20_TITLE}, 20 to 32 px, ResNet-18, 3 epochs",
+    cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
 )
 
 IMAGENET100_ARCHITECTURES = Study(
@@ -99,6 +126,9 @@ IMAGENET100_ARCHITECTURES = Study(
         "vit_b_16": {"arch": "vit_b_16", "epochs": 6, "lr": 3e-4},
         "mobilenet_v3_large": {"arch": "mobilenet_v3_large"},
     },
+    primary=("swin_t", "efficientnet_b0", "vit_b_16", "mobilenet_v3_large"),
+    cpu=TINY_10 | {"subset": True, "subset_size": 2000, "resize_schedule": [32], "eval_every": 1},
+    cpu_title=f"{TINY_10_TITLE} (2,000 + 500 held out + 500 images), 32 px",
     published="ResNet was best, closely followed by Swin, then EfficientNet. ViT needs longer training; "
     "MobileNet is efficient and comparable to larger models.",
     notes="The budgets differ, as in the document: this ranks what some GPU hours buy, not architectures.",
@@ -111,15 +141,23 @@ EFFICIENTNET_SIZE_AUGMENTATION = Study(
     base={"dataset": "imagenet100", "arch": "efficientnet_b0", "batch_size": 128, "epochs": 10, "lr": 1e-3}
     | UNREGULARIZED,
     variants={
-        "128px": {"resize_schedule": [128], "augment": "none"},
-        "64px": {"resize_schedule": [64], "augment": "none"},
-        "128px+augmentation": {"resize_schedule": [128], "augment": "full"},
+        "large": {"resize_schedule": [128], "augment": "none"},
+        "half-size": {"resize_schedule": [64], "augment": "none"},
+        "large+augmentation": {"resize_schedule": [128], "augment": "full"},
     },
+    primary=("half-size", "large+augmentation"),
     published_scores={
-        "128px": "58 % (train 61 %)",
-        "64px": "31.6 % (train 34.8 %)",
-        "128px+augmentation": "55.7 % (train 55.2 %)",
+        "large": "58 % (train 61 %) at 128 px",
+        "half-size": "31.6 % (train 34.8 %) at 64 px",
+        "large+augmentation": "55.7 % (train 55.2 %) at 128 px",
     },
+    cpu=TINY_10 | {"epochs": 6},
+    cpu_variants={
+        "large": {"resize_schedule": [64], "augment": "none"},
+        "half-size": {"resize_schedule": [32], "augment": "none"},
+        "large+augmentation": {"resize_schedule": [64], "augment": "full"},
+    },
+    cpu_title=f"{TINY_10_TITLE} (4,500 + 500 held out + 500 images), 64 and 32 px, 6 epochs",
 )
 
 TINY_IMAGENET_RESNET18 = Study(
@@ -137,6 +175,10 @@ TINY_IMAGENET_RESNET18 = Study(
         "triangular2+l1": {"schedule": "triangular2", "cycles": 3, "l1": 1e-6},
         "onecycle": {"schedule": "onecycle"},
     },
+    primary=("plateau", "triangular2+l1", "onecycle"),
+    cpu=TINY_20 | {"split": "70-30", "augment": "padcrop:4,flip,cutout:8", "eval_every": 1},
+    cpu_title="the first 20 classes of Tiny ImageNet, split 70/30 (6,700 + 1,000 held out + 3,300 images), "
+    f"32 px, {SMALL_TITLE}, 12 epochs",
     published="61.52 % (train 91.19 %) at epoch 50, with both schedules at once; 50 % at epoch 16.",
     notes="The 33,000 validation images are drawn from the training and validation sets together: the "
     "scores cannot be compared with those on the official validation set.",
@@ -164,6 +206,9 @@ CIFAR100_RESNET34 = Study(
         "sgd+restarts": SGD | RESTARTS,
         "overview": SGD | RESTARTS | MIXING,
     },
+    primary=("loop+mixing", "sgd+restarts", "overview"),
+    cpu=CIFAR_20 | {"arch": "resnet34", "epochs": 12},
+    cpu_title=f"{CIFAR_20_TITLE}, ResNet-34 of width 8, 12 epochs",
     published="A target of 70-75 % top-1; no result is given.",
     published_scores={"loop": "target 70-75 %", "overview": "target 70-75 %"},
 )
@@ -174,6 +219,9 @@ LR_EXPLORATION = Study(
     question="Which peak learning rate suits Adam with OneCycle on CIFAR-100?",
     recipe=CIFAR,
     variants={f"lr={lr}": {"lr": lr} for lr in (0.01, 0.1, 0.001, 0.0001)},
+    primary=("lr=0.1", "lr=0.001", "lr=0.0001"),
+    cpu=CIFAR_20,
+    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
 )
 
 SENSITIVITY_GRID = Study(
@@ -189,8 +237,12 @@ SENSITIVITY_GRID = Study(
         weight_decay=("0", "1e-4", "1e-3"),
         clip_norm=("0", "0.1", "1"),
     ),
-    notes="30 epochs instead of 120, because 27 combinations with three seeds are 81 runs. `clip-norm` "
-    "limits each gradient value; 0 turns clipping off.",
+    seeds=(0, 1),
+    cpu=CIFAR_20 | {"epochs": 10},
+    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 10 epochs",
+    notes="30 epochs instead of 120, because 27 combinations with two seeds are 54 runs. Main effects "
+    "compare the values of a flag over the same combinations of the others. `clip-norm` limits each gradient "
+    "value; 0 turns clipping off.",
 )
 
 AUGMENTATION = Study(
@@ -208,6 +260,9 @@ AUGMENTATION = Study(
         "with-mixup": {"mixup_alpha": 0.2},
         "with-cutmix": {"cutmix_alpha": 1},
     },
+    primary=("no-crop", "no-flip", "no-jitter", "none", "with-cutout", "with-mixup", "with-cutmix"),
+    cpu=CIFAR_20,
+    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
 )
 
 OPTIMIZERS = Study(
@@ -222,6 +277,9 @@ OPTIMIZERS = Study(
         "adamw": {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.05},
         "lamb": {"optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02},
     },
+    primary=("sgd", "rmsprop", "adamw", "lamb"),
+    cpu=CIFAR_20,
+    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
     notes="Each optimizer has one learning rate and weight decay, not tuned: a low score judges this "
     "setting, not the optimizer.",
 )
@@ -239,6 +297,10 @@ SCHEDULES = Study(
         "restarts": RESTARTS,
         "constant": {"schedule": "constant"},
     },
+    primary=("step", "cosine", "restarts", "constant"),
+    cpu=CIFAR_20,
+    cpu_variants={"cosine": {"schedule": "cosine", "warmup_epochs": 1}},
+    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
     notes="SGD instead of the document's Adam, because the schedules were designed for it.",
 )
 
@@ -250,6 +312,9 @@ BLURPOOL = Study(
     question="What does antialiased downsampling (BlurPool) gain, and what does it cost?",
     base=IMAGENET100 | {"epochs": 30, "batch_size": 256, "resize_schedule": [128]},
     variants={"maxpool": {}, "blurpool": {"use_blurpool": True}},
+    primary=("blurpool",),
+    cpu=TINY_20 | {"width": 16, "stem": "imagenet", "resize_schedule": [64], "epochs": 10},
+    cpu_title=f"{TINY_20_TITLE}, 64 px, ResNet-18 of width 16, 10 epochs",
     published_scores={"blurpool": "+0.5 to +1 points on ImageNet (Composer; timm, 300 epochs)"},
 )
 
@@ -259,13 +324,24 @@ RESIZE_SCHEDULES = Study(
     question="At equal compute, is progressive resizing better than one size, and with which sizes?",
     base=IMAGENET100,
     variants={
-        "64-128-224": {"resize_schedule": [64, 128, 224], "epochs": 36, "phase_epochs": [12, 8, 16]}
+        "one-size-last": {"resize_schedule": [224], "epochs": 20, "batch_size": 128},
+        "one-size-middle": {"resize_schedule": [160], "epochs": 38, "batch_size": 128},
+        "progressive": {"resize_schedule": [64, 128, 224], "epochs": 36, "phase_epochs": [12, 8, 16]}
         | {"phase_batch_sizes": [128, 128, 128]},
-        "128-160-192": {"resize_schedule": [128, 160, 192], "epochs": 37, "phase_epochs": [12, 12, 13]}
-        | {"phase_batch_sizes": [128, 128, 128]},
-        "160": {"resize_schedule": [160], "epochs": 38, "batch_size": 128},
-        "224": {"resize_schedule": [224], "epochs": 20, "batch_size": 128},
+        "progressive-narrow": {"resize_schedule": [128, 160, 192], "epochs": 37}
+        | {"phase_epochs": [12, 12, 13], "phase_batch_sizes": [128, 128, 128]},
     },
+    primary=("one-size-middle", "progressive", "progressive-narrow"),
+    cpu=TINY_20 | {"batch_size": None},
+    cpu_variants={
+        "one-size-last": {"resize_schedule": [32], "epochs": 10, "batch_size": 128},
+        "one-size-middle": {"resize_schedule": [24], "epochs": 18, "batch_size": 128},
+        "progressive": {"resize_schedule": [16, 24, 32], "epochs": 17, "phase_epochs": [7, 4, 6]}
+        | {"phase_batch_sizes": [128, 128, 128]},
+        "progressive-narrow": {"resize_schedule": [20, 24, 28], "epochs": 18, "phase_epochs": [6, 6, 6]}
+        | {"phase_batch_sizes": [128, 128, 128]},
+    },
+    cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, as much compute as 10 epochs at 32 px",
     notes="Each variant is scored at its own last size. `python validate.py CHECKPOINT --image-sizes 224` "
     "scores them all at one size.\n"
     "The batch size stays the same at all sizes: halving it, as document 002 does, would be a second "
@@ -277,6 +353,9 @@ DROP_PATH_RATE = Study(
     question="Which drop-path rate suits a short run, and how does it change the train-validation gap?",
     base=TINY_IMAGENET | {"augment": "basic", "mixup_alpha": 0.2, "cutmix_alpha": 1, "ema": False},
     variants={str(rate): {"drop_path_rate": rate} for rate in (0, 0.05, 0.1, 0.2)},
+    primary=("0.05", "0.1", "0.2"),
+    cpu=TINY_20,
+    cpu_title=f"{TINY_20_TITLE}, 32 px, {SMALL_TITLE}, 12 epochs",
     published_scores={
         "0.1": "+0.4 points on ImageNet in 90 epochs (Composer)",
         "0.2": "the default of 002; 1.1 points lost in 000's notebooks",
@@ -290,6 +369,7 @@ EMA = Study(
     base=TINY_IMAGENET | {"augment": "basic", "drop_path_rate": 0},
     variants={"ramp-0.9999": {}, "plain-0.9999": {"ema_ramp": False}, "half-life": {"ema_half_life": 1}},
     metric="ema_val_top1",
+    primary=("plain-0.9999", "half-life"),
     published="The first EMA attempt failed (accuracy stuck at 0.5 %) because its decay was badly tuned; "
     "later EMA weights scored better in validation. Decay 0.9999.",
     published_scores={"plain-0.9999": "0.5 %: the first attempt, stuck at chance"},
@@ -297,9 +377,9 @@ EMA = Study(
     "0.9999, 90 % after 1,000 steps and 31 % after 11,700 steps (30 epochs of Tiny ImageNet at batch size "
     "256).\n"
     "The average does not affect training: with the same seed, the raw weights of all variants are equal.",
-    cpu=TINY_20 | {"resize_schedule": [32]},
+    cpu=TINY_20,
     cpu_variants={"half-life": {"ema_half_life": 0.25}},
-    cpu_title=f"{TINY_20_TITLE}, 32 px, ResNet-18, 3 epochs",
+    cpu_title=f"{TINY_20_TITLE}, 32 px, {SMALL_TITLE}, 12 epochs",
 )
 
 STORED_SIDES = Study(
@@ -308,12 +388,31 @@ STORED_SIDES = Study(
     base=IMAGENET100 | {"epochs": 36, "batch_size": 256, "resize_schedule": [64, 128, 224]},
     variants={
         "full-size": {},
-        "96-192-320": {"data_dir": "{data}-packed-96-192-320"},
-        "80-160-256": {"data_dir": "{data}-packed-80-160-256"},
-        "64-128-224": {"data_dir": "{data}-packed-64-128-224"},
+        "1.5-times": {"data_dir": "{data}-packed-96-192-320"},
+        "1.2-times": {"data_dir": "{data}-packed-80-160-256"},
+        "same-size": {"data_dir": "{data}-packed-64-128-224"},
     },
+    primary=("1.5-times", "1.2-times", "same-size"),
+    cpu=TINY_20 | {"resize_schedule": [16, 24, 32]},
+    cpu_variants={
+        "1.5-times": {"data_dir": "{data}-packed-24-36-46"},
+        "1.2-times": {"data_dir": "{data}-packed-20-30-37"},
+        "same-size": {"data_dir": "{data}-packed-16-24-32"},
+    },
+    cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
     notes="Pack the data first: `python pack_dataset.py --dataset imagenet100 --data-dir DATA "
     "--stored-sides 96,192,320 --out DATA-packed-96-192-320`, and likewise for the other two.",
+)
+
+SAME_TWICE = Study(
+    name="same_twice",
+    question="How often does the method of these reports call a variant better or worse than itself?",
+    recipe=CIFAR,
+    variants={"same": {}},
+    seeds=tuple(range(24)),
+    cpu=CIFAR_10,
+    cpu_title=f"{CIFAR_10_TITLE}, {SMALL_TITLE}, 10 epochs",
+    notes="An A/A test: the runs of one variant are paired at random 200 times, each half against the other.",
 )
 
 STUDIES = {value.name: value for value in tuple(globals().values()) if isinstance(value, Study)}

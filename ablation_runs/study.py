@@ -17,9 +17,9 @@ from base.errors import UsageError
 Flags = dict[str, Any]
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PRESETS = ("full", "cpu", "smoke")
-# Both presets save only at the end of a run.
-CPU = {"dataset": "imagenet", "subset": True, "arch": "resnet18", "device": "cpu", "amp": "bf16"}
-CPU |= {"num_workers": 0, "save_every": 100}
+FINAL = "final"  # folder of a run with the scores of its last epoch, from validate.py
+# Both presets save only at the end of a run. In fp32 and without workers, any CPU repeats its own bits.
+CPU = {"device": "cpu", "amp": "off", "num_workers": 0, "save_every": 100, "eval_every": 2}
 SMOKE = {"dataset": "synthetic:classes=4,train=64,val=16,size=32", "epochs": 3, "device": "cpu", "amp": "off"}
 SMOKE |= {"num_workers": 0, "save_every": 100}
 SMOKE_DROPS = ("split", "class_list", "subset", "subset_size", "phase_epochs", "data_dir")
@@ -44,16 +44,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """The first variant is the baseline that the others are compared with."""
+    """The first variant is the baseline that the others are compared with. A single one is an A/A test."""
 
     name: str
     question: str
     variants: dict[str, Flags]  # name -> the flags that set it apart from the others
     base: Flags = field(default_factory=dict)  # flags of every variant
     recipe: str = ""  # a file of recipes/; the base overrides its flags
-    grid: tuple[str, ...] = ()  # flags, if the variants are all combinations of their values
+    grid: tuple[str, ...] = ()  # flags, if the variants are all combinations of their values: main effects
     metric: str = "val_top1"  # the compared column of metrics.jsonl, chosen before any run
-    seeds: tuple[int, ...] = (0, 1, 2)
+    primary: tuple[str, ...] = ()  # variants compared with the first one, chosen before any run; see `grid`
+    worth: float = 0.5  # the difference worth seeing, in points: decides how many seeds a pilot asks for
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     notes: str = ""  # one per line
     commands: tuple[str, ...] = ()  # to try on a finished run; {best} and {data} are filled in
     source: str = ""  # the document that asked the question

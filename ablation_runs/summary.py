@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
-from ablation_runs import results
-from ablation_runs.results import BETTER, NOISE, UNKNOWN, WORSE, Difference, Result
+from ablation_runs import results, statistics
+from ablation_runs.results import Power, Result
+from ablation_runs.statistics import BETTER, EXPLORATORY, MIN_PAIRS, TOO_FEW, UNDECIDED, WORSE, Difference
 from ablation_runs.study import Study
+from ablation_runs.tables import Table
 from base import files, flags
 
 CSV_SCORES = ("train_top1", "val_top1", "val_top5", "ema_val_top1", "gap")
 METRICS = {"val_top1": "top-1", "ema_val_top1": "EMA top-1"}
 GAP_WORDS = {BETTER: "larger", WORSE: "smaller"}
-HOW_TO_READ = (
-    "Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is "
-    "training minus validation top-1. Differences are to the first variant, paired by seed, with a 95 % t "
-    "interval; 'better' and 'worse' hold after Holm's correction for the number of variants."
+MOST_SEEDS = 10  # that a pilot asks for
+HOW_TO_READ = f"""\
+Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is training \
+minus validation top-1.
+Differences are to the first variant, paired by seed, with a 95 % t interval over seeds. 'better' and \
+'worse' need {MIN_PAIRS} pairs, p of at most 0.05, and neither this interval nor that of the BCa bootstrap \
+may hold zero. p is of all sign flips of the seeds' differences, adjusted for the study's primary \
+comparisons (max-t). The interval over seeds and images also covers the choice of the validation images."""
+HELD_OUT = (
+    "Choices are made on {held} images held out of training. The scores are those of the official validation "
+    "images ({scored}), which were scored once, after the last epoch."
 )
 
 
 def markdown(study: Study, preset: str, runs: list[Result], pictures: list[str]) -> str:
     """Return the report; `pictures` are file names beside it."""
-    parts = [
-        f"# {study.title(preset)}",
-        study.question,
-        variant_table(study, preset, runs),
-        f"**Conclusion.** {conclusion(study, runs)}",
-    ]
+    parts = [f"# {study.title(preset)}", study.question, f"**Conclusion.** {conclusion(study, runs)}"]
     if study.published:
         parts.append(f"**Published result** (document `{study.source}`, one seed): {study.published}")
-    parts += [ema_table(study, runs), effect_table(study, runs)]
-    parts += [f"![{name.removesuffix('.png')}]({name})" for name in pictures]
-    notes = [*study.notes.splitlines(), HOW_TO_READ, *run_notes(study, runs)]
+    parts += [table.markdown() for table in tables(study, preset, runs)]
+    parts += [f"![{Path(name).stem}]({name})" for name in pictures]
+    notes = [*study.notes.splitlines(), *HOW_TO_READ.splitlines(), *run_notes(study, runs)]
     parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(filter(None, parts))
 
 
-def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
+def tables(study: Study, preset: str, runs: list[Result]) -> list[Table]:
+    """Return the report's tables that have rows, without their empty columns."""
+    found = [
+        variant_table(study, preset, runs),
+        comparison_table(study, runs),
+        ema_table(study, runs),
+        effect_table(study, runs),
+        false_verdict_table(study, runs),
+    ]
+    return [table.without_empty_columns() for table in found if table]
+
+
+def variant_table(study: Study, preset: str, runs: list[Result]) -> Table:
     """Return a table with a row per variant: last epoch, mean and spread over seeds."""
-    scores, gaps = (results.compare(runs, study, column) for column in (study.metric, "gap"))
     rows = []
     for variant in study.variants:
         if not (own := results.of_variant(runs, variant)):
@@ -49,17 +64,32 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> str:
         row = [f"**{variant}**", f"`{words}`" if words else "base", count_seeds(own)]
         for column in ("val_top1", "ema_val_top1", "train_top1", "gap"):
             row.append(spread(results.by_seed(runs, variant, column)))
-        row += [difference(scores.get(variant), {}), difference(gaps.get(variant), GAP_WORDS)]
+        held = {run.seed: run.logged(study.metric) for run in own if run.held_out}
+        row.append(spread({seed: score for seed, score in held.items() if score is not None}))
         row.append(average([run.images_per_second for run in own], ",.0f"))
         row.append(average([run.minutes for run in own], ".1f"))
         rows.append([*row, study.published_scores.get(variant, "-")])
-    header = ["variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap"]
-    header += [f"{METRICS[study.metric]} difference", "gap difference", "images/s", "minutes", "published"]
-    return table(header, rows)
+    header = ["variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap", "held-out top-1"]
+    return Table("variants", "", [*header, "images/s", "minutes", "published"], rows)
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+def comparison_table(study: Study, runs: list[Result]) -> Table:
+    """Return the differences to the first variant with their intervals and verdicts; none for a grid."""
+    first, rows = next(iter(study.variants)), []
+    scores, gaps = (results.compare(runs, study, column) for column in (study.metric, "gap"))
+    for variant, d in scores.items() if not study.grid else ():
+        row = [f"**{variant}**", str(d.n), f"{d.mean:+.2f}", bounds(d.low and (d.low, d.high)), bounds(d.bca)]
+        row += [
+            bounds(results.seeds_and_images(runs, study, variant)),
+            statistics.p_value(d.p).removeprefix("= "),
+        ]
+        gap = gaps.get(variant)
+        rows.append(
+            [*row, d.verdict, f"{interval(gap)}: {GAP_WORDS.get(gap.verdict, gap.verdict)}" if gap else "-"]
+        )
+    header = ["variant", "pairs", f"{METRICS[study.metric]} (+ is better)", "95 % t interval", "BCa interval"]
+    header += ["over seeds and images", "p (max-t)", "verdict", "gap"]
+    return Table("comparisons", f"Differences to {first}, in points:", header, rows)
 
 
 def count_seeds(runs: list[Result]) -> str:
@@ -81,10 +111,8 @@ def average(values: list[float | None], spec: str) -> str:
     return format(sum(known) / len(known), spec) if known else "-"
 
 
-def difference(d: Difference | None, words: dict[str, str]) -> str:
-    """Return the difference with its verdict, which `words` may replace."""
-    words = {UNKNOWN: "one seed"} | words
-    return f"{interval(d)}: {words.get(d.verdict, d.verdict)}" if d else "-"
+def bounds(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else "-"
 
 
 def interval(d: Difference) -> str:
@@ -94,72 +122,139 @@ def interval(d: Difference) -> str:
 
 def conclusion(study: Study, runs: list[Result]) -> str:
     """Say what the runs show, and no more."""
-    baseline, sentences = next(iter(study.variants)), []
-    differences = results.compare(runs, study, study.metric)
-    for variant, d in differences.items():
-        if d and d.verdict in (BETTER, WORSE):
-            size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
-            evidence = f"95 % interval {d.low:+.1f} to {d.high:+.1f}, {d.n} seeds"
-            sentences.append(f"**{variant}** is {d.verdict} than {baseline} by {size} ({evidence}).")
-    if noise := [variant for variant, d in differences.items() if d and d.verdict == NOISE]:
-        names = listed(noise) if len(noise) <= 8 else f"the other {len(noise)} variants"
-        sentences.append(f"No conclusion about {names}: the difference to {baseline} is within the noise.")
-    if unknown := [variant for variant, d in differences.items() if not d or d.verdict == UNKNOWN]:
-        sentences.append(f"Not enough finished pairs of runs to judge {listed(unknown)}.")
+    sentences = [] if study.grid else verdicts(study, runs)
     if stuck := results.at_chance(runs, study):
         level = f"{results.chance(runs):.2g} %; the interval ends below twice that"
         sentences.append(f"At chance ({level}): {listed(stuck)}.")
     for variant, d in results.compare(runs, study, "gap").items():
-        if d and d.verdict in GAP_WORDS:
+        if d.verdict in GAP_WORDS:
             size = f"{abs(d.mean):.1f} points {GAP_WORDS[d.verdict]}"
             sentences.append(f"The gap between training and validation is {size} with {variant}.")
     effects = results.effects(runs, study, study.metric)
-    if matter := [flags.dashed(e.flag) for e in effects if e.p is not None and e.p < 1 - results.LEVEL]:
+    if matter := [flags.dashed(e.flag) for e in effects if e.p is not None and e.p <= statistics.ALPHA]:
         sentences.append(f"Flags that matter beyond the noise, most important first: {listed(matter)}.")
+    elif effects:
+        sentences.append("Undecided: no flag of the grid matters beyond the noise.")
     if broken := sorted({f"{run.variant} ({run.status})" for run in runs if run.status != "done"}):
         sentences.append(f"Not every run finished: {listed(broken)}.")
+    if power := results.power(runs, study):
+        sentences.append(power_line(study, power, results.power(runs, study, most=2)))
     return " ".join(sentences) or "No variant to compare yet."
+
+
+def verdicts(study: Study, runs: list[Result]) -> list[str]:
+    """Return a sentence for each variant that differs, and one for each reason to say nothing."""
+    first, sentences = next(iter(study.variants)), []
+    found = results.compare(runs, study, study.metric)
+    for variant, d in found.items():
+        if d.verdict in (BETTER, WORSE):
+            size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
+            evidence = (
+                f"95 % interval {d.low:+.1f} to {d.high:+.1f}, p {statistics.p_value(d.p)}, {d.n} seeds"
+            )
+            sentences.append(f"**{variant}** is {d.verdict} than {first} by {size} ({evidence}).")
+    missing = [variant for variant in study.primary if variant not in found]
+    few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
+    for sentence, names in (
+        (f"Undecided, because the difference to {first} is within the noise", named(found, UNDECIDED)),
+        (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
+        ("Not among the primary comparisons, so without a verdict", named(found, EXPLORATORY)),
+    ):
+        sentences += [f"{sentence}: {listed(names)}."] if names else []
+    return sentences
+
+
+def named(found: dict[str, Difference], verdict: str) -> list[str]:
+    return [variant for variant, d in found.items() if d.verdict == verdict]
+
+
+def power_line(study: Study, power: Power, pilot: Power) -> str:
+    """Say how many seeds the question needs, and what these can see."""
+    share = f" in one of {power.comparisons} comparisons" if power.comparisons > 1 else ""
+    chances = f"with {100 * statistics.POWER:.0f} % probability"
+    text = (
+        f"Power: paired differences vary by {power.deviation:.2f} points (standard deviation). To see "
+        f"{study.worth:g} points{share} {chances} takes {power.needed} seeds"
+    )
+    if power.seeds < MIN_PAIRS:
+        return f"{text}."
+    pilots = f"The first two seeds, the pilot, asked for {pilot.needed}."
+    return f"{text}; these {power.seeds} can see {power.sees:.1f} points. {pilots}"
+
+
+def advice(study: Study, directory: Path) -> str:
+    """Return what the first two seeds of a study say about the number of seeds, and the flag for it."""
+    runs = results.load(directory, study)
+    if study.grid or not study.primary:
+        return f"{study.name} compares no pairs of variants; it is planned with {len(study.seeds)} seeds"
+    if not (pilot := results.power(runs, study, most=2)):
+        return "the pilot has no two finished pairs of runs"
+    seeds = min(pilot.needed, MOST_SEEDS)
+    sees = statistics.detectable(pilot.deviation, seeds, pilot.comparisons)
+    return (
+        f"{power_line(study, pilot, pilot)}\n"
+        f"next: --seeds {','.join(map(str, range(seeds)))}, which can see {sees:.1f} points"
+    )
 
 
 def listed(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def ema_table(study: Study, runs: list[Result]) -> str:
+def ema_table(study: Study, runs: list[Result]) -> Table:
     """Return a table of EMA against raw weights; empty if no variant has an EMA."""
     rows = []
     for variant in study.variants:
         if gain := results.ema_gain(runs, variant):
             scores = (results.by_seed(runs, variant, column) for column in ("val_top1", "ema_val_top1"))
             rows.append([variant, *map(spread, scores), interval(gain)])
-    heading = "EMA against raw weights of the same run, last epoch:\n\n"
-    return heading + table(["variant", "raw", "EMA", "EMA - raw"], rows) if rows else ""
+    title = "EMA against raw weights of the same run, last epoch:"
+    return Table("ema", title, ["variant", "raw", "EMA", "EMA - raw"], rows)
 
 
-def effect_table(study: Study, runs: list[Result]) -> str:
+def effect_table(study: Study, runs: list[Result]) -> Table:
     """Return a table of a grid's flags, ranked by the variance they explain; empty for other studies."""
     rows = []
     for effect in results.effects(runs, study, study.metric):
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
-        p = "-" if effect.p is None else f"{effect.p:.3f}"
-        share = f"{100 * effect.share:.0f} %"
-        rows.append([flags.dashed(effect.flag), means, f"{effect.span:.2f}", share, p])
+        p = statistics.p_value(effect.p).removeprefix("= ")
+        rows.append(
+            [flags.dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p]
+        )
     header = ["flag", "mean top-1 at each value", "best - worst", "share of variance", "p (F test, Holm)"]
-    return table(header, rows) if rows else ""
+    return Table("effects", "Main effects, over all values of the other flags:", header, rows)
+
+
+def false_verdict_table(study: Study, runs: list[Result]) -> Table:
+    """Return how often an A/A study called one variant better or worse than itself; else no rows."""
+    rows = [
+        [
+            str(f.runs),
+            str(f.pairs),
+            str(f.times),
+            f"{100 * f.better / f.times:.1f} %",
+            f"{100 * f.worse / f.times:.1f} %",
+        ]
+        for f in results.false_verdicts(runs, study)
+    ]
+    title = "One variant against itself, its runs paired at random; together at most 5 % should be decided:"
+    return Table("false_verdicts", title, ["runs", "pairs", "pairings", "better", "worse"], rows)
 
 
 def run_notes(study: Study, runs: list[Result]) -> list[str]:
     """Return notes on the validation set and the machine, and commands to try next."""
     notes = []
     if image := results.one_image(runs):
-        notes.append(
-            "The intervals cover the choice of the seeds, but not that of the validation images: there are "
-            f"{100 / image:,.0f}, and each is worth {image:.2g} points."
-        )
+        notes.append(f"There are {100 / image:,.0f} validation images; each is worth {image:.2g} points.")
+    if held := next((run.env["num_val"] for run in runs if run.held_out and run.env.get("num_val")), None):
+        scored = next((f"{run.num_val:,}" for run in runs if run.hits), "not yet")
+        notes.append(HELD_OUT.format(held=f"{held:,}", scored=scored))
     if env := next((run.env for run in runs if run.env), None):
+        loads = [load for run in runs for load in run.record.get("load", ())]
+        busy = f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
         notes.append(
             f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} torch threads, "
-            f"{env.get('precision')}, torch {env.get('torch')}, commit {env.get('commit') or 'unknown'}."
+            f"{env.get('precision')}, torch {env.get('torch')}, commit {env.get('commit') or '?'}{busy}."
         )
     found = [path for run in runs if run.directory for path in sorted(run.directory.glob("best_*.pt"))]
     best = found[0] if found else "CHECKPOINT"
@@ -168,10 +263,16 @@ def run_notes(study: Study, runs: list[Result]) -> list[str]:
 
 def csv_table(runs: list[Result]) -> str:
     """Return a CSV with one line per run."""
-    header = ("variant", "seed", "status", "epochs", *CSV_SCORES, "images_per_second", "minutes", "commit")
+    header = ("variant", "seed", "status", "epochs", *CSV_SCORES, "held_out_top1", "images_per_second")
+    header += ("minutes", "load", "commit", "command")
     rows = []
     for run in runs:
         row = [run.variant, run.seed, run.status, len(run.rows), *map(run.score, CSV_SCORES)]
-        row += [run.images_per_second, run.minutes, run.env.get("commit")]
+        row += [run.logged("val_top1") if run.held_out else None, run.images_per_second, run.minutes]
+        row += [
+            max(run.record.get("load", ()), default=None),
+            run.env.get("commit"),
+            run.record.get("command"),
+        ]
         rows.append([round(value, 4) if isinstance(value, float) else value for value in row])
     return files.csv_text(header, rows)

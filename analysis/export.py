@@ -189,7 +189,7 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
         std=", ".join(f"{value:.6g}" for value in data["std"]),
         num_classes=len(data["classes"]),
         difference=difference,
-        scores=_scores(payload["rows"], "ema_val" if weights == "ema" else "val"),
+        scores=_scores(payload, "ema_val" if weights == "ema" else "val"),
         flags="\n".join(f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if name in flags),
         commit=payload.get("commit") or "unknown",
         license=BLURPOOL if args.get("use_blurpool") else "",
@@ -197,13 +197,14 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
     )
 
 
-def _scores(rows: list[dict], column: str) -> str:
-    row = rows[-1] if rows else {}
+def _scores(payload: dict, column: str) -> str:
+    row = payload["rows"][-1] if payload["rows"] else {}
     if row.get(f"{column}_top1") is None:
         return "Not validated."
+    scored = f"{payload['config'].get('eval_size') or row['image_size']} px"
+    scored += ", averaged with the mirror image" if payload["eval"].get("flip") else ""
     top1, top5, loss = (row[f"{column}_{name}"] for name in ("top1", "top5", "loss"))
-    size = row["image_size"]
-    return f"Validation at {size} px: top-1 {top1:.2f} %, top-5 {top5:.2f} %, cross-entropy {loss:.4f}."
+    return f"Validation at {scored}: top-1 {top1:.2f} %, top-5 {top5:.2f} %, cross-entropy {loss:.4f}."
 
 
 def _cell(text: str) -> str:

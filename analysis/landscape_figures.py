@@ -85,22 +85,28 @@ def mean_loss(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int 
 
 
 def draw(losses: dict[str, np.ndarray], steps: np.ndarray, title: str) -> Figure:
-    """Draw a row for each point in training: contours and surface of losses[name], (n, n)."""
+    """Draw a row for each point in training: contours and surface of losses[name], (n, n), on one scale."""
     fig = figures.figure(10.5, 4.6 * len(losses) + 0.6, title)
     fig.get_layout_engine().set(h_pad=0.25, w_pad=0.2)
     middle, along = len(steps) // 2, "step along direction {} (filter norms)"
-    for row, (name, grid) in enumerate(losses.items()):
-        # Far from the centre the loss can reach thousands or overflow: colours and heights are logarithms.
-        heights = np.log10(np.nan_to_num(grid, nan=1e6, posinf=1e6).clip(1e-3, 1e6))
+    # Far from the centre the loss can reach thousands or overflow: colours and heights are logarithms.
+    logs = {n: np.log10(np.nan_to_num(g, nan=1e6, posinf=1e6).clip(1e-3, 1e6)) for n, g in losses.items()}
+    low, high = min(map(np.min, logs.values())), max(map(np.max, logs.values())) + 1e-6
+    levels, white = np.linspace(low, high, 25), {"colors": "white", "linewidths": 0.5, "linestyles": "solid"}
+    for row, (name, heights) in enumerate(logs.items()):
         flat = fig.add_subplot(len(losses), 2, 2 * row + 1, xlabel=along.format(2), ylabel=along.format(1))
-        flat.set(title=f"{name}: loss {grid[middle, middle]:.3f} at the centre", aspect="equal")
-        filled = flat.contourf(steps, steps, heights, levels=24, cmap=figures.MAP)
-        flat.contour(steps, steps, heights, levels=12, colors="white", linewidths=0.5)
+        flat.set(title=f"{name}: loss {losses[name][middle, middle]:.3f} at the centre", aspect="equal")
+        filled = flat.contourf(steps, steps, heights, levels=levels, cmap=figures.MAP)
+        flat.contour(steps, steps, heights, levels=levels, **white)
         flat.plot([0], [0], "*", color=figures.VERMILLION, markersize=11)
         fig.colorbar(filled, ax=flat, label="cross-entropy (nats, log scale)", format=power_of_ten)
         solid = fig.add_subplot(len(losses), 2, 2 * row + 2, projection="3d")
-        solid.plot_surface(*np.meshgrid(steps, steps), heights, cmap=figures.MAP, rstride=1, cstride=1)
-        solid.set(xlabel="direction 2", ylabel="direction 1", zlabel="loss (nats, log scale)")
+        solid.plot_surface(
+            *np.meshgrid(steps, steps), heights, cmap=figures.MAP, vmin=low, vmax=high, rstride=1, cstride=1
+        )
+        solid.set(
+            zlim=(low, high), xlabel="direction 2", ylabel="direction 1", zlabel="loss (nats, log scale)"
+        )
         solid.zaxis.set_major_formatter(power_of_ten)
         solid.tick_params(labelsize=8)
         for ax in (flat, solid):

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch_lr_finder.lr_finder import ExponentialLR, LRFinder, TrainDataLoaderIter
 
 from analysis import figures
 from analysis.lr_suggestion import Divergence, smooth, suggest
-from base import files, flags
+from base import errors, files, flags
 from base.device import memory_for
 from base.errors import DivergedError, UserError
 from base.progress import Progress
@@ -74,12 +73,13 @@ def range_test(
     Return the rates, the loss of each step, and why the test ended. A loss that diverged is included, one
     that is not finite is not. The model, the optimizer and the scaler of `state` are restored bit for bit.
     """
-    saved, scaler = LRFinder(state.model, state.optimizer, criterion=None), state.scaler.state_dict()
+    finder = errors.optional("torch_lr_finder.lr_finder", needed_for="lr_finder.py --mode loss")
+    saved, scaler = finder.LRFinder(state.model, state.optimizer, criterion=None), state.scaler.state_dict()
     for group in state.optimizer.param_groups:
         group["lr"] = low
-    test = replace(state, schedule=ExponentialLR(state.optimizer, high, num_iter), ema=NoEMA())
+    test = replace(state, schedule=finder.ExponentialLR(state.optimizer, high, num_iter), ema=NoEMA())
     test.model.train()
-    batches = TrainDataLoaderIter(batches)  # starts again when the batches end
+    batches = finder.TrainDataLoaderIter(batches)  # starts again when the batches end
     rates, losses, diverged = [], [], Divergence()
     ended = "the highest rate was reached"
     try:

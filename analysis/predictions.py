@@ -22,11 +22,12 @@ from base.device import Runtime, init_runtime, memory_for
 from base.errors import DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
-from dataloader import Batch, BatchDataset, Loader, Order, normalise
+from dataloader import Batch, Loader, Order, eval_dataset, normalise
 from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import BadImage, EvalTransform
 from sources.index import DatasetIndex, Names, Split
+from train_utils import flipped_logits, logits_of
 
 Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, H, W), labels (n,)
 
@@ -39,6 +40,7 @@ class Classifier:
     payload: dict  # the whole checkpoint
     runtime: Runtime
     image_size: int  # px
+    crop: float  # see `EvalTransform`
     index: DatasetIndex | None = None  # the dataset, for commands that read one
 
     @property
@@ -64,6 +66,11 @@ class Classifier:
         return [name.split(",")[0] for name in self.payload["eval"]["class_names"]]
 
     @property
+    def flip(self) -> bool:
+        """Whether training scored mirror images as well."""
+        return self.payload["eval"].get("flip", False)
+
+    @property
     def title(self) -> str:
         """A line for pictures, such as "resnet50, 1000 classes, EMA weights, 224 px"."""
         arch = self.payload["model_args"]["arch"]
@@ -72,7 +79,7 @@ class Classifier:
 
     @property
     def transform(self) -> EvalTransform:
-        return EvalTransform(self.image_size, self.payload["eval"]["crop"])
+        return EvalTransform(self.image_size, self.crop)
 
     def pixels(self, images: Sequence[bytes | np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Return images as (n, S, S, 3) uint8, resized and cropped as in validation. Raises BadImage."""
@@ -90,9 +97,12 @@ class Classifier:
 
     def loader(self, source: Split | Sequence[str], batch_size: int = 64, num_workers: int = 0) -> Loader:
         """Return batches, in order: (images, labels) of a split, or (images, positions) of image files."""
-        dataset = BatchDataset if isinstance(source, Split) else ImageFiles
+        if isinstance(source, Split):
+            dataset = eval_dataset(source, self.image_size, self.crop)
+        else:
+            dataset = ImageFiles(source, self.transform)
         return Loader(
-            dataset(source, self.transform),
+            dataset,
             Order(len(source), batch_size, shuffle=False),
             mean=self.payload["eval"]["mean"],
             std=self.payload["eval"]["std"],
@@ -109,7 +119,13 @@ class Classifier:
     def predict_val(self) -> Predictions:
         """Predict every validation image."""
         batches = self.batches(self.index.val, "validation images")
-        return predict({self.weights: self.model}, batches, self.runtime)[self.weights]
+        found = predict({self.weights: self.model}, batches, self.runtime, flip=self.flip)
+        return found[f"{self.weights} flip" if self.flip else self.weights]
+
+    def logits(self, images: Tensor) -> Tensor:
+        """images (n, 3, S, S) -> (n, K) float32, with mirror images if training scored them."""
+        logits = logits_of(self.model, images, self.runtime)
+        return flipped_logits(self.model, images, logits, self.runtime) if self.flip else logits
 
     def predict_files(
         self, paths: Sequence[str], top: int, batch_size: int, num_workers: int
@@ -120,7 +136,7 @@ class Classifier:
         memory = memory_for(f"batch {batch_size}", "lower --batch-size", self.device)
         with memory, Progress(len(loader), f"{len(paths)} images", unit="batches") as bar:
             for images, positions in bar.over(loader):
-                probabilities = logits_of(self.model, images, self.runtime).softmax(1)
+                probabilities = self.logits(images).softmax(1)
                 best = probabilities.topk(min(top, len(names)))
                 rows = zip(positions.tolist(), best.values.tolist(), best.indices.tolist(), strict=True)
                 for i, values, labels in rows:
@@ -186,7 +202,7 @@ def load(path: str, weights: str, runtime: Runtime) -> Classifier:
         models["ema"].load_state_dict(average)
     for each in models.values():
         each.to(runtime.device, memory_format=torch.channels_last)
-    return Classifier(models, payload, runtime, payload["eval"]["image_size"])
+    return Classifier(models, payload, runtime, payload["eval"]["image_size"], payload["eval"]["crop"])
 
 
 class ImageFiles:
@@ -230,7 +246,7 @@ class Predictions:
 def predict(models: dict[str, nn.Module], batches: Batches, runtime: Runtime, flip: bool = False) -> dict:
     """Predict every batch with every model, in one pass over the data: {name: Predictions}.
 
-    With `flip`, add predictions averaged with those for the mirror image, under "<name> flip".
+    With `flip`, add predictions of `flipped_logits`, under "<name> flip".
     """
     parts = defaultdict(list)
     for images, labels in batches:
@@ -254,19 +270,6 @@ def _predicted(logits: Tensor, labels: Tensor) -> list[Tensor]:
     confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
     losses = F.cross_entropy(logits, labels, reduction="none")
     return [column.cpu() for column in (labels, predicted, confidence, losses, hits(logits, labels))]
-
-
-@torch.no_grad()
-def logits_of(model: nn.Module, images: Tensor, runtime: Runtime) -> Tensor:
-    """images (n, 3, H, W) -> (n, K) float32, computed in the runtime's precision."""
-    with runtime.autocast():
-        return model(images).float()
-
-
-def flipped_logits(model: nn.Module, images: Tensor, logits: Tensor, runtime: Runtime) -> Tensor:
-    """Test-time augmentation: the log of the mean probability of each image and its mirror image, (n, K)."""
-    mirrored = logits_of(model, images.flip(3), runtime)
-    return torch.stack([logits.log_softmax(1), mirrored.log_softmax(1)]).logsumexp(0) - np.log(2)
 
 
 @torch.no_grad()

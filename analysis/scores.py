@@ -1,16 +1,22 @@
-"""Scores of predictions: the confusion matrix, per-class precision and recall, and calibration.
+"""Scores of predictions: the confusion matrix, per-class precision and recall, calibration, and hits.npz.
 
 NumPy arrays in, plain numbers out. Classes are 0 ... K - 1.
 """
 
 from __future__ import annotations
 
+import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from sklearn.metrics import precision_recall_fscore_support
+
+from base import files
+from base.errors import DataError
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
@@ -83,3 +89,25 @@ def calibration(confidence: np.ndarray, correct: np.ndarray, bins: int = 15) -> 
     with np.errstate(invalid="ignore"):
         accuracy, mean = hits / count, total / count
     return Calibration(edges, count, accuracy, mean, float(np.abs(hits - total).sum() / len(confidence)))
+
+
+def write_hits(path: str | os.PathLike, hits: dict[str, np.ndarray]) -> None:
+    """Write {weights: (n,) bool}, one bit per image and always the same bytes."""
+    (images,) = {len(found) for found in hits.values()}
+    with files.replacing(path) as partial, open(partial, "wb") as file:
+        np.savez(file, images=images, **{name: np.packbits(found) for name, found in hits.items()})
+
+
+def read_hits(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return what `write_hits` wrote; {} if there is no file. Raises DataError if it is damaged."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            images = int(found["images"])
+            bits = {name: found[name] for name in found.files if name != "images"}
+        if any(len(packed) != -(-images // 8) for packed in bits.values()):
+            raise ValueError(f"it does not hold {images} images")
+        return {name: np.unpackbits(packed, count=images).astype(bool) for name, packed in bits.items()}
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is damaged: {error}", "delete it, or score the run again") from None

@@ -44,6 +44,7 @@ def score(
     image_size: int,
     labels: list[int],
     *,
+    crop: float,
     batch_size: int,
     num_workers: int,
     flip: bool,
@@ -52,10 +53,11 @@ def score(
     """Score all weights and their variants at one image size: [(row of the table, predictions)].
 
     labels: the model's label of each class of the data
+    crop: share of the resized image's short side
     flip: also average with the mirror image
     recalibration_images: also use BatchNorm statistics of about so many training images, unless 0
     """
-    classifier, runtime = replace(classifier, image_size=image_size), classifier.runtime
+    classifier, runtime = replace(classifier, image_size=image_size, crop=crop), classifier.runtime
     models, loading = dict(classifier.models), (batch_size, num_workers)
     with memory_for(f"{image_size} px, batch {batch_size}", "lower --batch-size", runtime.device):
         if recalibration_images:
@@ -67,7 +69,9 @@ def score(
         batches = classifier.batches(classifier.index.val, f"validation at {image_size} px", *loading)
         val = ((images, lookup[data_labels]) for images, data_labels in batches)
         found = predictions.predict(models, val, runtime, flip=flip)
-    return [(table_row(name, image_size, given, labels), given) for name, given in found.items()]
+    rows = [(table_row(name, classifier, given, labels), given) for name, given in found.items()]
+    # The scores that training logged come first.
+    return sorted(rows, key=lambda row: classifier.flip and row[0]["tta"] != "flip")
 
 
 def recalibration_split(train: Split, count: int, batch_size: int) -> SubsetSplit:
@@ -76,13 +80,14 @@ def recalibration_split(train: Split, count: int, batch_size: int) -> SubsetSpli
     return SubsetSplit(train, balanced_subset(train.labels, min(count, len(train)), seed=2))
 
 
-def table_row(name: str, image_size: int, found: Predictions, labels: list[int]) -> dict:
+def table_row(name: str, classifier: Classifier, found: Predictions, labels: list[int]) -> dict:
     """Return a row of the table; `name` is as in "ema bn flip"."""
     weights, *variants = name.split()
     top1, top5 = 100 * found.hits.mean(0)
     classes = scores.per_class(found.labels, found.predicted, labels)
     return {
-        "image_size": image_size,
+        "image_size": classifier.image_size,
+        "crop": classifier.crop,
         "weights": weights,
         "bn": "recalibrated" if "bn" in variants else "trained",
         "tta": "flip" if "flip" in variants else "none",
@@ -93,6 +98,12 @@ def table_row(name: str, image_size: int, found: Predictions, labels: list[int])
         "macro_f1": 100 * float(np.mean([row.f1 for row in classes])),
         "ece": 100 * scores.calibration(found.confidence, found.hits[:, 0]).ece,
     }
+
+
+def hits_of(results: list[tuple[dict, Predictions]]) -> dict[str, np.ndarray]:
+    """Return {weights: (n,) bool} at the first size, with the trained BatchNorm and without TTA."""
+    plain = [(row, found) for row, found in results if (row["bn"], row["tta"]) == ("trained", "none")]
+    return {row["weights"]: found.hits[:, 0] for row, found in reversed(plain)}
 
 
 def write_scores(
@@ -143,10 +154,10 @@ def write_scores(
 
 
 def table(rows: list[dict]) -> str:
-    header = "   px  weights  BatchNorm     TTA    top-1   top-5    loss  macro F1  ECE %"
+    header = "   px   crop  weights  BatchNorm     TTA    top-1   top-5    loss  macro F1  ECE %"
     line = (
-        "{image_size:>5}  {weights:<7}  {bn:<12}  {tta:<4}  {top1:>6.2f}  {top5:>6.2f}  {loss:>6.3f}  "
-        "{macro_f1:>8.2f}  {ece:>5.1f}"
+        "{image_size:>5}  {crop:>5.3g}  {weights:<7}  {bn:<12}  {tta:<4}  {top1:>6.2f}  {top5:>6.2f}  "
+        "{loss:>6.3f}  {macro_f1:>8.2f}  {ece:>5.1f}"
     )
     return "\n".join([header, *(line.format(**row) for row in rows)])
 

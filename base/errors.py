@@ -181,6 +181,11 @@ def resource_error(error: BaseException) -> ResourceError | None:
         known = ResourceError(f"out of memory{reason}", fix)
         known.rank = process.rank() or None  # each rank has memory of its own
         return known
+    if any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__):
+        cause = getattr(error, "inner_exception", error)
+        reason = (str(cause).strip() or "no reason given").splitlines()[0]
+        what = f"torch.compile failed: {type(cause).__name__}: {reason}"
+        return ResourceError(what, "use --no-compile or --no-cuda-graphs; --debug shows the compiler's words")
     # An OSError without a file name is a bug, unless its number is one that only the machine causes.
     if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE_ERRORS):
         return None

@@ -7,9 +7,11 @@ import io
 import json
 import math
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from base.errors import ResourceError
 
@@ -41,6 +43,36 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
                 partial.unlink(missing_ok=True)
             if made:
                 path.parent.rmdir()  # which a directory with a file in it refuses
+
+
+@contextmanager
+def durable(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file that takes its name once its content is on disk, so that a power cut cannot empty it."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def check_file(path: str, size: int, crc32: int | None = None) -> str | None:
+    """Return what is wrong with the file, or None. Its content is read only if a checksum is given."""
+    try:
+        found = os.path.getsize(path)
+        if found != size:
+            return f"it has {found:,} bytes instead of {size:,}"
+        if crc32 is not None and file_crc32(path) != crc32:
+            return "its checksum is wrong"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def file_crc32(path: str) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
 
 
 def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:

@@ -23,6 +23,7 @@ from base.parser import (
     Switch,
     above_zero,
     augment_text,
+    count_or_share,
     dashed,
     listing,
     number,
@@ -36,6 +37,7 @@ from base.phases import used_epochs
 
 natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
+share = number(float, 0.01, 1)
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic or hf:<name>"
 STEPS = ", ".join(name + argument for name, argument in AUGMENTS.items())
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
@@ -47,8 +49,8 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 # Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
-    "plot", "debug", "device", "tensorboard", "wandb", "log_every", "config", "dry_run", "summary",
-    "init_from", "reset_head", "allow_class_mismatch",
+    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "log_every", "config",
+    "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -78,7 +80,7 @@ class Flag:
 
 
 # fmt: off
-DATASET = (
+SOURCE = (
     Flag("data_dir", "plan", "Dataset directory, or a packed copy of one.", str, "./data/imagenet", "DIR",
          unused=lambda c: idle.dataset_kind(c) in idle.NO_FILES and f"{c.dataset} needs no directory"),
     Flag("dataset", "plan", f"Dataset: {DATASETS}. Your own class folders are imagenet.",
@@ -90,9 +92,15 @@ DATASET = (
          idle=idle.no_class_list),
     Flag("allow_class_mismatch", "plan", "Accept a validation set that lacks some classes.",
          idle=idle.classes_known),
+)
+DATASET = (
+    *SOURCE,
+    Flag("classes", "plan", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
+    Flag("holdout", "plan", "Validate on training images held out of training; 0: on the official ones.",
+         count_or_share, 0, "N|SHARE"),
     Flag("subset", "plan", "Use a fixed, class-balanced subset of the images.", Switch),
-    Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many.",
-         positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
+    Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many, or all of "
+         "--holdout.", positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
 )
 LOADING = (
     Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}.",
@@ -114,6 +122,8 @@ MODEL = (
          idle=idle.torchvision_arch),
     Flag("stem", "model", "First layers: small is one 3x3 convolution, for 32 px images; d is ResNet-D's.",
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
+    Flag("width", "model", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
+         "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
     Flag("init_from", "trace", "Start from these weights (ours or torchvision's).", str, "", "FILE",
          idle=idle.weights_resumed),
     Flag("reset_head", "trace", "With --init-from: new classifier, for other classes.",
@@ -179,7 +189,10 @@ DEVICE_AND_PRECISION = (
 DEVICE = (
     *DEVICE_AND_PRECISION,
     Flag("seed", "trace", "Random seed.", number(int, 0, 2**32 - 1), 0, "N"),
-    Flag("compile", "processes", "Compile the training forward pass with torch.compile."),
+    Flag("compile", "processes", "Compile the training forward and backward passes with torch.compile.",
+         Switch, unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
+    Flag("cuda_graphs", "processes", "Compile, and launch each pass as one CUDA graph: faster where kernels "
+         "run shorter than their launches, as at small sizes. One GPU.", Switch),
     Flag("deterministic", "processes", "Use deterministic kernels only."),
     Flag("sync_bn", "processes", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )
@@ -199,6 +212,14 @@ RUN = (
          positive, None, "STEP"),
     Flag("eval_every", "trace", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
+    Flag("cache_eval", "files", "Decode the images to be scored only once: keep their crops in --save-dir "
+         "until the run is complete. Prints the disk space first."),
+    Flag("eval_size", "trace", "Image size to score at in every epoch, instead of that of the phase.",
+         pixels, None, "PX"),
+    Flag("eval_crop", "trace", "Share of the short side that is scored, and trained on without a random "
+         "crop; by default 0.875, or 1 for data at its native size, such as CIFAR at 32 px.",
+         share, None, "F"),
+    Flag("eval_flip", "trace", "Score the mean logits of each image and its mirror image."),
     Flag("early_stop_patience", "files", "Stop after N validations at the last size without a better score.",
          positive, None, "N", idle=lambda c: used_epochs(c)[-1] == 1 and "the last size has one epoch"),
     Flag("plot", "files", "Draw learning curves into --save-dir/plots during training."),
@@ -295,6 +316,10 @@ def check_train(config: Any, given: Given) -> list[str]:
             "start with torchrun, or unset these variables",
         )
     _check_phases(config)
+    if config.arch == "vit_b_16" and config.eval_size and config.eval_size not in config.resize_schedule:
+        size = config.resize_schedule[-1]
+        raise UsageError(f"vit_b_16 works at one image size only: {size} px here", "leave --eval-size out")
+    _check_cuda_graphs(config)
     notes = refuse_idle(TABLE, config, given)
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of them out")
@@ -328,6 +353,19 @@ def _check_phases(config: Any) -> None:
             )
 
 
+def _check_cuda_graphs(config: Any) -> None:
+    if not config.cuda_graphs:
+        return
+    if config.device in ("cpu", "mps"):
+        what = f"--cuda-graphs needs an NVIDIA GPU, and --device is {config.device}"
+        raise UsageError(what, "use --no-cuda-graphs")
+    if process.world_size() > 1:
+        what = "--cuda-graphs works in one process only"
+        raise UsageError(what, "use --no-cuda-graphs, with --compile if you like")
+    if config.accumulate > 1:  # each replay overwrites the gradients of the one before
+        raise UsageError("--cuda-graphs cannot accumulate gradients", "leave one of the two out")
+
+
 def idle_flags(config: Any) -> set[str]:
     """Return the names of the flags that would have no effect under `config`."""
     return {flag.name for flag in TABLE if why_idle(flag, config)}
@@ -341,7 +379,7 @@ def workers_note(workers: int) -> str:
 
 def data_args(config: Any) -> dict[str, Any]:
     """Return the arguments of `sources.layouts.open_dataset`."""
-    same = ("dataset", "data_dir", "split", "allow_class_mismatch")
+    same = ("dataset", "data_dir", "split", "allow_class_mismatch", "classes", "holdout")
     subset_size = config.subset_size if config.subset else None
     return {name: getattr(config, name) for name in same} | {
         "class_list": config.class_list or None,

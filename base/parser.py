@@ -122,6 +122,15 @@ def number(
     return parse
 
 
+def count_or_share(text: str) -> int | float:
+    """Parse "5000", a count, or "0.1", a share below 1."""
+    kind = float if "." in text else int
+    return number(kind, 0, 1 if kind is float else LARGEST, open_high=kind is float)(text)
+
+
+count_or_share.range = "a number of images, or a share below 1 such as 0.1"
+
+
 def listing(item: Callable[[str], Any]) -> Callable[[str], tuple]:
     """Return an argparse type: comma-separated items of type `item`, as a tuple."""
 

@@ -50,7 +50,7 @@ def incomplete_ranks() -> str:
 
 
 def commit() -> str:
-    """Return the git commit of this code, with a + if files have changed since; '' outside a clone."""
+    """Return the git commit of this code, with a + if files have changed; outside a clone, $GIT_COMMIT."""
     import subprocess  # not needed behind --help
 
     git = ["git", "-C", str(Path(__file__).parent)]
@@ -60,5 +60,5 @@ def commit() -> str:
             for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"])
         )
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return head + ("+" if changes else "")
+        head = changes = ""
+    return head + ("+" if changes else "") if head else os.environ.get("GIT_COMMIT", "")

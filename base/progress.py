@@ -79,12 +79,13 @@ class Progress:
 class Eta:
     """Estimates the remaining seconds of a run whose phases differ in cost.
 
-    Assumes that the cost of a step is proportional to batch size x side^2, and so is that of validation,
-    at the size of the phase. The rates are the latest ones measured.
+    Assumes that the cost of a step is proportional to batch size x side^2, and that of scoring to side^2,
+    at `eval_size` or the size of the phase, in every `eval_every`-th epoch and the last. The rates are the
+    latest ones measured.
     """
 
-    def __init__(self, phases: Sequence, num_val: int):
-        self.phases, self.num_val = phases, num_val
+    def __init__(self, phases: Sequence, num_val: int, eval_size: int | None = None, eval_every: int = 1):
+        self.phases, self.num_val, self.eval_size, self.eval_every = phases, num_val, eval_size, eval_every
         self.train_rate = self.eval_rate = 0.0  # seconds per pixel
 
     def observe_training(self, image_size: int, images: int, seconds: float) -> None:
@@ -93,13 +94,19 @@ class Eta:
     def observe_validation(self, image_size: int, seconds: float) -> None:
         self.eval_rate = seconds / max(1, self.num_val * image_size**2)
 
-    def remaining(self, step: int, scored_epochs: int) -> float:
-        """Return the seconds left after `step` steps and `scored_epochs` finished epochs."""
+    def remaining(self, step: int, epochs: int) -> float:
+        """Return the seconds left after `step` steps and `epochs` finished epochs."""
         eval_rate = self.eval_rate or self.train_rate / 3  # a forward pass takes about a third of a step
         seconds = 0.0
         for phase in self.phases:
             steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)
-            epochs = phase.epochs - min(max(scored_epochs - phase.first_epoch + 1, 0), phase.epochs)
-            work = steps * phase.batch_size * self.train_rate + epochs * self.num_val * eval_rate
-            seconds += phase.image_size**2 * work
+            scorings = self._scorings(phase.last_epoch) - self._scorings(max(phase.first_epoch - 1, epochs))
+            eval_size = self.eval_size or phase.image_size
+            seconds += steps * phase.batch_size * phase.image_size**2 * self.train_rate
+            seconds += max(0, scorings) * self.num_val * eval_size**2 * eval_rate
         return seconds
+
+    def _scorings(self, epoch: int) -> int:
+        """Return how many of the epochs up to `epoch` are scored."""
+        is_last = epoch == self.phases[-1].last_epoch
+        return -(-epoch // self.eval_every) if is_last else epoch // self.eval_every

@@ -150,6 +150,7 @@ ModelArgs = exactly(
     arch=Text,
     num_classes=Positive,
     **optional(drop_path_rate=Fraction, use_blurpool=bool, head=Text, stem=Text, image_sizes=list[Pixels]),
+    **optional(width=Positive),
 )
 Eval = exactly(
     dataset=FileName,
@@ -159,6 +160,7 @@ Eval = exactly(
     std=Deviations,
     image_size=Pixels,
     crop=Annotated[float, Field(gt=0, le=1)],
+    **optional(flip=bool),
 )
 Optimizer = exactly(
     state=dict[
@@ -274,13 +276,14 @@ PLAN = {
     "format": Positive, "name": FileName, "classes": Names, "class_names": Names | None, "mean": Means,
     "std": Deviations, "native_size": Pixels | None, "sides": Annotated[list[Pixels], Field(min_length=1)],
     "quality": Annotated[int, Field(ge=1, le=100)], "source": Fingerprint,
-    "shard_rows": exactly(train=Positive, val=Positive),
+    "shard_rows": exactly(train=Positive, val=Positive), **optional(raw_sides=list[Pixels]),
 }  # fmt: skip
 Plan = exactly(**PLAN)  # packing.json
 # manifest.json
 Manifest = exactly(**PLAN, parts=exactly(train=Part, val=Part), tables=dict[Text, list[Shard]])
 # a line of packing.jsonl
 Record = exactly(part=Literal["train", "val"], k=Count, shards=dict[Text, Shard], skipped=list[Skipped])
+CropRecord = exactly(crc32=Crc32, skipped=list[Skipped])  # of a shard of evaluation crops
 
 
 def read_packing(path: str, schema: Any, version: int, fix: str) -> dict:
@@ -331,7 +334,7 @@ _ENV = optional(
     parent=Text | None,
 )
 Env = Annotated[at_least(**_ENV), AfterValidator(_all_plain)]
-StudyRun = at_least(**optional(status=Text, flags=list[Text]))  # run.json
+StudyRun = at_least(**optional(status=Text, flags=list[Text], minutes=NotNegative))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
 # Earlier versions wrote guess_name.
 Prediction = Annotated[Text, Field(validation_alias=AliasChoices("prediction_name", "guess_name"))]

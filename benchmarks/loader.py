@@ -1,246 +1,263 @@
-"""How fast batches arrive: this project's loader beside torchvision's and timm's, in one run.
+"""What an image costs until it is in a batch: this project's loader beside those of its peers, in one run.
 
-`python -m benchmarks.loader --data-dir DIR` reads class folders in DIR/train and packs them into a temporary
-directory. All loaders read the same images from a warm page cache; they are timed in turns, three times each,
-once their queues are full. Machines are noisy: only ratios within one run mean anything.
+`python -m benchmarks.loader --data-dir DIR --out OUT` reads class folders in DIR/train, packs them, and
+compares each loader with the packed copy in turns (A B B A ...), from a warm page cache. A pass is a whole
+number of batches. CPU time (user and system, of this process and its workers) comes first, because a busy
+machine changes it least; images per second hold only within one run.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
+import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from base import errors, files, flags
-from base.errors import DataError
+from base import errors, flags, process
+from base.errors import DataError, ResourceError, UsageError
 
-REPEATS = 3
-BATCH = 128
-ENDLESS = 2_000_000  # samples in an epoch: more than any measurement reads
-AUGMENTATIONS = {"crop-flip": "basic", "full": "full"}
+REFERENCE = "packed"  # every other loader takes turns with it
+AUGMENTATIONS = ("basic", "full", "evaluation")
 
 
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.loader", description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, flags.number(int, 1)
     sides = flags.listing(flags.number(int, 8))
-    seconds = flags.number(float, 0, open_low=True)
-    names = tuple(AUGMENTATIONS)
-    add("--data-dir", required=True, metavar="DIR", help="Directory with train/<class>/*.JPEG, full size.")
-    add("--sizes", type=positive, nargs="+", default=[64, 128, 224], metavar="PX", help="Training sizes.")
-    add("--workers", type=positive, nargs="+", default=[1, 2], metavar="N", help="Loader processes.")
-    add("--augmentations", nargs="+", choices=names, default=list(names), help="Augmentations.")
-    add("--stored-sides", type=sides, default=(96, 192, 320), metavar="LIST", help="Packed sides in px.")
+    workers = [n for n in (1, 2, 4, 8, 16) if n <= process.cores()]
+    kept = "Keeps links to the images and the packed copies for the next run (default: temporary)."
+    passes = "Measured passes of each loader; the best and the median count."
+    add("--data-dir", default="", metavar="DIR", help="Directory with train/<class>/*.JPEG, full size.")
+    add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/loader.jsonl.")
+    add("--table", action="store_true", help="Only print the table of --out, and draw it.")
+    add("--sizes", type=positive, nargs="+", default=[64, 128, 224], metavar="PX", help="Image sizes.")
+    add("--workers", type=positive, nargs="+", default=workers, metavar="N", help="Loader processes.")
+    add("--augmentations", nargs="+", choices=AUGMENTATIONS, default=list(AUGMENTATIONS), help="Pipelines.")
+    add(
+        "--stored-sides",
+        type=sides,
+        default=(96, 192, 320),
+        metavar="LIST",
+        help="Packed sides in px; also as raw pixels.",
+    )
     add("--images", type=positive, default=2000, metavar="N", help="Maximum images, spread over the classes.")
-    add("--seconds", type=seconds, default=3.0, metavar="S", help="Seconds per measurement.")
-    add("--json", default="loader.json", metavar="FILE", help="Output file; the picture is saved beside it.")
+    add("--batches", type=positive, default=8, metavar="N", help="Batches of 128 per worker in a pass.")
+    add("--passes", type=positive, default=5, metavar="N", help=passes)
+    add("--work-dir", default="", metavar="DIR", help=kept)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    import cv2
-    import torch
+    from benchmarks import records
 
-    cv2.setNumThreads(1)
-    torch.set_num_threads(1)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as scratch:
-        source = gather(args.data_dir, args.images, Path(scratch))
-        packed = pack(source, args.stored_sides, Path(scratch) / "packed")
-        print(HEADER)
-        for size, augmentation, workers in itertools.product(args.sizes, args.augmentations, args.workers):
-            makers = loaders(source, packed, Path(scratch), size, augmentation, workers)
-            setting = {"size": size, "augmentation": augmentation, "workers": workers}
-            compared = [setting | row for row in compare(makers, workers, args.seconds)]
-            print(table(compared), flush=True)
-            rows += compared
-            files.write_json(args.json, rows)
-    draw(rows, Path(args.json).with_suffix(".png"))
+    if not args.table:
+        if not args.data_dir:
+            raise UsageError("no --data-dir", "name a directory with train/<class>/*.JPEG")
+        with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as scratch:
+            measure_all(args, Path(args.work_dir or scratch))
+    rows = records.load(args.out, "loader")
+    print(table(rows))
+    draw(rows, Path(args.out) / "loader.png")
     return 0
 
 
-def gather(data_dir: str, limit: int, scratch: Path):
-    """Link at most `limit` images of `data_dir`/train into `scratch`/train; return their DatasetIndex."""
+def measure_all(args, work_dir: Path) -> None:
+    """Measure what `args.out` does not hold yet; append each row when it is measured."""
+    import cv2
+    import torch
+
+    from benchmarks import records
+    from benchmarks.loader_peers import Setting, loaders
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    data = prepare(args.data_dir, args.images, args.stored_sides, work_dir)
+    done, missing = records.finished(args.out, "loader"), set()
+    for size, augmentation, workers in itertools.product(args.sizes, args.augmentations, args.workers):
+        setting = Setting(size, augmentation, workers, batches=args.batches * workers)
+        for row in compare(loaders(data, setting), setting, args.passes, done, missing):
+            records.append(args.out, row | records.environment())
+            done.add(row["row"])
+            print(line(row), flush=True)
+
+
+# --- the data -------------------------------------------------------------------------------------
+
+
+def prepare(data_dir: str, limit: int, sides: tuple[int, ...], work_dir: Path):
+    """Return the `Data` of at most `limit` images: linked as class folders, and packed."""
+    from benchmarks.loader_peers import Data
+    from sources.layouts import open_dataset
+    from sources.packed import open_packed
+
+    folder = work_dir / "folders"
+    link(data_dir, limit, folder)
+    listed = ",".join(map(str, sides))
+    pack(folder, work_dir / "packed", "--stored-sides", listed)
+    pack(folder, work_dir / "raw", "--stored-sides", listed, "--raw-sides", listed, "--eval-sizes", "none")
+    indices = {
+        REFERENCE: open_packed(work_dir / "packed"),
+        "packed, raw": open_packed(work_dir / "raw"),
+        "full-size": open_dataset("imagenet", str(folder)),
+    }
+    return Data(folder, indices, tuple(sides))
+
+
+def link(data_dir: str, limit: int, folder: Path) -> None:
+    """Link at most `limit` images of `data_dir`/train into `folder`/train; they are `folder`/val as well."""
     from sources import folders
-    from sources.index import DatasetIndex, SubsetSplit, balanced_subset
+    from sources.index import balanced_subset
 
     listing = folders.list_classes(data_dir, "train")
     split = listing.split([name for name in listing.classes if listing.by_class[name]])
     if not len(split):
         raise DataError(f"no images in {os.path.abspath(data_dir)}/train", folders.ACCEPTED)
     for i in balanced_subset(split.labels, min(limit, len(split)), seed=0):
-        link = scratch / split.name(int(i))
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(os.path.abspath(split.path(int(i))))
-    listing = folders.list_classes(scratch, "train")
-    train = listing.split(listing.classes)
-    return DatasetIndex("benchmark", tuple(map(os.fsdecode, listing.classes)), train, SubsetSplit(train, [0]))
+        path = folder / split.name(int(i))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_symlink():
+            path.symlink_to(os.path.abspath(split.path(int(i))))
+    if not (folder / "val").is_symlink():
+        (folder / "val").symlink_to("train")
 
 
-def pack(source, sides: tuple[int, ...], out: Path):
-    """Pack `source` into `out` and return the packed DatasetIndex."""
-    from sources import packing
-    from sources.packed import open_packed
-
-    plan, started = packing.make_plan(source, sides, quality=90), time.perf_counter()
-    out.mkdir()
-    records = packing.start(str(out), plan)
-    for group in packing.groups_of(plan):
-        records[group.part, group.k] = packing.write_group(source, plan, group, str(out), "skip")
-    packing.finish(str(out), source, plan, records)
-    print(f"{len(source.train)} images packed in {time.perf_counter() - started:.0f} s")
-    return open_packed(out)
+def pack(folder: Path, out: Path, *options: str) -> None:
+    """Run pack_dataset.py, which is quick if `out` is complete already."""
+    script = Path(__file__).parents[1] / "pack_dataset.py"
+    paths = ["--data-dir", str(folder), "--out", str(out)]
+    done = subprocess.run(
+        [sys.executable, str(script), *paths, "--on-bad-image", "skip", *options],
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise ResourceError(f"pack_dataset.py failed: {done.stderr.strip()}", "see its message")
 
 
-# --- the loaders: each yields batches of BATCH images, endlessly ------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
-def loaders(source, packed, scratch: Path, size: int, augmentation: str, workers: int) -> dict[str, Callable]:
-    """Return {name: function that starts the loader}."""
-    found = {
-        "packed": lambda: ours(packed, size, augmentation, workers),
-        "full-size": lambda: ours(source, size, augmentation, workers),
-        "torchvision": lambda: torchvisions(scratch, size, augmentation, workers),
-    }
-    # timm's transforms have no affine and no coarse dropout.
-    if augmentation == "crop-flip" and importlib.util.find_spec("timm"):
-        found["timm"] = lambda: timms(scratch, size, workers)
-    return found
+def compare(starts: dict[str, Callable], setting, passes: int, done: set, missing: set) -> Iterator[dict]:
+    """Yield the row of each loader that is not in `done`, compared with REFERENCE in turns.
 
-
-def ours(index, size: int, augmentation: str, workers: int) -> Iterator:
-    """Start this project's loader as train.py does: uint8 batches, to be normalised on the device."""
-    from dataloader import train_loader
-    from sources.index import SubsetSplit
-
-    n = len(index.train)
-    index = replace(index, train=SubsetSplit(index.train, list(range(n)) * -(-ENDLESS // n)))
-    augment = flags.parse_augment(AUGMENTATIONS[augmentation])
-    options = {"image_size": size, "batch_size": BATCH, "augment": augment, "num_workers": workers}
-    return iter(train_loader(index, **options).batches)
-
-
-def torchvisions(folder: Path, size: int, augmentation: str, workers: int) -> Iterator:
-    """Start torchvision's ImageFolder, as in its reference training: float32, normalised in the workers."""
-    from torchvision import datasets
-    from torchvision import transforms as T
-
-    from sources.augment import JITTER
-    from sources.index import IMAGENET_MEAN, IMAGENET_STD
-
-    steps = [T.RandomResizedCrop(size), T.RandomHorizontalFlip()]
-    last = [T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
-    if augmentation == "full":
-        bilinear = T.InterpolationMode.BILINEAR
-        affine = T.RandomAffine(15, translate=(1 / 16, 1 / 16), scale=(0.9, 1.1), interpolation=bilinear)
-        steps += [T.RandomApply([affine]), T.RandomApply([T.ColorJitter(*JITTER)])]
-        last += [T.RandomErasing(0.5, scale=(1 / 16, 1 / 16), ratio=(1.0, 1.0))]  # a quarter of the side
-    return peer(datasets.ImageFolder(str(folder / "train"), T.Compose([*steps, *last])), workers)
-
-
-def timms(folder: Path, size: int, workers: int) -> Iterator:
-    """Start timm's ImageDataset with crop and flip: uint8 batches, as in its prefetching loader."""
-    from timm.data import ImageDataset, create_transform
-    from timm.data.loader import fast_collate
-
-    transform = create_transform(size, is_training=True, use_prefetcher=True, color_jitter=None)
-    return peer(ImageDataset(str(folder / "train"), transform=transform), workers, collate_fn=fast_collate)
-
-
-def peer(dataset, workers: int, **options) -> Iterator:
-    from torch.utils.data import DataLoader, RandomSampler
-
-    sampler = RandomSampler(dataset, replacement=True, num_samples=ENDLESS)
-    options |= {"num_workers": workers, "prefetch_factor": 4}
-    return iter(DataLoader(dataset, BATCH, sampler=sampler, **options))
-
-
-# --- measuring -------------------------------------------------------------------------------------
-
-
-def compare(makers: dict[str, Callable], workers: int, seconds: float) -> list[dict]:
-    """Measure the loaders in turns; return a row for each, with medians of REPEATS measurements."""
-    measured = {name: [] for name in makers}
-    for _ in range(REPEATS):
-        for name, start in makers.items():
-            measured[name].append(measure(start(), workers, seconds))
-    rates = {name: statistics.median(rate for rate, _ in measured[name]) for name in makers}
-    costs = {name: statistics.median(cost for _, cost in measured[name]) for name in makers}
-    return [
-        {
-            "loader": name,
-            "images_per_second": round(rates[name], 1),
-            "ratio_to_torchvision": round(rates[name] / rates["torchvision"], 2),
-            "cpu_us_per_image": round(costs[name]),
-        }
-        for name in makers
-    ]
-
-
-def measure(batches: Iterator, workers: int, seconds: float) -> tuple[float, float]:
-    """Return images per second, and CPU microseconds of the workers per image.
-
-    The clock starts when the workers have delivered two batches each. CPU time is comparable even on a busy
-    machine.
+    A loader that cannot start, such as one whose package is not installed, is skipped; each reason is
+    printed once and added to `missing`.
     """
-    for _ in range(2 * workers):
-        next(batches)
-    cpu, started, count = worker_cpu(batches), time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - started) < seconds:
-        count += len(next(batches)[1])
-    return count / elapsed, (worker_cpu(batches) - cpu) / count * 1e6
+    where = f"{setting.size} px, {setting.augmentation}, {setting.workers} workers"
+    columns = {
+        "benchmark": "loader",
+        "size": setting.size,
+        "augmentation": setting.augmentation,
+        "workers": setting.workers,
+        "passes": passes,
+        "batches": setting.batches,
+    }
+    reference = None
+    for name, start in starts.items():
+        row = f"{where}, {name}"
+        if name == REFERENCE or row in done:
+            continue
+        try:
+            loader = start()
+        except (ImportError, RuntimeError) as error:  # not installed, or not for this machine
+            reason = str(error).strip().splitlines()[-1]
+            if reason not in missing:
+                print(f"{name}: skipped ({reason})", flush=True)
+            missing.add(reason)
+            continue
+        reference = reference or starts[REFERENCE]()
+        ours, theirs = in_turns((reference, loader), passes)
+        found = {REFERENCE: row_of(ours, ours), name: row_of(theirs, ours)}
+        for kind, values in found.items():
+            if f"{where}, {kind}" not in done:
+                yield columns | {"row": f"{where}, {kind}", "loader": kind} | values
+        del loader  # ends its workers before the next one starts
 
 
-def worker_cpu(batches: Iterator) -> float:
-    """Return the CPU seconds that the loader's workers have used; 0 except on Linux."""
-    ticks = 0
-    for process in getattr(batches, "_workers", ()) if sys.platform.startswith("linux") else ():
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # user and system
-    return ticks / os.sysconf("SC_CLK_TCK")
+def row_of(measured: list[tuple], packed: list[tuple]) -> dict[str, float]:
+    """Return the columns of a loader from (CPU us per image, images per second) of its passes."""
+    pairs = list(zip(measured, packed, strict=True))
+    return {
+        "cpu_us": round(min(cpu for cpu, _ in measured), 1),
+        "cpu_us_median": round(statistics.median(cpu for cpu, _ in measured), 1),
+        "images_per_second": round(statistics.median(rate for _, rate in measured), 1),
+        "packed_cpu_us": round(min(cpu for cpu, _ in packed), 1),
+        "packed_saves_cpu": round(statistics.median(own[0] / ref[0] for own, ref in pairs), 2),
+        "packed_is_faster": round(statistics.median(ref[1] / own[1] for own, ref in pairs), 2),
+    }
 
 
-HEADER = " size augmentation workers loader        images/s x torchvision CPU us/image x torchvision"
+def in_turns(loaders: tuple[Iterable, ...], passes: int) -> list[list[tuple[float, float]]]:
+    """Take a pass of each loader to warm up, then `passes` in turns; return what `one_pass` does of each."""
+    for loader in loaders:
+        one_pass(loader)
+    measured = [[] for _ in loaders]
+    for k in range(passes):
+        for i in range(len(loaders))[:: 1 if k % 2 == 0 else -1]:
+            measured[i].append(one_pass(loaders[i]))
+    return measured
+
+
+def one_pass(loader: Iterable) -> tuple[float, float]:
+    """Return (CPU microseconds per image, images per second) of all batches of one pass."""
+    cpu, started = cpu_seconds(), time.perf_counter()
+    images = sum(len(batch[1]) for batch in loader)
+    seconds = time.perf_counter() - started
+    return (cpu_seconds() - cpu) / images * 1e6, images / seconds
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds that this process, its threads and its living workers have used (Linux)."""
+    clocks = [
+        (~worker.pid << 3) | 2 for worker in multiprocessing.active_children()
+    ]  # clock_getcpuclockid(3)
+    return time.process_time() + sum(map(time.clock_gettime, clocks))
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+HEADER = """\
+|  px | pipeline   | workers | loader                   | CPU us/image: best | median | images/s | packed: less CPU | faster |
+| --: | ---------- | ------: | ------------------------ | -----------------: | -----: | -------: | ---------------: | -----: |"""  # noqa: E501
 
 
 def table(rows: list[dict]) -> str:
-    base = next(row["cpu_us_per_image"] for row in rows if row["loader"] == "torchvision")
-    return "\n".join(
-        f"{row['size']:>5} {row['augmentation']:<12} {row['workers']:>7} {row['loader']:<12} "
-        f"{row['images_per_second']:>9,.0f} {row['ratio_to_torchvision']:>13.2f} "
-        f"{row['cpu_us_per_image']:>12,.0f} {base / max(1, row['cpu_us_per_image']):>13.2f}"
-        for row in rows
+    return "\n".join([HEADER, *map(line, rows)])
+
+
+def line(row: dict) -> str:
+    return (
+        f"| {row['size']:>3} | {row['augmentation']:<10} | {row['workers']:>7} | {row['loader']:<24} | "
+        f"{row['cpu_us']:>18,.0f} | {row['cpu_us_median']:>6,.0f} | {row['images_per_second']:>8,.0f} | "
+        f"{row['packed_saves_cpu']:>15.2f}x | {row['packed_is_faster']:>5.2f}x |"
     )
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    """Draw images per second by training size: a panel per augmentation and number of workers."""
+    """Draw the CPU time of an image by size: a panel for each pipeline, at the fewest workers."""
     from analysis import figures
 
-    panels = list(dict.fromkeys((row["augmentation"], row["workers"]) for row in rows))
-    sizes = list(dict.fromkeys(row["size"] for row in rows))
-    names = list(dict.fromkeys(row["loader"] for row in rows))
-    figure = figures.figure(1.2 + 2.8 * len(panels), 3.2)
-    axes = figures.axes(figure, 1, len(panels), sharey=True)[0]
-    width = 0.8 / len(names)
-    for axis, panel in zip(axes, panels, strict=True):
+    rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
+    panels, sizes, names = (
+        list(dict.fromkeys(row[key] for row in rows)) for key in ("augmentation", "size", "loader")
+    )
+    figure = figures.figure(1.2 + 3.4 * len(panels), 3.4, "CPU time of an image, best pass")
+    width = 0.85 / len(names)
+    for axis, panel in zip(figures.axes(figure, 1, len(panels), sharey=True)[0], panels, strict=True):
         for k, name in enumerate(names):
-            shown = [r for r in rows if (r["augmentation"], r["workers"], r["loader"]) == (*panel, name)]
-            places = [sizes.index(r["size"]) + (k - (len(names) - 1) / 2) * width for r in shown]
-            bars = axis.bar(places, [r["images_per_second"] for r in shown], width, color=f"C{k}", label=name)
-            axis.bar_label(bars, [f"{r['ratio_to_torchvision']:.1f}x" for r in shown], fontsize=7)
+            shown = [row for row in rows if (row["augmentation"], row["loader"]) == (panel, name)]
+            places = [sizes.index(row["size"]) + (k - (len(names) - 1) / 2) * width for row in shown]
+            axis.bar(places, [row["cpu_us"] for row in shown], width, color=f"C{k}", label=name)
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
-        axis.set_title(f"{panel[0]}, {panel[1]} worker{'s' * (panel[1] > 1)}", fontsize=9)
-    axes[0].set_ylabel("images per second")
-    axes[0].legend(fontsize=8)
+        axis.set(title=panel, ylabel="CPU us / image", yscale="log")
+    axis.legend(fontsize=7) if len(panels) == 1 else figure.axes[0].legend(fontsize=7)
     print(f"picture: {figures.save(figure, path)}")
 
 

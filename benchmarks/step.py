@@ -2,7 +2,7 @@
 
 The batch is created once, on the device, so loading takes no part. The loops take turns, step by step on a
 CPU and a few steps at a time on a GPU, so that a busy machine slows all of them alike: only ratios within one
-run mean anything.
+run mean anything. Counts of calls and kernels are exact on any machine.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from base import files, flags, process
+from base import flags
 from base.errors import UsageError, UserError, run
 
 EPILOG = """examples:
-  python -m benchmarks.step --sizes 64 128 224 --json step.json      the documents' three phases
-  python -m benchmarks.step --variants --json step.json              also one choice changed at a time
+  python -m benchmarks.step --sizes 64 128 224                       the documents' three phases
+  python -m benchmarks.step --variants                               also one choice changed at a time
   python -m benchmarks.step --sizes 64 --batch-sizes 16 --rounds 9   minutes on a CPU"""
 BATCH_SIZES = {64: 256, 128: 128, 224: 64}  # of the documents' phases
-PROVENANCE = ("device", "cores", "threads", "torch", "cuda", "python")
 
 
 def build_parser() -> flags.Parser:
@@ -34,61 +33,82 @@ def build_parser() -> flags.Parser:
     add("--arch", default="resnet50", choices=flags.ARCHS, help="Architecture.")
     add("--device", default="auto", help="Device: auto, cpu or cuda.")
     add("--amp", default="auto", choices=precisions, help="Mixed precision.")
-    add("--rounds", type=positive, default=11, metavar="N", help="Timings of each loop; the median counts.")
+    add("--rounds", type=positive, default=11, metavar="N", help="Timings of each loop.")
     add("--steps", type=positive, metavar="N", help=steps)
-    add("--variants", action="store_true", help="Also time the project's step with one choice changed.")
-    add("--json", default="", metavar="FILE", help="Output file; the picture is saved beside it.")
+    chosen = "Also time the project's step with one choice changed: all such choices, or those named."
+    add("--variants", nargs="*", metavar="NAME", help=chosen)
+    add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/step.jsonl.")
+    add("--table", action="store_true", help="Only print the table of --out, and draw it.")
     add("--debug", action="store_true", help="Show tracebacks of errors.")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = build_parser()
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     batch_sizes = args.batch_sizes or [BATCH_SIZES.get(size, max(1, 2**20 // size**2)) for size in args.sizes]
     if len(batch_sizes) != len(args.sizes):
         problem = f"{len(batch_sizes)} --batch-sizes for {len(args.sizes)} --sizes"
         raise UsageError(problem, "give one for each size")
-    from base.device import environment, init_runtime
+    from benchmarks import records
 
-    runtime = init_runtime(args.device, args.amp)
-    provenance = {name: value for name, value in environment(runtime).items() if name in PROVENANCE}
-    provenance["commit"] = process.commit()
-    provenance["command"] = " ".join([parser.prog, *(sys.argv[1:] if argv is None else argv)])
-    print("{device}, {cores} cores, {threads} threads, torch {torch}".format(**provenance))
-    print(HEADER, flush=True)
-    rows = []
-    for found in comparisons(args, batch_sizes, runtime):
-        print("\n".join(map(table_row, found)), flush=True)
-        rows += [row | provenance for row in found]
-        if args.json:  # after each comparison: a failure must not lose hours of timing
-            files.write_json(args.json, rows)
-    if args.json:
-        draw(rows, Path(args.json).with_suffix(".png"))
+    if not args.table:
+        from base.device import init_runtime
+
+        runtime = init_runtime(args.device, args.amp)
+        done = records.finished(args.out, "step")
+        for rows in comparisons(args, batch_sizes, runtime, done):
+            for row in rows:  # after each comparison: a failure must not lose hours of timing
+                records.append(args.out, row | records.environment(str(runtime.device)))
+                print(line(row), flush=True)
+    rows = records.load(args.out, "step")
+    print(table(rows))
+    draw(rows, Path(args.out) / "step.png")
     return 0
 
 
-def comparisons(args, batch_sizes: list[int], runtime) -> Iterator[list[dict]]:
-    """Yield the rows of all loops, then of each variant that is available, for each image size."""
-    from benchmarks.step_loops import LOOPS, Setting, project, variants
+def comparisons(args, batch_sizes: list[int], runtime, done: set[str]) -> Iterator[list[dict]]:
+    """Yield the rows of the loops one channel wide, then of all loops and variants for each image size."""
+    import torch
 
+    from base.device import Runtime
+    from benchmarks.step_loops import LOOPS, Setting, project, variants
+    from models import RESNETS
+
+    def loops_of(setting: Setting, steps: int | None) -> Iterator[list[dict]]:
+        if f"{setting.name}, project" not in done:
+            loops = {name: (loop, setting) for name, loop in LOOPS.items()}
+            yield compare(loops, args.rounds, steps, count=True)
+
+    if args.arch in RESNETS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        for dtype in (None, torch.bfloat16):
+            cpu = Runtime(torch.device("cpu"), dtype)
+            yield from loops_of(Setting(args.arch, 64, 2, cpu, narrow=True), args.steps or 5)
+        torch.set_num_threads(threads)
     for size, batch_size in zip(args.sizes, batch_sizes, strict=True):
         setting = Setting(args.arch, size, batch_size, runtime)
-        yield compare({name: (loop, setting) for name, loop in LOOPS.items()}, args.rounds, args.steps)
-        for name, changed in variants(setting).items() if args.variants else ():
+        yield from loops_of(setting, args.steps)
+        for name, changed in variants(setting).items() if args.variants is not None else ():
+            row = f"{setting.name}, project: {name}"
+            if row in done or (args.variants and name not in args.variants):
+                continue
             pair = {"project": (project, setting), name: (project, changed)}
             rows = compare(pair, args.rounds, args.steps)
             if len(rows) == 2:
                 default, variant = rows
-                names = {"loop": "project", "variant": name, "base_batch_size": batch_size}
+                names = {"row": row, "loop": "project", "variant": name, "base_batch_size": batch_size}
                 faster = variant["images_per_second"] / default["images_per_second"]
                 yield [variant | names | {"times_faster_than_default": faster}]
 
 
-def compare(loops: dict[str, tuple], rounds: int, steps: int | None) -> list[dict]:
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def compare(loops: dict[str, tuple], rounds: int, steps: int | None, *, count: bool = False) -> list[dict]:
     """Time the available ones of {name: (loop, setting)} in turns; return a row for each.
 
-    On a busy machine, ratios of CPU time are more reliable than ratios of time.
+    count: also count calls; kernels and waits are counted on any GPU
     """
     made, memory = {}, {}
     for name, (loop, setting) in loops.items():
@@ -98,30 +118,52 @@ def compare(loops: dict[str, tuple], rounds: int, steps: int | None) -> list[dic
         except (ImportError, UserError) as error:
             if name == "project":
                 raise
-            print(f"{name}: not available ({getattr(error, 'what', error)})", flush=True)
+            print(f"{name}: skipped ({getattr(error, 'what', error)})", flush=True)
     timings = in_turns(made, rounds, steps or (20 if device.type == "cuda" else 1), device)
-    seconds, cpu = ({n: statistics.median(t[k] for t in timings[n]) for n in made} for k in (0, 1))
-    rows = []
-    for name in made:
-        setting = loops[name][1]
-        row = {
-            "size": setting.image_size,
-            "batch_size": setting.batch_size,
-            "arch": setting.arch,
-            "loop": name,
-            "variant": "",
-            "precision": setting.runtime.precision,
-            "milliseconds": 1000 * seconds[name],
-            "cpu_milliseconds": 1000 * cpu[name],
-            "timings": rounds,
-            "images_per_second": setting.batch_size / seconds[name],
-            "memory_mib": memory[name],
-        }
-        for other in {"bare", "timm"} & made.keys() - {name}:
-            row[f"times_{other}"] = seconds[name] / seconds[other]
-            row[f"cpu_times_{other}"] = cpu[name] / cpu[other]
-        rows.append(row)
-    return rows
+    rows = [row_of(name, loops[name][1], timings, memory[name]) for name in made]
+    return [row | counts(row, loops[row["loop"]][1], made[row["loop"]], calls=count) for row in rows]
+
+
+def row_of(name: str, setting, timings: dict[str, list[tuple]], memory: int | None) -> dict:
+    """Return the row of loop `name` from the (seconds, CPU seconds) per step of all loops."""
+    seconds, cpu = (list(column) for column in zip(*timings[name], strict=True))
+    row = {
+        "benchmark": "step",
+        "row": f"{setting.name}, {name}",
+        "arch": setting.arch,
+        "narrow": setting.narrow,
+        "size": setting.image_size,
+        "batch_size": setting.batch_size,
+        "precision": setting.runtime.precision,
+        "loop": name,
+        "variant": "",
+        "timings": len(seconds),
+        "milliseconds": 1000 * statistics.median(seconds),
+        "cpu_milliseconds": 1000 * min(cpu),
+        "cpu_milliseconds_median": 1000 * statistics.median(cpu),
+        "images_per_second": setting.batch_size / statistics.median(seconds),
+        "memory_mib": memory,
+    }
+    for other in ("bare", "timm"):
+        if other in timings and other != name:
+            pairs = list(zip(timings[name], timings[other], strict=True))
+            row[f"times_{other}"] = statistics.median(a[0] / b[0] for a, b in pairs)
+            row[f"cpu_times_{other}"] = statistics.median(a[1] / b[1] for a, b in pairs)
+    return row
+
+
+def counts(row: dict, setting, step: Callable, *, calls: bool) -> dict:
+    """Return the columns of a row that are counted rather than timed."""
+    from benchmarks import step_counts
+
+    found = step_counts.calls(step) if calls else {}
+    if (
+        calls and row["loop"] == "project" and setting.runtime.device.type == "cpu"
+    ):  # such as the row of width 1
+        found["host_reads"] = step_counts.host_reads(setting)
+    if setting.runtime.device.type == "cuda":
+        found |= step_counts.gpu_activity(step, row["milliseconds"] / 1000)
+    return found
 
 
 def warmed_up(make: Callable[[], Callable], device) -> tuple[Callable, int | None]:
@@ -156,24 +198,35 @@ def in_turns(loops: dict[str, Callable], rounds: int, steps: int, device) -> dic
     return timings
 
 
-HEADER = (
-    f"{'px':>4} {'batch':>5}  {'loop':<18} {'':<10} {'ms':>9} {'CPU ms':>9} {'img/s':>9} {'x bare':>7} "
-    f"{'x timm':>7} {'in CPU time':>13} {'MiB':>7}"
-)
+# --- the table ------------------------------------------------------------------------------------
+
+COLUMNS = {  # heading -> (column, format)
+    "ms": ("milliseconds", ",.2f"),
+    "CPU ms": ("cpu_milliseconds", ",.2f"),
+    "img/s": ("images_per_second", ",.0f"),
+    "x bare": ("times_bare", ".3f"),
+    "CPU": ("cpu_times_bare", ".3f"),
+    "x timm": ("times_timm", ".3f"),
+    "calls": ("aten_calls", ","),
+    "mixed": ("mixed_foreach_calls", ","),
+    "reads": ("host_reads", ","),
+    "kernels": ("kernels", ",.0f"),
+    "busy %": ("busy_percent", ".0f"),
+    "waits": ("waits", ".1f"),
+    "MiB": ("memory_mib", ",.0f"),
+}
 
 
-def table_row(row: dict) -> str:
-    keys = ("times_bare", "times_timm", "cpu_times_bare", "cpu_times_timm")
-    ratios = [f"{row[key]:.3f}" if key in row else "-" for key in keys]
-    memory = "-" if row["memory_mib"] is None else f"{row['memory_mib']:,}"
+def table(rows: list[dict]) -> str:
+    heading = "| model, size, batch, precision, loop | " + " | ".join(COLUMNS) + " |"
+    return "\n".join([heading, "| --- |" + " --: |" * len(COLUMNS), *map(line, rows)])
+
+
+def line(row: dict) -> str:
+    cells = ["" if row.get(column) is None else format(row[column], how) for column, how in COLUMNS.values()]
     faster = row.get("times_faster_than_default")
-    return (
-        f"{row['size']:>4} {row['batch_size']:>5}  {row['loop']:<18} "
-        f"{row['variant'] or row['precision']:<10} "
-        f"{row['milliseconds']:>9.2f} {row['cpu_milliseconds']:>9.2f} {row['images_per_second']:>9,.1f} "
-        f"{ratios[0]:>7} {ratios[1]:>7} {ratios[2]:>6} {ratios[3]:>6} {memory:>7}"
-        + (f"  {faster:.2f}x the default" if faster else "")
-    )
+    name = row["row"] + (f" ({faster:.2f}x the default)" if faster else "")
+    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -181,21 +234,20 @@ def draw(rows: list[dict], path: Path) -> None:
     from analysis import figures
 
     groups: dict[tuple, list[dict]] = {}
-    for row in reversed(rows):
-        batch_size = row.get("base_batch_size", row["batch_size"])
-        groups.setdefault((row["size"], batch_size), []).append(row)
-    title = f"{rows[0]['arch']}, {rows[0]['precision']}, {rows[0]['device']}"
-    figure = figures.figure(4.5 * len(groups), 4, title)
-    axes = figures.axes(figure, 1, len(groups))[0]
-    for axis, (size, batch_size) in zip(axes, sorted(groups), strict=True):
-        shown = groups[size, batch_size]
+    for row in reversed([row for row in rows if not row["narrow"]]):
+        key = (row["arch"], row["size"], row.get("base_batch_size", row["batch_size"]))
+        groups.setdefault(key, []).append(row)
+    figure = figures.figure(4.5 * max(1, len(groups)), 4)
+    axes = figures.axes(figure, 1, max(1, len(groups)))[0]
+    for axis, key in zip(axes, sorted(groups), strict=False):
+        shown = groups[key]
         names = [row["loop"] + (f": {row['variant']}" if row["variant"] else "") for row in shown]
         colors = ["C1" if row["variant"] else "C0" for row in shown]
         bars = axis.barh(names, [row["images_per_second"] for row in shown], color=colors)
         axis.bar_label(bars, fmt="{:,.0f}", padding=2)
         axis.margins(x=0.15)
-        axis.set(title=f"{size} px, batch {batch_size}", xlabel="images / s")
-    print(f"rows: {path.with_suffix('.json')}; picture: {figures.save(figure, path)}", flush=True)
+        axis.set(title="{}, {} px, batch {}".format(*key), xlabel="images / s")
+    print(f"picture: {figures.save(figure, path)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,11 @@ All of them train the same architecture on the same batch, which is already on t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,10 +19,10 @@ from torch.nn import functional as F
 from base import flags
 from base.device import Runtime, seed_everything
 from harness import build
-from models import build_model
-from optim import build_optimizer, clip_gradients
+from models import build_model, model
+from optim import OPTIMIZERS, build_optimizer
 from sources.generated import synthetic
-from train_utils import StepOptions, TrainState, backward, train_step
+from train_utils import StepOptions, TrainState, train_step
 
 CLASSES = 1000
 
@@ -34,6 +37,12 @@ class Setting:
     runtime: Runtime
     options: tuple[str, ...] = ()  # flags of train.py, besides its defaults
     memory_format: torch.memory_format = torch.channels_last
+    narrow: bool = False  # one channel wide: what is left is mostly Python
+
+    @property
+    def name(self) -> str:
+        width = " of width 1" if self.narrow else ""
+        return f"{self.arch}{width}, {self.image_size} px, batch {self.batch_size}, {self.runtime.precision}"
 
     def config(self):
         argv = ["--arch", self.arch, "--resize-schedule", str(self.image_size)]
@@ -51,54 +60,44 @@ Loop = Callable[[Setting], Callable[[], object]]  # returns a function that take
 
 
 def project(setting: Setting) -> Callable[[], object]:
-    """train.py's step: seeded mixing and drop-path, AMP, clipping, guard, EMA, schedule."""
+    """train.py's step: seeded mixing and drop-path, AMP, clipping, guard, EMA, schedule.
+
+    As in train.py, the result of a step is read when the next one is on its way.
+    """
     state, options = built(setting)
     images, labels = setting.batch()
-    return lambda: train_step(endless(state), options, images, labels)
+    running = deque(maxlen=1)
+
+    def step() -> None:
+        following = train_step(endless(state), options, images, labels)
+        for last in running:
+            last.result()
+        running.append(following)
+
+    return step
 
 
 def no_ema(setting: Setting) -> Callable[[], object]:
-    """train.py's step with --no-ema: minus `bare`, the cost of mixing, clipping, guard and schedule."""
+    """train.py's step with --no-ema: minus `bare`, the cost of mixing, clipping, checking and schedule."""
     return project(replace(setting, options=(*setting.options, "--no-ema")))
-
-
-def no_guard(setting: Setting) -> Callable[[], object]:
-    """train.py's step without the guard against non-finite steps, which copies buffers and reads the loss."""
-    state, options = built(setting)
-    images, labels = setting.batch()
-
-    def step() -> None:
-        endless(state)
-        seed_everything(options.seed, state.step, options.runtime.rank)
-        mixed, targets = options.mixer(images, labels)
-        state.optimizer.zero_grad(set_to_none=True)
-        backward(state, options, mixed, targets)
-        state.scaler.unscale_(state.optimizer)
-        clip_gradients(state.model.parameters(), *options.clip)
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.ema.update()
-        state.schedule.step()
-        state.step += 1
-
-    return step
 
 
 def bare(setting: Setting) -> Callable[[], object]:
     """Forward, loss, backward and optimizer of the same model in the same precision, and nothing else."""
     config, runtime = setting.config(), setting.runtime
     seed_everything(0)
-    model = build_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
-    model = model.to(runtime.device, memory_format=setting.memory_format).train()
+    with width_of(setting):
+        network = build_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
+    network = network.to(runtime.device, memory_format=setting.memory_format).train()
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
-    optimizer = build_optimizer(config.optimizer, model, lr=config.lr, **options)
+    optimizer = build_optimizer(config.optimizer, network, lr=config.lr, **options)
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     images, labels = setting.batch()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         with runtime.autocast():
-            loss = F.cross_entropy(model(images), labels)
+            loss = F.cross_entropy(network(images), labels)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -107,7 +106,10 @@ def bare(setting: Setting) -> Callable[[], object]:
 
 
 def timm(setting: Setting) -> Callable[[], object]:
-    """The step of timm's train.py with the same choices. Raises ImportError without timm or such a model."""
+    """The step of timm's train.py with the same choices and optimizer kernels.
+
+    Raises ImportError without timm or such a model.
+    """
     import timm
     from timm import utils
     from timm.data import Mixup
@@ -115,14 +117,15 @@ def timm(setting: Setting) -> Callable[[], object]:
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
 
-    if not timm.is_model(setting.arch):
-        raise ImportError(f"timm has no {setting.arch}")
+    if setting.narrow or not timm.is_model(setting.arch):
+        raise ImportError(f"timm has no {setting.name.partition(',')[0]}")
     config, runtime = setting.config(), setting.runtime
-    model = timm.create_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
-    model = model.to(runtime.device, memory_format=setting.memory_format).train()
-    decay = config.weight_decay
-    optimizer = create_optimizer_v2(model, opt=config.optimizer, lr=config.lr, weight_decay=decay)
-    average = utils.ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+    network = timm.create_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
+    network = network.to(runtime.device, memory_format=setting.memory_format).train()
+    name = {"sgd": "momentum"}.get(config.optimizer, config.optimizer)  # timm's "sgd" is Nesterov's
+    kernels = {"fused": True} if OPTIMIZERS[config.optimizer][2] else {"foreach": True}
+    optimizer = create_optimizer_v2(network, name, lr=config.lr, weight_decay=config.weight_decay, **kernels)
+    average = utils.ModelEmaV3(network, decay=config.ema_decay, use_warmup=True)
     smoothing = {"label_smoothing": config.label_smoothing, "num_classes": CLASSES}
     mixup = Mixup(config.mixup_alpha, config.cutmix_alpha, **smoothing)
     schedule = CosineLRScheduler(optimizer, t_initial=10**6, t_in_epochs=False)
@@ -136,28 +139,22 @@ def timm(setting: Setting) -> Callable[[], object]:
         mixed, targets = mixup(images.clone(), labels)  # it writes into the batch
         mixed = mixed.contiguous(memory_format=setting.memory_format)
         with runtime.autocast():
-            loss = criterion(model(mixed), targets)
+            loss = criterion(network(mixed), targets)
         if scaler:
-            scaler(loss, optimizer, clip_grad=config.clip_norm, parameters=list(model.parameters()))
+            scaler(loss, optimizer, clip_grad=config.clip_norm, parameters=list(network.parameters()))
         else:
             loss.backward()
-            utils.dispatch_clip_grad(list(model.parameters()), value=config.clip_norm)
+            utils.dispatch_clip_grad(list(network.parameters()), value=config.clip_norm)
             optimizer.step()
         optimizer.zero_grad()
         taken += 1
-        average.update(model, step=taken)
+        average.update(network, step=taken)
         schedule.step_update(num_updates=taken)
 
     return step
 
 
-LOOPS: dict[str, Loop] = {
-    "bare": bare,
-    "project": project,
-    "project, no EMA": no_ema,
-    "project, no guard": no_guard,
-    "timm": timm,
-}
+LOOPS: dict[str, Loop] = {"bare": bare, "project": project, "project, no EMA": no_ema, "timm": timm}
 
 
 def variants(setting: Setting) -> dict[str, Setting]:
@@ -173,6 +170,8 @@ def variants(setting: Setting) -> dict[str, Setting]:
     }
     found["nchw"] = replace(setting, memory_format=torch.contiguous_format)
     found["compile"] = replace(setting, options=("--compile",))
+    if runtime.device.type == "cuda":
+        found["cuda-graphs"] = replace(setting, options=("--cuda-graphs",))
     found["blurpool"] = replace(setting, options=("--use-blurpool",))
     for factor in (0.5, 2, 4):
         batch_size = math.ceil(setting.batch_size * factor)
@@ -184,11 +183,25 @@ def built(setting: Setting) -> tuple[TrainState, StepOptions]:
     """Return state and step options as train.py builds them."""
     config, train = setting.config(), 100 * setting.batch_size
     index = synthetic(f"synthetic:classes={CLASSES},train={train},val={CLASSES},size=8")
-    run = build.build(config, index, setting.runtime, build.make_plan(config, index, 1), Path())
-    for model in filter(None, (run.state.model, run.state.ema.module)):
-        model.to(memory_format=setting.memory_format)
+    with width_of(setting):
+        run = build.build(config, index, setting.runtime, build.make_plan(config, index, 1), Path())
+    for network in filter(None, (run.state.model, run.state.ema.module)):
+        network.to(memory_format=setting.memory_format)
     run.state.model.train()
     return run.state, run.options
+
+
+@contextmanager
+def width_of(setting: Setting) -> Iterator[None]:
+    """Let `setting.arch`, a ResNet, be built one channel wide meanwhile if the setting is narrow."""
+    full = getattr(model, setting.arch, None)
+    if setting.narrow:
+        setattr(model, setting.arch, partial(full, base_width=1))
+    try:
+        yield
+    finally:
+        if setting.narrow:
+            setattr(model, setting.arch, full)
 
 
 def endless(state: TrainState) -> TrainState:

@@ -1,8 +1,8 @@
 """What a stored side costs and loses: the same random crops from full-size and from packed images.
 
-For each training size, stored side and JPEG quality, `python -m benchmarks.storage --data-dir DIR` measures
-the size and decoding time of an image, the PSNR of the crops, and the share of their power left at each
-spatial frequency. The default `--stored-sides` of pack_dataset.py follow from this table.
+For each training size, stored side and JPEG quality, `python -m benchmarks.storage --data-dir DIR --out OUT`
+measures the size and decoding time of an image, the PSNR of the crops, and the share of their power left at
+each spatial frequency. The default `--stored-sides` of pack_dataset.py follow from this table.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
-from base import errors, files, flags
+from base import errors, flags
 from base.errors import DataError
 
 CROPS = 4  # per image
-HEADER = " size  side quality     kB decode us  PSNR dB 10 % worst power left: mid  high"
+HEADER = """\
+|  px | side | quality |    kB | decode us | PSNR dB | worst tenth | power left: middle | upper |
+| --: | ---: | ------: | ----: | --------: | ------: | ----------: | -----------------: | ----: |"""
 
 
 def build_parser() -> flags.Parser:
@@ -32,7 +35,7 @@ def build_parser() -> flags.Parser:
     add("--sizes", type=pixels, nargs="+", default=[64, 128, 224], metavar="PX", help="Training sizes.")
     add("--ratios", type=ratio, nargs="+", default=[1.15, 1.3, 1.5, 2.0], metavar="R", help=sides)
     add("--qualities", type=quality, nargs="+", default=[90], metavar="Q", help="JPEG qualities.")
-    add("--json", default="storage.json", metavar="FILE", help="Output file; the picture is saved beside it.")
+    add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/storage.jsonl.")
     return parser
 
 
@@ -40,34 +43,77 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     import cv2
 
+    from benchmarks import records
+
     cv2.setNumThreads(1)
     photographs = load(args.data_dir, args.images)
-    rows, spectra = [], {}
+    spectra = {}
     print(HEADER)
     for size, ratio, quality in itertools.product(args.sizes, args.ratios, args.qualities):
         side = round(size * ratio / 8) * 8
         row, spectra[size, side, quality] = measure(photographs, size, side, quality)
-        rows.append(row)
-        line = f"{size:>5} {side:>5} {quality:>7} {row['kilobytes']:>6.1f} {row['decode_us']:>9.0f} "
-        line += f"{row['psnr']:>8.1f} {row['psnr_worst_tenth']:>10.1f} "
-        print(line + f"{row['power_mid']:>15.2f} {row['power_high']:>5.2f}", flush=True)
-    files.write_json(args.json, rows)
-    draw(spectra, Path(args.json).with_suffix(".png"))
+        name = {"benchmark": "storage", "row": f"{size} px, side {side}, quality {quality}"}
+        records.append(args.out, name | row | records.environment())
+        print(line(row), flush=True)
+    row = packing_cost(args.data_dir, args.images)
+    records.append(args.out, {"benchmark": "packing", "row": "packing"} | row | records.environment())
+    print(f"packing {row['sides']} px: {row['cpu_ms']} ms of CPU time an image")
+    draw(spectra, Path(args.out) / "storage.png")
     return 0
 
 
-def load(data_dir: str, count: int) -> list[tuple[bytes, np.ndarray]]:
-    """Return the (encoded file, pixels) of `count` photographs, spread over the classes."""
+def table(rows: list[dict]) -> str:
+    return "\n".join([HEADER, *map(line, rows)])
+
+
+def line(row: dict) -> str:
+    return (
+        f"| {row['size']:>3} | {row['side']:>4} | {row['quality']:>7} | {row['kilobytes']:>5.1f} | "
+        f"{row['decode_us']:>9,.0f} | {row['psnr']:>7.1f} | {row['psnr_worst_tenth']:>11.1f} | "
+        f"{row['power_mid']:>18.2f} | {row['power_high']:>5.2f} |"
+    )
+
+
+def some_of(data_dir: str, count: int):
+    """Return (the class names, a split of `count` photographs spread over the classes)."""
     from sources import folders
-    from sources.images import decode
-    from sources.index import balanced_subset
+    from sources.index import SubsetSplit, balanced_subset
 
     listing = folders.list_classes(data_dir, "train")
     split = listing.split(listing.classes)
     if not len(split):
         raise DataError(f"no images in {os.path.abspath(data_dir)}/train", folders.ACCEPTED)
     ids = balanced_subset(split.labels, min(count, len(split)), seed=0)
-    return [(data, decode(data, split.name(int(i)))) for i, data in zip(ids, split.read(ids), strict=True)]
+    return tuple(map(os.fsdecode, listing.classes)), SubsetSplit(split, ids)
+
+
+def load(data_dir: str, count: int) -> list[tuple[bytes, np.ndarray]]:
+    """Return the (encoded file, pixels) of `count` photographs."""
+    from sources.images import decode
+
+    _, split = some_of(data_dir, count)
+    ids = range(len(split))
+    return [(data, decode(data, split.name(i))) for i, data in zip(ids, split.read(ids), strict=True)]
+
+
+def packing_cost(data_dir: str, count: int, sides: tuple[int, ...] = (96, 192, 320)) -> dict:
+    """Return the columns of what pack_dataset.py computes for a training image: decoding, resizing, encoding.
+
+    Writing is included, the start of processes is not; nor are the evaluation crops.
+    """
+    from sources import packing
+    from sources.index import DatasetIndex, SubsetSplit
+
+    classes, split = some_of(data_dir, count)
+    index = DatasetIndex("benchmark", classes, split, SubsetSplit(split, [0]))
+    plan = packing.make_plan(index, sides, quality=90)
+    with tempfile.TemporaryDirectory(prefix="packing-benchmark-") as out:
+        started = time.process_time()
+        for group in packing.groups_of(plan):
+            packing.write_group(index, plan, group, out, "skip")
+        seconds = time.process_time() - started
+    columns = {"sides": ",".join(map(str, sides)), "images": len(split)}
+    return columns | {"cpu_ms": round(1000 * seconds / len(split), 2)}
 
 
 def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict, np.ndarray]:
@@ -75,7 +121,7 @@ def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict
     from sources.images import decode
     from sources.packing import stored
 
-    packed = [stored(data, pixels, side, quality) for data, pixels in photographs]
+    packed = [stored(data, pixels, side, {"quality": quality}) for data, pixels in photographs]
     for data in packed:
         decode(data)  # warm up the cache
     started = time.process_time()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import ema
 import optim
@@ -25,7 +26,8 @@ from loop import Run
 from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
-from sources.index import DatasetIndex, FileSplit, SubsetSplit, balanced_subset
+from sources.images import default_crop
+from sources.index import DatasetIndex, FileSplit, SubsetSplit, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
@@ -35,6 +37,10 @@ def open_runtime(config) -> Runtime:
     process.say(unused_gpu(runtime.device))
     if config.sync_bn and runtime.device.type != "cuda":
         raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
+    if config.cuda_graphs and runtime.device.type != "cuda":
+        raise UsageError(
+            f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}", "use --no-cuda-graphs"
+        )
     # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
     # whose output is a 1x1 map (26 of 40 gradients were not finite; none with 2x2). The last stage of a
     # ResNet has such maps up to 16 px.
@@ -67,11 +73,10 @@ def build(
 ) -> Run:
     """Build the training state and everything else that `loop.fit` needs."""
     state = build_state(config, index, runtime, phases)
-    forward = distributed(state.model, runtime)
     num_classes, smoothing = len(index.classes), config.label_smoothing
     mixing = BatchMixer(num_classes, config.mixup_alpha, config.cutmix_alpha, smoothing)
     options = StepOptions(
-        forward=torch.compile(forward, dynamic=False) if config.compile else forward,
+        forward=compiled(distributed(state.model, runtime), config, len(phases)),
         mixer=mixing,
         loss=LOSSES[config.loss],
         runtime=runtime,
@@ -81,25 +86,27 @@ def build(
         accumulate=config.accumulate,
         l1=config.l1,
     )
-    sample = balanced_subset(index.train.labels, min(10_000, len(index.val), len(index.train)), seed=1)
     return Run(
         state,
         phases,
         runtime,
         index=index,
-        train_sample=SubsetSplit(index.train, sample),
+        train_sample=training_sample(index),
         augment=flags.parse_augment(config.augment),
         num_workers=num_workers(config),
         on_bad_image=config.on_bad_image,
         options=options,
         mixers={True: mixing, False: BatchMixer(num_classes, 0.0, 0.0, smoothing)},
         drop_path_rate=config.drop_path_rate,
-        compiled=config.compile,
         save_dir=save_dir,
         checkpoint_name=rundir.checkpoint_name(config.arch, index.name),
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
         early=EarlyStopping(config.early_stop_patience),
         eval_every=config.eval_every,
+        eval_size=config.eval_size,
+        eval_crop=config.eval_crop,
+        eval_flip=config.eval_flip,
+        crop_root=str(save_dir / rundir.EVAL_CROPS) if config.cache_eval else "",
         save_every=config.save_every,
         stop_after=config.stop_after,
         data_hint=packing_hint(config, index),
@@ -136,7 +143,8 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
 
 def model_args(config, index) -> dict:
     """Return the arguments of `models.build_model`, from which any tool can rebuild the model."""
-    return {
+    width = {"width": config.width} if config.width else {}
+    return width | {
         "arch": config.arch,
         "num_classes": len(index.classes),
         "drop_path_rate": config.drop_path_rate,
@@ -149,6 +157,8 @@ def model_args(config, index) -> dict:
 
 def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> dict:
     """Return what every checkpoint holds besides the training state."""
+    size = config.eval_size or phases[-1].image_size
+    crop = config.eval_crop or default_crop(size, index.native_size)
     return {
         "model_args": model_args(config, index),
         "config": flags.plain(config),
@@ -156,7 +166,7 @@ def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase,
         "fingerprint": index.fingerprint(),
         "commit": process.commit(),
         "total_steps": sum(p.steps for p in phases),
-        "eval": checkpoint.eval_settings(index, phases[-1].image_size),
+        "eval": checkpoint.eval_settings(index, size, crop, config.eval_flip),
     }
 
 
@@ -207,6 +217,27 @@ def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
     new_name = "forward_sync_buffers" in inspect.signature(ddp).parameters
     sync_buffers = "forward_sync_buffers" if new_name else "broadcast_buffers"  # before torch 2.13
     return ddp(model, device_ids=devices, gradient_as_bucket_view=True, **{sync_buffers: False})
+
+
+def compiled(forward: Callable[[Tensor], Tensor], config, phases: int) -> Callable[[Tensor], Tensor]:
+    """Return the training forward pass as --compile and --cuda-graphs ask for it; `forward` without them.
+
+    It is compiled at the first call with each shape, and what was compiled for a phase is kept.
+    """
+    if not (config.compile or config.cuda_graphs):
+        return forward
+    torch._dynamo.reset()  # what another run in this process has compiled counts towards the limit
+    torch._dynamo.config.recompile_limit = max(8, 2 * phases)  # of --accumulate, the last piece may differ
+    if not config.cuda_graphs:
+        return torch.compile(forward, dynamic=False)
+    graphs = torch.compile(forward, dynamic=False, mode="reduce-overhead")
+
+    def replayed(images: Tensor) -> Tensor:
+        # A new step: the logits and gradients of the last one, which the graphs own, may be overwritten.
+        torch.compiler.cudagraph_mark_step_begin()
+        return graphs(images)
+
+    return replayed
 
 
 def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_size: int) -> None:

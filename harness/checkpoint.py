@@ -20,7 +20,6 @@ from torch import nn
 
 from base.errors import CheckpointError, ResourceError, UserError, one_line
 from models import build_model
-from sources.images import EVAL_CROP
 
 SCHEMA = 1  # version of the format
 ATTEMPTS = 3  # at writing, in case the disk recovers
@@ -265,8 +264,8 @@ def newest(
     return None, None, []
 
 
-def eval_settings(index, image_size: int) -> dict:
-    """Return payload["eval"]: the classes, and how every tool prepares images for the model."""
+def eval_settings(index, image_size: int, crop: float, flip: bool) -> dict:
+    """Return payload["eval"]: the classes, and how every tool prepares and scores images."""
     return {
         "dataset": index.name,
         "classes": list(index.classes),
@@ -274,7 +273,8 @@ def eval_settings(index, image_size: int) -> dict:
         "mean": list(index.mean),
         "std": list(index.std),
         "image_size": image_size,
-        "crop": EVAL_CROP,
+        "crop": crop,
+        "flip": flip,
     }
 
 

@@ -9,24 +9,25 @@ import itertools
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.device import MIB, Runtime
 from base.errors import ResourceError
 from base.process import say
 from base.progress import duration
+from dataloader import PREFETCH
 from harness import build, checkpoint
 from harness.preflight import checkpoint_bytes, explain_out_of_memory, tensor_bytes
 from loop import Run, eval_batches, start_phase
 from models import build_model
 from models.summary import count_macs, count_params, format_table
 from sources.index import DatasetIndex
-from train_utils import Phase, StepOptions, evaluate, train_step
+from train_utils import Phase, StepOptions, StepResult, evaluate, train_step
 
 SECONDS = 2.0  # to time steps at each size; at least one step
 
@@ -48,15 +49,11 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
         if config.init_from:
             build.load_init_from(run, config)
         say(describe(run, config))
-        hours = [try_phase(run, phase, SECONDS) for phase in run.phases]
-        say(try_checkpoint(run))
-    training, validation = (sum(parts) for parts in zip(*hours, strict=True))
-    say(
-        f"projected: {training + validation:.2f} h for the whole run: {training:.2f} h of training and "
-        f"{validation:.2f} h of validation\n"
-        "(a projection from these rates, without warm-up, start-up and checkpoints)\n"
-        f"nothing was written to {config.save_dir}; leave out --dry-run to train"
-    )
+        say(MEASURED)
+        projections = [project(run, phase, *try_phase(run, phase, SECONDS)) for phase in run.phases]
+        say(f"\n{try_checkpoint(run)}\n")
+    say(projection_table(run.phases, projections))
+    say(f"Nothing was written to {config.save_dir}; leave out --dry-run to train.")
 
 
 def describe(run: Run, config) -> str:
@@ -69,14 +66,14 @@ def describe(run: Run, config) -> str:
         f"{index.name}: {images} of {len(index.classes)} classes",
         f"{run.epochs} epochs, {steps:,} steps of {config.optimizer}, {config.schedule} schedule",
         "",
-        "  epochs    px  batch  steps/epoch       steps          learning rate  multiply-adds/image",
+        "  epochs    px  batch  steps/epoch       steps         learning rate  GMAC/image",
     ]
     for p in run.phases:
         low, high = lr_range(run.state.schedule, p)
         lines.append(
             f"{p.first_epoch:>4}-{p.last_epoch:<4} {p.image_size:>4}  {p.batch_size:>5}  "
-            f"{p.steps_per_epoch:>11,}  {p.steps:>10,}  {low:.2e} .. {high:.2e}  "
-            f"{count_macs(model, p.image_size):>19,}"
+            f"{p.steps_per_epoch:>11,}  {p.steps:>10,}  {low:>8.2e} .. {high:.2e}  "
+            f"{count_macs(model, p.image_size) / 1e9:>10.3g}"
         )
     return "\n".join([*lines, ""])
 
@@ -89,12 +86,62 @@ def lr_range(schedule, phase: Phase, points: int = 2000) -> tuple[float, float]:
     return min(rates), max(rates)
 
 
-def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
-    """Train and validate with the real loaders for about `seconds`, two batches or more; print the rates.
+# --- measuring ------------------------------------------------------------------------------------
 
-    Return the hours of training and the hours of validation that the whole phase is expected to take.
+MEASURED = """\
+Measured here, in images per second (batches timed):
+  px    training     loading     scoring     loading   loss  memory"""
+
+
+@dataclass
+class Rate:
+    """What was timed: batches, their images over all ranks, and the seconds of work and of waiting."""
+
+    batches: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0  # for data, not part of `seconds`
+
+    def add(
+        self, batch: tuple[Tensor, Tensor], runtime: Runtime, seconds: float, waited: float = 0.0
+    ) -> None:
+        self.batches += 1
+        self.images += len(batch[1]) * runtime.world_size
+        self.seconds += seconds
+        self.waited += waited
+
+    def __str__(self) -> str:
+        if not self.batches:
+            return "-"
+        per_second = self.images / max(self.seconds, 1e-9)
+        return f"{per_second:,.{0 if per_second >= 100 else 1}f} ({self.batches})"
+
+
+@dataclass
+class Cost:
+    """The rate at which images are worked on, and the rate at which they are loaded without that work."""
+
+    work: Rate
+    loading: Rate
+
+    def seconds(self, images: float, share: float = 1.0) -> tuple[float, float]:
+        """Return the seconds of work on `images` images, each `share` of the measured work, and of waiting.
+
+        Loading goes on during the work, so only what takes longer than the work is waited for. A short
+        measurement waits for less, because the workers had batches ready.
+        """
+        work = share * self.work.seconds / max(1, self.work.images)
+        waited = self.work.waited / max(1, self.work.images)
+        loading = self.loading.seconds / max(1, self.loading.images)
+        return images * work, images * max(waited, loading - work)
+
+
+def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[Cost, Cost]:
+    """Train and score with the real loaders, each for about `seconds` and two batches or more.
+
+    Print what was measured; return the cost of a training image and of a validation image.
     """
-    state, runtime, average = run.state, run.runtime, run.state.ema.module
+    state, runtime = run.state, run.runtime
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(runtime.device)
     loader, options = start_phase(run, phase)
@@ -102,71 +149,117 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[float, float]:
     state.step = phase.first_step
     state.schedule.seek(phase.first_step)
     state.model.train()
-    training, validation, steps = Rate(), Rate(), []
+    training, scoring, steps = Rate(), Rate(), []
     epochs = itertools.chain.from_iterable(itertools.repeat(loader))  # the loader advances its own epoch
-    models = {"val": state.model} | ({} if average is None else {"ema": average})
+    queued = PREFETCH * run.num_workers
     with explain_out_of_memory(run):
         for images, labels in timed(itertools.islice(epochs, phase.steps), training, runtime, seconds):
-            steps.append(train_step(state, options, images, labels).result())
-            state.count(steps[-1])
-        batches = eval_batches(run, run.index.val, phase)
-        evaluate(models, timed(batches, validation, runtime, seconds / 2), runtime)
-    losses = [step.loss for step in steps if step.finite]
-    details = f"{training.batches} steps timed, loss {sum(losses) / max(1, len(losses)):.3f}"
-    say(
-        f"{phase.image_size:>4} px: {training.per_second:>8,.1f} img/s training ({details}), "
-        f"{validation.per_second:>8,.1f} img/s validation, memory {memory_used(run, phase, options)}"
-    )
-    if bad := len(steps) - len(losses):
-        searching = state.scaler.is_enabled() and not state.bad_in_a_row
-        level, reason = ("note", ", as fp16 searches for its scale") if searching else ("WARNING", "")
-        say(f"{level}: {bad} steps at {phase.image_size} px were not finite{reason}")
-    validations = sum(map(run.is_scored, range(phase.first_epoch, phase.last_epoch + 1)))
-    # Only the raw weights are scored on the training sample.
-    scored = validations * (len(run.index.val) + len(run.train_sample) / len(models))
-    return phase.steps * phase.batch_size / training.per_second / 3600, scored / validation.per_second / 3600
+            steps.append(train_step(state, options, images, labels))
+        training = Cost(training, time_loading(epochs, queued, runtime, seconds / 2))
+        batches = iter(eval_batches(run, run.index.val, phase))
+        timed_batches = timed(batches, scoring, runtime, seconds / 2)
+        evaluate(scored_models(run), timed_batches, runtime, flip=run.eval_flip)
+        scoring = Cost(scoring, time_loading(batches, queued, runtime, seconds / 2))
+    loss = mean_loss(run, phase, [step.result() for step in steps])
+    rates = "".join(f"{rate!s:>12}" for cost in (training, scoring) for rate in (cost.work, cost.loading))
+    say(f"{phase.image_size:>4}{rates} {loss:>6.3f}  {memory_used(run, phase, options)}")
+    return training, scoring
 
 
-@dataclass
-class Rate:
-    """What `timed` has measured."""
-
-    images: int = 0  # over all ranks
-    seconds: float = 0.0
-    batches: int = 0
-
-    @property
-    def per_second(self) -> float:
-        return self.images / max(self.seconds, 1e-9)
+def scored_models(run: Run) -> dict[str, nn.Module]:
+    average = run.state.ema.module
+    return {"val": run.state.model} | ({} if average is None else {"ema": average})
 
 
-def timed(batches: Iterable, rate: Rate, runtime: Runtime, seconds: float) -> Iterator:
+def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> Iterator:
     """Yield batches and time what is done with each, until two are done and `seconds` have passed.
 
     The first one is a warm-up (compilation, choice of kernels, start of workers); it counts only if it
-    is the only one.
+    is the only one. A GPU is waited for after each, to tell work from waiting for data.
     """
-    clock = time.perf_counter()
-    for k, batch in enumerate(batches):
+    for k in itertools.count():
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        started = time.perf_counter()
         yield batch
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
-        now = time.perf_counter()
         if k == 1:
-            rate.images, rate.seconds, rate.batches = 0, 0.0, 0
-        rate.images += len(batch[1]) * runtime.world_size
-        rate.seconds += now - clock
-        rate.batches += 1
-        clock = now
-        if runtime.any_rank(int(k > 0 and rate.seconds >= seconds)):  # together: steps are collective
+            vars(rate).update(vars(Rate()))
+        rate.add(batch, runtime, time.perf_counter() - started, started - asked)
+        late = k > 0 and rate.seconds + rate.waited >= seconds
+        if runtime.any_rank(int(late)):  # together: steps are collective
             return
+
+
+def time_loading(batches: Iterator, queued: int, runtime: Runtime, seconds: float) -> Rate:
+    """Fetch batches and do nothing with them, until `seconds` have passed; return their rate.
+
+    The first `queued` are not timed, because the workers may have had them ready. If there are no more,
+    the rate is empty.
+    """
+    for _ in itertools.islice(batches, queued):
+        pass
+    rate, started = Rate(), time.perf_counter()
+    for batch in batches:
+        now = time.perf_counter()
+        rate.add(batch, runtime, now - started)
+        started = now
+        if rate.seconds >= seconds:
+            break
+    return rate
+
+
+def mean_loss(run: Run, phase: Phase, results: Sequence[StepResult]) -> float:
+    """Return the mean loss of the finite steps; say how many were not. Raises DivergedError."""
+    for result in results:
+        run.state.count(result)
+    losses = [result.loss for result in results if result.finite]
+    if bad := len(results) - len(losses):
+        searching = run.state.scaler.is_enabled() and not run.state.bad_in_a_row
+        level, reason = ("note", ", as fp16 searches for its scale") if searching else ("WARNING", "")
+        say(f"{level}: {bad} steps at {phase.image_size} px were not finite{reason}")
+    return sum(losses) / max(1, len(losses))
+
+
+# --- the projection -------------------------------------------------------------------------------
+
+
+def project(run: Run, phase: Phase, training: Cost, scoring: Cost) -> list[float]:
+    """Return the seconds of the phase: of training, waiting in training, scoring, waiting in scoring."""
+    scorings = sum(map(run.is_scored, range(phase.first_epoch, phase.last_epoch + 1)))
+    val = scoring.seconds(scorings * len(run.index.val))
+    # Only the raw weights are scored on the training sample.
+    sample = scoring.seconds(scorings * len(run.train_sample), share=1 / len(scored_models(run)))
+    # --cache-eval decodes each image once in a run; the dry run has no cache.
+    waits = 1 / max(1, scorings) if run.crop_root else 1
+    scored = (val[0] + sample[0], (val[1] + sample[1]) * waits)
+    return [*training.seconds(phase.steps * phase.batch_size), *scored]
+
+
+def projection_table(phases: Sequence[Phase], projections: Sequence[Sequence[float]]) -> str:
+    """Return the projected hours, or minutes of a short run, as text: a line for each phase and the sum."""
+    sums = [sum(column) for column in zip(*projections, strict=True)]
+    unit, seconds = ("hours", 3600) if sum(sums) >= 3600 else ("minutes", 60)
+    lines = [f"{f'projected {unit}':<22}  training   waiting   scoring   waiting     total"]
+    names = [f"{p.epochs} epochs at {p.image_size} px" for p in phases] + ["whole run"]
+    for name, parts in zip(names, [*projections, sums], strict=True):
+        lines.append(f"{name:<22}" + "".join(f"{part / seconds:>10.2f}" for part in (*parts, sum(parts))))
+    return "\n".join([*lines, NOTES])
+
+
+NOTES = """\
+waiting: for images, where loading them takes longer than the work on them.
+A projection from the rates above, without warm-up, start-up and checkpoints."""
 
 
 def memory_used(run: Run, phase: Phase, options: StepOptions) -> str:
     """Return, as text, the peak GPU memory, or on a CPU an estimate of what a step needs."""
     if run.runtime.device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-        return f"{peak / MIB:,.0f} MiB of {total / MIB:,.0f}"
+        return f"{peak / MIB:,.0f} of {total / MIB:,.0f} MiB"
     return f"about {estimated_memory(run, phase, options) / MIB:,.0f} MiB"
 
 

@@ -1,4 +1,4 @@
-"""Checks before every run: disk space for checkpoints, shared memory, and whether a step fits the GPU.
+"""Checks before every run: disk space for checkpoints, shared memory, and whether the GPU has enough.
 
 Nothing here writes a file or changes what training computes.
 """
@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from base.process import say
 from dataloader import PREFETCH
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
-from train_utils import Phase, StepOptions
+from train_utils import Phase, StepOptions, evaluate, phase_of
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
 
@@ -35,6 +36,9 @@ def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
         say(shared_memory_warning(run.phases, run.num_workers))
     if run.runtime.device.type == "cuda":
         check_step_memory(run)
+        check_eval_memory(run)
+    if run.runtime.world_size == 1 and run.options.forward is not run.state.model:
+        check_compilation(run)
 
 
 def check_disk(run: Run, former: Iterable[Path] = ()) -> None:
@@ -91,7 +95,8 @@ def shared_memory_warning(phases: Sequence[Phase], workers: int, directory: str 
 def check_step_memory(run: Run) -> None:
     """Try a forward and backward pass of the largest phase: if memory is short, fail now, not at epoch 51.
 
-    Changes nothing. Raises ResourceError with a batch size that fits.
+    Through the plain model: if one rank ran out of memory inside DDP, the others would wait for it, and a
+    compiled pass needs no more memory. Changes nothing. Raises ResourceError with a batch size that fits.
     """
     phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
     _, options = start_phase(run, phase)
@@ -101,7 +106,7 @@ def check_step_memory(run: Run) -> None:
     def attempt(images: int) -> None:
         # A stand-in for the memory that a real step needs in addition to `try_step`.
         ballast = torch.empty(ballast_bytes(run, phase), dtype=torch.uint8, device=run.runtime.device)
-        try_step(run, options, phase, images)
+        try_step(run, options, phase, images, run.state.model)
         del ballast
 
     fitting = largest_fitting(images, attempt)
@@ -120,21 +125,66 @@ def check_step_memory(run: Run) -> None:
     )
 
 
+def check_eval_memory(run: Run) -> None:
+    """Try to score the largest batch of an evaluation. Changes nothing.
+
+    Raises ResourceError if memory is short.
+    """
+    size, batch = max(map(run.scored_as, run.phases), key=lambda scored: scored[0] ** 2 * scored[1])
+    images, device = math.ceil(batch / run.runtime.world_size), run.runtime.device
+    alone = replace(run.runtime, world_size=1)  # a rank that runs out of memory must not let others wait
+    steps = new_optimizer_bytes(run) + tensor_bytes(run.state.model.parameters())  # with the gradients
+
+    def attempt(images: int) -> None:
+        prefetched = 2 * images * 3 * size**2 * 4  # before and after it is normalised
+        ballast = torch.empty(steps + prefetched, dtype=torch.uint8, device=device)
+        blank = torch.zeros(images, 3, size, size, device=device).contiguous(
+            memory_format=torch.channels_last
+        )
+        labels = torch.zeros(images, dtype=torch.int64, device=device)
+        evaluate({"val": run.state.model}, [(blank, labels)], alone, flip=run.eval_flip)
+        del ballast
+
+    fitting = largest_fitting(images, attempt)
+    torch.cuda.empty_cache()
+    if fitting < images:
+        lower = "--eval-size" if run.eval_size else "the sizes or batch sizes of the phases"
+        what = f"out of memory when scoring {images} images at once at {size} px"
+        raise ResourceError(f"{what} ({memory_words(device)})", f"free the device, or lower {lower}")
+
+
 def ballast_bytes(run: Run, phase: Phase) -> int:
     """Return the bytes that a step needs in addition to `try_step`: new optimizer state and more batches."""
-    new_state = 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
     batch = phase.batch_size // run.runtime.world_size * 3 * phase.image_size**2 * 4
-    return new_state + 3 * batch  # the batch before mixing, and the prefetched one twice
+    return new_optimizer_bytes(run) + 3 * batch  # the batch before mixing, and the prefetched one twice
 
 
-def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:
-    """Run forward and backward on `images` blank images in training mode, and restore everything."""
+def new_optimizer_bytes(run: Run) -> int:
+    """Return the bytes that the optimizer's state will take and does not take yet."""
+    return 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
+
+
+def check_compilation(run: Run) -> None:
+    """Compile the next phase now, before the run writes anything. Raises what torch.compile raises.
+
+    Nothing is compiled twice: training finds what was compiled here. Later phases compile at their first
+    step.
+    """
+    phase = phase_of(run.phases, min(len(run.state.rows) + 1, run.epochs))
+    _, options = start_phase(run, phase)
+    say(f"compiling for {phase.image_size} px")
+    with explain_out_of_memory(run):
+        try_step(run, options, phase, math.ceil(phase.batch_size / options.accumulate), options.forward)
+
+
+def try_step(
+    run: Run, options: StepOptions, phase: Phase, images: int, forward: Callable[[Tensor], Tensor]
+) -> None:
+    """Run `forward` and backward on `images` blank images in training mode, and restore everything."""
     model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
-    # Not through DDP: if one rank runs out of memory, the others would wait for it.
-    forward = options.forward if run.runtime.world_size == 1 else model
     side, classes = phase.image_size, len(run.index.classes)
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        options.buffers.take()
         try:
             model.train()
             blank = torch.zeros(images, 3, side, side, device=device)
@@ -144,7 +194,8 @@ def try_step(run: Run, options: StepOptions, phase: Phase, images: int) -> None:
             options.loss(logits.float(), targets).backward()
         finally:
             run.state.optimizer.zero_grad(set_to_none=True)
-            options.buffers.restore()
+            for buffer, before in buffers:
+                buffer.copy_(before)
             model.train(was_training)
 
 

@@ -32,13 +32,19 @@ KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
 FILES = ("wandb_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
+EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
 PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",
          "filtered", "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
-DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "subset", "subset_size")
+DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "classes",
+              "holdout", "subset", "subset_size")  # fmt: skip
 # Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
                "config"}  # fmt: skip
-MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem")  # these decide the weights' shapes
+# Of flags that are missing in a checkpoint of an earlier version, because there was one behaviour, which is
+# not the default now.
+OLD_VALUES = {"eval_crop": 0.875}
+# These decide the weights' shapes.
+MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem", "width")
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
 
@@ -82,6 +88,7 @@ def scan(save_dir: str) -> SaveDir:
         names = checkpoint_files(env.get("checkpoint") or _newest_name(checkpoints, str(config.get("arch"))))
         checkpoints = [p for p in checkpoints if p.name in names]
         files = [path / "plots" / f"{plot}.png" for plot in PLOTS]
+        files += sorted((path / EVAL_CROPS).glob("eval-*/*"))
         for board in (path / "tensorboard", path / "tensorboard" / "steps"):
             files += sorted(board.glob("events.out.tfevents.*"))
         files += checkpoints + [path / f"{name}.partial" for name in names]
@@ -196,12 +203,13 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
 
 
 def parse_saved_flags(saved: dict) -> dict:
-    """Return the flags of a checkpoint as {flag: value}, checked by the parser; missing ones get defaults.
+    """Return the flags of a checkpoint as {flag: value}, checked by the parser.
 
+    A missing flag gets the value that the version without it used.
     Raises CheckpointError that names a flag which this version does not know or whose value it refuses.
     """
     try:
-        values = defaults() | from_file(train_parser(), saved, exact=True)
+        values = defaults() | OLD_VALUES | from_file(train_parser(), saved, exact=True)
     except UsageError as error:
         fix = "use a checkpoint that train.py wrote; if it is newer than this code, update the code"
         raise CheckpointError(f"malformed flags in the checkpoint: {error.what}", fix) from None
@@ -270,7 +278,9 @@ def restore(run, saved: dict, config) -> None:
         raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
     _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
     then, now = saved["model_args"], metadata["model_args"]
-    if changed := [f"{k} {then.get(k)} then, {now[k]} now" for k in MODEL_ARGS if then.get(k) != now[k]]:
+    if changed := [
+        f"{k} {then.get(k)} then, {now.get(k)} now" for k in MODEL_ARGS if then.get(k) != now.get(k)
+    ]:
         fix = "start a new run from its weights with --init-from and --reset-head"
         raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
     same_plan = saved["total_steps"] == metadata["total_steps"]

@@ -13,7 +13,7 @@ from base.device import Runtime, environment
 from base.files import write_json
 from base.process import say
 from dataloader import end_workers
-from harness import build, preflight, rundir
+from harness import build, crop_cache, preflight, rundir
 from harness.log import ROW_HEADER, MetricLogger
 from harness.rundir import RunIdentity, SaveDir
 from loop import Run, StopAfterReached, best_is_lost, save
@@ -41,6 +41,7 @@ def prepare(
         return None, identity
     former = [path for path in directory.checkpoints if path in directory.files or not identity.is_new]
     preflight.check_resources(run, former)
+    crop_cache.check_disk(run)
     return run, identity
 
 
@@ -81,11 +82,14 @@ def protected(
                 config=values,
                 plot=config.plot,
             )
+            crop_cache.fill(run)
             if not gc.isenabled():
                 gc.freeze()
                 gc.enable()
             with run.stop.installed(), preflight.explain_out_of_memory(run):
                 yield log
+            if run.finished:
+                crop_cache.delete(run)
     except StopAfterReached as stop:
         say(str(stop))
     finally:
@@ -124,7 +128,17 @@ def introduction(run: Run, config) -> str:
             f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
             f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path")
         )
+    if config.eval_size or config.eval_crop or config.eval_flip:
+        lines.append(scoring(run))
+    lines += filter(None, [crop_cache.note(run)])
     return "\n".join([*lines, ROW_HEADER])
+
+
+def scoring(run: Run) -> str:
+    """Return how images are scored, as text."""
+    size = f"{run.eval_size} px" if run.eval_size else "the size of the phase"
+    crop = f", crop {run.eval_crop:g}" if run.eval_crop else ""
+    return f"scored at {size}{crop}" + ", with mirror images" * run.eval_flip
 
 
 def conclusion(run: Run, config) -> str:

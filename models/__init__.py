@@ -29,21 +29,24 @@ def build_model(
     head: str = "conv",
     stem: str = "imagenet",
     image_sizes: Sequence[int] = (),
+    width: int | None = None,
 ) -> nn.Module:
     """Return `arch` with random weights: images (N, 3, H, W) -> logits (N, num_classes).
 
     drop_path_rate:           see `models.layers.set_drop_path_rate`
     use_blurpool, head, stem: see `models.model.ResNet`; torchvision's models have a head of their own
     image_sizes:              image sizes in px that the run uses; ViT-B/16 is built for exactly one
+    width:                    `base_width` of a ResNet, if not its own
 
     Raises UsageError for an unknown architecture, or for an option that it does not have.
     """
     if arch in RESNETS:
-        return getattr(model, arch)(num_classes, drop_path_rate, use_blurpool, head, stem)
+        scaled = {"base_width": width} if width else {}
+        return getattr(model, arch)(num_classes, drop_path_rate, use_blurpool, head, stem, **scaled)
     if arch not in ARCHS:
         raise UsageError(f"there is no architecture {arch!r}", f"choose one of {', '.join(ARCHS)}")
-    if use_blurpool or stem != "imagenet":
-        option = "--use-blurpool" if use_blurpool else "--stem"
+    if use_blurpool or stem != "imagenet" or width:
+        option = "--use-blurpool" if use_blurpool else "--width" if width else "--stem"
         raise UsageError(f"{option} works with the ResNets only, not with {arch}", f"leave {option} out")
     network = torchvision_zoo.build(arch, num_classes, image_sizes)
     set_drop_path_rate(network, drop_path_rate)
@@ -58,6 +61,7 @@ def notes(use_blurpool: bool) -> list[str]:
 def describe_args(model_args: dict) -> str:
     """Describe `build_model`'s arguments, for example "resnet50+blurpool, 1000 classes"."""
     blur = "+blurpool" if model_args.get("use_blurpool") else ""
+    width = f", width {model_args['width']}" if model_args.get("width") else ""
     stem = model_args.get("stem", "imagenet")
     stem = "" if stem == "imagenet" else f", {stem} stem"
-    return f"{model_args['arch']}{blur}{stem}, {model_args['num_classes']} classes"
+    return f"{model_args['arch']}{blur}{stem}{width}, {model_args['num_classes']} classes"

@@ -97,8 +97,8 @@ def head_of(state: Mapping[str, Tensor]) -> str:
 def to_torchvision(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
     """Return a state dict, on the CPU, that torchvision's model of the same name loads strictly.
 
-    Raises UsageError for a network that torchvision does not have: pre-activation, another stem, or
-    antialiased (which shows in a model, but not in a state dict).
+    Raises UsageError for a network that torchvision does not have: pre-activation, another stem or
+    width, or antialiased (which shows in a model, but not in a state dict).
     """
     state = model_or_state
     if isinstance(model_or_state, nn.Module):
@@ -109,7 +109,8 @@ def to_torchvision(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, T
                 "export a model trained without --use-blurpool",
             )
     state = find_weights(state)
-    if _arch_of(state).startswith(("preact", "unknown")) or _stem_of(state) != "imagenet":
+    other = _arch_of(state).startswith(("preact", "unknown")) or _stem_of(state) != "imagenet"
+    if other or len(state.get("layer1.0.conv1.weight", range(64))) != 64:
         raise UsageError(
             f"torchvision has no such model: {describe(state)}",
             "export a plain resnet18, resnet34 or resnet50, or one of torchvision's own",

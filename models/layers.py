@@ -33,6 +33,9 @@ class DropPath(nn.Module):
         if self.p == 0.0 or not self.training:
             return branch + shortcut
         keep = 1.0 - self.p
+        # In a CUDA graph too, a step draws what its seed says: before each replay, torch copies the default
+        # generator's current seed and offset to where the kernels read them (CUDAGeneratorState's
+        # replay_prologue). Only a seed that is a Python number in here would be frozen at the capture.
         kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
         # Kept branches are scaled up, so that the expected value is that in evaluation. In one fused
         # operation: scaling the branch first would read and write it once more.

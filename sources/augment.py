@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import cv2
 import numpy as np
 
+from base import errors
+
 Draw = Callable[[], float]  # returns the next uniform number in [0, 1)
 Box = tuple[int, int, int, int]  # top, left, height, width in px
 Operation = Callable[[np.ndarray, Draw], np.ndarray]
@@ -226,8 +228,7 @@ def _fill(image: np.ndarray, top: int, left: int, height: int, width: int, fill:
 
 def _library_policy(name: str, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for updates
-    import albumentations as A
-
+    A = errors.optional("albumentations", needed_for=f"--augment {name}")
     if name == "randaugment":  # two operations at magnitude 9 of 30 (arXiv:1909.13719)
         choice = A.SomeOf(_operations(A, fill, wide=False), n=2, replace=True, p=1.0)
     else:  # one operation at a random magnitude of the wide space (arXiv:2103.10158)

@@ -1,6 +1,7 @@
 """Read CIFAR-10 and CIFAR-100 from their Python archives (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The archives are pickles, which could run any code. This reader builds only numeric arrays and plain values.
+Or from PNG files in class folders: train/<class>/*.png and test/<class>/*.png. The archives are pickles,
+which could run any code. This reader builds only numeric arrays and plain values.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import DataError
+from sources import folders
 from sources.index import ArraySplit, DatasetIndex
 
 
@@ -51,6 +53,10 @@ UNREADABLE = (
 def cifar(data_dir: str, dataset: str) -> DatasetIndex:
     """Index `cifar10` or `cifar100`: 50,000 + 10,000 images of 32 px, held in memory (180 MB)."""
     which = CIFAR10 if dataset == "cifar10" else CIFAR100
+    normalization = {"mean": which.mean, "std": which.std, "native_size": 32}
+    if all(os.path.isdir(os.path.join(data_dir, part)) for part in ("train", "test")):
+        listings = (folders.list_classes(data_dir, part) for part in ("train", "test"))
+        return folders.from_listings(which.name, *listings, **normalization)
     folder = _find(data_dir, which)
     meta = _load(folder / which.meta, which)
     train, val = [_load(folder / name, which) for name in which.train], _load(folder / which.val, which)
@@ -59,7 +65,7 @@ def cifar(data_dir: str, dataset: str) -> DatasetIndex:
         splits = {"train": _split(train, which, len(names)), "val": _split([val], which, len(names))}
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise _damaged(f"{folder} is not {which.name} as published: {error!r}", which) from error
-    return DatasetIndex(which.name, names, **splits, mean=which.mean, std=which.std, native_size=32)
+    return DatasetIndex(which.name, names, **splits, **normalization)
 
 
 def _find(data_dir: str, which: Cifar) -> Path:

@@ -154,11 +154,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def default_crop(image_size: int, native_size: int | None) -> float:
+    """Return the `crop` of `EvalTransform` for data at `native_size` px: the whole image at that size."""
+    return 1.0 if image_size == native_size else EVAL_CROP
+
+
 class EvalTransform:
     """Resize the short side to `image_size / crop` px and take the centre, for validation and prediction.
 
     This uses Pillow's antialiased bilinear filter and torchvision's rounding, so that reference weights
-    reach their published scores. Only the cropped part of the image is resampled.
+    reach their published scores. Only the cropped part of the image is resampled. With `crop` 1, a square
+    image of `image_size` px is returned as it is.
     """
 
     def __init__(self, image_size: int, crop: float = EVAL_CROP):

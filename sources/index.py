@@ -39,6 +39,7 @@ class Split:
     """Labelled samples, numbered 0 ... len - 1. Subclasses define how they are read."""
 
     labels: np.ndarray  # (n,) int64
+    crop_root = ""  # the directory that may hold its evaluation crops, see `sources.crops`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +62,10 @@ class Split:
         for i in range(len(self)):
             sha.update(os.fsencode(self.name(i)) + b"\0")
         return sha.hexdigest()
+
+    def content(self) -> str:
+        """Return the digest of what `read` returns: it differs between the copies of a packed split."""
+        return self.digest()
 
 
 class FileSplit(Split):
@@ -122,6 +127,14 @@ class SubsetSplit(Split):
     def for_size(self, image_size: int) -> Split:
         return SubsetSplit(self.base.for_size(image_size), self.ids)
 
+    @property
+    def crop_root(self) -> str:
+        return self.base.crop_root
+
+    def content(self) -> str:
+        ids = self.ids.astype("<i8").tobytes()
+        return hashlib.sha256(self.base.content().encode() + ids).hexdigest()
+
 
 @dataclass(frozen=True)
 class DatasetIndex:
@@ -176,6 +189,15 @@ def balanced_subset(labels: np.ndarray, size: int, seed: int) -> np.ndarray:
     return np.sort(by_class[np.argsort(rank, kind="stable")[:size]])
 
 
+def training_sample(index: DatasetIndex) -> SubsetSplit:
+    """Return the images that train_top1 is measured on: the same class-balanced ones on every call.
+
+    As many as there are validation images, at most 10,000. Of packed data, the largest copy is read.
+    """
+    size = min(10_000, len(index.val), len(index.train))
+    return SubsetSplit(index.train, balanced_subset(index.train.labels, size, seed=1))
+
+
 def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Return sorted positions in `labels` (n,) for train and val, the same on every call.
 
@@ -189,13 +211,44 @@ def stratified_split(labels: np.ndarray, val_fraction: float, seed: int) -> tupl
     return np.flatnonzero(~in_val), np.flatnonzero(in_val)
 
 
-def take_subset(index: DatasetIndex, size: int, seed: int = 0) -> DatasetIndex:
+def first_classes(index: DatasetIndex, count: int) -> DatasetIndex:
+    """Return `index` with the images of its first `count` classes only. Raises UsageError for too many."""
+    if count > len(index.classes):
+        what = f"--classes {count}: there are only {len(index.classes)} classes"
+        raise UsageError(what, "give a smaller number, or leave it out")
+    train, val = (SubsetSplit(s, np.flatnonzero(s.labels < count)) for s in (index.train, index.val))
+    names = index.class_names and index.class_names[:count]
+    return replace(index, classes=index.classes[:count], class_names=names, train=train, val=val)
+
+
+def hold_out(index: DatasetIndex, held: float, seed: int = 0) -> DatasetIndex:
+    """Return `index` with part of its training images for validation, the same part on every call.
+
+    held: a share of every class, or a number of images, which every class gives its share of, rounded
+    The official validation images are not in the result: use them once, after every choice was made.
+    Raises UsageError if no image is left for training or for validation.
+    """
+    total = len(index.train)
+    train, val = stratified_split(index.train.labels, held if held < 1 else min(1, held / total), seed)
+    if not (len(train) and len(val)):
+        what = (
+            f"--holdout {held} leaves {len(train):,} of {total:,} images for training, {len(val):,} held out"
+        )
+        raise UsageError(what, "use another number, or a share such as 0.1")
+    return replace(index, train=SubsetSplit(index.train, train), val=SubsetSplit(index.train, val))
+
+
+def take_subset(index: DatasetIndex, size: int, seed: int = 0, whole_val: bool = False) -> DatasetIndex:
     """Return `index` cut to a class-balanced draw of `size` training and a tenth as many validation images.
 
+    whole_val: keep all validation images
     Every call returns the same draw. Raises UsageError if `size` is below the number of classes.
     """
     if size < (classes := len(index.classes)):
         raise UsageError(f"--subset-size {size} < {classes} classes", f"use --subset-size {classes} or more")
     train = balanced_subset(index.train.labels, min(size, len(index.train)), seed)
+    index = replace(index, train=SubsetSplit(index.train, train))
+    if whole_val:
+        return index
     val = balanced_subset(index.val.labels, min(max(1, size // 10), len(index.val)), seed)
-    return replace(index, train=SubsetSplit(index.train, train), val=SubsetSplit(index.val, val))
+    return replace(index, val=SubsetSplit(index.val, val))

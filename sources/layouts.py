@@ -9,7 +9,7 @@ from pathlib import Path
 from base.errors import DataError, UsageError
 from base.flags import DATASETS
 from sources import folders
-from sources.index import DatasetIndex, take_subset
+from sources.index import DatasetIndex, first_classes, hold_out, take_subset
 
 ON_DISK = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10")
 ELSEWHERE = ("digits", "synthetic", "hf")
@@ -31,6 +31,8 @@ def open_dataset(
     split: str = "official",
     class_list: str | os.PathLike | None = None,
     allow_class_mismatch: bool = False,
+    classes: int | None = None,
+    holdout: float = 0,
     subset_size: int | None = None,
 ) -> DatasetIndex:
     """Find `dataset` in `data_dir` and index it, within seconds and without opening any image.
@@ -40,6 +42,8 @@ def open_dataset(
     split: `70-30` pools Tiny ImageNet's train and val and draws 30 % of each class for validation.
     class_list: a file with one class name per line; only those are used (imagenet, imagenet100).
     allow_class_mismatch: accept validation data that lacks some of the training classes.
+    classes: use only the first so many classes.
+    holdout: validate on so many training images, or this share of them, held out (`index.hold_out`).
     subset_size: use a fixed, class-balanced subset of this many training images (`index.take_subset`).
     Raises UsageError for unknown or impossible values, and DataError for missing, damaged or unexpected data.
     """
@@ -56,12 +60,14 @@ def open_dataset(
         index = _on_disk(dataset, os.fspath(data_dir), split, class_list, allow_class_mismatch)
     else:
         index = _elsewhere(dataset)
+    index = first_classes(index, classes) if classes else index
+    index = hold_out(index, holdout) if holdout else index
     if not subset_size:
         return index
     if subset_size > (images := len(index.train)):
         note = f"note: --subset-size {subset_size:,} exceeds the {images:,} training images: all are used"
         index = replace(index, notes=(*index.notes, note))
-    return take_subset(index, subset_size)
+    return take_subset(index, subset_size, whole_val=bool(holdout))
 
 
 def _on_disk(

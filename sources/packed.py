@@ -2,19 +2,21 @@
 
 The directory holds `manifest.json`, a folder of shards per stored side (`train-96/00000.arrow`, ...) and
 `val/`. A shard is an Arrow IPC stream with the columns image {bytes, path} and label, which Hugging Face
-`datasets` can open, too (`Dataset.from_file`). `sources.packing` writes all of it.
+`datasets` can open, too (`Dataset.from_file`). Raw pixels are PPM files: a line of text, then the bytes of
+the image. `sources.packing` writes all of it.
 """
 
 from __future__ import annotations
 
 import os
-import zlib
+import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 from base.errors import DataError
+from base.files import check_file
 from sources.index import DatasetIndex, Split
 
 COLUMNS = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string()}), "label": pa.int64()})
@@ -24,6 +26,7 @@ BATCH_ROWS = 256  # images in each record batch of a shard
 # RandomResizedCrop cuts 0.73 of the side on average: images of at least 1.15 times the training size enlarge
 # few crops by much. benchmarks/README.md shows what each stored side loses.
 HEADROOM = 1.15
+RAW = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")  # the header of a PPM file, as packing writes it
 REPAIR = "run pack_dataset.py again with the same arguments: it replaces missing and damaged shards"
 
 
@@ -68,6 +71,17 @@ class PackedSplit(Split):
     def digest(self) -> str:
         """Return the digest of the split that was packed: equal for every stored side."""
         return self.manifest["parts"][self.part]["digest"]
+
+    @property
+    def crop_root(self) -> str:
+        return self.root
+
+    def content(self) -> str:
+        if self.side is None:  # the original files
+            return self.digest()
+        raw = self.side in self.manifest.get("raw_sides", ())
+        kind = "raw" if raw else f"JPEG quality {self.manifest['quality']}"
+        return f"{self.digest()} at {self.side} px, {kind}"
 
     def damaged_shards(self) -> Iterator[tuple[str, str]]:
         """Read all shards; yield (path, reason) for each whose bytes are not those that were written."""
@@ -120,10 +134,16 @@ class Shard:
         if problem := check_file(self.path, self.size):
             raise DataError(f"the shard {self.path} changed while it was in use: {problem}", REPAIR)
 
-    def image(self, row: int) -> bytes:
+    def image(self, row: int) -> bytes | np.ndarray:
+        """Return the image's file; of raw pixels a view into the mapped shard, (H, W, 3) uint8."""
         batch, row = divmod(row, BATCH_ROWS)
         offsets = self.offsets[batch]
-        return bytes(self.data[batch][offsets[row] : offsets[row + 1]])
+        data = self.data[batch][offsets[row] : offsets[row + 1]]
+        if header := RAW.match(data):
+            width, height = map(int, header.groups())
+            if len(data) == header.end() + height * width * 3:
+                return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, 3)
+        return bytes(data)
 
     def name(self, row: int) -> str:
         batch, at = divmod(row, BATCH_ROWS)
@@ -138,27 +158,6 @@ def table_name(part: str, side: int | None) -> str:
 def shard_file(table: str, k: int) -> str:
     """Return the path of shard `k`, relative to the packed dataset."""
     return os.path.join(table, f"{k:05d}.arrow")
-
-
-def check_file(path: str, size: int, crc32: int | None = None) -> str | None:
-    """Return what is wrong with the file, or None. Its content is read only if a checksum is given."""
-    try:
-        found = os.path.getsize(path)
-        if found != size:
-            return f"it has {found:,} bytes instead of {size:,}"
-        if crc32 is not None and file_crc32(path) != crc32:
-            return "its checksum is wrong"
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
-
-
-def file_crc32(path: str) -> int:
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
 
 
 def read_plan(root: str, name: str) -> dict:
@@ -196,7 +195,16 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
         std=tuple(manifest["std"]),
         native_size=manifest["native_size"],
         class_names=tuple(manifest["class_names"]) if manifest["class_names"] else None,
+        notes=_notes(manifest),
     )
+
+
+def _notes(manifest: dict) -> tuple[str, ...]:
+    """Return which copies are read at which sizes, if some are raw; those are better than JPEG, not equal."""
+    if not (raw := manifest.get("raw_sides")):
+        return ()
+    copies = [f"{side} px (raw pixels)" if side in raw else f"{side} px (JPEG)" for side in manifest["sides"]]
+    return (f"training reads the smallest copy of {HEADROOM} times its size or more: {', '.join(copies)}",)
 
 
 def _labels(root: str, part: str, manifest: dict) -> np.ndarray:

@@ -11,9 +11,8 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -41,8 +40,12 @@ class Group:
     ids: range
 
 
-def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int) -> dict:
-    """Return the plan of a packing as plain values; equal plans write equal bytes."""
+def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int, raw_sides: Sequence[int] = ()) -> dict:
+    """Return the plan of a packing as plain values; equal plans write equal bytes.
+
+    raw_sides: sides, among `sides` or not, that are stored as pixels, not as JPEG
+    """
+    raw = {"raw_sides": sorted(raw_sides)} if raw_sides else {}  # plans of before had no such sides
     return {
         "format": packed.FORMAT,
         "name": index.name,
@@ -51,7 +54,8 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int) -> dict:
         "mean": list(index.mean),
         "std": list(index.std),
         "native_size": index.native_size,
-        "sides": sorted(sides),
+        "sides": sorted({*sides, *raw_sides}),
+        **raw,
         "quality": quality,
         "source": index.fingerprint(),
         "shard_rows": {"train": _shard_rows(len(index.train)), "val": _shard_rows(len(index.val))},
@@ -89,7 +93,7 @@ def estimate(index: DatasetIndex, plan: dict, groups: Sequence[Group], samples: 
             with suppress(BadImage):
                 pixels = decode(data, split.name(i))
                 for table, side in tables.items():
-                    lengths[table].append(len(stored(data, pixels, side, plan["quality"])))
+                    lengths[table].append(len(stored(data, pixels, side, plan)))
         for table, measured in lengths.items():
             # 60 bytes per image for the name, the label and the offsets.
             sizes[table] = int(images * (np.mean(measured) + 60)) if measured else 0
@@ -115,7 +119,7 @@ def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_
         with ExitStack() as stack:
             writers = {}
             for table, path in paths.items():
-                file = stack.enter_context(_durable(path))
+                file = stack.enter_context(files.durable(path))
                 writers[table] = stack.enter_context(pa.ipc.new_stream(file, schema))
             for batch in _batches(split, plan, group, bad):
                 rows += len(batch["label"])
@@ -127,17 +131,8 @@ def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_
         return {"part": group.part, "k": group.k, "bad": bad}
     shards = {}
     for table, path in paths.items():
-        shards[table] = {"rows": rows, "bytes": os.path.getsize(path), "crc32": packed.file_crc32(path)}
+        shards[table] = {"rows": rows, "bytes": os.path.getsize(path), "crc32": files.file_crc32(path)}
     return {"part": group.part, "k": group.k, "shards": shards, "skipped": bad}
-
-
-@contextmanager
-def _durable(path: str) -> Iterator[BinaryIO]:
-    """Open a file that takes its name once its content is on disk, so that a power cut cannot empty it."""
-    with files.replacing(path) as partial, open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterator[dict[str, list]]:
@@ -153,7 +148,7 @@ def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterato
                 bad.append({"id": i, "name": error.name, "reason": error.reason})
                 continue
             for table, side in tables.items():
-                batch[table].append(stored(data, pixels, side, plan["quality"]))
+                batch[table].append(stored(data, pixels, side, plan))
             batch["path"].append(_utf8(split.name(i)))
             batch["label"].append(int(split.labels[i]))
             if len(batch["label"]) == packed.BATCH_ROWS:
@@ -171,19 +166,28 @@ def _read(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
         raise DataError(what, "restore it, then run the same command again") from error
 
 
-def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, quality: int) -> bytes:
-    """Return the image with short side `side` px (None: unchanged), its aspect ratio kept, as a file.
+def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, plan: dict) -> bytes:
+    """Return the image with short side `side` px (None: unchanged) as a file: JPEG, or PPM for a raw side.
 
     No image is enlarged: one that is small enough keeps its file, or becomes a PNG if it had none, so that
     nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded.
     """
-    height, width = pixels.shape[:2]
-    if side is None or min(height, width) <= side:
+    small = pixels if side is None else resized(pixels, side)
+    if side in plan.get("raw_sides", ()):
+        return b"P6\n%d %d\n255\n" % small.shape[1::-1] + small.tobytes()
+    if small is pixels:
         return data if isinstance(data, bytes) else _encode(".png", pixels, [])
+    return _encode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, plan["quality"]])
+
+
+def resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Return (H, W, 3) `pixels` resized to a short side of `side` px; smaller ones as they are."""
+    height, width = pixels.shape[:2]
+    if min(height, width) <= side:
+        return pixels
     scale = side / min(height, width)
     size = (max(side, round(width * scale)), max(side, round(height * scale)))
-    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
-    return _encode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
 def _encode(ending: str, pixels: np.ndarray, options: list[int]) -> bytes:
@@ -239,9 +243,9 @@ def _refuse_other(out: str, known: dict, plan: dict) -> None:
         changes = f"{', '.join(changed)}; {train}, {val}"
         what = f"the source has changed since packing into {where} began ({changes})"
         raise DataError(what, "restore the source, or pack into another --out (and delete this one)")
-    for key in plan:
-        if known[key] != plan[key]:
-            what = f"{where} is packed with {key} {known[key]}, not {plan[key]}"
+    for key in dict.fromkeys([*plan, *(known.keys() & {"raw_sides"})]):
+        if known.get(key) != plan.get(key):
+            what = f"{where} is packed with {key} {known.get(key)}, not {plan.get(key)}"
             raise UsageError(what, "use the same value, or another --out")
 
 
@@ -277,7 +281,7 @@ def _read_records(out: str, plan: dict) -> list[dict]:
 
 def _is_complete(out: str, record: dict) -> bool:
     for table, shard in record["shards"].items():
-        if packed.check_file(os.path.join(out, packed.shard_file(table, record["k"])), shard["bytes"]):
+        if files.check_file(os.path.join(out, packed.shard_file(table, record["k"])), shard["bytes"]):
             return False
     return True
 
@@ -295,7 +299,7 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
         skipped = [image for record in ordered for image in record["skipped"]]
         labels = np.delete(getattr(index, part).labels, [image["id"] for image in skipped]).astype("<i4")
         path = os.path.join(out, f"{part}-labels.npy")
-        with _durable(path) as file:
+        with files.durable(path) as file:
             np.save(file, labels)
         digest = plan["source"][part]
         if skipped:
@@ -304,7 +308,7 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
             "images": len(labels),
             "digest": digest,
             "labels_bytes": os.path.getsize(path),
-            "labels_crc32": packed.file_crc32(path),
+            "labels_crc32": files.file_crc32(path),
             "skipped": skipped,
         }
         for table in tables_of(plan, part):
@@ -317,5 +321,5 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
 
 
 def _write_json(path: str, value: dict) -> None:
-    with _durable(path) as file:
+    with files.durable(path) as file:
         file.write(json.dumps(value, indent=1).encode())

@@ -20,7 +20,7 @@ from runs import ROOT, exact
 TINY = "--arch resnet_tiny --num-workers 0 --amp off --seed 3"
 DIGITS = f"--dataset digits {TINY} --batch-size 256"
 RECIPES = {
-    "three sizes": f"{DIGITS} --epochs 3 --resize-schedule 8,16,24",
+    "three sizes": f"{DIGITS} --epochs 3 --resize-schedule 10,16,24",
     "bf16, two workers": f"{DIGITS} --epochs 2 --resize-schedule 24,32 --num-workers 2 --amp bf16",
     "mixing": f"{DIGITS} --epochs 2 --resize-schedule 24 --mixup-alpha 0.8 --cutmix-alpha 0.5",
     "drop-path, accumulate": f"{DIGITS} --epochs 2 --resize-schedule 24 --drop-path-rate 0.5 --accumulate 3",

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
 from test_images import MEAN, encoded, photo
 
+from base.errors import UsageError
 from sources import augment
 from sources.images import TrainTransform
 
@@ -88,11 +90,20 @@ def test_a_used_transform_can_be_pickled():
     "name", ["flip", "affine", "jitter", "dropout", "cutout", "randaugment", "trivialaugment"]
 )
 def test_the_input_is_left_alone(name):
+    if name in ("randaugment", "trivialaugment"):
+        pytest.importorskip("albumentations")
     randomness, image = augment.KeyedRandom(), photo(32, 32)
     operation, before = augment.build(name, 8 if name == "cutout" else None, FILL, randomness), image.copy()
     for i in range(30):
         operation(image, randomness.rekey((0, 1, i)))
     assert np.array_equal(image, before)
+
+
+def test_without_albumentations_only_its_policies_are_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "albumentations", None)
+    augment.build("affine", None, FILL, augment.KeyedRandom())
+    with pytest.raises(UsageError, match="--augment randaugment needs the albumentations package"):
+        augment.build("randaugment", None, FILL, augment.KeyedRandom())
 
 
 def test_two_crops_are_refused():

@@ -1,11 +1,17 @@
-"""--compile: the numbers of the eager run at every size, with one compilation per phase. Slow."""
+"""--compile: the numbers of the eager run at every size, with one compilation per phase. Slow.
+
+--cuda-graphs: where it is refused. tests/test_gpu.py shows that it works.
+"""
 
 import pytest
 import torch
-from inprocess import tiny_run
+from inprocess import config_of, tiny_run
+from runs import TINY, cli
 
 import loop
 from base.device import seed_everything
+from base.errors import UsageError
+from harness import preflight
 from train_utils import train_step
 
 SIZES = ["--resize-schedule", "16,24,32"]
@@ -24,14 +30,62 @@ def losses(run) -> list[float]:
 
 
 @pytest.mark.slow
-def test_compiled_training_follows_the_eager_trace_at_three_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)  # one graph per phase
-    torch._dynamo.utils.counters.clear()
+def test_compiled_training_follows_the_eager_trace_with_one_compilation_per_phase(tmp_path):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
     options = [*SIZES, "--drop-path-rate", "0"]  # compiled code draws from a random stream of its own
-    compiled = losses(tiny_run(tmp_path, *options, "--compile"))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
-    assert not torch._dynamo.utils.counters["graph_break"]
+    run = tiny_run(tmp_path, *options, "--compile")
+    preflight.check_resources(run)
+    assert counters["stats"]["unique_graphs"] == 1  # the first phase is compiled before anything is written
+    compiled = losses(run)
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
     assert compiled == pytest.approx(losses(tiny_run(tmp_path, *options)), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_no_number_of_phases_is_too_many_to_compile(tmp_path):
+    """Beyond its limit, torch.compile goes on in eager mode."""
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    sizes = [str(size) for size in range(8, 13)]
+    many = ["--resize-schedule", ",".join(sizes), "--phase-batch-sizes", "5,5,5,5,5", "--epochs", "5"]
+    losses(tiny_run(tmp_path, *many, "--compile", "--accumulate", "2", "--subset-size", "40"))
+    assert counters["stats"]["unique_graphs"] == 10  # pieces of 3 and 2 images
+
+
+@pytest.mark.slow
+def test_a_missing_compiler_is_an_error_before_anything_is_written(tmp_path):
+    caches = {"CXX": str(tmp_path / "none"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = cli(*TINY, "--dataset", "digits", "--compile", "--save-dir", tmp_path / "run", **caches)
+    assert done.returncode == 6 and "error: torch.compile failed: " in done.stderr
+    assert "fix: use --no-compile" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "cpu"], "needs an NVIDIA GPU"),
+        (["--device", "mps"], "needs an NVIDIA GPU"),
+        (["--device", "cuda", "--accumulate", "2"], "cannot accumulate"),
+    ],
+)
+def test_cuda_graphs_are_refused_where_they_cannot_work(arguments, words):
+    with pytest.raises(UsageError, match=f"--cuda-graphs {words}"):
+        config_of("--cuda-graphs", *arguments)
+
+
+def test_cuda_graphs_are_refused_on_several_ranks(monkeypatch):
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="--cuda-graphs works in one process only"):
+        config_of("--cuda-graphs", "--device", "cuda")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_cuda_graphs_are_refused_where_no_gpu_is_found(tmp_path):
+    with pytest.raises(UsageError, match="--cuda-graphs needs an NVIDIA GPU; this is cpu"):
+        tiny_run(tmp_path, "--cuda-graphs", "--device", "auto")
 
 
 @pytest.mark.slow

@@ -57,6 +57,38 @@ def test_the_samples_do_not_depend_on_the_number_of_workers(data):
     assert all(equal(alone, batches(data, workers)) for workers in (1, 2))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, workers):
+    """Workers write into the same memory again and again, at most PREFETCH batches each ahead."""
+    loader = eval_loader(data.train, data, image_size=8, batch_size=2, num_workers=workers)
+    plain = eval_loader(data.train, data, image_size=8, batch_size=2)
+    expected = [plain.dataset[batch][0] for batch in plain.order]
+    assert len(expected) > 3 * workers * dataloader.PREFETCH
+    loader._renew_memory()
+    before, seen = None, 0
+    for images, _, _ in loader.batches:
+        time.sleep(0.01)  # the workers are as far ahead as they can be
+        assert torch.equal(images, expected[seen]) and (seen == 0 or torch.equal(before, expected[seen - 1]))
+        before, seen = images, seen + 1
+    assert seen == len(expected)
+
+
+def test_two_iterations_at_once_do_not_disturb_each_other(data):
+    loader = eval_loader(data.train, data, image_size=8, batch_size=4, num_workers=1)
+    pairs = [(a.clone(), b.clone()) for (a, _), (b, _) in zip(loader, loader, strict=True)]
+    assert len(pairs) == 18 and all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_an_abandoned_epoch_leaves_nothing_in_the_next(data):
+    expected = batches(data, 0, epoch=2)
+    loader = train_loader(
+        data, image_size=24, batch_size=16, augment=parse_augment("full"), seed=5, num_workers=2
+    )
+    next(iter(loader))
+    loader.order.seek(2)
+    assert equal([(images.clone(), labels) for images, labels in loader], expected)
+
+
 def test_every_epoch_augments_anew_and_a_loader_can_start_anywhere(data):
     first, second = batches(data, 0, epoch=1), batches(data, 0, epoch=2)
     assert not equal(first, second)
@@ -300,3 +332,47 @@ def test_more_workers_than_cores_are_capped_with_a_note(photos, monkeypatch):
     with pytest.warns(UserWarning, match="8 loader workers requested, 3 cores: using 3"):
         loaders = get_dataloaders(data_path=str(photos), batch_size=8, image_size=16, num_workers=8)
     assert [loader.batches.num_workers for loader in loaders] == [3, 3]
+
+
+def test_a_step_on_a_gpu_waits_for_its_own_copy_and_overlaps_the_next(data, monkeypatch):
+    """The order of calls, with torch.cuda's streams replaced by a record of what is asked of them."""
+    seen, made = [], []
+
+    class Stream:
+        def __init__(self, device):
+            made.append(device)
+
+        def __enter__(self):
+            seen.append("side")
+
+        def __exit__(self, *exception):
+            seen.append("main")
+
+        def record_event(self):
+            return f"copy {sum(call.startswith('copy') for call in seen)}"
+
+    class Main:
+        def wait_event(self, event):
+            seen.append(f"wait for {event}")
+
+    class OnGpu:
+        def record_stream(self, stream):
+            seen.append("keep") if isinstance(stream, Main) else None
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Main())
+    dataloader._copy_stream.cache_clear()
+    loaders = [eval_loader(data.val, data, image_size=8, batch_size=11) for _ in range(2)]
+    for loader in loaders:
+        loader.device = torch.device("cuda", 0)
+        monkeypatch.setattr(loader, "_to_device", lambda batch: seen.append("copy") or (OnGpu(), OnGpu()))
+        monkeypatch.setattr(
+            loader, "_raw", lambda iterator: (seen.append("take") or pair for pair in iterator)
+        )
+        for _ in loader:
+            seen.append("step")
+    dataloader._copy_stream.cache_clear()
+    one = ["take", "side", "copy", "main", "wait for copy {}", "keep", "keep", "step"]
+    assert seen == [call.format(k) for k in (1, 2, 3, 4) for call in one]
+    assert made == [torch.device("cuda", 0)]  # one stream for all loaders

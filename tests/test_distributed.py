@@ -165,7 +165,7 @@ def test_a_signal_between_two_steps_of_two_ranks_takes_no_batch_twice_and_skips_
 def test_a_dry_run_on_two_ranks_takes_the_same_steps_on_both(tmp_path):
     log = tmp_path / "log"
     assert run(2, log, *TINY, "--save-dir", tmp_path / "run", "--dry-run") == [0, 0], log.read_text()
-    assert log.read_text().count("projected: ") == 1 and not (tmp_path / "run").exists()
+    assert log.read_text().count("projected minutes ") == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ def untrained(arch, **more):
     facts |= {"mean": [0.5] * 3, "std": [0.2] * 3}
     config = {"lr": 0.1, "seed": 0}
     payload = {"model_args": args, "eval": facts, "rows": [], "config": config, "commit": "abc"}
-    return predictions.Classifier({"raw": model.eval()}, payload, CPU, 32)
+    return predictions.Classifier({"raw": model.eval()}, payload, CPU, 32, 0.875)
 
 
 def test_safetensors_is_bit_for_bit_and_describes_itself(classifier, tmp_path):

@@ -18,12 +18,16 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
         ("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_suggestion"), 1
     ),
     **dict.fromkeys(("analysis.feature_maps", "analysis.filter_figures"), 1),
-    **dict.fromkeys(("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log"), 2),
+    **dict.fromkeys(
+        ("dataloader", "train_utils", "harness.checkpoint", "harness.rundir", "harness.log", "harness.pool"),
+        2,
+    ),
     "analysis.landscape_figures": 2,
     **dict.fromkeys(("loop", "analysis.predictions", "analysis.export"), 3),
     **dict.fromkeys(("analysis.gradcam_figures", "analysis.validation"), 3),
     "analysis.lr_range_test": 4,
     **dict.fromkeys(("harness.build", "harness.preflight", "harness.dryrun", "harness.session"), 4),
+    "harness.crop_cache": 4,
     **dict.fromkeys(("train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"), 5),
     **dict.fromkeys(("ablation_runs", "benchmarks"), 5),
     # Their __init__.py, which imports nothing; and what analysis has besides the parts above are commands.

@@ -83,7 +83,7 @@ MODES = [
 ]  # fmt: skip
 # These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
 WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "log_every", "tensorboard",
-         "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
+         "wandb", "summary", "dry_run", "config", "debug", "cache_eval"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +155,11 @@ def test_an_idle_flag_is_refused(name, mode, recipe):
 
 
 def test_every_predicate_is_met_by_a_mode():
-    tried = {name for name, _ in IDLE} | {"use_blurpool", "head", "stem", "init_from", "save_dir", "dry_run"}
+    tried = {name for name, _ in IDLE} | {"use_blurpool", "head", "stem", "width", "init_from", "save_dir"}
+    tried |= {"dry_run"}
     assert {row.name for row in flags.TABLE if row.idle is not never} <= tried
     noted = {row.name for row in flags.TABLE if row.unused is not never}
-    assert noted == {"momentum", "data_dir", "drop_path_rate"}  # tested below
+    assert noted == {"momentum", "data_dir", "drop_path_rate", "compile"}  # tested below
 
 
 def refusal(*arguments) -> str:
@@ -239,13 +240,12 @@ def test_a_config_file_may_hold_flags_that_only_the_command_line_makes_idle(tmp_
     assert not refusal("--config", file, "--dry-run")  # a switch that is not set was not given
 
 
-def test_momentum_data_dir_and_drop_path_are_notes():
+def test_flags_without_use_that_are_only_noted():
     typed = "--momentum 0.5 --dataset digits --data-dir x --arch mobilenet_v3_large --drop-path-rate 0.1"
-    config, given = flags.parse(train.build_parser(), typed.split())
+    config, given = flags.parse(train.build_parser(), [*typed.split(), "--compile", "--cuda-graphs"])
     notes = " ".join(flags.check_train(config, given))
-    assert all(
-        f"note: {flag} is not used" in notes for flag in ("--momentum", "--data-dir", "--drop-path-rate")
-    )
+    noted = ("--momentum", "--data-dir", "--drop-path-rate", "--compile")
+    assert all(f"note: {flag} is not used" in notes for flag in noted)
 
 
 @pytest.mark.slow

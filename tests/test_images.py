@@ -215,6 +215,16 @@ def test_the_eval_transform_is_torchvisions(height, width):
     assert np.abs(ours - expected).max() <= 1
 
 
+@pytest.mark.parametrize("height, width", [(300, 401), (500, 375), (200, 180)])
+def test_another_crop_is_torchvisions_too(height, width):
+    """Procedure A3 is scored at 224 px with crop .95."""
+    from torchvision import transforms
+
+    reference = transforms.Compose([transforms.Resize(236), transforms.CenterCrop(224)])
+    expected = np.asarray(reference(Image.fromarray(photo(height, width)))).astype(int)
+    assert np.abs(EvalTransform(224, 0.95)(photo(height, width)) - expected).max() <= 1
+
+
 def test_an_image_of_the_right_size_is_left_alone_with_crop_one():
     assert np.array_equal(EvalTransform(32, 1.0)(photo(32, 32)), photo(32, 32))
 

@@ -776,3 +776,64 @@ def test_a_subset_larger_than_the_data_is_noted():
     assert notes(40) == () and notes(41) == (
         "note: --subset-size 41 exceeds the 40 training images: all are used",
     )
+
+
+# --- parts of a dataset: first classes, held-out images, subsets ---
+
+PARTS = "synthetic:classes=5,train=103,val=20,size=8"
+
+
+def held(index):
+    """Return the positions of the training and of the validation images in the official training set."""
+    return index.train.ids, index.val.ids
+
+
+@pytest.mark.parametrize(("holdout", "images"), [(0.2, 20), (30, 30)])
+def test_held_out_images_are_disjoint_stratified_and_always_the_same(holdout, images):
+    whole, index = open_dataset(PARTS, ""), open_dataset(PARTS, "", holdout=holdout)
+    train, val = held(index)
+    assert sorted([*train, *val]) == list(range(103))  # each official training image once, no other
+    assert abs(len(val) - images) <= 2
+    for label in range(5):
+        share = (index.val.labels == label).sum() / (whole.train.labels == label).sum()
+        assert share == pytest.approx(images / 103, abs=0.03)
+    assert (index.val.labels == whole.train.labels[val]).all()
+    again = open_dataset(PARTS, "", holdout=holdout)
+    assert all((one == two).all() for one, two in zip(held(index), held(again), strict=True))
+    assert index.fingerprint() == again.fingerprint() != whole.fingerprint()
+
+
+def test_a_subset_leaves_the_held_out_images_as_they_are():
+    index = open_dataset(PARTS, "", holdout=30)
+    small = open_dataset(PARTS, "", holdout=30, subset_size=20)
+    assert (small.val.ids == index.val.ids).all() and len(small.train) == 20
+    assert set(small.train.base.ids[small.train.ids]) <= set(index.train.ids)
+
+
+@pytest.mark.parametrize("holdout", [103, 500, 0.001, 0.999])
+def test_a_holdout_that_leaves_nothing_is_refused(holdout):
+    with pytest.raises(UsageError, match=r"--holdout .* for training, .* held out"):
+        open_dataset(PARTS, "", holdout=holdout)
+
+
+def test_the_first_classes_come_before_the_held_out_images():
+    index = open_dataset(PARTS, "", classes=3, holdout=0.5)
+    assert index.classes == open_dataset(PARTS, "").classes[:3]
+    assert set(index.train.labels) == set(index.val.labels) == {0, 1, 2}
+    official = open_dataset(PARTS, "", classes=3)
+    assert len(official.train) == len(index.train) + len(index.val) and len(official.val) == 12
+    with pytest.raises(UsageError, match="--classes 6: there are only 5"):
+        open_dataset(PARTS, "", classes=6)
+
+
+def test_cifar_from_png_files_in_class_folders(tmp_path):
+    from sources.cifar import CIFAR10
+
+    for part, count in (("train", 3), ("test", 2)):
+        for name in ("cat", "airplane"):
+            for i in range(count):
+                put(tmp_path / part / name / f"{i}.png", encoded("PNG", (i, 60, 30), (32, 32)))
+    index = open_dataset("cifar10", tmp_path)
+    assert (index.name, index.classes, index.native_size) == ("cifar10", ("airplane", "cat"), 32)
+    assert (index.mean, len(index.train), len(index.val)) == (CIFAR10.mean, 6, 4)
+    assert index.val.name(0) == "test/airplane/0.png"

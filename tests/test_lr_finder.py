@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shlex
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,6 +142,12 @@ def test_a_diverging_test_stops_early_and_still_suggests(capfd):
     assert capfd.readouterr() == ("", "")  # neither the library's bar nor its messages
 
 
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_lr_finder.lr_finder", None)
+    with pytest.raises(UsageError, match="needs the torch_lr_finder package"):
+        lr_range_test.range_test(None, None, [], 1e-5, 1, 10)
+
+
 def test_nan_ends_the_test_at_once_and_is_not_part_of_the_curve():
     state, how = prepared(convnet, "adamw")
     before = copy.deepcopy(state.model.state_dict())
@@ -161,6 +168,7 @@ def test_bf16_finds_what_fp32_finds():
 @pytest.mark.gpu
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
 def test_on_a_gpu(tmp_path, amp):
+    pytest.importorskip("torch_lr_finder")
     arguments = ["--device", "cuda", "--amp", amp, "--num-iter", "40", "--out", str(tmp_path)]
     assert lr_finder.main([*DIGITS, *arguments]) == 0
     assert json.loads((tmp_path / "lr_finder.json").read_text())["suggestion"]

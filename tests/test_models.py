@@ -10,7 +10,7 @@ import models
 from base import flags, idle
 from base.errors import UsageError
 from models import torchvision_zoo
-from models.convert import describe
+from models.convert import describe, to_torchvision
 
 
 def test_the_flag_offers_the_architectures_that_exist():
@@ -70,6 +70,24 @@ def test_arguments_are_described_in_words():
     assert models.describe_args({"arch": "resnet34", "num_classes": 100, "stem": "small"}) == (
         "resnet34, small stem, 100 classes"
     )
+    assert models.describe_args({"arch": "resnet18", "num_classes": 9, "width": 8}) == (
+        "resnet18, width 8, 9 classes"
+    )
+
+
+def test_the_width_scales_every_channel():
+    full, slim = (
+        models.build_model("resnet18", num_classes=64, stem="small", width=width) for width in (None, 8)
+    )
+    shapes = zip(full.state_dict().values(), slim.state_dict().values(), strict=True)
+    for ours, theirs in shapes:
+        assert all(b in (a, a // 8) for a, b in zip(ours.shape, theirs.shape, strict=True))
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (full, slim)]
+    assert parameters[1] == pytest.approx(parameters[0] / 64, rel=0.05)
+    with pytest.raises(UsageError, match="--width works with the ResNets only"):
+        models.build_model("swin_t", num_classes=3, width=8)
+    with pytest.raises(UsageError, match="torchvision has no such model"):
+        to_torchvision(models.build_model("resnet18", num_classes=3, width=8))
 
 
 def test_nothing_slow_or_restricted_is_imported_before_it_is_used():

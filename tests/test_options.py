@@ -25,6 +25,8 @@ from sources import layouts
 # name: (what both runs share, what the second one changes); more than one change as a list of them
 OPTIONS: dict[str, tuple[str, list[str]]] = {
     "dataset": ("", ["--dataset synthetic:classes=10,train=40,val=10,size=8"]),
+    "classes": ("", ["--classes 5"]),
+    "holdout": ("", ["--holdout 300", "--holdout 0.3"]),
     "subset": ("", ["--subset-size 41"]),  # TINY has --subset
     "subset_size": ("", ["--subset-size 48"]),
     "augment": ("--augment none", [f"--augment {name}" for name in
@@ -34,6 +36,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "drop_path_rate": ("", ["--drop-path-rate 0.6"]),
     "use_blurpool": ("", ["--use-blurpool"]),
     "head": ("", ["--head linear"]),
+    "width": ("", ["--width 4"]),
     "stem": ("", ["--stem small", "--stem d"]),
     "epochs": ("", ["--epochs 6"]),
     "resize_schedule": ("", ["--resize-schedule 8,16,20", "--resize-schedule 8,24,24"]),
@@ -65,17 +68,21 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "amp": ("--resize-schedule 24,32,32", ["--amp bf16"]),
     "seed": ("", ["--seed 1"]),
     "compile": ("", ["--compile"]),
+    "cuda_graphs": ("", ["--cuda-graphs"]),  # refused on a CPU
     "deterministic": ("", ["--deterministic"]),
     "sync_bn": ("", ["--sync-bn"]),  # refused on a CPU
     "save_every": ("", ["--save-every 2"]),
     "stop_after": ("", ["--stop-after 2"]),
     "eval_every": ("", ["--eval-every 2"]),
+    "eval_size": ("", ["--eval-size 24", "--eval-size 32"]),
+    "eval_crop": ("", ["--eval-crop 1", "--eval-crop 0.5"]),
+    "eval_flip": ("", ["--eval-flip"]),
     "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # These do not affect steps; other tests cover them.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
              "reset_head", "device", "save_dir", "resume", "allow_change", "overwrite", "plot", "log_every",
-             "tensorboard", "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
+             "tensorboard", "cache_eval", "wandb", "summary", "dry_run", "config", "debug"}  # fmt: skip
 SLOW_VALUES = {
     "arch": ["resnet34", "resnet50", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large", "swin_t"],
     "augment": ["rrc,randaugment", "rrc,trivialaugment"],
@@ -114,7 +121,7 @@ def test_a_trace_is_the_same_twice():
 def test_every_value_changes_what_is_observed(name, uncompiled):
     shared, changes = OPTIONS[name]
     results = [observed(shared)] + [observed(f"{shared} {change}") for change in changes]
-    assert all(result[0] != "refused" for result in results) or name == "sync_bn"
+    assert all(result[0] != "refused" for result in results) or name in ("sync_bn", "cuda_graphs")
     for k, result in enumerate(results):
         assert result not in results[:k], f"{changes[k - 1]} does nothing, or what another value does"
 

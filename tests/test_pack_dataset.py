@@ -15,6 +15,7 @@ from test_packed import make_folders
 
 import pack_dataset
 from base.errors import DataError, ResourceError, UsageError
+from harness import pool
 from sources import packing
 from sources.layouts import open_dataset
 from sources.packed import open_packed
@@ -103,9 +104,7 @@ def test_complete_groups_are_not_packed_again(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(
         packing, "write_group", lambda *a, **options: calls.append(a[2]) or write(*a, **options)
     )
-    monkeypatch.setattr(
-        pack_dataset, "in_processes", lambda work, jobs, workers: ((job, work(job)) for job in jobs)
-    )
+    monkeypatch.setattr(pool, "in_processes", lambda work, jobs, *_, **__: ((job, work(job)) for job in jobs))
     pack(folders, out)
     assert [(group.part, group.k) for group in calls] == [("train", 1)]
     assert files(out) == before

@@ -6,15 +6,18 @@ import os
 import pickle
 import shutil
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pytest
 from test_images import encoded, photo
 
 import pack_dataset
-from base.errors import DataError
+from base.errors import DataError, UsageError
+from base.files import file_crc32
+from base.flags import parse_augment
 from sources import packed, packing
-from sources.images import decode
+from sources.images import TrainTransform, decode
 from sources.index import ArraySplit, DatasetIndex
 from sources.layouts import open_dataset
 from sources.packed import open_packed
@@ -141,13 +144,95 @@ def test_pixels_are_stored_without_loss(tmp_path):
     labels = rng.integers(0, 3, 70)
     split = ArraySplit(pixels, labels)
     source = DatasetIndex("tiny", ("a", "b", "c"), split, split, native_size=8)
-    assert pack_dataset.pack(source, str(tmp_path / "out"), (16,), 90, 1) == 0
+    assert pack_dataset.pack(source, str(tmp_path / "out"), packing.make_plan(source, (16,), 90), 1) == 0
     copy = open_packed(tmp_path / "out")
     assert copy.native_size == 8
     assert all(
         np.array_equal(decode(data), image)
         for data, image in zip(copy.train.read(range(70)), pixels, strict=True)
     )
+
+
+# --- raw pixels --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def raw_once(folders, tmp_path_factory):
+    out = tmp_path_factory.mktemp("raw") / "out"
+    more = ["--stored-sides", "16,32", "--raw-sides", "16"]
+    assert pack_dataset.main(["--data-dir", str(folders), "--out", str(out), *more]) == 0
+    return out
+
+
+def test_raw_copies_are_the_pixels_that_jpeg_copies_are_encoded_from(folders, raw_once, packed_once):
+    source, raw, jpeg = (open_dataset("imagenet", str(d)).train for d in (folders, raw_once, packed_once))
+    ids = np.random.default_rng(0).permutation(len(source))
+    triples = zip(*(split.read(ids) for split in (source, raw.for_size(8), jpeg.for_size(8))), strict=True)
+    for original, pixels, small in triples:
+        before = decode(original)
+        height, width = before.shape[:2]
+        expected = before
+        if min(height, width) > 16:
+            size = [round(n * 16 / min(height, width)) for n in (width, height)]
+            expected = cv2.resize(before, size, interpolation=cv2.INTER_AREA)
+            options = [cv2.IMWRITE_JPEG_QUALITY, 90]
+            assert cv2.imencode(".jpg", pixels[:, :, ::-1], options)[1].tobytes() == small
+        assert np.array_equal(pixels, expected)
+        assert not pixels.flags.owndata and not pixels.flags.writeable  # a view into the mapped file
+    assert raw.for_size(16).read(ids[:9]) == jpeg.for_size(16).read(ids[:9])  # side 32 is JPEG in both
+    assert raw.digest() == jpeg.digest() and raw.content() == jpeg.content()
+    assert raw.for_size(8).content() != jpeg.for_size(8).content()
+
+
+def test_the_copies_of_a_raw_dataset_are_said(raw_once, packed_once):
+    (note,) = open_packed(raw_once).notes
+    assert note.endswith("1.15 times its size or more: 16 px (raw pixels), 32 px (JPEG)")
+    assert not open_packed(packed_once).notes
+    assert "raw_sides" not in json.loads((packed_once / "manifest.json").read_text())
+
+
+@pytest.mark.parametrize("steps", ["full", "padcrop:2,flip", "none", "rrc,randaugment", "jitter,dropout"])
+def test_augmentation_of_a_mapped_image_equals_that_of_a_copy(raw_once, steps):
+    split = open_packed(raw_once).train.for_size(12)
+    transform = TrainTransform(parse_augment(steps), 12, (0.5,) * 3)
+    before = split.read(range(len(split)))
+    copies = [image.copy() for image in before]
+    for i, (image, copy) in enumerate(zip(before, copies, strict=True)):
+        assert np.array_equal(transform(image, (0, 1, i)), transform(copy.copy(), (0, 1, i)))
+        assert np.array_equal(image, copy)
+
+
+def test_hugging_face_datasets_opens_raw_pixels(raw_once):
+    datasets = pytest.importorskip("datasets")
+    split = open_packed(raw_once).train.for_size(8)
+    row = datasets.Dataset.from_file(split.shard_path(0))[7]
+    assert np.array_equal(np.asarray(row["image"]), split.read([7])[0]) and row["label"] == split.labels[7]
+
+
+def test_raw_data_is_verified_and_its_settings_are_kept(folders, raw_once, tmp_path, capsys):
+    out = shutil.copytree(raw_once, tmp_path / "copy")
+    with pytest.raises(UsageError, match=r"packed with raw_sides \[16\], not None"):
+        pack_dataset.main(["--data-dir", str(folders), "--out", str(out), "--stored-sides", "16,32"])
+    path = out / "train-16" / "00000.arrow"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="1 bad"):
+        pack_dataset.main(["--data-dir", str(out), "--verify", "--workers", "1"])
+    assert "train-16/00000.arrow: its checksum is wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"P6\n3 2\n254\n", b"P6\n3 3\n255\n", b"P6\n# a\n3 2\n255\n", b"P6\n0 2\n255\n", b"P5\n3 2\n255\n"],
+)
+def test_other_ppm_files_are_left_to_pillow(header, tmp_path):
+    table = pa.table(
+        {"image": [{"bytes": header + bytes(range(18)), "path": "a"}], "label": [0]}, schema=packed.COLUMNS
+    )
+    with pa.ipc.new_stream(tmp_path / "00000.arrow", table.schema) as writer:
+        writer.write_table(table)
+    assert packed.Shard(str(tmp_path / "00000.arrow"), 1).image(0) == header + bytes(range(18))
 
 
 # --- damage ----------------------------------------------------------------------------------------
@@ -243,10 +328,7 @@ def test_labels_that_do_not_fit_are_refused(labels, out):
     path = out / "train-labels.npy"
     path.write_bytes(labels) if isinstance(labels, bytes) else np.save(path, labels)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["parts"]["train"] |= {
-        "labels_bytes": path.stat().st_size,
-        "labels_crc32": packed.file_crc32(str(path)),
-    }
+    manifest["parts"]["train"] |= {"labels_bytes": path.stat().st_size, "labels_crc32": file_crc32(str(path))}
     (out / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"train-labels\.npy"):
         open_packed(out)

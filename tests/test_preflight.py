@@ -76,7 +76,7 @@ def test_the_trial_step_leaves_no_trace(run):
     before, grown = copy.deepcopy(run.state.state_dict()), torch.random.get_rng_state()
     _, options = loop.start_phase(run, run.phases[-1])
     run.state.model.eval()
-    preflight.try_step(run, options, run.phases[-1], 8)
+    preflight.try_step(run, options, run.phases[-1], 8, options.forward)
     assert not run.state.model.training
     assert torch.equal(torch.random.get_rng_state(), grown)
     assert all(p.grad is None for p in run.state.model.parameters())
@@ -130,6 +130,17 @@ def test_every_message_of_memory_running_out_is_exit_code_6(run, error, monkeypa
     assert said.startswith("error: out of memory") and "fix: " in said
 
 
+def test_code_that_cannot_be_compiled_is_exit_code_6(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    reason = RuntimeError("no compiler found\nand much more")
+    failed = torch._dynamo.exc.BackendCompilerFailed(lambda: None, reason, None)
+    assert errors.run(lambda argv: fail(failed)) == 6
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "error: torch.compile failed: RuntimeError: no compiler found\nfix: use --no-compile"
+    )
+
+
 def test_another_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(RuntimeError, match="shape"):
@@ -144,7 +155,7 @@ def test_memory_reserved_for_later_may_be_what_does_not_fit(run, monkeypatch):
 
 
 def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):
-    monkeypatch.setattr(preflight, "try_step", lambda run, options, phase, images: grab(images, 3))
+    monkeypatch.setattr(preflight, "try_step", lambda run, options, phase, images, forward: grab(images, 3))
     with pytest.raises(ResourceError) as caught:
         preflight.check_step_memory(run)
     assert "phase 3: 24 px, batch size 8, 8 images at once" in caught.value.what

@@ -84,8 +84,8 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run")), config_of()
 
 
-OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes"}
-OPTIONAL |= {"row_sums"}
+OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes", "flip"}
+OPTIONAL |= {"row_sums", "width"}
 
 
 def is_free(at: tuple) -> bool:

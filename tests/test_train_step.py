@@ -374,6 +374,20 @@ def test_evaluate_counts_each_sample_once_whatever_the_batching():
     assert model.training  # as it was before
 
 
+def test_evaluation_reads_nothing_before_its_last_batch():
+    model, read = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), []
+
+    def batches():
+        for n in (4, 4, 2):
+            read.append(n)
+            yield torch.randn(n, 3, 2, 2), torch.zeros(n, dtype=torch.long)
+
+    # Fake tensors have no values: they raise when one is read.
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException):
+        evaluate({"m": model}, batches(), CPU)
+    assert read == [4, 4, 2]
+
+
 def test_skipped_images_are_not_in_the_score():
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
     images, labels = torch.randn(4, 3, 2, 2), torch.arange(4)

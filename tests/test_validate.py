@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from runs import digest
 from torch import nn
 
+import train
 import validate
 from analysis import figures, predictions, score_figures
-from analysis.scores import calibration, confused_pairs, confusion
+from analysis.scores import calibration, confused_pairs, confusion, read_hits, write_hits
 from base import flags
 from base.device import Runtime
 from base.errors import CheckpointError, DataError, ResourceError, UsageError
@@ -169,12 +171,11 @@ class Colour(nn.Module):
         return images[..., : images.shape[-1] // 2].mean((2, 3)) * 5
 
 
-def test_flip_averages_the_probabilities_of_both_pictures():
+def test_flip_averages_the_logits_of_both_pictures():
     images = torch.randn(4, 3, 6, 6)
     found = predictions.predict({"m": Colour()}, [(images, torch.tensor([0, 1, 2, 0]))], CPU, flip=True)
-    both = predictions.flipped_logits(Colour(), images, Colour()(images), CPU)
-    assert both.exp().sum(1) == pytest.approx(torch.ones(4).numpy(), rel=1e-5)  # of probabilities, the log
-    probabilities = (Colour()(images).softmax(1) + Colour()(images.flip(3)).softmax(1)) / 2
+    left, right = (half.mean((2, 3)) * 5 for half in images.chunk(2, dim=3))  # the mirrored mean is the same
+    probabilities = ((left + right) / 2).softmax(1)
     assert found["m flip"].confidence == pytest.approx(probabilities.max(1).values.numpy(), rel=1e-5)
     assert found["m flip"].losses == pytest.approx(
         -probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4
@@ -253,3 +254,55 @@ def test_a_perfect_model_has_pictures_too(tmp_path):
     figures.save(
         score_figures.reliability(calibration(np.ones(7), np.ones(7, bool)), "perfect"), tmp_path / "b.png"
     )
+
+
+def test_the_hits_of_each_image_add_up_to_the_scores(photo_run, tmp_path):
+    options = [str(photo_run), *PLAIN, "--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn"]
+    assert validate.main([*options, "--save-hits", "--out", str(tmp_path)]) == 0
+    hits = read_hits(tmp_path / "hits.npz")
+    rows = json.loads((tmp_path / "scores.json").read_text())["results"]
+    for weights in ("raw", "ema"):
+        plain = next(row for row in rows if row["weights"] == weights)  # 24 px, trained BatchNorm, no TTA
+        assert 100 * hits[weights].mean() == pytest.approx(plain["top1"]) and len(hits[weights]) == 21
+
+
+def test_hits_are_one_bit_each_and_always_the_same_bytes(tmp_path):
+    hits = {"raw": np.random.default_rng(0).random(10_001) < 0.6, "ema": np.zeros(10_001, bool)}
+    for name in ("a", "b"):
+        write_hits(tmp_path / name, hits)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    assert (tmp_path / "a").stat().st_size < 2 * 10_001 / 8 + 900
+    found = read_hits(tmp_path / "a")
+    assert found.keys() == hits.keys() and all((found[name] == hits[name]).all() for name in hits)
+    assert read_hits(tmp_path / "nothing") == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"no zip", b"PK\x03\x04 cut"])
+def test_damaged_hits_are_refused(content, tmp_path):
+    (tmp_path / "hits.npz").write_bytes(content)
+    with pytest.raises(DataError, match=r"hits\.npz is damaged"):
+        read_hits(tmp_path / "hits.npz")
+
+
+def test_a_run_with_held_out_images_resumes_and_is_scored_on_the_official_ones_on_request(tmp_path):
+    """Training and validate.py see the held-out images; `--holdout 0` chooses the official ones."""
+    run = "--dataset digits --arch resnet_tiny --width 4 --classes 6 --holdout 0.1 --epochs 2 --batch-size 64"
+    run += " --resize-schedule 16 --augment none --num-workers 0 --device cpu --amp off --save-dir"
+    halves, whole = str(tmp_path / "halves"), str(tmp_path / "whole")
+    assert train.main([*run.split(), halves, "--stop-after", "17"]) == 0
+    assert train.main(["--save-dir", halves, "--resume", "auto", "--num-workers", "0"]) == 0
+    assert train.main([*run.split(), whole]) == 0
+    assert digest(tmp_path / "halves") == digest(tmp_path / "whole")
+    checkpoint_path = str(next((tmp_path / "whole").glob("last_*.pt")))
+    counts = {}
+    for name, extra in (("held", []), ("official", ["--holdout", "0"])):
+        out = tmp_path / name
+        assert validate.main([checkpoint_path, *PLAIN, *extra, "--out", str(out)]) == 0
+        counts[name] = json.loads((out / "scores.json").read_text())["results"][0]
+    index = layouts.open_dataset("digits", "", classes=6)
+    assert counts["held"]["num_samples"] == round(len(index.train) * 0.1)
+    assert counts["official"]["num_samples"] == len(index.val)
+    row = checkpoint.load(checkpoint_path)["rows"][-1]
+    assert counts["held"]["top1"] == pytest.approx(row["val_top1"])
+    with pytest.raises(CheckpointError, match=r"--holdout was 0\.1, now 0"):
+        train.main(["--save-dir", whole, "--resume", "auto", "--holdout", "0"])

@@ -1,0 +1,60 @@
+"""A table of a report, as markdown, LaTeX and CSV."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from base import files
+
+LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
+    "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}",
+    ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$", "→": r"$\rightarrow$", "×": r"$\times$",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are text, in which **bold** and `code` are marked as in markdown."""
+
+    name: str  # of its files
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+    def without_empty_columns(self) -> Table:
+        kept = [k for k in range(len(self.header)) if any(row[k] != "-" for row in self.rows)]
+        rows = [[row[k] for k in kept] for row in self.rows]
+        return Table(self.name, self.title, [self.header[k] for k in kept], rows)
+
+    def markdown(self) -> str:
+        lines = (self.header, ["---"] * len(self.header), *self.rows)
+        table = "\n".join(
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines
+        )
+        return f"{self.title}\n\n{table}" if self.title else table
+
+    def csv(self) -> str:
+        return files.csv_text(
+            self.header, [[re.sub(r"\*\*|`", "", cell) for cell in row] for row in self.rows]
+        )
+
+    def latex(self) -> str:
+        """Return a table for LaTeX, which needs \\usepackage{booktabs}."""
+        header, *rows = (" & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows))
+        lines = [rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", header, r"\midrule"]
+        table = [*lines, *rows, r"\bottomrule", r"\end{tabular}"]
+        caption = rf"\caption{{{latex_text(self.title.rstrip(':'))}}}"
+        return "\n".join([r"\begin{table}", r"\centering", caption, *table, r"\end{table}"]) + "\n"
+
+
+def latex_text(text: str) -> str:
+    """Return `text` with LaTeX's special characters escaped, and its bold and code as commands."""
+    text = "".join(LATEX.get(character, character) for character in text)
+    text = re.sub(r"(?<![\w.-])-(?=\d)", "$-$", text)  # a minus, not a hyphen
+    text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
+    return re.sub(r"`(.+?)`", r"\\texttt{\1}", text)

@@ -1,0 +1,410 @@
+"""The parts of `benchmarks.first_minute`: what each runs. A part is a process: `... first_minute_parts PART`.
+
+Rows of the parts' own go to OUT/first_minute.jsonl; benchmarks.step and benchmarks.loader write theirs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import runpy
+import subprocess
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from xml.etree import ElementTree
+
+from base import errors, flags, process
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU_FACTS = (
+    "driver_version",
+    "power.limit",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "clocks.sm",
+    "temperature.gpu",
+)
+# px and batch size, beyond the documents'. A size ends with the first batch that does not fit.
+LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), (64, 4096), (128, 1024))
+LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
+# SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
+CIFAR = """--stem small --head linear --resize-schedule 32 --batch-size 512 --optimizer sgd --nesterov
+--lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8 --mixup-alpha 0 --cutmix-alpha 0
+--drop-path-rate 0 --no-ema"""
+STUDY = "tiny_imagenet_02"
+RUNGS = ("mixup,progressive,all", "mixup+cutmix,drop-path,last-size-only")  # in order of value
+# The flags of the study's variant "progressive", for a trial of its speed.
+PROGRESSIVE = (
+    "--batch-size 256 --augment basic --mixup-alpha 0.2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
+)
+SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
+LONGEST = 100  # epochs
+STARTUP = 15.0  # seconds of a training before its first step
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a part finds and leaves its files, and how long it may take."""
+
+    out: Path  # rows
+    work: Path  # unpacked data, checkpoints
+    data: Path  # archives of benchmarks.first_minute_data
+    seconds: float
+    rehearse: bool = False
+    started: float = field(default_factory=time.monotonic)
+
+    def left(self) -> float:
+        return self.started + self.seconds - time.monotonic()
+
+    def record(self, part: str, row: str, columns: dict) -> None:
+        from benchmarks import records
+
+        name = {"benchmark": "first_minute", "row": f"{part}: {row}", "part": part}
+        records.append(self.out, name | columns | records.environment(device_name()))
+
+
+def device_name() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(*words: object) -> int:
+    """Run `python WORDS` and return its exit code."""
+    print("$ python", *words, flush=True)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=ROOT).returncode
+
+
+def must(*words: object) -> None:
+    if code := run(*words):
+        raise SystemExit(code)
+
+
+# --- the machine -----------------------------------------------------------------------------------
+
+
+def environment(s: Setting) -> None:
+    """Versions, clocks, missing packages, and the two ceilings: arithmetic and memory traffic."""
+    from base import device
+
+    runtime = device.init_runtime("auto", "auto")
+    found = device.environment(runtime) | gpu_facts() | ceilings(runtime.device, s.rehearse)
+    s.record("environment", "environment", found | {"missing": ", ".join(missing_packages())})
+
+
+def gpu_facts() -> dict[str, str]:
+    """Return what nvidia-smi says about the first GPU; {} without one."""
+    try:
+        query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
+        line = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = line.splitlines()[0].split(", ")
+    return {name.replace(".", "_"): value for name, value in zip(GPU_FACTS, values, strict=True)}
+
+
+def missing_packages() -> list[str]:
+    """Return the packages of requirements.txt that are not installed."""
+    names = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    installed = {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    return [name for name in names if name.lower() not in installed]
+
+
+def ceilings(device, rehearse: bool) -> dict[str, float]:
+    """Return TFLOP/s of a bf16 matrix product and TB/s of a copy (bytes read and written)."""
+    import torch
+
+    n = 256 if rehearse else 8192
+    a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
+    source = torch.randn(n * n, device=device)
+    target = torch.empty_like(source)
+    product, copy = seconds_of(lambda: a @ b, device), seconds_of(lambda: target.copy_(source), device)
+    return {"matmul_tflops": 2 * n**3 / product / 1e12, "copy_tb_per_s": 8 * n * n / copy / 1e12}
+
+
+def seconds_of(call: Callable[[], object], device, times: int = 20) -> float:
+    import torch
+
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    for k in range(times + 3):
+        if k == 3:  # warmed up
+            wait()
+            started = time.perf_counter()
+        call()
+    wait()
+    return (time.perf_counter() - started) / times
+
+
+# --- the tests ---------------------------------------------------------------------------------------
+
+
+def gpu_tests(s: Setting) -> None:
+    """`pytest -m gpu`: counts, and a row for each failure."""
+    report = s.work / "gpu-tests.xml"
+    report.unlink(missing_ok=True)
+    options = ["-m", "gpu", "-v", "-rfE", "--tb=short", "--continue-on-collection-errors"]
+    marked = [path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+    code = run("-m", "pytest", *options, f"--junitxml={report}", *sorted(marked))
+    if not report.is_file():
+        raise SystemExit(code or 1)
+    outcomes = Counter(passed=0, failed=0, skipped=0)
+    for case in ElementTree.parse(report).iter("testcase"):
+        problem = next((part for part in case if part.tag in ("failure", "error")), None)
+        skipped = any(part.tag == "skipped" for part in case)
+        outcomes["failed" if problem is not None else "skipped" if skipped else "passed"] += 1
+        if problem is not None:
+            name = f"{case.get('classname')}::{case.get('name')}"
+            s.record("gpu-tests", name, {"failed": 1, "message": (problem.get("message") or "")[:500]})
+    s.record("gpu-tests", "all", dict(outcomes))
+
+
+# --- the step and the loader ---------------------------------------------------------------------------
+
+
+def step(s: Setting) -> None:
+    """The documents' sizes: this project, bare and timm with their kernels; then variants of the project."""
+    sizes = ["--sizes", 64, 128, 224, "--rounds", 5]
+    variants = (["compile", "cuda-graphs"], ["fp32", "fp16", "nchw"])  # in order of value
+    if s.rehearse:
+        sizes = ["--sizes", 16, "--batch-sizes", 8, "--rounds", 2, "--arch", "resnet_tiny", "--device", "cpu"]
+        variants = (["nchw"],)
+    for options in ([], *(["--variants", *names] for names in variants)):
+        must("-m", "benchmarks.step", *sizes, *options, "--out", s.out)
+
+
+def large_batches(s: Setting) -> None:
+    """The same with ever larger batches, until the GPU's memory is full."""
+    largest = ((16, 16),) if s.rehearse else LARGE
+    options = ["--rounds", 2, "--arch", "resnet_tiny", "--device", "cpu"] if s.rehearse else ["--rounds", 3]
+    full = set()
+    for size, batch_size in largest:
+        if size in full:
+            continue
+        words = ["--sizes", size, "--batch-sizes", batch_size, "--steps", 5, *options]
+        code = run("-m", "benchmarks.step", *words, "--out", s.out)
+        if code not in (0, errors.ResourceError.exit_code):
+            raise SystemExit(code)
+        if code:
+            full.add(size)
+            columns = {"size": size, "batch_size": batch_size, "fits": 0}
+            s.record("large-batches", f"{size} px, batch {batch_size}", columns)
+
+
+def loader(s: Setting) -> None:
+    """This project's loader and its peers with the full augmentation: all cores first, then fewer."""
+    from benchmarks import first_minute_data
+
+    photos = first_minute_data.unpack("photos", s.data, s.work)
+    words = ["--data-dir", photos, "--out", s.out, "--work-dir", s.work / "loader"]
+    options = ["--augmentations", "full", "--batches", 4, "--passes", 2]
+    most = min(16, process.cores())
+    counts = dict.fromkeys([most, 1, *(n for n in (8, 4, 2) if n < most)])
+    if s.rehearse:
+        counts, options = [1], ["--augmentations", "basic", "--batches", 1, "--passes", 1]
+        options += ["--sizes", 16, "--stored-sides", 24]
+    for workers in counts:
+        must("-m", "benchmarks.loader", *words, "--workers", workers, *options)
+
+
+# --- reads that make the host wait ---------------------------------------------------------------------
+
+
+def syncs(s: Setting) -> None:
+    """Where the host waits for the GPU, per step: in the step alone, and in a whole run of train.py."""
+    import torch
+
+    from base.device import init_runtime
+    from benchmarks import step_loops
+
+    arch, size, batch = ("resnet_tiny", 16, 8) if s.rehearse else ("resnet50", 64, 128)
+    take_step = step_loops.project(step_loops.Setting(arch, size, batch, init_runtime("auto", "auto")))
+    for _ in range(3):
+        take_step()
+    with synchronizations() as places:
+        for _ in range(20):
+            take_step()
+    record_places(s, "step", places, steps=20)
+    steps = 10 if s.rehearse else 100
+    data = f"synthetic:classes=10,train={steps // 2 * batch},val={2 * batch},size={size}"
+    words = ["--dataset", data, "--arch", arch, "--resize-schedule", size, "--batch-size", batch]
+    words += ["--epochs", 2, "--num-workers", 2, "--save-dir", s.work / "syncs", "--overwrite"]
+    with synchronizations() as places:
+        in_this_process("train.py", words)
+    record_places(s, "train.py", places, steps)
+    print(f"counted with {torch.cuda.device_count()} GPUs")
+
+
+def in_this_process(script: str, words: list) -> None:
+    sys.argv = [script, *map(str, words)]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def record_places(s: Setting, run: str, places: Counter, steps: int) -> None:
+    for place, count in places.most_common():
+        print(f"{run}: {count:5} in {steps} steps: {place}", flush=True)
+        columns = {"run": run, "place": place, "steps": steps, "count": count, "per_step": count / steps}
+        s.record("syncs", f"{run}, {place}", columns)
+    total = places.total()
+    columns = {"run": run, "place": "all", "steps": steps, "count": total, "per_step": total / steps}
+    s.record("syncs", f"{run}, all", columns)
+
+
+@contextmanager
+def synchronizations() -> Iterator[Counter]:
+    """Count the synchronizing operations that torch warns of, by the line of this project they come from."""
+    import torch
+
+    places, gpu = Counter(), torch.cuda.is_available()
+
+    def note(message, *_, **__) -> None:
+        if "synchronizing CUDA operation" in str(message):
+            places[own_line()] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        if gpu:
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield places
+        finally:
+            if gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
+
+def own_line() -> str:
+    """Return the innermost line of this project on the stack, outside this file, as file:line function."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts and path != Path(__file__):
+            return f"{path.relative_to(ROOT)}:{frame.lineno} {frame.name}"
+    return "elsewhere"
+
+
+# --- trainings ---------------------------------------------------------------------------------------
+
+
+def cifar10(s: Setting) -> None:
+    train_cifar(s, "cifar10")
+
+
+def cifar100(s: Setting) -> None:
+    train_cifar(s, "cifar100")
+
+
+def train_cifar(s: Setting, name: str) -> None:
+    """ResNet-34, for as many epochs as the time allows."""
+    words = ["--dataset", name, "--data-dir", unpacked(s, name), *CIFAR.split()]
+    words += SMALL if s.rehearse else ["--arch", "resnet34", "--num-workers", process.cores()]
+    epochs = planned(s, name, lambda: sum(epoch_seconds(s, name, words).values()))
+    directory = s.work / name / "resnet34"
+    must("train.py", *words, *long_run(epochs), "--save-dir", directory, "--resume", "auto")
+
+
+def tiny_imagenet(s: Setting) -> None:
+    """The variants of STUDY with one seed; the time is planned for those of the first rung."""
+    from sources.layouts import open_dataset
+
+    name = "tiny-imagenet"
+    data = unpacked(s, name)
+
+    def first_rung() -> float:
+        images = len(open_dataset(name, data).train)
+        subset = min(images, 40 if s.rehearse else 10_000)
+        words = [
+            "--dataset",
+            name,
+            "--data-dir",
+            data,
+            *PROGRESSIVE.split(),
+            "--subset",
+            "--subset-size",
+            subset,
+        ]
+        words += ["--resize-schedule", "16,24,32" if s.rehearse else "64,128,224"]
+        words += SMALL if s.rehearse else ["--num-workers", process.cores()]
+        first, second, third = epoch_seconds(s, name, words).values()
+        progressive = (30 * first + 20 * second + 40 * third) / 90
+        return images / subset * (first + 2 * progressive)
+
+    epochs = planned(s, name, first_rung, runs=3)
+    for variants in RUNGS[:1] if s.rehearse else RUNGS:
+        words = [STUDY, "--seeds", 0, "--variants", variants, "--data-dir", data, "--keep", "none"]
+        words += ["--out", s.work / name, *(["--smoke"] if s.rehearse else [])]
+        extra = [] if s.rehearse else ["--num-workers", process.cores(), *long_run(epochs)]
+        must("-m", "ablation_runs.run", *words, "--", *extra)
+
+
+def unpacked(s: Setting, name: str) -> Path:
+    from benchmarks import first_minute_data
+
+    return first_minute_data.unpack(name, s.data, s.work)
+
+
+def long_run(epochs: int) -> list[object]:
+    return ["--epochs", epochs, "--save-every", 1000]  # a stopped run is saved anyway
+
+
+def planned(s: Setting, name: str, seconds: Callable[[], float], runs: int = 1) -> int:
+    """Return the number of epochs that fit the time; the same one when a stopped part goes on.
+
+    seconds: measures how long an epoch of all `runs` takes
+    """
+    plan = s.work / name / "epochs.txt"
+    if not plan.is_file():
+        each = seconds()
+        epochs = int(0.9 * (s.left() - STARTUP * runs) / each)
+        plan.parent.mkdir(parents=True, exist_ok=True)
+        plan.write_text(str(max(2, min(3 if s.rehearse else LONGEST, epochs))))
+    return int(plan.read_text())
+
+
+def epoch_seconds(s: Setting, name: str, words: list) -> dict[int, float]:
+    """Train two epochs at each size; return {image size: seconds of the second one}."""
+    from harness.log import read_metrics
+
+    sizes = str(words[words.index("--resize-schedule") + 1]).split(",")
+    trial, twos = s.work / "trials" / name, ["2"] * len(sizes)
+    evenly = ["--phase-epochs", ",".join(twos)] if len(sizes) > 1 else []
+    must("train.py", *words, *long_run(2 * len(sizes)), *evenly, "--save-dir", trial, "--overwrite")
+    return {row["image_size"]: row["seconds"] for row in read_metrics(trial)}
+
+
+PARTS: dict[str, Callable[[Setting], None]] = {
+    "environment": environment,
+    "gpu-tests": gpu_tests,
+    "step": step,
+    "syncs": syncs,
+    "large-batches": large_batches,
+    "loader": loader,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "tiny-imagenet": tiny_imagenet,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = flags.Parser(prog="python -m benchmarks.first_minute_parts", description="Run one part.")
+    parser.add_argument("part", choices=tuple(PARTS))
+    for name in ("--out", "--work", "--data"):
+        parser.add_argument(name, type=Path, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    values = vars(parser.parse_args(argv))
+    PARTS[values.pop("part")](Setting(**values))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,234 @@
+"""Fill the tables of README.md and benchmarks/README.md from the rows in benchmarks/results/<machine>/.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. `python -m benchmarks.tables`
+writes them all; a test compares. With a directory of results, it prints that directory's tables instead.
+To publish results, copy the .jsonl files of an --out to benchmarks/results/<machine>/ and run it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from base import errors, files, flags
+from base.errors import DataError
+from benchmarks.targets import targets
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+UNMEASURED = (
+    "*Not measured yet*: `python -m benchmarks.first_minute {part} --out DIR` on a machine with a GPU."
+)
+Rows = list[dict]
+Table = list[list[object]]  # the header, then the lines; empty without results
+
+
+def build_parser() -> flags.Parser:
+    parser = flags.Parser(prog="python -m benchmarks.tables", description=__doc__)
+    parser.add_argument("results", nargs="?", default="", metavar="DIR", help="Print the tables of DIR.")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    if args.results:
+        rows = load([Path(args.results)])
+        print("\n".join(f"{name}\n\n{filled(name, rows)}" for name in TABLES))
+        return 0
+    rows = load(result_directories())
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        if (after := fill(before, rows)) != before:
+            files.write(page, after)
+            print(f"{page.relative_to(ROOT)}: written")
+    return 0
+
+
+def result_directories() -> list[Path]:
+    return sorted(path for path in RESULTS.glob("*") if path.is_dir())
+
+
+def load(directories: Iterable[Path]) -> Rows:
+    from benchmarks import records
+
+    return [row for directory in directories for row in records.load(directory)]
+
+
+def of_gpus(rows: Rows) -> Rows:
+    """Return the rows that were measured on a GPU."""
+    return [row for row in rows if row.get("cuda") and not row.get("narrow")]
+
+
+def fill(text: str, rows: Rows) -> str:
+    """Return `text` with every marked table made from `rows`. Raises DataError for an unknown table."""
+    return MARKED.sub(lambda found: f"{found[1]}{filled(found[2], rows)}{found[3]}", text)
+
+
+def filled(name: str, rows: Rows) -> str:
+    """Return a table as Markdown, with where it was measured below it, or that it was not measured."""
+    if name not in TABLES:
+        raise DataError(f"there is no table {name!r}", f"choose from {', '.join(TABLES)}")
+    part, make = TABLES[name]
+    table, used = make(rows if name == "targets" else of_gpus(rows))
+    if not table[1:]:
+        return UNMEASURED.format(part=part) + "\n"
+    header, *lines = [[shown(cell) for cell in line] for line in table]
+    right = [
+        "--:" if all(is_number(cell) for cell in column) else "---" for column in zip(*lines, strict=True)
+    ]
+    drawn = [f"| {' | '.join(line)} |" for line in (header, right, *lines)]
+    places = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in used)
+    return "\n".join([*drawn, "", *([f"{'; '.join(places)}.", ""] if used else [])])
+
+
+def shown(cell: object) -> str:
+    if cell is None or cell == "":
+        return "-"
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}" if abs(cell) < 10 else f"{cell:.1f}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "\\|")
+
+
+def is_number(cell: str) -> bool:
+    return cell == "-" or cell.replace(",", "").replace(".", "").isdigit()
+
+
+# --- the tables: each returns its cells and the rows they come from -----------------------------------
+
+
+def machine(rows: Rows) -> tuple[Table, Rows]:
+    names = {
+        "device": "GPU",
+        "driver_version": "driver",
+        "cores": "CPU cores",
+        "power_limit": "power limit",
+        "clocks_max_sm": "highest SM clock",
+        "matmul_tflops": "bf16 TFLOP/s (8192 x 8192 product)",
+        "copy_tb_per_s": "copy, TB/s read and written",
+    }
+    used = of_part(rows, "environment")
+    return [list(names.values()), *([row.get(name) for name in names] for row in used)], used
+
+
+def gpu_tests(rows: Rows) -> tuple[Table, Rows]:
+    used = [row for row in of_part(rows, "gpu-tests") if "passed" in row]
+    columns = ["passed", "failed", "skipped"]
+    return [columns, *([row[name] for name in columns] for row in used)], used
+
+
+def step(rows: Rows) -> tuple[Table, Rows]:
+    header = ["px", "batch", "loop", "images/s", "ms", "x bare", "x timm", "kernels", "GPU busy %", "waits"]
+    used = [row for row in rows if row["benchmark"] == "step" and is_documents(row)]
+    used.sort(key=lambda row: row["size"])  # stable: the loops stay in their order
+    keys = (
+        "images_per_second",
+        "milliseconds",
+        "times_bare",
+        "times_timm",
+        "kernels",
+        "busy_percent",
+        "waits",
+    )
+    lines = [
+        [row["size"], row["batch_size"], row["variant"] or row["loop"], *(row.get(key) for key in keys)]
+        for row in used
+    ]
+    return [header, *lines], used
+
+
+def large_batches(rows: Rows) -> tuple[Table, Rows]:
+    header = ["px", "batch", "images/s", "x bare", "x timm", "memory, MiB"]
+    used = [
+        row for row in rows if row["benchmark"] == "step" and row["loop"] == "project" and not row["variant"]
+    ]
+    used += [row for row in of_part(rows, "large-batches") if not row["fits"]]
+    used.sort(key=lambda row: (row["size"], row["batch_size"]))
+    keys = ("images_per_second", "times_bare", "times_timm", "memory_mib")
+    lines = []
+    for row in used:
+        cells = [row.get(key) for key in keys] if "loop" in row else ["does not fit", None, None, None]
+        lines.append([row["size"], row["batch_size"], *cells])
+    return [header, *lines], used
+
+
+def syncs(rows: Rows) -> tuple[Table, Rows]:
+    used = of_part(rows, "syncs")
+    lines = [[row["run"], row["place"], row["count"], row["steps"], row["per_step"]] for row in used]
+    return [["run", "from", "waits", "steps", "a step"], *lines], used
+
+
+def loader(rows: Rows) -> tuple[Table, Rows]:
+    """Images per second by the number of workers, and what the step can take."""
+    used = [row for row in rows if row["benchmark"] == "loader" and row["augmentation"] == "full"]
+    workers = sorted({row["workers"] for row in used})
+    wanted = {}
+    for row in rows:
+        if row["benchmark"] == "step" and row["loop"] == "project" and is_documents(row):
+            wanted[row["size"]] = max(wanted.get(row["size"], 0.0), row["images_per_second"])
+    rates = {(row["size"], row["loader"], row["workers"]): row["images_per_second"] for row in used}
+    pairs = dict.fromkeys((size, name) for size, name, _ in sorted(rates, key=lambda key: key[0]))
+    lines = [
+        [size, name, *(rates.get((size, name, n)) for n in workers), wanted.get(size)] for size, name in pairs
+    ]
+    return [["px", "loader", *(f"{n} workers" for n in workers), "the step takes"], *lines], used
+
+
+def trainings(rows: Rows) -> tuple[Table, Rows]:
+    """The last epoch of each training."""
+    header = [
+        "data",
+        "run",
+        "architecture",
+        "epochs",
+        "px",
+        "top-1 %",
+        "train top-1 %",
+        "minutes",
+        "images/s",
+    ]
+    runs: dict[tuple, Rows] = {}
+    for row in rows:
+        if row["benchmark"] == "first_minute" and row.get("epochs"):
+            runs.setdefault((row["machine"], row["part"], row["run"]), []).append(row)
+    lines, used = [], []
+    for (_, part, run), epochs in runs.items():
+        last = max(epochs, key=lambda row: row["epoch"])
+        whole = last["epoch"] == last["epochs"]
+        minutes = sum(row["seconds"] for row in epochs) / 60
+        count = str(last["epochs"]) if whole else f"{last['epoch']} of {last['epochs']}, stopped"
+        scores = [last["val_top1"], last["train_top1"], minutes, last["images_per_second"]]
+        lines.append([part, run, last["arch"], count, last["image_size"], *scores])
+        used.append(last)
+    return [header, *lines], used
+
+
+def of_part(rows: Rows, part: str) -> Rows:
+    return [row for row in rows if row["benchmark"] == "first_minute" and row["part"] == part]
+
+
+def is_documents(row: dict) -> bool:
+    from benchmarks.step import BATCH_SIZES
+
+    return BATCH_SIZES.get(row["size"]) == row["batch_size"]
+
+
+TABLES: dict[
+    str, tuple[str, Callable[[Rows], tuple[Table, Rows]]]
+] = {  # name: part of first_minute, function
+    "targets": ("step loader", targets),
+    "gpu-machine": ("environment", machine),
+    "gpu-tests": ("gpu-tests", gpu_tests),
+    "gpu-step": ("step", step),
+    "gpu-large-batches": ("large-batches", large_batches),
+    "gpu-syncs": ("syncs", syncs),
+    "gpu-loader": ("loader", loader),
+    "gpu-trainings": ("cifar10 cifar100 tiny-imagenet", trainings),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))

@@ -1,0 +1,81 @@
+"""--cache-eval: the evaluation crops of a run, kept in its directory until it is complete."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+from base.errors import ResourceError
+from base.process import say
+from base.progress import Progress
+from harness.pool import in_processes
+from harness.rundir import nearest_existing
+from loop import Run
+from sources import crops
+from sources.images import default_crop
+
+
+def wanted(run: Run) -> dict[int, float]:
+    """Return {size: crop} of all evaluations of the run."""
+    sizes = sorted({run.scored_as(phase)[0] for phase in run.phases})
+    return {size: run.eval_crop or default_crop(size, run.index.native_size) for size in sizes}
+
+
+def lacking(run: Run, split) -> dict[int, float]:
+    """Return {size: crop} of the evaluations for which `split`'s own directory has no crops."""
+    root = split.crop_root
+    return {s: c for s, c in wanted(run).items() if not (root and crops.find(root, split, s, c))}
+
+
+def note(run: Run) -> str:
+    """Return how to store the crops that a packed dataset lacks, or '' if it has them or is not packed."""
+    sizes, packed = lacking(run, run.index.val), run.index.val.crop_root
+    if not packed or not sizes or run.crop_root:
+        return ""
+    listed = ",".join(map(str, sizes))
+    crop = f" --eval-crop {run.eval_crop:g}" if run.eval_crop else ""
+    command = f"python pack_dataset.py --data-dir {packed} --out {packed} --eval-sizes {listed}{crop}"
+    return f"note: scoring at {listed} px decodes images; to store them as they are scored: {command}"
+
+
+def planned(run: Run) -> list[list[crops.Crops]]:
+    """Return the crops that the run keeps, written or not; not those that are stored with its data."""
+    splits = (run.index.val, run.train_sample)
+    sets = [crops.planned(run.crop_root, [split], lacking(run, split))[0] for split in splits]
+    return [of_split for of_split in sets if of_split]
+
+
+def check_disk(run: Run) -> None:
+    """Print how much disk the crops will take. Raises ResourceError if there is less."""
+    if not run.crop_root or not (need := sum(crops.missing_bytes(planned(run)).values())):
+        return
+    free = shutil.disk_usage(nearest_existing(run.save_dir)).free
+    say(f"evaluation crops: {need / 1e9:,.2f} GB in {run.crop_root}, {free / 1e9:,.1f} GB free")
+    if need > free:
+        what = f"--cache-eval needs {need / 1e9:,.2f} GB in {run.save_dir}, which has {free / 1e9:,.2f} GB"
+        raise ResourceError(what, "free some space, use another --save-dir, or leave --cache-eval out")
+
+
+def fill(run: Run) -> None:
+    """Write the crops that are missing, each rank its share; an interrupted run continues with the others."""
+    if not run.crop_root:
+        return
+    run.runtime.barrier()  # rank 0 has locked the directory
+    sets = planned(run)
+    jobs = crops.missing(sets)[run.runtime.rank :: run.runtime.world_size]
+    work = functools.partial(_write, sets, run.index.val, run.on_bad_image)
+    with Progress(len(jobs), "evaluation crops", unit="shards", enabled=run.runtime.is_main) as progress:
+        again = {"flag": "--num-workers", "again": "use --resume auto"}
+        for _ in progress.over(in_processes(work, jobs, max(1, run.num_workers), **again)):
+            pass
+    run.runtime.barrier()
+
+
+def _write(sets, val, on_bad_image: str, job: tuple[int, int]) -> None:
+    crops.write(sets, job, "fail" if sets[job[0]][0].split is val else on_bad_image)
+
+
+def delete(run: Run) -> None:
+    """Delete the crops of a complete run: nothing will read them again."""
+    if run.crop_root and run.runtime.is_main:
+        shutil.rmtree(run.crop_root, ignore_errors=True)
