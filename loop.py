@@ -96,6 +96,14 @@ class Run:
         return len(self.state.rows) >= self.epochs or self.early.should_stop(self.state.best["waited"])
 
     @property
+    def scoring(self) -> str:
+        """How images are scored, as text; '' by default."""
+        size = f"{self.eval_size} px" if self.eval_size else "the size of the phase"
+        crop = f", crop {self.eval_crop:g}" if self.eval_crop else ""
+        text = f"scored at {size}{crop}" + ", with mirror images" * self.eval_flip
+        return text if self.eval_size or crop or self.eval_flip else ""
+
+    @property
     def stop_after_reached(self) -> bool:
         return self.stop_after is not None and self.state.step >= self.stop_after
 

@@ -65,6 +65,7 @@ def describe(run: Run, config) -> str:
         f"{config.arch}: {count_params(model):,} parameters, on {runtime.device} ({runtime.precision})",
         f"{index.name}: {images} of {len(index.classes)} classes",
         f"{run.epochs} epochs, {steps:,} steps of {config.optimizer}, {config.schedule} schedule",
+        *filter(None, [run.scoring]),
         "",
         "  epochs    px  batch  steps/epoch       steps         learning rate  GMAC/image",
     ]

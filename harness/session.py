@@ -128,17 +128,8 @@ def introduction(run: Run, config) -> str:
             f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
             f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path")
         )
-    if config.eval_size or config.eval_crop or config.eval_flip:
-        lines.append(scoring(run))
-    lines += filter(None, [crop_cache.note(run)])
+    lines += filter(None, [run.scoring, crop_cache.note(run)])
     return "\n".join([*lines, ROW_HEADER])
-
-
-def scoring(run: Run) -> str:
-    """Return how images are scored, as text."""
-    size = f"{run.eval_size} px" if run.eval_size else "the size of the phase"
-    crop = f", crop {run.eval_crop:g}" if run.eval_crop else ""
-    return f"scored at {size}{crop}" + ", with mirror images" * run.eval_flip
 
 
 def conclusion(run: Run, config) -> str:
