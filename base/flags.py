@@ -42,7 +42,7 @@ DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, syn
 STEPS = ", ".join(name + argument for name, argument in AUGMENTS.items())
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
          "mobilenet_v3_large", "vit_b_16", "swin_t")  # fmt: skip
-OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb")
+OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb", "muon")
 CYCLIC = ("restarts", "triangular2")
 SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau", "constant")
 
@@ -147,10 +147,11 @@ PHASES = (
          idle=idle.single_images),
 )
 OPTIMIZATION = (
-    Flag("optimizer", "trace", "Optimizer.", OPTIMIZERS, "adamw", "NAME"),
+    Flag("optimizer", "trace", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
+         "others.", OPTIMIZERS, "adamw", "NAME"),
     Flag("lr", "trace", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
     Flag("momentum", "trace", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
-         unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and f"{c.optimizer} has none"),
+         unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and "it is for sgd and rmsprop"),
     Flag("nesterov", "trace", "Nesterov momentum, with --optimizer sgd.",
          idle=lambda c: c.optimizer != "sgd" and "it needs --optimizer sgd"),
     Flag("weight_decay", "trace", "Weight decay; biases and normalization layers are excluded.",

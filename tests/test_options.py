@@ -44,7 +44,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "phase_batch_sizes": ("", ["--phase-batch-sizes 8,8,4"]),
     "phase_mix": ("", ["--phase-mix on,on,off"]),
     "accumulate": ("", ["--accumulate 2"]),
-    "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb")]),
+    "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb", "muon")]),
     "lr": ("", ["--lr 1e-3"]),
     "momentum": ("--optimizer sgd", ["--momentum 0.5"]),
     "nesterov": ("--optimizer sgd", ["--nesterov"]),
