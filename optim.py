@@ -288,6 +288,8 @@ class Schedule:
     phases:       (steps, learning-rate factor) of each phase; () is one phase with factor 1
     warmup_steps: for "cosine"
     cycles:       for "restarts" and "triangular2": the number of cycles in the run
+    patience:     evaluations without improvement before the rate drops, see `observe`; by default none,
+                  which never drops it, and for "plateau" 4
 
     Raises UsageError if the warm-up or the cycles do not fit into the run.
     """
@@ -302,6 +304,7 @@ class Schedule:
         phases: Sequence[tuple[int, float]] = (),
         warmup_steps: int = 0,
         cycles: int = 4,
+        patience: int | None = None,
     ):
         phases = phases or [(total_steps, 1.0)]
         if total_steps < 1 or sum(steps for steps, _ in phases) != total_steps:
@@ -318,17 +321,18 @@ class Schedule:
             )
         self.optimizer, self.name, self.peak_lr, self.total_steps = optimizer, name, peak_lr, total_steps
         self.warmup_steps, self.cycles = warmup_steps, cycles
+        self.patience = PATIENCE if patience is None and name == "plateau" else patience
         self.phase_ends = list(accumulate(steps for steps, _ in phases))
         self.phase_factors = [factor for _, factor in phases]
         self.position = 0  # optimizer steps taken
-        self.drops, self.best, self.bad_evaluations = 0, math.inf, 0  # for "plateau"
+        self.drops, self.best, self.bad_evaluations = 0, math.inf, 0  # with a patience
         self.last_lr = self.lr_at(0)  # the learning rate of the last step taken
         self._set(self.last_lr)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0.
 
-        It is peak_lr * formula in SCHEDULES * factor of the step's phase * 0.1 per drop of "plateau" so far.
+        It is peak_lr * formula in SCHEDULES * factor of the step's phase * 0.1 per drop so far.
         """
         if not 0 <= step < self.total_steps:
             raise ValueError(f"the schedule has {self.total_steps} steps (counted from 0) and no step {step}")
@@ -352,18 +356,18 @@ class Schedule:
             self._set(self.lr_at(position))
 
     def observe(self, loss: float) -> None:
-        """Tell "plateau" the loss of an evaluation; other schedules ignore it.
+        """Note the loss of an evaluation; without a patience it is ignored.
 
-        As in torch's ReduceLROnPlateau, the learning rate drops to a tenth after PATIENCE + 1 evaluations
+        As in torch's ReduceLROnPlateau, the learning rate drops to a tenth after patience + 1 evaluations
         in a row that did not improve the best loss by 0.01 %. NaN is no improvement.
         """
-        if self.name != "plateau":
+        if self.patience is None:
             return
         if loss < self.best * (1 - 1e-4):
             self.best, self.bad_evaluations = float(loss), 0
         else:
             self.bad_evaluations += 1
-        if self.bad_evaluations > PATIENCE:
+        if self.bad_evaluations > self.patience:
             self.drops, self.bad_evaluations = self.drops + 1, 0
         self.seek(self.position)
 
@@ -393,7 +397,7 @@ class Schedule:
 
 START, END = 1 / 25, 1 / 25e4  # of OneCycleLR: 1 / div_factor, 1 / (div_factor * final_div_factor)
 MILESTONES = (1 / 3, 2 / 3, 8 / 9)  # of "step", as fractions of the run: epochs 30, 60 and 80 of 90
-PATIENCE = 4  # evaluations without improvement that "plateau" tolerates
+PATIENCE = 4  # of "plateau", unless another is given
 
 
 def _onecycle(step: int, schedule: Schedule) -> float:

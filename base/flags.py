@@ -161,6 +161,9 @@ OPTIMIZATION = (
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
     Flag("cycles", "trace", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
+    Flag("plateau_patience", "trace", "Divide the learning rate of any schedule by 10 after more than N "
+         "validations in a row without a lower loss; by default only --schedule plateau does, with 4.",
+         natural, None, "N", idle=idle.no_plateau),
     Flag("lr_scale", "trace", "How the learning rate follows the batch size of a phase.",
          ("none", "sqrt", "linear"), "none", "RULE", idle=idle.one_batch_size),
     Flag("clip_norm", "trace", "Largest gradient norm (or value, see --clip-mode); 0 disables clipping.",

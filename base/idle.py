@@ -141,6 +141,12 @@ def nothing_to_mix(config: Any) -> Reason:
     return not used and "there is no MixUp, CutMix or drop-path"
 
 
+def no_plateau(config: Any) -> Reason:
+    before_the_last_epoch = (config.epochs - 1) // config.eval_every
+    needed = 2 + (config.plateau_patience or 0)  # one to compare with, and one more than tolerated
+    return before_the_last_epoch < needed and f"a drop needs {needed} validations before the last epoch"
+
+
 def no_ema(config: Any) -> Reason:
     return not config.ema and "EMA is off"
 

@@ -136,6 +136,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
         phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
         warmup_steps=round(warmup * phases[0].steps_per_epoch),
         cycles=config.cycles,
+        patience=config.plateau_patience,
     )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))

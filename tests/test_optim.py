@@ -425,6 +425,24 @@ def test_plateau_equals_torchs_and_survives_a_resume_between_any_two_evaluations
     )
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_patience_drops_the_rate_of_any_schedule(name):
+    losses = [1.0, 0.9, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.7]
+
+    def schedule(**options):
+        return Schedule(an_optimizer(), name, peak_lr=0.3, total_steps=3 * len(losses), **options)
+
+    optimizer = an_optimizer(1.0)
+    reference = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+    plain, dropping = schedule(patience=10**9), schedule(patience=1)
+    for loss in losses:
+        factor = optimizer.param_groups[0]["lr"]
+        expected = [lr * factor for lr in walk(plain, 3)]
+        assert walk(dropping, 3) == pytest.approx(expected, rel=1e-12)
+        plain.observe(loss), dropping.observe(loss), reference.step(loss)
+    assert factor == pytest.approx(1e-4)
+
+
 def test_plateau_drops_after_five_evaluations_without_progress():
     schedule = Schedule(an_optimizer(), "plateau", peak_lr=1.0, total_steps=100)
     rates = []

@@ -53,6 +53,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
                  ("restarts", "step", "triangular2", "constant", "plateau"))]),
     "warmup_epochs": ("--schedule cosine --warmup-epochs 1", ["--warmup-epochs 2"]),
     "cycles": ("--schedule triangular2", ["--cycles 2"]),
+    "plateau_patience": ("--epochs 6", ["--plateau-patience 1", "--plateau-patience 2"]),
     "lr_scale": ("--phase-batch-sizes 8,8,4", ["--lr-scale sqrt", "--lr-scale linear"]),
     "clip_norm": ("", ["--clip-norm 0.1"]),
     "clip_mode": ("--clip-norm 0.01", ["--clip-mode value"]),

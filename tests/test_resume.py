@@ -79,6 +79,7 @@ VARIANTS = {
     "lr-scale": ("--lr-scale", "sqrt"),
     "skip": ("--on-bad-image", "skip"),
     "sgd, plateau": ("--optimizer", "sgd", "--schedule", "plateau"),
+    "triangular2 and plateau": ("--schedule", "triangular2", "--cycles", "1", "--plateau-patience", "0"),
     "compile": ("--compile",),
 }
 
