@@ -27,6 +27,7 @@ from harness import checkpoint
 from harness.interrupts import Interrupted, StopSignals
 from harness.log import MetricLogger, format_row
 from models import set_drop_path_rate
+from sources.images import Steps
 from sources.index import DatasetIndex, Split
 from train_utils import (
     EarlyStopping,
@@ -59,7 +60,7 @@ class Run:
     # data
     index: DatasetIndex
     train_sample: Split  # training images that train_top1 is measured on
-    augment: tuple[tuple[str, int | None], ...]
+    augment: Steps
     num_workers: int
     on_bad_image: str
     # steps

@@ -171,8 +171,14 @@ OPTIMIZATION = (
     Flag("clip_mode", "trace", "What --clip-norm limits.", ("norm", "value"), "norm", "MODE",
          idle=lambda c: not c.clip_norm and "--clip-norm 0 clips nothing"),
     Flag("loss", "trace", "Cross-entropy, or binary cross-entropy per class.", ("ce", "bce"), "ce", "NAME"),
+    Flag("bce_threshold", "trace", "With --loss bce: mixed targets above F become 1, and others 0.",
+         fraction, None, "F", idle=idle.no_threshold),
+    Flag("class_weights", "trace", "Weight of each class in --loss ce: balanced is inversely proportional to "
+         "its training images; a file has a line with class and weight for every class.",
+         str, "", "balanced|FILE", idle=lambda c: c.loss != "ce" and "it needs --loss ce"),
     Flag("l1", "trace", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
-    Flag("label_smoothing", "trace", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E"),
+    Flag("label_smoothing", "trace", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",
+         idle=idle.no_smoothing),
     Flag("mixup_alpha", "trace", "MixUp with weights from Beta(A, A); 0 disables it.", from_zero, 0.2, "A",
          idle=idle.nothing_mixed),
     Flag("cutmix_alpha", "trace", "CutMix with areas from Beta(A, A); 0 disables it.", from_zero, 1.0, "A",
@@ -350,7 +356,7 @@ def _check_phases(config: Any) -> None:
             )
     largest = {"padcrop": min(sizes) - 1, "cutout": 2 * min(sizes) - 1}
     for name, size in parse_augment(config.augment):
-        if size and size > largest.get(name, size):
+        if name in largest and size > largest[name]:
             raise UsageError(
                 f"--augment {name}:{size} leaves nothing of an image of {min(sizes)} px",
                 f"give at most {name}:{largest[name]}, or larger --resize-schedule sizes",

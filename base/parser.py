@@ -14,7 +14,7 @@ from base.errors import UsageError
 AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
 AUGMENTS = {  # name -> its argument
     "rrc": "", "padcrop": ":N", "flip": "", "affine": "", "jitter": "[:N]", "dropout": "", "cutout": ":N",
-    "randaugment": "", "trivialaugment": "",
+    "randaugment": "[:M[:STD]]", "trivialaugment": "",
 }  # fmt: skip
 MISSING = object()  # the value of a flag that was not given
 
@@ -163,8 +163,11 @@ def save_interval(text: str) -> tuple[float, str]:
 save_interval.separator = ""
 
 
-def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
-    """Parse 'full', 'basic', 'none' or steps such as 'padcrop:4,flip' into ((name, N or None), ...)."""
+def parse_augment(text: str) -> tuple[tuple[str, Any], ...]:
+    """Parse 'full', 'basic', 'none' or steps such as 'padcrop:4,flip' into ((name, argument or None), ...).
+
+    An argument is a whole number, of randaugment a tuple of numbers: (magnitude, standard deviation).
+    """
     steps = []
     for part in AUGMENT_SETS.get(text, text).split(","):
         name, _, argument = part.strip().partition(":")
@@ -176,12 +179,18 @@ def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
             raise argparse.ArgumentTypeError(f"{name} needs a size in pixels, such as {name}:4")
         if argument and not AUGMENTS[name]:
             raise argparse.ArgumentTypeError(f"{name} takes no argument")
-        size = number(int, 1, 100 if name == "jitter" else 4096)
-        steps.append((name, size(argument) if argument else None))
+        steps.append((name, _augment_argument(name, argument) if argument else None))
     crops = [name for name, _ in steps if name in ("rrc", "padcrop")]
     if len(crops) > 1:
         raise argparse.ArgumentTypeError(f"{' and '.join(crops)}: use only one crop")
     return tuple(steps)
+
+
+def _augment_argument(name: str, text: str) -> int | tuple[float, float]:
+    if name != "randaugment":
+        return number(int, 1, 100 if name == "jitter" else 4096)(text)
+    magnitude, _, deviation = text.partition(":")
+    return number(float, 0, 10)(magnitude), number(float, 0, 10)(deviation or "0")
 
 
 def augment_text(text: str) -> str:

@@ -2,7 +2,8 @@
 
 For equal parameters, affine, jitter and dropout equal those of Albumentations 2.0.8, as the tests show. They
 call OpenCV directly, because through Albumentations they take 160 us, more than decoding a packed image.
-randaugment and trivialaugment, where speed matters less, are built from Albumentations' transforms.
+randaugment and trivialaugment, where speed matters less, are built from Albumentations' transforms, and
+randaugment:M from Pillow's functions, as in timm.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
 
 from base import errors
 
@@ -60,11 +63,13 @@ class KeyedRandom:
             yield from self.generator.random(_BLOCK).tolist()
 
 
-def build(name: str, argument: int | None, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
+def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
     """Return the operation called `name`: (image, draw) -> image of the same shape; its input is not changed.
 
     `fill` (3 values in 0 ... 255) is the colour of what an operation leaves empty.
     """
+    if name == "randaugment" and argument:
+        return lambda image, draw: rand_augment(image, *argument, fill, draw)
     if name in ("randaugment", "trivialaugment"):
         return _library_policy(name, fill, randomness)
     if name == "cutout":
@@ -221,6 +226,65 @@ def _fill(image: np.ndarray, top: int, left: int, height: int, width: int, fill:
     image = image.copy()
     image[top : top + height, left : left + width] = fill
     return image
+
+
+# --- RandAugment as in timm ----------------------------------------------------------------------
+
+
+def rand_augment(
+    image: np.ndarray, magnitude: float, deviation: float, fill: Sequence[int], draw: Draw
+) -> np.ndarray:
+    """Apply two of `TIMM_CHANGES`, each with probability 0.5: for instance timm's rand-m6-mstd0.5-inc1.
+
+    magnitude: mean of the strengths in tenths, from 0 to 10; they are normally distributed with `deviation`
+    """
+    picture = Image.fromarray(image)
+    for _ in range(2):
+        change = TIMM_CHANGES[int(draw() * len(TIMM_CHANGES))]
+        if draw() < P:
+            normal = math.sqrt(-2 * math.log(1 - draw())) * math.cos(2 * math.pi * draw())
+            strength = min(max(magnitude + deviation * normal, 0), 10) / 10
+            sign = 1 if draw() < 0.5 else -1
+            resample = Image.Resampling.BILINEAR if draw() < 0.5 else Image.Resampling.BICUBIC
+            picture = change(
+                picture, strength, sign * strength, {"resample": resample, "fillcolor": tuple(fill)}
+            )
+    return np.asarray(picture)
+
+
+def _warp(coefficients: Callable[[float, int, int], tuple]) -> Callable:
+    """Return a change that moves pixels: `coefficients` of (signed strength, width, height), for Pillow."""
+    return lambda picture, _, signed, how: picture.transform(
+        picture.size, Image.Transform.AFFINE, coefficients(signed, *picture.size), **how
+    )
+
+
+def _enhance(kind: type) -> Callable:
+    return lambda picture, _, signed, how: kind(picture).enhance(max(0.1, 1 + 0.9 * signed))
+
+
+def _solarize_add(picture: Image.Image, strength: float, signed: float, how: dict) -> Image.Image:
+    table = [min(255, value + int(110 * strength)) if value < 128 else value for value in range(256)]
+    return picture.point(table * 3)
+
+
+# (picture, strength from 0 to 1, signed strength, how to resample) -> picture
+TIMM_CHANGES: tuple[Callable, ...] = (
+    lambda picture, *_: ImageOps.autocontrast(picture),
+    lambda picture, *_: ImageOps.equalize(picture),
+    lambda picture, *_: ImageOps.invert(picture),
+    lambda picture, strength, *_: ImageOps.posterize(picture, max(1, 4 - int(4 * strength))),
+    lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
+    _solarize_add,
+    *map(
+        _enhance, (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
+    ),
+    lambda picture, _, signed, how: picture.rotate(30 * signed, **how),
+    _warp(lambda signed, w, h: (1, 0.3 * signed, 0, 0, 1, 0)),
+    _warp(lambda signed, w, h: (1, 0, 0, 0.3 * signed, 1, 0)),
+    _warp(lambda signed, w, h: (1, 0, 0.45 * signed * w, 0, 1, 0)),
+    _warp(lambda signed, w, h: (1, 0, 0, 0, 1, 0.45 * signed * h)),
+)
 
 
 # --- policies from Albumentations' transforms ----------------------------------------------------
