@@ -104,7 +104,8 @@ DATASET = (
 )
 LOADING = (
     Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}.",
-         augment_text, "full", "LIST"),
+         augment_text, "full", "LIST",
+         idle=lambda c: c.phase_augment and "--phase-augment sets that of every phase"),
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
          "another of its class. An unreadable validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
@@ -143,6 +144,8 @@ PHASES = (
     Flag("phase_batch_sizes", "plan", "Global batch size of each phase.", listing(positive), None, "N,N,..."),
     Flag("phase_mix", "trace", "Whether each phase uses MixUp, CutMix and drop-path.",
          listing(on_off), None, "on|off,...", idle=idle.nothing_to_mix),
+    Flag("phase_augment", "trace", "Augmentation of each phase, instead of --augment: basic/full/full, for "
+         "instance.", listing(augment_text, "/"), None, "LIST/LIST/..."),
     Flag("accumulate", "trace", "Split each global batch into K pieces.", positive, 1, "K",
          idle=idle.single_images),
 )
@@ -347,20 +350,24 @@ def _check_phases(config: Any) -> None:
     sizes = config.resize_schedule
     if not sizes:
         raise UsageError("--resize-schedule is empty", "give at least one size: --resize-schedule 224")
-    for name in ("phase_epochs", "phase_batch_sizes", "phase_mix"):
+    for name in ("phase_epochs", "phase_batch_sizes", "phase_mix", "phase_augment"):
         value = getattr(config, name)
         if value is not None and len(value) != len(sizes):
             raise UsageError(
                 f"{dashed(name)} has {len(value)} entries, but there are {len(sizes)} phases",
                 "give one entry for each size of --resize-schedule",
             )
-    largest = {"padcrop": min(sizes) - 1, "cutout": 2 * min(sizes) - 1}
-    for name, size in parse_augment(config.augment):
-        if name in largest and size > largest[name]:
-            raise UsageError(
-                f"--augment {name}:{size} leaves nothing of an image of {min(sizes)} px",
-                f"give at most {name}:{largest[name]}, or larger --resize-schedule sizes",
-            )
+    flag = "--phase-augment" if config.phase_augment else "--augment"
+    for pixels, text in sorted(
+        zip(sizes, config.phase_augment or [config.augment] * len(sizes), strict=True)
+    ):
+        largest = {"padcrop": pixels - 1, "cutout": 2 * pixels - 1}
+        for name, size in parse_augment(text):
+            if name in largest and size > largest[name]:
+                raise UsageError(
+                    f"{flag} {name}:{size} leaves nothing of an image of {pixels} px",
+                    f"give at most {name}:{largest[name]}, or larger --resize-schedule sizes",
+                )
 
 
 def _check_cuda_graphs(config: Any) -> None:

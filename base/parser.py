@@ -131,13 +131,13 @@ def count_or_share(text: str) -> int | float:
 count_or_share.range = "a number of images, or a share below 1 such as 0.1"
 
 
-def listing(item: Callable[[str], Any]) -> Callable[[str], tuple]:
-    """Return an argparse type: comma-separated items of type `item`, as a tuple."""
+def listing(item: Callable[[str], Any], separator: str = ",") -> Callable[[str], tuple]:
+    """Return an argparse type: items of type `item` between separators, as a tuple."""
 
     def parse(text: str) -> tuple:
-        return tuple(item(part.strip()) for part in str(text).split(",") if part.strip())
+        return tuple(item(part.strip()) for part in str(text).split(separator) if part.strip())
 
-    parse.separator, parse.range = ",", getattr(item, "range", "")
+    parse.separator, parse.range = separator, getattr(item, "range", "")
     return parse
 
 

@@ -62,6 +62,7 @@ def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]
         phase_batch_sizes=config.phase_batch_sizes,
         phase_epochs=config.phase_epochs,
         phase_mix=config.phase_mix,
+        phase_augment=config.phase_augment or [config.augment] * len(config.resize_schedule),
         world_size=world_size,
     )
     check_norms(config, index, phases, world_size)
@@ -92,7 +93,6 @@ def build(
         runtime,
         index=index,
         train_sample=training_sample(index),
-        augment=flags.parse_augment(config.augment),
         num_workers=num_workers(config),
         on_bad_image=config.on_bad_image,
         options=options,

@@ -44,6 +44,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "phase_epochs": ("--epochs 9", ["--phase-epochs 5,2,2"]),
     "phase_batch_sizes": ("", ["--phase-batch-sizes 8,8,4"]),
     "phase_mix": ("", ["--phase-mix on,on,off"]),
+    "phase_augment": ("", ["--phase-augment none/basic/flip", "--phase-augment flip/none/flip"]),
     "accumulate": ("", ["--accumulate 2"]),
     "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb", "muon")]),
     "lr": ("", ["--lr 1e-3"]),

@@ -80,6 +80,7 @@ VARIANTS = {
     "skip": ("--on-bad-image", "skip"),
     "sgd, plateau": ("--optimizer", "sgd", "--schedule", "plateau"),
     "triangular2 and plateau": ("--schedule", "triangular2", "--cycles", "1", "--plateau-patience", "0"),
+    "phase-augment": ("--phase-augment", "none/rrc,flip/full"),
     "compile": ("--compile",),
 }
 
@@ -90,6 +91,9 @@ def test_a_resumed_run_equals_the_undisturbed_one_with_any_other_flag(variant, p
     data, flags = photos, [*TINY, *VARIANTS[variant]]
     if variant == "compile":
         flags = [*TINY[:4], "--resize-schedule", "24", "--batch-size", "16", *TINY[10:], "--compile"]
+    if variant == "phase-augment":  # --augment would be refused beside it
+        at = flags.index("--augment")
+        del flags[at : at + 2]
     if variant == "packed":
         data = tmp_path / "packed"
         assert (
