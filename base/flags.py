@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +104,8 @@ DATASET = (
          "--holdout.", positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
 )
 LOADING = (
-    Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}.",
+    Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}, "
+         "or a file (.yaml, .json) that Albumentations saved.",
          augment_text, "full", "LIST",
          idle=lambda c: c.phase_augment and "--phase-augment sets that of every phase"),
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
@@ -363,6 +365,8 @@ def _check_phases(config: Any) -> None:
     ):
         largest = {"padcrop": pixels - 1, "cutout": 2 * pixels - 1}
         for name, size in parse_augment(text):
+            if name == "pipeline" and not os.path.isfile(size):
+                raise UsageError(f"{flag} {size}: there is no such file", "check the path")
             if name in largest and size > largest[name]:
                 raise UsageError(
                     f"{flag} {name}:{size} leaves nothing of an image of {pixels} px",

@@ -16,6 +16,7 @@ AUGMENTS = {  # name -> its argument
     "rrc": "", "padcrop": ":N", "flip": "", "affine": "", "jitter": "[:N]", "dropout": "", "cutout": ":N",
     "randaugment": "[:M[:STD]]", "trivialaugment": "",
 }  # fmt: skip
+PIPELINES = (".yaml", ".yml", ".json")  # an augmentation that ends like this is a file of Albumentations
 MISSING = object()  # the value of a flag that was not given
 
 
@@ -166,12 +167,16 @@ save_interval.separator = ""
 def parse_augment(text: str) -> tuple[tuple[str, Any], ...]:
     """Parse 'full', 'basic', 'none' or steps such as 'padcrop:4,flip' into ((name, argument or None), ...).
 
-    An argument is a whole number, of randaugment a tuple of numbers: (magnitude, standard deviation).
+    An argument is a whole number, of randaugment a tuple of numbers: (magnitude, standard deviation). A
+    step such as 'mine.yaml' becomes ("pipeline", "mine.yaml").
     """
     steps = []
     for part in AUGMENT_SETS.get(text, text).split(","):
         name, _, argument = part.strip().partition(":")
         if not name:
+            continue
+        if part.strip().endswith(PIPELINES):
+            steps.append(("pipeline", part.strip()))
             continue
         if name not in AUGMENTS:
             raise argparse.ArgumentTypeError(f"unknown augmentation {name!r}; use {', '.join(AUGMENTS)}")

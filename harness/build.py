@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,13 +21,14 @@ import optim
 from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
 from base.errors import UsageError
+from base.parser import parse_augment
 from data_utils import LOSSES, BatchMixer, balanced_weights
 from harness import checkpoint, rundir
 from loop import Run
 from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
-from sources.images import default_crop
+from sources.images import TrainTransform, default_crop
 from sources.index import DatasetIndex, FileSplit, SubsetSplit, read_class_weights, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
@@ -66,7 +68,17 @@ def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]
         world_size=world_size,
     )
     check_norms(config, index, phases, world_size)
+    check_augmentation(phases, index)
     return phases
+
+
+def check_augmentation(phases: tuple[Phase, ...], index: DatasetIndex) -> None:
+    """Try Albumentations' pipelines on a grey image of each size. Raises UsageError and DataError."""
+    for phase in phases:
+        steps = parse_augment(phase.augment)
+        if any(name == "pipeline" for name, _ in steps):
+            grey = np.full((phase.image_size, phase.image_size, 3), 128, np.uint8)
+            TrainTransform(steps, phase.image_size, index.mean)(grey, (0, 0, 0))
 
 
 def build(

@@ -12,7 +12,10 @@ import itertools
 import math
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import cv2
@@ -20,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from base import errors
+from base.errors import DataError, UsageError
 
 Draw = Callable[[], float]  # returns the next uniform number in [0, 1)
 Box = tuple[int, int, int, int]  # top, left, height, width in px
@@ -30,6 +34,7 @@ SHIFT, SCALE, ANGLE = 0.0625, (0.9, 1.1), 15.0  # affine: share of the side, fac
 HOLE = 0.25  # dropout: the hole's side as a share of the image's
 # Brightness, contrast, saturation, hue. No hue by default, as in timm: it costs as much as the other three.
 JITTER = (0.2, 0.2, 0.2, 0.0)
+MAX_PIPELINE = 2**16  # characters in a file
 _BLOCK = 64  # numbers drawn at once; the default recipe uses at most 60
 
 
@@ -72,6 +77,8 @@ def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom
         return lambda image, draw: rand_augment(image, *argument, fill, draw)
     if name in ("randaugment", "trivialaugment"):
         return _library_policy(name, fill, randomness)
+    if name == "pipeline":
+        return _pipeline(argument, randomness)
     if name == "cutout":
         return lambda image, draw: cutout(image, argument, fill, draw)
     operations = {
@@ -291,17 +298,70 @@ TIMM_CHANGES: tuple[Callable, ...] = (
 
 
 def _library_policy(name: str, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for updates
-    A = errors.optional("albumentations", needed_for=f"--augment {name}")
+    A = _albumentations(name)
     if name == "randaugment":  # two operations at magnitude 9 of 30 (arXiv:1909.13719)
         choice = A.SomeOf(_operations(A, fill, wide=False), n=2, replace=True, p=1.0)
     else:  # one operation at a random magnitude of the wide space (arXiv:2103.10158)
         choice = A.OneOf(_operations(A, fill, wide=True), p=1.0)
-    policy = A.Compose([choice])
+    policy = _keyed(A.Compose([choice]), randomness)
+    return lambda image, draw: policy(image=image)["image"]
+
+
+def _albumentations(name: str) -> ModuleType:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for updates
+    return errors.optional("albumentations", needed_for=f"--augment {name}")
+
+
+def _keyed(policy: Callable, randomness: KeyedRandom) -> Callable:
     # Not set_random_seed: it gives every transform the same stream, so they would all fire together.
     policy.set_random_state(randomness.generator, randomness.library)
     randomness.uses_library = True
-    return lambda image, draw: policy(image=image)["image"]
+    return policy
+
+
+def _pipeline(path: str, randomness: KeyedRandom) -> Operation:
+    """Return the operation of a file that `albumentations.save` wrote. Raises UsageError and DataError."""
+    policy = _keyed(_load_pipeline(path), randomness)
+
+    def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
+        try:
+            changed = policy(image=image)["image"]
+        except Exception as error:  # Albumentations' transforms raise anything
+            raise DataError(f"--augment {path}: {errors.one_line(str(error))[:200]}", FIX) from error
+        if getattr(changed, "shape", None) != image.shape or changed.dtype != np.uint8:
+            what = f"--augment {path} turns {_form(image)} into {_form(changed)}"
+            raise DataError(what, "leave crops to rrc or padcrop, and normalization to train.py")
+        return changed
+
+    return apply
+
+
+FIX = "write it with albumentations.save(pipeline, path, data_format='yaml'), for single images"
+
+
+def _form(value: Any) -> str:
+    return f"{getattr(value, 'dtype', type(value).__name__)} of shape {tuple(getattr(value, 'shape', ()))}"
+
+
+def _load_pipeline(path: str) -> Callable:
+    """Build the pipeline of a file from Albumentations' own transforms; nothing else can be named there."""
+    import yaml
+
+    A = _albumentations(path)
+    try:
+        text = Path(path).read_text("utf-8")
+        if len(text) > MAX_PIPELINE or any(
+            isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)
+        ):
+            raise ValueError(f"it is longer than {MAX_PIPELINE:,} characters or holds references")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=r".*are not valid for transform")
+            return A.Compose([A.from_dict(yaml.safe_load(text))])
+    except OSError as error:
+        raise UsageError(f"--augment {path}: {error.strerror}", "check the path") from None
+    except Exception as error:  # wrong YAML, unknown classes (KeyError), wrong values (pydantic), ...
+        reason = errors.one_line(f"{type(error).__name__}: {error}")[:200]
+        raise UsageError(f"--augment {path} is not a pipeline of Albumentations ({reason})", FIX) from None
 
 
 def _operations(A, fill: Sequence[int], *, wide: bool) -> list:

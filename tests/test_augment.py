@@ -8,9 +8,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_images import MEAN, encoded, photo
 
-from base.errors import UsageError
+from base.errors import DataError, UsageError
 from base.parser import parse_augment
 from sources import augment
 from sources.images import TrainTransform
@@ -246,6 +247,103 @@ def test_dropout_is_albumentations_coarse_dropout(A):
         assert tuple(np.ptp(ours, 0)) == tuple(np.ptp(reference, 0)) == (15, 15)
         corners.append(ours[0])
     assert np.min(corners, 0).tolist() == [0, 0] and np.max(corners, 0).tolist() == [48, 48]
+
+
+# --- pipelines of Albumentations -------------------------------------------------------------------
+
+FULL_YAML = str(ROOT / "recipes" / "augment" / "full.yaml")
+
+
+def saved(A, path, *transforms, data_format="yaml"):
+    A.save(A.Compose(list(transforms)), path, data_format=data_format)
+    return str(path)
+
+
+def test_a_pipeline_equals_albumentations_with_the_same_draws(A):
+    """Each transform draws its numbers from the one pair of generators, keyed for the sample."""
+    transform = TrainTransform((("pipeline", FULL_YAML),), 32, MEAN, crop=1.0)
+    reference = A.load(FULL_YAML, data_format="yaml")
+    changed = 0
+    for i in range(50):
+        randomness = augment.KeyedRandom()
+        randomness.uses_library = True
+        randomness.rekey((3, 1, i))
+        reference.set_random_state(randomness.generator, randomness.library)
+        randomness.library.random()  # the pipeline is inside a Compose, which draws whether to run
+        expected = reference(image=photo(32, 32))["image"]
+        assert np.array_equal(transform(photo(32, 32), (3, 1, i)), expected)
+        changed += not np.array_equal(expected, photo(32, 32))
+    assert changed > 35
+
+
+def test_the_transforms_of_a_pipeline_fire_independently(A, tmp_path):
+    path = saved(A, tmp_path / "p.yaml", A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.InvertImg(p=0.5))
+    transform, fired = TrainTransform((("pipeline", path),), 8, MEAN, crop=1.0), []
+    corner = np.zeros((8, 8, 3), np.uint8)
+    corner[0, 0] = 100
+    for i in range(600):
+        out = transform(corner, (0, 1, i)).astype(int)
+        inverted = np.median(out) == 255
+        row, column = np.argwhere((out == (155 if inverted else 100)).all(2))[0]
+        fired.append((column > 0, row > 0, inverted))
+    correlation = np.corrcoef(np.array(fired).T)
+    assert np.abs(correlation - np.eye(3)).max() < 0.15
+    assert np.array(fired).mean(0) == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_shipped_pipeline_changes_images_as_the_full_set_does(A):
+    """Means over many images; their draws differ."""
+
+    def means(steps):
+        transform = TrainTransform(steps, 32, (124 / 255, 116 / 255, 104 / 255), crop=1.0)
+        outs = [transform(photo(32, 32), (0, 1, i)).astype(float) for i in range(400)]
+        same = np.mean([np.array_equal(out, photo(32, 32)) for out in outs])
+        return same, np.mean(outs, axis=0)
+
+    (ours, ours_mean), (theirs, theirs_mean) = means(FULL[1:]), means((("pipeline", FULL_YAML),))
+    assert ours == pytest.approx(theirs, abs=0.06) and ours == pytest.approx(1 / 16, abs=0.05)
+    assert np.abs(ours_mean - theirs_mean).mean() < 4
+
+
+def test_json_is_read_too_and_a_single_transform(A, tmp_path):
+    A.save(A.InvertImg(p=1.0), tmp_path / "p.json", data_format="json")
+    transform = TrainTransform((("pipeline", str(tmp_path / "p.json")),), 32, MEAN, crop=1.0)
+    assert np.array_equal(transform(photo(32, 32), (0, 1, 2)), 255 - photo(32, 32))
+
+
+def pipeline_text(name, **values):
+    import yaml
+
+    return yaml.safe_dump({"transform": {"__class_fullname__": name, "p": 1.0, **values}})
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    (pipeline_text("Lambda", __name__="x"), "not a pipeline.*ValueError"),
+    (pipeline_text("os.system", command="touch x"), "not a pipeline.*KeyError"),
+    (pipeline_text("HorizontalFlip", zzz=1), "not valid for transform"),
+    (pipeline_text("Blur", blur_limit=-3), "not a pipeline"),
+    ("transform: !!python/object/apply:os.system ['touch x']", "not a pipeline.*ConstructorError"),
+    ("transform: [1", "not a pipeline"), ("", "not a pipeline"), ("a: &a [1]\nb: *a", "references"),
+    ("#" * 70000, "longer than 65,536"), ("[" * 5000, "not a pipeline"), (None, "No such file"),
+])  # fmt: skip
+def test_a_file_that_is_no_pipeline_is_refused_and_runs_nothing(A, text, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UsageError, match=problem):
+        augment.build("pipeline", "p.yaml", FILL, augment.KeyedRandom())
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("text", [
+    pipeline_text("RandomCrop", height=8, width=8), pipeline_text("Normalize"), pipeline_text("ToTensorV2"),
+    pipeline_text("FDA"),  # needs more than the image
+])  # fmt: skip
+def test_a_pipeline_must_keep_size_and_type(A, text, tmp_path):
+    (tmp_path / "p.yaml").write_text(text)
+    transform = TrainTransform((("pipeline", str(tmp_path / "p.yaml")),), 32, MEAN, crop=1.0)
+    with pytest.raises(DataError, match=r"p\.yaml"):
+        transform(photo(32, 32), (0, 1, 0))
 
 
 # --- by counting pixels --------------------------------------------------------------------------

@@ -31,7 +31,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "subset_size": ("", ["--subset-size 48"]),
     "augment": ("--augment none", [f"--augment {name}" for name in
                 ("rrc", "padcrop:2", "flip", "affine", "jitter", "dropout", "cutout:4", "basic", "full",
-                 "randaugment:6", "randaugment:6:0.5", "randaugment:9")]),
+                 "randaugment:6", "randaugment:6:0.5", "randaugment:9", "recipes/augment/full.yaml")]),
     "num_workers": ("", ["--num-workers 1"]),
     "arch": ("", ["--arch resnet18"]),
     "drop_path_rate": ("", ["--drop-path-rate 0.6"]),
@@ -195,6 +195,19 @@ def test_a_threshold_beyond_the_smoothed_targets_is_refused(arguments, tmp_path)
         built(config_of("--loss", "bce", *arguments.split()), tmp_path)
     run = built(config_of("--loss", "bce", "--bce-threshold", 0.02, "--label-smoothing", 0.2), tmp_path)
     assert run.options.loss.keywords == {"threshold": 0.02}
+
+
+def test_a_pipeline_that_is_missing_or_changes_the_size_is_refused_before_training(tmp_path):
+    for flag in ("--augment rrc,none.yaml", "--phase-augment full/none.yaml/full"):
+        with pytest.raises(errors.UsageError, match=r"none\.yaml: there is no such file"):
+            config_of(*flag.split())
+    path = tmp_path / "crop.yaml"
+    crop = "{__class_fullname__: RandomCrop, height: 8, width: 8, p: 1.0}"
+    path.write_text(f"transform: {crop}")
+    with pytest.raises(
+        errors.DataError, match=r"turns uint8 of shape \(16, 16, 3\) into uint8 of shape \(8, 8, 3\)"
+    ):
+        built(config_of("--augment", path), tmp_path)
 
 
 def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from runs import TINY, digest, finish, payload, spawn
 
 import pack_dataset
@@ -81,6 +82,7 @@ VARIANTS = {
     "sgd, plateau": ("--optimizer", "sgd", "--schedule", "plateau"),
     "triangular2 and plateau": ("--schedule", "triangular2", "--cycles", "1", "--plateau-patience", "0"),
     "phase-augment": ("--phase-augment", "none/rrc,flip/full"),
+    "pipeline": ("--augment", f"rrc,{ROOT / 'recipes' / 'augment' / 'full.yaml'}"),
     "compile": ("--compile",),
 }
 
