@@ -161,7 +161,8 @@ def _muon_updates(states: Mapping[Tensor, dict], params: list[Tensor], group: di
     directions = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's
     matrices = [direction.reshape(len(direction), -1) for direction in directions]
     updates = [
-        matrix.view(p.shape).mul(0.2 * math.sqrt(max(matrix.shape)))
+        # In the memory layout of p: foreach operations on unlike layouts launch a kernel for each tensor.
+        torch.mul(matrix.view(p.shape), 0.2 * math.sqrt(max(matrix.shape)), out=torch.empty_like(p))
         for p, matrix in zip(params, orthogonalized(matrices), strict=True)
     ]
     torch._foreach_add_(updates, params, alpha=group["weight_decay"])

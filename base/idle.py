@@ -141,18 +141,18 @@ def nothing_to_mix(config: Any) -> Reason:
     return not used and "there is no MixUp, CutMix or drop-path"
 
 
-def nothing_is_mixed(config: Any) -> bool:
+def targets_unmixed(config: Any) -> bool:
     return bool(nothing_mixed(config)) or not (config.mixup_alpha or config.cutmix_alpha)
 
 
 def no_threshold(config: Any) -> Reason:
     if config.loss != "bce":
         return "it needs --loss bce"
-    return nothing_is_mixed(config) and not config.label_smoothing and "all targets are 0 or 1"
+    return targets_unmixed(config) and not config.label_smoothing and "all targets are 0 or 1"
 
 
 def no_smoothing(config: Any) -> Reason:
-    thresholded = config.bce_threshold is not None and nothing_is_mixed(config)
+    thresholded = config.bce_threshold is not None and targets_unmixed(config)
     return thresholded and "--bce-threshold makes all targets 0 or 1"
 
 

@@ -345,23 +345,28 @@ def _form(value: Any) -> str:
 
 def _load_pipeline(path: str) -> Callable:
     """Build the pipeline of a file from Albumentations' own transforms; nothing else can be named there."""
-    import yaml
-
     A = _albumentations(path)
     try:
-        text = Path(path).read_text("utf-8")
-        if len(text) > MAX_PIPELINE or any(
-            isinstance(e, yaml.AliasEvent) for e in yaml.parse(text, yaml.SafeLoader)
-        ):
-            raise ValueError(f"it is longer than {MAX_PIPELINE:,} characters or holds references")
         with warnings.catch_warnings():
+            # Otherwise a misspelt argument would only be ignored.
             warnings.filterwarnings("error", message=r".*are not valid for transform")
-            return A.Compose([A.from_dict(yaml.safe_load(text))])
+            return A.Compose([A.from_dict(_plain_yaml(Path(path).read_text("utf-8")))])
     except OSError as error:
         raise UsageError(f"--augment {path}: {error.strerror}", "check the path") from None
     except Exception as error:  # wrong YAML, unknown classes (KeyError), wrong values (pydantic), ...
         reason = errors.one_line(f"{type(error).__name__}: {error}")[:200]
         raise UsageError(f"--augment {path} is not a pipeline of Albumentations ({reason})", FIX) from None
+
+
+def _plain_yaml(text: str) -> Any:
+    """Return the content of YAML or JSON. Raises ValueError for references: few could expand to very much."""
+    import yaml
+
+    if len(text) > MAX_PIPELINE:
+        raise ValueError(f"it is longer than {MAX_PIPELINE:,} characters")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise ValueError("it holds references")
+    return yaml.safe_load(text)
 
 
 def _operations(A, fill: Sequence[int], *, wide: bool) -> list:

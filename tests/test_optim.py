@@ -37,10 +37,10 @@ def a_model(seed=0, dtype=F64):
 
 
 def a_deep_model(seed=0, dtype=F64):
-    """A model with hidden weights: two convolutions and a linear layer."""
+    """A model with hidden weights: two convolutions and a linear layer; wide, tall, and of equal shapes."""
     torch.manual_seed(seed)
-    convs = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 5, 2), nn.Conv2d(5, 5, 1)
-    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(5, 4), nn.Linear(4, 2))
+    convs = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 5, 2), nn.Conv2d(5, 7, 1)
+    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(7, 5), nn.Linear(5, 2))
     return model.to(dtype)
 
 
@@ -100,7 +100,7 @@ def muon(w, g, s, t, *, lr, wd):
 
 
 REFERENCES = {"sgd": sgd, "adamw": adamw, "adam": adam, "rmsprop": rmsprop, "lamb": lamb, "muon": muon}
-HIDDEN = {(5, 3, 2, 2), (5, 5, 1, 1), (4, 5)}
+HIDDEN = {(5, 3, 2, 2), (7, 5, 1, 1), (5, 7)}
 
 
 @pytest.mark.parametrize("name, options", [*((name, {}) for name in OPTIMIZERS), ("sgd", {"nesterov": True})])
