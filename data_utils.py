@@ -117,19 +117,33 @@ def _draw_below(bound: int) -> int:
     return int(torch.randint(bound, ()))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the cross-entropy of logits (N, K) and soft targets (N, K), averaged over samples: a scalar."""
-    return F.cross_entropy(*_promoted(logits, targets))
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Return the cross-entropy of logits (N, K) and soft targets (N, K), averaged over samples: a scalar.
+
+    weights: (K,), which multiply the classes' terms: -sum_k weights_k * target_k * log p_k
+    """
+    return F.cross_entropy(*_promoted(logits, targets), weight=weights)
 
 
-def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def balanced_weights(counts: Tensor) -> Tensor:
+    """Return the class weights (K,) float32 that scikit-learn calls "balanced", for `counts` (K,) of images.
+
+    They are N / (K * count), so their mean over the N images is 1.
+    """
+    return (counts.sum() / (len(counts) * counts.clamp(min=1))).float()
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, threshold: float | None = None) -> Tensor:
     """Return the binary cross-entropy of logits (N, K) and targets (N, K): a scalar.
 
-    As in https://arxiv.org/abs/2110.00476, but without thresholding the targets. Summed over classes and
-    averaged over samples, so that gradients, (sigmoid - target) / N, are about as large as those of
-    cross-entropy, and the same learning rate and --clip-norm suit both. (timm averages over classes too,
-    which makes the loss K times smaller; LAMB is insensitive to that.)
+    threshold: targets above it become 1, and others 0, as in https://arxiv.org/abs/2110.00476
+
+    Summed over classes and averaged over samples, so that gradients, (sigmoid - target) / N, are about as
+    large as those of cross-entropy, and the same learning rate and --clip-norm suit both. (timm averages
+    over classes too, which makes the loss K times smaller; LAMB is insensitive to that.)
     """
+    if threshold is not None:
+        targets = (targets > threshold).to(targets.dtype)
     summed = F.binary_cross_entropy_with_logits(*_promoted(logits, targets), reduction="sum")
     return summed / len(logits)
 

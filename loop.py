@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from base.device import Runtime, memory_for
 from base.errors import Stopped
+from base.parser import parse_augment
 from base.process import say
 from base.progress import Eta, Progress, duration
 from data_utils import BatchMixer
@@ -59,7 +60,6 @@ class Run:
     # data
     index: DatasetIndex
     train_sample: Split  # training images that train_top1 is measured on
-    augment: tuple[tuple[str, int | None], ...]
     num_workers: int
     on_bad_image: str
     # steps
@@ -159,14 +159,15 @@ def fit(run: Run, log: MetricLogger) -> None:
 def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     """Return the batches and the step options of `phase`. Progressive resizing happens here.
 
-    A phase sets the image size, the batch size, and whether MixUp, CutMix and drop-path are on.
+    A phase sets the image size, the batch size, the augmentation, and whether MixUp, CutMix and drop-path
+    are on.
     """
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
     loader = train_loader(
         run.index,
         image_size=phase.image_size,
         batch_size=phase.batch_size,
-        augment=run.augment,
+        augment=parse_augment(phase.augment),
         crop=run.eval_crop,
         seed=run.options.seed,
         on_bad_image=run.on_bad_image,

@@ -131,6 +131,8 @@ def trial_flags(config, phase) -> dict:
         "phase_batch_sizes": None,
         "phase_epochs": None,
         "phase_mix": (phase.mix,),
+        "augment": phase.augment,
+        "phase_augment": None,
         "lr_scale": "none",
         "config": "",
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -22,8 +22,8 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """Return the optimizer called `name` over `param_groups(model)`. Call this after `model.to(device)`.
 
-    `momentum` is for SGD and RMSprop; the others keep torch's betas (0.9, 0.999). Raises UsageError
-    for `nesterov` without SGD and a positive momentum.
+    `momentum` is for SGD and RMSprop; Muon keeps 0.95, the others torch's betas (0.9, 0.999). Raises
+    UsageError for `nesterov` without SGD and a positive momentum.
     """
     optimizer, uses_momentum, has_fused = OPTIMIZERS[name]
     options = {"momentum": momentum} if uses_momentum else {}
@@ -36,7 +36,8 @@ def build_optimizer(
         options["nesterov"] = True
     if has_fused and all(p.device.type in ("cuda", "cpu") for p in model.parameters()):
         options["fused"] = True
-    return optimizer(param_groups(model, weight_decay), lr=lr, **options)
+    groups = muon_groups if name == "muon" else param_groups
+    return optimizer(groups(model, weight_decay), lr=lr, **options)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -50,6 +51,20 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Return the groups of `param_groups` without the hidden weights, and a group of these.
+
+    They are the weights of convolutions and linear layers, except for the first and the last, as the
+    author of Muon advises: input and output layers, embeddings, biases and scales stay with AdamW.
+    """
+    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and name.endswith("weight")]
+    hidden = {id(p) for p in weights[1:-1]}
+    decayed, rest = param_groups(model, weight_decay)
+    matrices = [p for p in decayed["params"] if id(p) in hidden]
+    decayed["params"] = [p for p in decayed["params"] if id(p) not in hidden]
+    return [decayed, rest, {"params": matrices, "weight_decay": weight_decay, "hidden": True}]
 
 
 class Lamb(torch.optim.Optimizer):
@@ -72,32 +87,35 @@ class Lamb(torch.optim.Optimizer):
         """Update every parameter that has a gradient. `closure` is not supported."""
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                torch._foreach_add_(params, self._updates(params, group), alpha=-group["lr"])
+            if not params:
+                continue
+            updates = _adam_updates(self.state, params, group)
+            weights = [i for i, p in enumerate(params) if p.ndim > 1]
+            if weights:
+                _apply_trust_ratio([params[i] for i in weights], [updates[i] for i in weights])
+            torch._foreach_add_(params, updates, alpha=-group["lr"])
 
-    def _updates(self, params: list[Tensor], group: dict) -> list[Tensor]:
-        """Update the moving averages; return trust ratio * update for each parameter."""
-        grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
-        states = [self.state[p] for p in params]
-        for p, state in zip(params, states, strict=True):
-            if not state:
-                state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            state["step"] += 1
-        steps, means, squares = ([s[name] for s in states] for name in ("step", "exp_avg", "exp_avg_sq"))
-        torch._foreach_lerp_(means, grads, 1 - beta1)
-        torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
 
-        roots = torch._foreach_sqrt(squares)
-        torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
-        torch._foreach_add_(roots, group["eps"])
-        updates = list(torch._foreach_div(means, roots))
-        torch._foreach_div_(updates, [1 - beta1**step for step in steps])
-        torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-        weights = [i for i, p in enumerate(params) if p.ndim > 1]
-        if weights:
-            _apply_trust_ratio([params[i] for i in weights], [updates[i] for i in weights])
-        return updates
+def _adam_updates(states: Mapping[Tensor, dict], params: list[Tensor], group: dict) -> list[Tensor]:
+    """Update Adam's moving averages; return m / (sqrt(v) + eps) + weight_decay * w for each parameter."""
+    grads, (beta1, beta2) = [p.grad for p in params], group["betas"]
+    own = [states[p] for p in params]
+    for p, state in zip(params, own, strict=True):
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+    steps, means, squares = ([s[name] for s in own] for name in ("step", "exp_avg", "exp_avg_sq"))
+    torch._foreach_lerp_(means, grads, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, grads, grads, value=1 - beta2)
+
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, [math.sqrt(1 - beta2**step) for step in steps])
+    torch._foreach_add_(roots, group["eps"])
+    updates = list(torch._foreach_div(means, roots))
+    torch._foreach_div_(updates, [1 - beta1**step for step in steps])
+    torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+    return updates
 
 
 def _apply_trust_ratio(params: list[Tensor], updates: list[Tensor]) -> None:
@@ -108,6 +126,73 @@ def _apply_trust_ratio(params: list[Tensor], updates: list[Tensor]) -> None:
     torch._foreach_mul_(updates, list(ratio.unbind()))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon for groups with `hidden`, AdamW for the others (https://kellerjordan.github.io/posts/muon).
+
+        B  = 0.95 * B + 0.05 * gradient, and O = the orthogonal matrix nearest to 0.95 * B + 0.05 * gradient
+        w -= lr * (0.2 * sqrt(max(rows, columns)) * O + weight_decay * w)
+
+    for each weight as a matrix (out, rest). The factor gives the update a root mean square of 0.2, as
+    AdamW's typically have, so that both share AdamW's learning rate and weight decay: "match_rms_adamw"
+    of torch.optim.Muon (https://arxiv.org/abs/2502.16982), which takes nothing but matrices.
+    """
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, hidden=False):
+        options = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "hidden": hidden}
+        super().__init__(params, options)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient. `closure` is not supported."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                updates_of = _muon_updates if group["hidden"] else _adam_updates
+                torch._foreach_add_(params, updates_of(self.state, params, group), alpha=-group["lr"])
+
+
+def _muon_updates(states: Mapping[Tensor, dict], params: list[Tensor], group: dict) -> list[Tensor]:
+    """Update the momentum; return what --lr multiplies, for each parameter: see `Muon`."""
+    for p in params:
+        if not states[p]:
+            states[p]["momentum_buffer"] = torch.zeros_like(p)
+    grads, momenta = [p.grad for p in params], [states[p]["momentum_buffer"] for p in params]
+    torch._foreach_lerp_(momenta, grads, 1 - MUON_MOMENTUM)
+    directions = torch._foreach_lerp(grads, momenta, MUON_MOMENTUM)  # Nesterov's
+    matrices = [direction.reshape(len(direction), -1) for direction in directions]
+    updates = [
+        # In the memory layout of p: foreach operations on unlike layouts launch a kernel for each tensor.
+        torch.mul(matrix.view(p.shape), 0.2 * math.sqrt(max(matrix.shape)), out=torch.empty_like(p))
+        for p, matrix in zip(params, orthogonalized(matrices), strict=True)
+    ]
+    torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+    return updates
+
+
+def orthogonalized(matrices: list[Tensor]) -> list[Tensor]:
+    """Return U V^T for each matrix U S V^T, roughly: five Newton-Schulz steps bring S to 0.7 ... 1.2.
+
+    Matrices of one shape, or its transpose, are stacked, so that each step is three kernels for all of
+    them. Computed in their own precision: bfloat16, as published, is slow where it is emulated.
+    """
+    wide = [matrix if len(matrix) <= matrix.shape[1] else matrix.T for matrix in matrices]
+    results: list[Tensor] = [None] * len(matrices)
+    for shape in dict.fromkeys(matrix.shape for matrix in wide):
+        of_shape = [k for k, matrix in enumerate(wide) if matrix.shape == shape]
+        stack = torch.stack([wide[k] for k in of_shape])
+        stack = stack / stack.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+        for _ in range(5):
+            gram = stack @ stack.mT
+            polynomial = torch.baddbmm(gram, gram, gram, beta=NEWTON_SCHULZ[1], alpha=NEWTON_SCHULZ[2])
+            stack = torch.baddbmm(stack, polynomial, stack, beta=NEWTON_SCHULZ[0])
+        for k, matrix in zip(of_shape, stack, strict=True):
+            results[k] = matrix if wide[k] is matrices[k] else matrix.T
+    return results
+
+
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # s -> 3.4445 s - 4.7750 s^3 + 2.0315 s^5, for each singular value
+
 # name: (class, takes --momentum, has a fused kernel)
 OPTIMIZERS = {
     "sgd": (torch.optim.SGD, True, True),  # weight decay is added to the gradient
@@ -115,6 +200,7 @@ OPTIMIZERS = {
     "adam": (torch.optim.Adam, False, True),  # weight decay is added to the gradient
     "rmsprop": (torch.optim.RMSprop, True, False),
     "lamb": (Lamb, False, False),  # weight decay is inside the trust ratio
+    "muon": (Muon, False, False),  # weight decay is decoupled, as in AdamW
 }
 
 
@@ -203,6 +289,8 @@ class Schedule:
     phases:       (steps, learning-rate factor) of each phase; () is one phase with factor 1
     warmup_steps: for "cosine"
     cycles:       for "restarts" and "triangular2": the number of cycles in the run
+    patience:     evaluations without improvement before the rate drops, see `observe`; by default none,
+                  which never drops it, and for "plateau" 4
 
     Raises UsageError if the warm-up or the cycles do not fit into the run.
     """
@@ -217,6 +305,7 @@ class Schedule:
         phases: Sequence[tuple[int, float]] = (),
         warmup_steps: int = 0,
         cycles: int = 4,
+        patience: int | None = None,
     ):
         phases = phases or [(total_steps, 1.0)]
         if total_steps < 1 or sum(steps for steps, _ in phases) != total_steps:
@@ -233,17 +322,18 @@ class Schedule:
             )
         self.optimizer, self.name, self.peak_lr, self.total_steps = optimizer, name, peak_lr, total_steps
         self.warmup_steps, self.cycles = warmup_steps, cycles
+        self.patience = PATIENCE if patience is None and name == "plateau" else patience
         self.phase_ends = list(accumulate(steps for steps, _ in phases))
         self.phase_factors = [factor for _, factor in phases]
         self.position = 0  # optimizer steps taken
-        self.drops, self.best, self.bad_evaluations = 0, math.inf, 0  # for "plateau"
+        self.drops, self.best, self.bad_evaluations = 0, math.inf, 0  # with a patience
         self.last_lr = self.lr_at(0)  # the learning rate of the last step taken
         self._set(self.last_lr)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0.
 
-        It is peak_lr * formula in SCHEDULES * factor of the step's phase * 0.1 per drop of "plateau" so far.
+        It is peak_lr * formula in SCHEDULES * factor of the step's phase * 0.1 per drop so far.
         """
         if not 0 <= step < self.total_steps:
             raise ValueError(f"the schedule has {self.total_steps} steps (counted from 0) and no step {step}")
@@ -267,18 +357,18 @@ class Schedule:
             self._set(self.lr_at(position))
 
     def observe(self, loss: float) -> None:
-        """Tell "plateau" the loss of an evaluation; other schedules ignore it.
+        """Note the loss of an evaluation; without a patience it is ignored.
 
-        As in torch's ReduceLROnPlateau, the learning rate drops to a tenth after PATIENCE + 1 evaluations
+        As in torch's ReduceLROnPlateau, the learning rate drops to a tenth after patience + 1 evaluations
         in a row that did not improve the best loss by 0.01 %. NaN is no improvement.
         """
-        if self.name != "plateau":
+        if self.patience is None:
             return
         if loss < self.best * (1 - 1e-4):
             self.best, self.bad_evaluations = float(loss), 0
         else:
             self.bad_evaluations += 1
-        if self.bad_evaluations > PATIENCE:
+        if self.bad_evaluations > self.patience:
             self.drops, self.bad_evaluations = self.drops + 1, 0
         self.seek(self.position)
 
@@ -308,7 +398,7 @@ class Schedule:
 
 START, END = 1 / 25, 1 / 25e4  # of OneCycleLR: 1 / div_factor, 1 / (div_factor * final_div_factor)
 MILESTONES = (1 / 3, 2 / 3, 8 / 9)  # of "step", as fractions of the run: epochs 30, 60 and 80 of 90
-PATIENCE = 4  # evaluations without improvement that "plateau" tolerates
+PATIENCE = 4  # of "plateau", unless another is given
 
 
 def _onecycle(step: int, schedule: Schedule) -> float:

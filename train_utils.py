@@ -40,6 +40,7 @@ class Phase:
     steps_per_epoch: int
     first_step: int  # steps in all earlier phases
     mix: bool = True  # whether MixUp, CutMix and drop-path are on
+    augment: str = "full"  # as --augment writes it
 
     @property
     def epochs(self) -> int:
@@ -63,6 +64,7 @@ def plan(
     phase_batch_sizes: Sequence[int] | None = None,
     phase_epochs: Sequence[int] | None = None,
     phase_mix: Sequence[bool] | None = None,
+    phase_augment: Sequence[str] | None = None,
     world_size: int = 1,
 ) -> tuple[Phase, ...]:
     """Return the phases of a run: the one plan that the loader, the schedule, the ETA and --dry-run read.
@@ -72,15 +74,16 @@ def plan(
     phase_batch_sizes: global batch size of each phase, instead
     phase_epochs:      relative lengths of the phases, see `base.phases.share_epochs`
     phase_mix:         `Phase.mix` of each phase; True by default
+    phase_augment:     `Phase.augment` of each phase; "full" by default
 
     Phases without an epoch are left out. Raises UsageError if a phase cannot fill one batch, or the
     ranks cannot share it equally.
     """
     batches = phase_batch_sizes or phase_batches(batch_size, len(sizes))
-    mixes = phase_mix or [True] * len(sizes)
+    mixes, augments = phase_mix or [True] * len(sizes), phase_augment or ["full"] * len(sizes)
     lengths = share_epochs(epochs, phase_epochs, len(sizes))
     phases, first_epoch, first_step = [], 1, 0
-    for size, batch, mix, length in zip(sizes, batches, mixes, lengths, strict=True):
+    for size, batch, mix, augment, length in zip(sizes, batches, mixes, augments, lengths, strict=True):
         if length == 0:
             continue
         steps = num_samples // batch  # floor: the training loader drops the last partial batch
@@ -90,7 +93,8 @@ def plan(
         if batch % world_size:
             what = f"the global batch size {batch} at {size} px is not divisible by {world_size} ranks"
             raise UsageError(what, "choose a --batch-size or --phase-batch-sizes that is")
-        phases.append(Phase(first_epoch, first_epoch + length - 1, size, batch, steps, first_step, mix))
+        last_epoch = first_epoch + length - 1
+        phases.append(Phase(first_epoch, last_epoch, size, batch, steps, first_step, mix, augment))
         first_epoch, first_step = first_epoch + length, first_step + length * steps
     return tuple(phases)
 

@@ -15,6 +15,7 @@ from base.errors import UsageError, run, tell
 EPILOG = """examples:
   python validate.py checkpoints/best_resnet50_imagenet_1k.pt --data-dir ./data/imagenet
   python validate.py CHECKPOINT --image-sizes 224,256,288 --tta flip --recalibrate-bn
+  python validate.py CHECKPOINT CHECKPOINT CHECKPOINT --average --recalibrate-bn
 writes scores.json, per_class.csv, confusion.csv, confused_pairs.csv, confusion.png and reliability.png"""
 RECALIBRATION_IMAGES = 4096  # enough for a mean, and seconds on a GPU
 
@@ -26,11 +27,13 @@ SCORES = (
                flags.share, None, "F"),
     flags.Flag("tta", "trace", "Test-time augmentation: flip also averages the logits with those of the "
                "mirror image; by default what the run did.", ("none", "flip"), None, "NAME"),
+    flags.Flag("average", "trace", "Average the raw weights and BatchNorm statistics of several checkpoints, "
+               "and score only that."),
     flags.Flag("recalibrate_bn", "trace",
                f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."),
     flags.Flag("save_hits", "files", "Also write hits.npz: which images each set of weights gets right."),
-    flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint.",
-               str, "", "DIR"),
+    flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint, with "
+               "--average validation_average/ beside the last.", str, "", "DIR"),
     flags.Flag("json", "output", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
 )
 # fmt: on
@@ -38,8 +41,8 @@ SCORES = (
 
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("validate.py", "Score a checkpoint on its validation images.", EPILOG)
-    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt)."
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=help_text)
+    help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt); several with --average."
+    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=help_text)
     flags.add_flags(parser, "scores", SCORES)
     data = flags.add_flags(parser, "data", flags.DATASET)
     data.description = "Flags that are not given come from the checkpoint."
@@ -52,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     from harness import rundir
     from sources import layouts
 
-    rundir.check_checkpoint(config.checkpoint)
+    check_count(config)
+    for path in config.checkpoints:
+        rundir.check_checkpoint(path)
     if "data_dir" in given:
         layouts.check_dir(config.data_dir)
     if process.world_size() > 1:
@@ -62,7 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     from base.device import init_runtime
 
     say = tell if config.json == "-" else process.say
-    classifier = predictions.load(config.checkpoint, "both", init_runtime(config.device, config.amp))
+    runtime, checkpoints = init_runtime(config.device, config.amp), [Path(p) for p in config.checkpoints]
+    if config.average:
+        classifier = predictions.load_average(config.checkpoints, runtime)
+    else:
+        classifier = predictions.load(config.checkpoints[0], "both", runtime)
     sizes = config.image_sizes or (classifier.image_size,)
     check_architecture(classifier.payload["model_args"]["arch"], classifier.image_size, sizes, config)
     classifier = predictions.open_data(classifier, config, given, say)
@@ -81,9 +90,9 @@ def main(argv: list[str] | None = None) -> int:
             flip=config.tta == "flip" if config.tta else classifier.flip,
             recalibration_images=RECALIBRATION_IMAGES if config.recalibrate_bn else 0,
         )
-    checkpoint = Path(config.checkpoint)
-    out = Path(config.out) if config.out else checkpoint.parent / "validation"
-    numbers = validation.write_scores(classifier, checkpoint, results, labels, out, say)
+    folder = "validation_average" if config.average else "validation"
+    out = Path(config.out) if config.out else checkpoints[-1].parent / folder
+    numbers = validation.write_scores(classifier, checkpoints, results, labels, out, say)
     if config.save_hits:
         scores.write_hits(out / "hits.npz", validation.hits_of(results))
     if config.json == "-":
@@ -91,6 +100,16 @@ def main(argv: list[str] | None = None) -> int:
     elif config.json:
         files.write_json(config.json, numbers)
     return 0
+
+
+def check_count(config) -> None:
+    """Raise UsageError for several checkpoints without --average, and for --average of one."""
+    if len(config.checkpoints) > 1 and not config.average:
+        raise UsageError("several checkpoints are given", "score them one by one, or their --average")
+    if len(config.checkpoints) == 1 and config.average:
+        raise UsageError(
+            "--average would do nothing: there is one checkpoint", "name several, or leave it out"
+        )
 
 
 def check_architecture(arch: str, trained_at: int, sizes: tuple[int, ...], config) -> None:

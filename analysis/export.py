@@ -28,7 +28,8 @@ from models.convert import to_torchvision
 TOLERANCE = 1e-5  # of the largest logit, or of 1 if all are smaller
 SHOWN = (
     "dataset", "epochs", "resize_schedule", "batch_size", "optimizer", "lr", "weight_decay", "schedule",
-    "augment", "mixup_alpha", "cutmix_alpha", "label_smoothing", "drop_path_rate", "ema_decay", "seed",
+    "augment", "phase_augment", "mixup_alpha", "cutmix_alpha", "label_smoothing", "drop_path_rate",
+    "ema_decay", "seed",
 )  # fmt: skip
 
 
@@ -190,7 +191,9 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
         num_classes=len(data["classes"]),
         difference=difference,
         scores=_scores(payload, "ema_val" if weights == "ema" else "val"),
-        flags="\n".join(f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if name in flags),
+        flags="\n".join(
+            f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if flags.get(name) is not None
+        ),
         commit=payload.get("commit") or "unknown",
         license=BLURPOOL if args.get("use_blurpool") else "",
         classes="\n".join(f"| {k} | {_cell(folder)} | {_cell(human)} |" for k, (folder, human) in rows),

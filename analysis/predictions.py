@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from base import flags, process
 from base.device import Runtime, init_runtime, memory_for
-from base.errors import DataError, UsageError
+from base.errors import CheckpointError, DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
 from dataloader import Batch, Loader, Order, eval_dataset, normalise
@@ -36,7 +36,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, H, W), labels (n,)
 class Classifier:
     """A checkpoint's model in eval mode, with its preprocessing and its classes."""
 
-    models: dict[str, nn.Module]  # by weights: "raw", "ema" or both
+    models: dict[str, nn.Module]  # by weights: "raw", "ema" or both; or "average", of several checkpoints
     payload: dict  # the whole checkpoint
     runtime: Runtime
     image_size: int  # px
@@ -45,7 +45,7 @@ class Classifier:
 
     @property
     def weights(self) -> str:
-        return "ema" if "ema" in self.models else "raw"
+        return next(name for name in ("average", "ema", "raw") if name in self.models)
 
     @property
     def model(self) -> nn.Module:
@@ -74,8 +74,8 @@ class Classifier:
     def title(self) -> str:
         """A line for pictures, such as "resnet50, 1000 classes, EMA weights, 224 px"."""
         arch = self.payload["model_args"]["arch"]
-        weights = {"ema": "EMA weights", "raw": "raw weights"}[self.weights]
-        return f"{arch}, {len(self.classes)} classes, {weights}, {self.image_size} px"
+        weights = {"ema": "EMA", "raw": "raw", "average": "averaged"}[self.weights]
+        return f"{arch}, {len(self.classes)} classes, {weights} weights, {self.image_size} px"
 
     @property
     def transform(self) -> EvalTransform:
@@ -200,6 +200,29 @@ def load(path: str, weights: str, runtime: Runtime) -> Classifier:
     if average and weights != "raw":
         models["ema"] = copy.deepcopy(model)
         models["ema"].load_state_dict(average)
+    return _classifier(models, payload, runtime)
+
+
+def load_average(paths: Sequence[str], runtime: Runtime) -> Classifier:
+    """Load the mean of the raw weights of several checkpoints, with their BatchNorm statistics, as "average".
+
+    All else comes from the last one. Raises CheckpointError for checkpoints of different models.
+    """
+    model, payload = checkpoint.load_model(paths[-1], "raw")
+    sums = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
+    for path in paths[:-1]:
+        other, its = checkpoint.load_model(path, "raw")
+        if (its["model_args"], its["eval"]["classes"]) != (payload["model_args"], payload["eval"]["classes"]):
+            what = f"{path} and {paths[-1]} hold different models or classes"
+            raise CheckpointError(what, "average checkpoints of one run, or of runs with the same weights")
+        for name, value in other.state_dict().items():
+            if name in sums:
+                sums[name] += value
+    model.load_state_dict(model.state_dict() | {name: total / len(paths) for name, total in sums.items()})
+    return _classifier({"average": model}, payload, runtime)
+
+
+def _classifier(models: dict[str, nn.Module], payload: dict, runtime: Runtime) -> Classifier:
     for each in models.values():
         each.to(runtime.device, memory_format=torch.channels_last)
     return Classifier(models, payload, runtime, payload["eval"]["image_size"], payload["eval"]["crop"])

@@ -108,7 +108,7 @@ def hits_of(results: list[tuple[dict, Predictions]]) -> dict[str, np.ndarray]:
 
 def write_scores(
     classifier: Classifier,
-    checkpoint: Path,
+    checkpoints: list[Path],
     results: list[tuple[dict, Predictions]],
     labels: list[int],
     out: Path,
@@ -116,6 +116,7 @@ def write_scores(
 ) -> dict:
     """Print the table and the worst mistakes, write and draw the scores; return what scores.json holds.
 
+    checkpoints: one, or those whose weights are averaged
     The details are those of the first result of the classifier's weights.
     """
     chosen, found = next(pair for pair in results if pair[0]["weights"] == classifier.weights)
@@ -129,12 +130,12 @@ def write_scores(
     subject = f"{arch} on {index.name}, {chosen['weights']} weights, {chosen['image_size']} px"
     data = f"{len(index.val):,} images of {len(index.classes)} classes"
     device = f"{runtime.device} ({runtime.precision})"
-    say(f"{checkpoint}: epoch {len(payload['rows'])}, {data}, {device}")
+    say(f"{', '.join(map(str, checkpoints))}: epoch {len(payload['rows'])}, {data}, {device}")
     say(table(rows))
     say(worst(pairs, per_class, classifier.names, subject))
     tables = write_tables(classifier, matrix, per_class, pairs, out)
     numbers = {
-        "checkpoint": checkpoint.name,
+        "checkpoint": ", ".join(path.name for path in checkpoints),
         "model_args": payload["model_args"],
         "epoch": len(payload["rows"]),
         "dataset": index.name,

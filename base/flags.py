@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,7 +43,7 @@ DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, syn
 STEPS = ", ".join(name + argument for name, argument in AUGMENTS.items())
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
          "mobilenet_v3_large", "vit_b_16", "swin_t")  # fmt: skip
-OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb")
+OPTIMIZERS = ("adamw", "sgd", "adam", "rmsprop", "lamb", "muon")
 CYCLIC = ("restarts", "triangular2")
 SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau", "constant")
 
@@ -103,8 +104,10 @@ DATASET = (
          "--holdout.", positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
 )
 LOADING = (
-    Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}.",
-         augment_text, "full", "LIST"),
+    Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}, "
+         "or a file (.yaml, .json) that Albumentations saved.",
+         augment_text, "full", "LIST",
+         idle=lambda c: c.phase_augment and "--phase-augment sets that of every phase"),
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
          "another of its class. An unreadable validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
@@ -143,14 +146,17 @@ PHASES = (
     Flag("phase_batch_sizes", "plan", "Global batch size of each phase.", listing(positive), None, "N,N,..."),
     Flag("phase_mix", "trace", "Whether each phase uses MixUp, CutMix and drop-path.",
          listing(on_off), None, "on|off,...", idle=idle.nothing_to_mix),
+    Flag("phase_augment", "trace", "Augmentation of each phase, instead of --augment: basic/full/full, for "
+         "instance.", listing(augment_text, "/"), None, "LIST/LIST/..."),
     Flag("accumulate", "trace", "Split each global batch into K pieces.", positive, 1, "K",
          idle=idle.single_images),
 )
 OPTIMIZATION = (
-    Flag("optimizer", "trace", "Optimizer.", OPTIMIZERS, "adamw", "NAME"),
+    Flag("optimizer", "trace", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
+         "others.", OPTIMIZERS, "adamw", "NAME"),
     Flag("lr", "trace", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
     Flag("momentum", "trace", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
-         unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and f"{c.optimizer} has none"),
+         unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and "it is for sgd and rmsprop"),
     Flag("nesterov", "trace", "Nesterov momentum, with --optimizer sgd.",
          idle=lambda c: c.optimizer != "sgd" and "it needs --optimizer sgd"),
     Flag("weight_decay", "trace", "Weight decay; biases and normalization layers are excluded.",
@@ -160,6 +166,9 @@ OPTIMIZATION = (
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
     Flag("cycles", "trace", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
+    Flag("plateau_patience", "trace", "Divide the learning rate of any schedule by 10 after more than N "
+         "validations in a row without a lower loss; by default only --schedule plateau does, with 4.",
+         natural, None, "N", idle=idle.no_plateau),
     Flag("lr_scale", "trace", "How the learning rate follows the batch size of a phase.",
          ("none", "sqrt", "linear"), "none", "RULE", idle=idle.one_batch_size),
     Flag("clip_norm", "trace", "Largest gradient norm (or value, see --clip-mode); 0 disables clipping.",
@@ -167,8 +176,14 @@ OPTIMIZATION = (
     Flag("clip_mode", "trace", "What --clip-norm limits.", ("norm", "value"), "norm", "MODE",
          idle=lambda c: not c.clip_norm and "--clip-norm 0 clips nothing"),
     Flag("loss", "trace", "Cross-entropy, or binary cross-entropy per class.", ("ce", "bce"), "ce", "NAME"),
+    Flag("bce_threshold", "trace", "With --loss bce: mixed targets above F become 1, and others 0.",
+         fraction, None, "F", idle=idle.no_threshold),
+    Flag("class_weights", "trace", "Weight of each class in --loss ce: balanced is inversely proportional to "
+         "its training images; a file has a line with class and weight for every class.",
+         str, "", "balanced|FILE", idle=lambda c: c.loss != "ce" and "it needs --loss ce"),
     Flag("l1", "trace", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
-    Flag("label_smoothing", "trace", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E"),
+    Flag("label_smoothing", "trace", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",
+         idle=idle.no_smoothing),
     Flag("mixup_alpha", "trace", "MixUp with weights from Beta(A, A); 0 disables it.", from_zero, 0.2, "A",
          idle=idle.nothing_mixed),
     Flag("cutmix_alpha", "trace", "CutMix with areas from Beta(A, A); 0 disables it.", from_zero, 1.0, "A",
@@ -337,20 +352,26 @@ def _check_phases(config: Any) -> None:
     sizes = config.resize_schedule
     if not sizes:
         raise UsageError("--resize-schedule is empty", "give at least one size: --resize-schedule 224")
-    for name in ("phase_epochs", "phase_batch_sizes", "phase_mix"):
+    for name in ("phase_epochs", "phase_batch_sizes", "phase_mix", "phase_augment"):
         value = getattr(config, name)
         if value is not None and len(value) != len(sizes):
             raise UsageError(
                 f"{dashed(name)} has {len(value)} entries, but there are {len(sizes)} phases",
                 "give one entry for each size of --resize-schedule",
             )
-    largest = {"padcrop": min(sizes) - 1, "cutout": 2 * min(sizes) - 1}
-    for name, size in parse_augment(config.augment):
-        if size and size > largest.get(name, size):
-            raise UsageError(
-                f"--augment {name}:{size} leaves nothing of an image of {min(sizes)} px",
-                f"give at most {name}:{largest[name]}, or larger --resize-schedule sizes",
-            )
+    flag = "--phase-augment" if config.phase_augment else "--augment"
+    for pixels, text in sorted(
+        zip(sizes, config.phase_augment or [config.augment] * len(sizes), strict=True)
+    ):
+        largest = {"padcrop": pixels - 1, "cutout": 2 * pixels - 1}
+        for name, size in parse_augment(text):
+            if name == "pipeline" and not os.path.isfile(size):
+                raise UsageError(f"{flag} {size}: there is no such file", "check the path")
+            if name in largest and size > largest[name]:
+                raise UsageError(
+                    f"{flag} {name}:{size} leaves nothing of an image of {pixels} px",
+                    f"give at most {name}:{largest[name]}, or larger --resize-schedule sizes",
+                )
 
 
 def _check_cuda_graphs(config: Any) -> None:

@@ -141,6 +141,27 @@ def nothing_to_mix(config: Any) -> Reason:
     return not used and "there is no MixUp, CutMix or drop-path"
 
 
+def targets_unmixed(config: Any) -> bool:
+    return bool(nothing_mixed(config)) or not (config.mixup_alpha or config.cutmix_alpha)
+
+
+def no_threshold(config: Any) -> Reason:
+    if config.loss != "bce":
+        return "it needs --loss bce"
+    return targets_unmixed(config) and not config.label_smoothing and "all targets are 0 or 1"
+
+
+def no_smoothing(config: Any) -> Reason:
+    thresholded = config.bce_threshold is not None and targets_unmixed(config)
+    return thresholded and "--bce-threshold makes all targets 0 or 1"
+
+
+def no_plateau(config: Any) -> Reason:
+    before_the_last_epoch = (config.epochs - 1) // config.eval_every
+    needed = 2 + (config.plateau_patience or 0)  # one to compare with, and one more than tolerated
+    return before_the_last_epoch < needed and f"a drop needs {needed} validations before the last epoch"
+
+
 def no_ema(config: Any) -> Reason:
     return not config.ema and "EMA is off"
 

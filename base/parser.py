@@ -14,8 +14,9 @@ from base.errors import UsageError
 AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
 AUGMENTS = {  # name -> its argument
     "rrc": "", "padcrop": ":N", "flip": "", "affine": "", "jitter": "[:N]", "dropout": "", "cutout": ":N",
-    "randaugment": "", "trivialaugment": "",
+    "randaugment": "[:M[:STD]]", "trivialaugment": "",
 }  # fmt: skip
+PIPELINES = (".yaml", ".yml", ".json")  # an augmentation that ends like this is a file of Albumentations
 MISSING = object()  # the value of a flag that was not given
 
 
@@ -131,13 +132,13 @@ def count_or_share(text: str) -> int | float:
 count_or_share.range = "a number of images, or a share below 1 such as 0.1"
 
 
-def listing(item: Callable[[str], Any]) -> Callable[[str], tuple]:
-    """Return an argparse type: comma-separated items of type `item`, as a tuple."""
+def listing(item: Callable[[str], Any], separator: str = ",") -> Callable[[str], tuple]:
+    """Return an argparse type: items of type `item` between separators, as a tuple."""
 
     def parse(text: str) -> tuple:
-        return tuple(item(part.strip()) for part in str(text).split(",") if part.strip())
+        return tuple(item(part.strip()) for part in str(text).split(separator) if part.strip())
 
-    parse.separator, parse.range = ",", getattr(item, "range", "")
+    parse.separator, parse.range = separator, getattr(item, "range", "")
     return parse
 
 
@@ -163,12 +164,19 @@ def save_interval(text: str) -> tuple[float, str]:
 save_interval.separator = ""
 
 
-def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
-    """Parse 'full', 'basic', 'none' or steps such as 'padcrop:4,flip' into ((name, N or None), ...)."""
+def parse_augment(text: str) -> tuple[tuple[str, Any], ...]:
+    """Parse 'full', 'basic', 'none' or steps such as 'padcrop:4,flip' into ((name, argument or None), ...).
+
+    An argument is a whole number, of randaugment a tuple of numbers: (magnitude, standard deviation). A
+    step such as 'mine.yaml' becomes ("pipeline", "mine.yaml").
+    """
     steps = []
     for part in AUGMENT_SETS.get(text, text).split(","):
         name, _, argument = part.strip().partition(":")
         if not name:
+            continue
+        if part.strip().endswith(PIPELINES):
+            steps.append(("pipeline", part.strip()))
             continue
         if name not in AUGMENTS:
             raise argparse.ArgumentTypeError(f"unknown augmentation {name!r}; use {', '.join(AUGMENTS)}")
@@ -176,12 +184,18 @@ def parse_augment(text: str) -> tuple[tuple[str, int | None], ...]:
             raise argparse.ArgumentTypeError(f"{name} needs a size in pixels, such as {name}:4")
         if argument and not AUGMENTS[name]:
             raise argparse.ArgumentTypeError(f"{name} takes no argument")
-        size = number(int, 1, 100 if name == "jitter" else 4096)
-        steps.append((name, size(argument) if argument else None))
+        steps.append((name, _augment_argument(name, argument) if argument else None))
     crops = [name for name, _ in steps if name in ("rrc", "padcrop")]
     if len(crops) > 1:
         raise argparse.ArgumentTypeError(f"{' and '.join(crops)}: use only one crop")
     return tuple(steps)
+
+
+def _augment_argument(name: str, text: str) -> int | tuple[float, float]:
+    if name != "randaugment":
+        return number(int, 1, 100 if name == "jitter" else 4096)(text)
+    magnitude, _, deviation = text.partition(":")
+    return number(float, 0, 10)(magnitude), number(float, 0, 10)(deviation or "0")
 
 
 def augment_text(text: str) -> str:

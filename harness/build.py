@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,14 +21,15 @@ import optim
 from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
 from base.errors import UsageError
-from data_utils import LOSSES, BatchMixer
+from base.parser import parse_augment
+from data_utils import LOSSES, BatchMixer, balanced_weights
 from harness import checkpoint, rundir
 from loop import Run
 from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
-from sources.images import default_crop
-from sources.index import DatasetIndex, FileSplit, SubsetSplit, training_sample
+from sources.images import TrainTransform, default_crop
+from sources.index import DatasetIndex, FileSplit, SubsetSplit, read_class_weights, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
@@ -62,10 +64,21 @@ def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]
         phase_batch_sizes=config.phase_batch_sizes,
         phase_epochs=config.phase_epochs,
         phase_mix=config.phase_mix,
+        phase_augment=config.phase_augment or [config.augment] * len(config.resize_schedule),
         world_size=world_size,
     )
     check_norms(config, index, phases, world_size)
+    check_augmentation(phases, index)
     return phases
+
+
+def check_augmentation(phases: tuple[Phase, ...], index: DatasetIndex) -> None:
+    """Try Albumentations' pipelines on a grey image of each size. Raises UsageError and DataError."""
+    for phase in phases:
+        steps = parse_augment(phase.augment)
+        if any(name == "pipeline" for name, _ in steps):
+            grey = np.full((phase.image_size, phase.image_size, 3), 128, np.uint8)
+            TrainTransform(steps, phase.image_size, index.mean)(grey, (0, 0, 0))
 
 
 def build(
@@ -78,7 +91,7 @@ def build(
     options = StepOptions(
         forward=compiled(distributed(state.model, runtime), config, len(phases)),
         mixer=mixing,
-        loss=LOSSES[config.loss],
+        loss=build_loss(config, index, runtime.device),
         runtime=runtime,
         buffers=BatchNormBuffers(state.model),
         seed=config.seed,
@@ -92,7 +105,6 @@ def build(
         runtime,
         index=index,
         train_sample=training_sample(index),
-        augment=flags.parse_augment(config.augment),
         num_workers=num_workers(config),
         on_bad_image=config.on_bad_image,
         options=options,
@@ -111,6 +123,34 @@ def build(
         stop_after=config.stop_after,
         data_hint=packing_hint(config, index),
     )
+
+
+def build_loss(config, index: DatasetIndex, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the loss with its class weights or its threshold. Raises UsageError and DataError."""
+    options = {}
+    if config.class_weights and config.loss == "ce":
+        options["weights"] = class_weights(config.class_weights, index).to(device)
+    if config.bce_threshold is not None and config.loss == "bce":
+        smoothing = config.label_smoothing
+        off, on = smoothing / len(index.classes), 1 - smoothing + smoothing / len(index.classes)
+        if not off <= config.bce_threshold < on:
+            what = (
+                f"--bce-threshold {config.bce_threshold:g} does not separate the targets {off:g} and {on:g}"
+            )
+            raise UsageError(what, "use a threshold between these smoothed targets, or --label-smoothing 0")
+        options["threshold"] = config.bce_threshold
+    return functools.partial(LOSSES[config.loss], **options) if options else LOSSES[config.loss]
+
+
+def class_weights(source: str, index: DatasetIndex) -> Tensor:
+    """Return the weights (K,) float32 of --class-weights. Raises UsageError and DataError."""
+    if source != "balanced":
+        return torch.tensor(read_class_weights(source, index.classes))
+    counts = torch.bincount(torch.as_tensor(index.train.labels), minlength=len(index.classes))
+    if (counts == counts[0]).all():
+        what = f"--class-weights balanced would do nothing: every class has {counts[0]} training images"
+        raise UsageError(what, "leave it out")
+    return balanced_weights(counts)
 
 
 def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> TrainState:
@@ -136,6 +176,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
         phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
         warmup_steps=round(warmup * phases[0].steps_per_epoch),
         cycles=config.cycles,
+        patience=config.plateau_patience,
     )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
     return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))

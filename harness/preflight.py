@@ -68,7 +68,10 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     weights = tensor_bytes(p for group in optimizer.param_groups for p in group["params"])
     if isinstance(optimizer, torch.optim.SGD):
         return weights if optimizer.defaults["momentum"] else 0
-    return 2 * weights
+    hidden = tensor_bytes(
+        p for group in optimizer.param_groups if group.get("hidden") for p in group["params"]
+    )
+    return 2 * weights - hidden  # Muon keeps one tensor where the others keep two
 
 
 def tensor_bytes(tensors: Iterable) -> int:

@@ -2,7 +2,8 @@
 
 For equal parameters, affine, jitter and dropout equal those of Albumentations 2.0.8, as the tests show. They
 call OpenCV directly, because through Albumentations they take 160 us, more than decoding a packed image.
-randaugment and trivialaugment, where speed matters less, are built from Albumentations' transforms.
+randaugment and trivialaugment, where speed matters less, are built from Albumentations' transforms, and
+randaugment:M from Pillow's functions, as in timm.
 """
 
 from __future__ import annotations
@@ -11,12 +12,18 @@ import itertools
 import math
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
 
 from base import errors
+from base.errors import DataError, UsageError
 
 Draw = Callable[[], float]  # returns the next uniform number in [0, 1)
 Box = tuple[int, int, int, int]  # top, left, height, width in px
@@ -27,6 +34,7 @@ SHIFT, SCALE, ANGLE = 0.0625, (0.9, 1.1), 15.0  # affine: share of the side, fac
 HOLE = 0.25  # dropout: the hole's side as a share of the image's
 # Brightness, contrast, saturation, hue. No hue by default, as in timm: it costs as much as the other three.
 JITTER = (0.2, 0.2, 0.2, 0.0)
+MAX_PIPELINE = 2**16  # characters in a file
 _BLOCK = 64  # numbers drawn at once; the default recipe uses at most 60
 
 
@@ -60,13 +68,17 @@ class KeyedRandom:
             yield from self.generator.random(_BLOCK).tolist()
 
 
-def build(name: str, argument: int | None, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
+def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
     """Return the operation called `name`: (image, draw) -> image of the same shape; its input is not changed.
 
     `fill` (3 values in 0 ... 255) is the colour of what an operation leaves empty.
     """
+    if name == "randaugment" and argument:
+        return lambda image, draw: rand_augment(image, *argument, fill, draw)
     if name in ("randaugment", "trivialaugment"):
         return _library_policy(name, fill, randomness)
+    if name == "pipeline":
+        return _pipeline(argument, randomness)
     if name == "cutout":
         return lambda image, draw: cutout(image, argument, fill, draw)
     operations = {
@@ -223,21 +235,138 @@ def _fill(image: np.ndarray, top: int, left: int, height: int, width: int, fill:
     return image
 
 
+# --- RandAugment as in timm ----------------------------------------------------------------------
+
+
+def rand_augment(
+    image: np.ndarray, magnitude: float, deviation: float, fill: Sequence[int], draw: Draw
+) -> np.ndarray:
+    """Apply two of `TIMM_CHANGES`, each with probability 0.5: for instance timm's rand-m6-mstd0.5-inc1.
+
+    magnitude: mean of the strengths in tenths, from 0 to 10; they are normally distributed with `deviation`
+    """
+    picture = Image.fromarray(image)
+    for _ in range(2):
+        change = TIMM_CHANGES[int(draw() * len(TIMM_CHANGES))]
+        if draw() < P:
+            normal = math.sqrt(-2 * math.log(1 - draw())) * math.cos(2 * math.pi * draw())
+            strength = min(max(magnitude + deviation * normal, 0), 10) / 10
+            sign = 1 if draw() < 0.5 else -1
+            resample = Image.Resampling.BILINEAR if draw() < 0.5 else Image.Resampling.BICUBIC
+            picture = change(
+                picture, strength, sign * strength, {"resample": resample, "fillcolor": tuple(fill)}
+            )
+    return np.asarray(picture)
+
+
+def _warp(coefficients: Callable[[float, int, int], tuple]) -> Callable:
+    """Return a change that moves pixels: `coefficients` of (signed strength, width, height), for Pillow."""
+    return lambda picture, _, signed, how: picture.transform(
+        picture.size, Image.Transform.AFFINE, coefficients(signed, *picture.size), **how
+    )
+
+
+def _enhance(kind: type) -> Callable:
+    return lambda picture, _, signed, how: kind(picture).enhance(max(0.1, 1 + 0.9 * signed))
+
+
+def _solarize_add(picture: Image.Image, strength: float, signed: float, how: dict) -> Image.Image:
+    table = [min(255, value + int(110 * strength)) if value < 128 else value for value in range(256)]
+    return picture.point(table * 3)
+
+
+# (picture, strength from 0 to 1, signed strength, how to resample) -> picture
+TIMM_CHANGES: tuple[Callable, ...] = (
+    lambda picture, *_: ImageOps.autocontrast(picture),
+    lambda picture, *_: ImageOps.equalize(picture),
+    lambda picture, *_: ImageOps.invert(picture),
+    lambda picture, strength, *_: ImageOps.posterize(picture, max(1, 4 - int(4 * strength))),
+    lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
+    _solarize_add,
+    *map(
+        _enhance, (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
+    ),
+    lambda picture, _, signed, how: picture.rotate(30 * signed, **how),
+    _warp(lambda signed, w, h: (1, 0.3 * signed, 0, 0, 1, 0)),
+    _warp(lambda signed, w, h: (1, 0, 0, 0.3 * signed, 1, 0)),
+    _warp(lambda signed, w, h: (1, 0, 0.45 * signed * w, 0, 1, 0)),
+    _warp(lambda signed, w, h: (1, 0, 0, 0, 1, 0.45 * signed * h)),
+)
+
+
 # --- policies from Albumentations' transforms ----------------------------------------------------
 
 
 def _library_policy(name: str, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for updates
-    A = errors.optional("albumentations", needed_for=f"--augment {name}")
+    A = _albumentations(name)
     if name == "randaugment":  # two operations at magnitude 9 of 30 (arXiv:1909.13719)
         choice = A.SomeOf(_operations(A, fill, wide=False), n=2, replace=True, p=1.0)
     else:  # one operation at a random magnitude of the wide space (arXiv:2103.10158)
         choice = A.OneOf(_operations(A, fill, wide=True), p=1.0)
-    policy = A.Compose([choice])
+    policy = _keyed(A.Compose([choice]), randomness)
+    return lambda image, draw: policy(image=image)["image"]
+
+
+def _albumentations(name: str) -> ModuleType:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for updates
+    return errors.optional("albumentations", needed_for=f"--augment {name}")
+
+
+def _keyed(policy: Callable, randomness: KeyedRandom) -> Callable:
     # Not set_random_seed: it gives every transform the same stream, so they would all fire together.
     policy.set_random_state(randomness.generator, randomness.library)
     randomness.uses_library = True
-    return lambda image, draw: policy(image=image)["image"]
+    return policy
+
+
+def _pipeline(path: str, randomness: KeyedRandom) -> Operation:
+    """Return the operation of a file that `albumentations.save` wrote. Raises UsageError and DataError."""
+    policy = _keyed(_load_pipeline(path), randomness)
+
+    def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
+        try:
+            changed = policy(image=image)["image"]
+        except Exception as error:  # Albumentations' transforms raise anything
+            raise DataError(f"--augment {path}: {errors.one_line(str(error))[:200]}", FIX) from error
+        if getattr(changed, "shape", None) != image.shape or changed.dtype != np.uint8:
+            what = f"--augment {path} turns {_form(image)} into {_form(changed)}"
+            raise DataError(what, "leave crops to rrc or padcrop, and normalization to train.py")
+        return changed
+
+    return apply
+
+
+FIX = "write it with albumentations.save(pipeline, path, data_format='yaml'), for single images"
+
+
+def _form(value: Any) -> str:
+    return f"{getattr(value, 'dtype', type(value).__name__)} of shape {tuple(getattr(value, 'shape', ()))}"
+
+
+def _load_pipeline(path: str) -> Callable:
+    """Build the pipeline of a file from Albumentations' own transforms; nothing else can be named there."""
+    A = _albumentations(path)
+    try:
+        with warnings.catch_warnings():
+            # Otherwise a misspelt argument would only be ignored.
+            warnings.filterwarnings("error", message=r".*are not valid for transform")
+            return A.Compose([A.from_dict(_plain_yaml(Path(path).read_text("utf-8")))])
+    except OSError as error:
+        raise UsageError(f"--augment {path}: {error.strerror}", "check the path") from None
+    except Exception as error:  # wrong YAML, unknown classes (KeyError), wrong values (pydantic), ...
+        reason = errors.one_line(f"{type(error).__name__}: {error}")[:200]
+        raise UsageError(f"--augment {path} is not a pipeline of Albumentations ({reason})", FIX) from None
+
+
+def _plain_yaml(text: str) -> Any:
+    """Return the content of YAML or JSON. Raises ValueError for references: few could expand to very much."""
+    import yaml
+
+    if len(text) > MAX_PIPELINE:
+        raise ValueError(f"it is longer than {MAX_PIPELINE:,} characters")
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise ValueError("it holds references")
+    return yaml.safe_load(text)
 
 
 def _operations(A, fill: Sequence[int], *, wide: bool) -> list:

@@ -10,6 +10,7 @@ import io
 import re
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from base.errors import DataError
 from sources import augment
 
-Steps = Sequence[tuple[str, int | None]]  # augmentations in order, with their arguments: ("cutout", 8)
+Steps = Sequence[tuple[str, Any]]  # augmentations in order, with their arguments: ("cutout", 8)
 EVAL_CROP = 0.875  # share of the resized image's short side that validation and prediction use
 # Only these parsers of Pillow run: an EPS or PSD file named .JPEG must not reach its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")

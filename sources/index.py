@@ -8,9 +8,11 @@ every worker would grow epoch after epoch.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -252,3 +254,34 @@ def take_subset(index: DatasetIndex, size: int, seed: int = 0, whole_val: bool =
         return index
     val = balanced_subset(index.val.labels, min(max(1, size // 10), len(index.val)), seed)
     return replace(index, val=SubsetSplit(index.val, val))
+
+
+def read_class_weights(path: str | os.PathLike, classes: Sequence[str]) -> list[float]:
+    """Return the weight of each of `classes` from a file with a line "<class> <weight>" for every one.
+
+    Raises DataError.
+    """
+    try:
+        lines = Path(path).read_text("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        what = f"cannot read the class weights {path}: {error.strerror}"
+        raise DataError(what, "check --class-weights: balanced, or a file") from error
+    weights: dict[str, float] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            name, text = line.strip().rsplit(None, 1)
+            weight = float(text)
+        except ValueError:
+            name, weight = "", math.nan
+        if name in weights or not 0 <= weight < math.inf:
+            what = f"{path}, line {number}: {line.strip()[:80]!r} is not a new class and its weight"
+            raise DataError(what, "write one line for each class: its name, a space, and a number from 0")
+        weights[name] = weight
+    if odd := sorted(weights.keys() ^ set(classes)):
+        what = f"{path} has other classes than the data: {odd[0][:80]!r} is in one of them only"
+        raise DataError(what, "write one line for each class of the data")
+    if not any(weights.values()):
+        raise DataError(f"{path} gives every class the weight 0", "give one of them a positive weight")
+    return [weights[name] for name in classes]

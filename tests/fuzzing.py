@@ -65,7 +65,7 @@ NUMBERS = (
     "1e400", "9" * 400, "1_0", "٣", "0x10", "+5", "-0.0", str(2**31), str(2**63), "10min", "2ep", "0.001min",
     "1e308min", "on", "off", "on,off", "8,16", "16,24,32", "10,10", "1,1", "8,8,8", ",", "1,,2", "flip",
     "none", "basic", "padcrop:4", "rrc,padcrop:100", "cutout:9999", "jitter:0", "randaugment,trivialaugment",
-    "lr", "data,seed",
+    "randaugment:6:0.5", "randaugment:0:10", "nowhere.yaml", "flags.yaml", "none/none", "lr", "data,seed",
 )  # fmt: skip
 PATHS = (
     "run", "half", "new", LAST, HALF, "data", "packed", "flags.yaml", "classes.txt", "data/val/owl/0.png",

@@ -58,7 +58,7 @@ def look(make_config: Callable) -> tuple:
     for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
         run.state.schedule.observe(1.0)
     steps += trace(run, run.phases[-1])
-    phases = [replace(phase, mix=True) for phase in run.phases]  # the steps show whether they mix
+    phases = [replace(phase, mix=True, augment="") for phase in run.phases]  # the steps show these
     return (index.fingerprint(), phases, values, steps)
 
 

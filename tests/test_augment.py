@@ -1,14 +1,18 @@
 """Augmentation: keyed randomness, each operation against Albumentations or by counting pixels."""
 
+import argparse
 import os
 import pickle
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from test_images import MEAN, encoded, photo
 
-from base.errors import UsageError
+from base.errors import DataError, UsageError
+from base.parser import parse_augment
 from sources import augment
 from sources.images import TrainTransform
 
@@ -245,6 +249,103 @@ def test_dropout_is_albumentations_coarse_dropout(A):
     assert np.min(corners, 0).tolist() == [0, 0] and np.max(corners, 0).tolist() == [48, 48]
 
 
+# --- pipelines of Albumentations -------------------------------------------------------------------
+
+FULL_YAML = str(ROOT / "recipes" / "augment" / "full.yaml")
+
+
+def saved(A, path, *transforms, data_format="yaml"):
+    A.save(A.Compose(list(transforms)), path, data_format=data_format)
+    return str(path)
+
+
+def test_a_pipeline_equals_albumentations_with_the_same_draws(A):
+    """Each transform draws its numbers from the one pair of generators, keyed for the sample."""
+    transform = TrainTransform((("pipeline", FULL_YAML),), 32, MEAN, crop=1.0)
+    reference = A.load(FULL_YAML, data_format="yaml")
+    changed = 0
+    for i in range(50):
+        randomness = augment.KeyedRandom()
+        randomness.uses_library = True
+        randomness.rekey((3, 1, i))
+        reference.set_random_state(randomness.generator, randomness.library)
+        randomness.library.random()  # the pipeline is inside a Compose, which draws whether to run
+        expected = reference(image=photo(32, 32))["image"]
+        assert np.array_equal(transform(photo(32, 32), (3, 1, i)), expected)
+        changed += not np.array_equal(expected, photo(32, 32))
+    assert changed > 35
+
+
+def test_the_transforms_of_a_pipeline_fire_independently(A, tmp_path):
+    path = saved(A, tmp_path / "p.yaml", A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.5), A.InvertImg(p=0.5))
+    transform, fired = TrainTransform((("pipeline", path),), 8, MEAN, crop=1.0), []
+    corner = np.zeros((8, 8, 3), np.uint8)
+    corner[0, 0] = 100
+    for i in range(600):
+        out = transform(corner, (0, 1, i)).astype(int)
+        inverted = np.median(out) == 255
+        row, column = np.argwhere((out == (155 if inverted else 100)).all(2))[0]
+        fired.append((column > 0, row > 0, inverted))
+    correlation = np.corrcoef(np.array(fired).T)
+    assert np.abs(correlation - np.eye(3)).max() < 0.15
+    assert np.array(fired).mean(0) == pytest.approx(0.5, abs=0.08)
+
+
+def test_the_shipped_pipeline_changes_images_as_the_full_set_does(A):
+    """Means over many images; their draws differ."""
+
+    def means(steps):
+        transform = TrainTransform(steps, 32, (124 / 255, 116 / 255, 104 / 255), crop=1.0)
+        outs = [transform(photo(32, 32), (0, 1, i)).astype(float) for i in range(400)]
+        same = np.mean([np.array_equal(out, photo(32, 32)) for out in outs])
+        return same, np.mean(outs, axis=0)
+
+    (ours, ours_mean), (theirs, theirs_mean) = means(FULL[1:]), means((("pipeline", FULL_YAML),))
+    assert ours == pytest.approx(theirs, abs=0.06) and ours == pytest.approx(1 / 16, abs=0.05)
+    assert np.abs(ours_mean - theirs_mean).mean() < 4
+
+
+def test_json_is_read_too_and_a_single_transform(A, tmp_path):
+    A.save(A.InvertImg(p=1.0), tmp_path / "p.json", data_format="json")
+    transform = TrainTransform((("pipeline", str(tmp_path / "p.json")),), 32, MEAN, crop=1.0)
+    assert np.array_equal(transform(photo(32, 32), (0, 1, 2)), 255 - photo(32, 32))
+
+
+def pipeline_text(name, **values):
+    import yaml
+
+    return yaml.safe_dump({"transform": {"__class_fullname__": name, "p": 1.0, **values}})
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    (pipeline_text("Lambda", __name__="x"), "not a pipeline.*ValueError"),
+    (pipeline_text("os.system", command="touch x"), "not a pipeline.*KeyError"),
+    (pipeline_text("HorizontalFlip", zzz=1), "not valid for transform"),
+    (pipeline_text("Blur", blur_limit=-3), "not a pipeline"),
+    ("transform: !!python/object/apply:os.system ['touch x']", "not a pipeline.*ConstructorError"),
+    ("transform: [1", "not a pipeline"), ("", "not a pipeline"), ("a: &a [1]\nb: *a", "references"),
+    ("#" * 70000, "longer than 65,536"), ("[" * 5000, "not a pipeline"), (None, "No such file"),
+])  # fmt: skip
+def test_a_file_that_is_no_pipeline_is_refused_and_runs_nothing(A, text, problem, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        (tmp_path / "p.yaml").write_text(text)
+    with pytest.raises(UsageError, match=problem):
+        augment.build("pipeline", "p.yaml", FILL, augment.KeyedRandom())
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("text", [
+    pipeline_text("RandomCrop", height=8, width=8), pipeline_text("Normalize"), pipeline_text("ToTensorV2"),
+    pipeline_text("FDA"),  # needs more than the image
+])  # fmt: skip
+def test_a_pipeline_must_keep_size_and_type(A, text, tmp_path):
+    (tmp_path / "p.yaml").write_text(text)
+    transform = TrainTransform((("pipeline", str(tmp_path / "p.yaml")),), 32, MEAN, crop=1.0)
+    with pytest.raises(DataError, match=r"p\.yaml"):
+        transform(photo(32, 32), (0, 1, 0))
+
+
 # --- by counting pixels --------------------------------------------------------------------------
 
 
@@ -259,6 +360,119 @@ def test_cutout_is_one_square_clipped_by_the_border():
     # Each axis loses 1, 2, ... 4 of 8 px for centres 0 ... 3 and up to 3 on the other side.
     expected = (8 - (4 + 3 + 2 + 1 + 1 + 2 + 3) / 32) ** 2
     assert np.mean(areas) == pytest.approx(expected, rel=0.05)
+
+
+# --- RandAugment as in timm ------------------------------------------------------------------------
+
+ORDER = ["autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add", "color", "contrast",
+         "brightness", "sharpness", "rotate", "shear-x", "shear-y", "translate-x", "translate-y"]  # fmt: skip
+
+
+def changed(name, strength, sign=1, size=40):
+    """Return a photo and its change by one of timm's operations, both (3, H, W) uint8."""
+    import torch
+    from PIL import Image
+
+    how = {"resample": Image.Resampling.BILINEAR, "fillcolor": FILL}
+    image = photo(size, size) // 2 + 30
+    after = augment.TIMM_CHANGES[ORDER.index(name)](Image.fromarray(image), strength, sign * strength, how)
+    return (torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in (image, np.asarray(after)))
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.6, 0.95])
+@pytest.mark.parametrize("name", ORDER)
+def test_each_change_of_randaugment_is_torchvisions(name, strength):
+    from torchvision.transforms.v2 import functional as F
+
+    bilinear = F.InterpolationMode.BILINEAR
+
+    def affine(translate=(0, 0), shear=(0.0, 0.0), center=None):
+        options = {"interpolation": bilinear, "fill": list(FILL), "center": center}
+        return lambda image: F.affine(image, 0.0, list(translate), 1.0, list(shear), **options)
+
+    def enhance(adjust):
+        return lambda image: adjust(image, max(0.1, 1 + sign * 0.9 * strength))
+
+    def add(image):
+        return (image.int() + int(110 * strength)).clamp(max=255).where(image < 128, image).to(image.dtype)
+
+    for sign in (1, -1):
+        degrees = sign * np.degrees(np.arctan(0.3 * strength))
+        pixels = -sign * 0.45 * strength * 40
+        reference = {
+            "autocontrast": F.autocontrast,
+            "equalize": F.equalize,
+            "invert": F.invert,
+            "posterize": lambda image: F.posterize(image, 4 - int(4 * strength)),
+            "solarize": lambda image: F.solarize(image, 256 - int(256 * strength)),
+            "solarize-add": add,
+            "color": enhance(F.adjust_saturation),
+            "contrast": enhance(F.adjust_contrast),
+            "brightness": enhance(F.adjust_brightness),
+            "sharpness": enhance(F.adjust_sharpness),
+            "rotate": partial(F.rotate, angle=30 * sign * strength, interpolation=bilinear, fill=list(FILL)),
+            "shear-x": affine(shear=(degrees, 0), center=[0, 0]),
+            "shear-y": affine(shear=(0, degrees), center=[0, 0]),
+            "translate-x": affine(translate=(pixels, 0)),
+            "translate-y": affine(translate=(0, pixels)),
+        }[name]
+        before, after = changed(name, strength, sign)
+        difference = (reference(before).int() - after.int()).abs().float()
+        assert difference.mean() < 1.5, (sign, difference.mean())
+        assert strength == 0.1 or (before.int() - after.int()).abs().float().mean() > 0.5
+
+
+def test_randaugment_applies_two_changes_half_of_the_time_at_normal_strengths(monkeypatch):
+    strengths = []
+
+    def note(picture, strength, signed, how):
+        strengths.append((strength, signed / strength if strength else 0))
+        return picture
+
+    monkeypatch.setattr(augment, "TIMM_CHANGES", (note,) * 15)
+    transform = TrainTransform((("randaugment", (6.0, 0.5)),), 32, MEAN)
+    for i in range(2000):
+        transform(np.zeros((32, 32, 3), np.uint8), (0, 1, i))
+    values, signs = np.array(strengths).T
+    assert len(values) == pytest.approx(2000, rel=0.05)  # 2 * 2000 * 0.5
+    assert values.mean() == pytest.approx(0.6, abs=0.005) and values.std() == pytest.approx(0.05, abs=0.004)
+    assert abs(signs.mean()) < 0.1 and set(signs.round(9)) == {1, -1}
+
+
+def test_randaugment_with_a_magnitude_equals_timms(monkeypatch):
+    """The same draws, handed to timm's own code."""
+    timm = pytest.importorskip("timm.data.auto_augment")
+    policy = timm.rand_augment_transform("rand-m6-mstd0.5-inc1", {"img_mean": FILL})
+    names = [op.name.lower() for op in policy.ops]
+    ours = {name: ORDER[k] for k, name in enumerate(ORDER)}
+    assert sorted(n.removesuffix("increasing").removesuffix("rel") for n in names) == sorted(
+        n.replace("-", "") for n in ours
+    )
+    for k, name in enumerate(ORDER):
+        op = next(op for op in policy.ops if op.name.lower().startswith(name.replace("-", "")) and
+                  (name != "solarize" or op.name == "SolarizeIncreasing"))  # fmt: skip
+        monkeypatch.setattr(op, "prob", 1.0)
+        monkeypatch.setattr(timm.random, "gauss", lambda mean, deviation: mean)
+        for sign, resample in ((1, 0), (-1, 1)):
+            monkeypatch.setattr(timm.random, "random", lambda sign=sign: 0.4 if sign > 0 else 0.6)
+            monkeypatch.setattr(timm.random, "choice", lambda options, k=resample: options[k])
+            from PIL import Image
+
+            how = {"resample": timm._RANDOM_INTERPOLATION[resample], "fillcolor": FILL}
+            picture = Image.fromarray(photo(40, 40))
+            mine = augment.TIMM_CHANGES[k](picture, 0.6, sign * 0.6, how)
+            assert np.array_equal(np.asarray(mine), np.asarray(op(picture))), name
+
+
+@pytest.mark.parametrize("text, steps", [
+    ("randaugment", (("randaugment", None),)), ("randaugment:6", (("randaugment", (6.0, 0.0)),)),
+    ("rrc,randaugment:6:0.5", (("rrc", None), ("randaugment", (6.0, 0.5)))),
+])  # fmt: skip
+def test_randaugment_takes_a_magnitude_and_its_deviation(text, steps):
+    assert parse_augment(text) == steps
+    for wrong in (":11", ":6:-1", ":x", ":6:1:2", ":nan"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            parse_augment(f"randaugment{wrong}")
 
 
 def test_flip_mirrors():

@@ -9,7 +9,19 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_utils import LOSSES, BatchMixer, cutmix, cutmix_box, draw_partner, l1_penalty, mixup, soft_targets
+from data_utils import (
+    LOSSES,
+    BatchMixer,
+    balanced_weights,
+    binary_cross_entropy,
+    cross_entropy,
+    cutmix,
+    cutmix_box,
+    draw_partner,
+    l1_penalty,
+    mixup,
+    soft_targets,
+)
 
 
 def a_batch(n=5, height=6, width=8, classes=4, dtype=torch.float64):
@@ -192,6 +204,33 @@ def test_bce_by_hand():
             t = targets[n, k].item()
             total -= t * math.log(p) + (1 - t) * math.log(1 - p)
     assert LOSSES["bce"](logits, targets).item() == pytest.approx(total / 2, rel=1e-12)
+
+
+def test_a_threshold_makes_targets_hard():
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    mixed = mixup(logits, soft_targets(torch.arange(6) % 4, 4), torch.arange(6).roll(1), 0.85)[1]
+    hard = soft_targets(torch.arange(6) % 4, 4)
+    assert torch.equal(binary_cross_entropy(logits, mixed, threshold=0.2), binary_cross_entropy(logits, hard))
+    both = hard + hard.roll(1, 0)
+    assert torch.equal(binary_cross_entropy(logits, mixed, threshold=0.1), binary_cross_entropy(logits, both))
+
+
+def test_class_weights_multiply_each_class_term():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(9, 3, generator=generator, dtype=torch.float64)
+    targets = torch.rand(9, 3, generator=generator, dtype=torch.float64)
+    weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    expected = sum(-weights[k] * targets[n, k] * log_p[n, k] for n in range(9) for k in range(3)) / 9
+    torch.testing.assert_close(cross_entropy(logits, targets, weights), expected)
+
+
+def test_balanced_weights_are_scikit_learns():
+    from sklearn.utils.class_weight import compute_class_weight
+
+    labels = torch.tensor([0] * 7 + [1] * 2 + [2] * 4)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels.numpy())
+    assert balanced_weights(torch.bincount(labels)).tolist() == pytest.approx(expected.tolist())
 
 
 def test_losses_are_computed_in_the_wider_precision():

@@ -36,6 +36,13 @@ IDLE = [
     ("nesterov", "--optimizer rmsprop"),
     ("warmup_epochs", "--schedule step"),
     ("cycles", "--schedule cosine --warmup-epochs 1"),
+    ("plateau_patience", "--epochs 1"),
+    ("plateau_patience", "--eval-every 2"),
+    ("bce_threshold", ""),
+    ("bce_threshold", "--loss bce --label-smoothing 0 --phase-mix off,off,off"),
+    ("label_smoothing", "--loss bce --bce-threshold 0.2 --mixup-alpha 0 --cutmix-alpha 0"),
+    ("class_weights", "--loss bce"),
+    ("augment", "--phase-augment basic/full/full"),
     ("ema_decay", "--no-ema"),
     ("ema_decay", "--ema-half-life 1"),
     ("ema_ramp", "--no-ema"),
@@ -66,12 +73,17 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
     "phase_mix": ["--phase-mix on,off,off", "--phase-mix off"],
     "phase_epochs": ["--phase-epochs 2,1,1", "--phase-epochs 1,2,1", "--phase-epochs 4"],
     "phase_batch_sizes": ["--phase-batch-sizes 8,4,4", "--phase-batch-sizes 4"],
+    "phase_augment": ["--phase-augment none/flip/basic", "--phase-augment flip"],
+    "bce_threshold": ["--bce-threshold 0.2"],
+    "class_weights": ["--class-weights balanced"],
+    "plateau_patience": ["--plateau-patience 1"],
     "reset_head": ["--reset-head"],
     "allow_change": ["--allow-change lr"],
     "ema_ramp": ["--no-ema-ramp"],
     "ema_decay": ["--ema-decay 0"],  # below the first value of the ramp
 }
 SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # observed as values, not by their effect
+SETTINGS |= {"plateau_patience"}  # observed after more validations than there are
 # Every flag is tried in each of these modes.
 MODES = [
     *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),

@@ -273,7 +273,7 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
     parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
     run, _ = flags.parse(parser, [*DIGITS, *arguments, *more.split()])
     config = flags.make_config({**flags.plain(run), "trial_epochs": 2})
-    phase = SimpleNamespace(image_size=16, batch_size=8, mix=False)
+    phase = SimpleNamespace(image_size=16, batch_size=8, mix=False, augment="full")
     trial, given = flags.parse(parser, flags.to_argv(lr_finder.trial_flags(config, phase)))
     flags.check_train(trial, given)
     was, now = flags.plain(run), flags.plain(trial)

@@ -13,7 +13,19 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from base.errors import CheckpointError, UsageError
-from optim import OPTIMIZERS, SCHEDULES, Lamb, Schedule, build_optimizer, clip_gradients, param_groups
+from models import build_model
+from optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Lamb,
+    Muon,
+    Schedule,
+    build_optimizer,
+    clip_gradients,
+    muon_groups,
+    orthogonalized,
+    param_groups,
+)
 
 F64 = torch.float64
 RECIPE = {"lr": 0.05, "momentum": 0.9, "nesterov": False, "weight_decay": 0.1}
@@ -22,6 +34,14 @@ RECIPE = {"lr": 0.05, "momentum": 0.9, "nesterov": False, "weight_decay": 0.1}
 def a_model(seed=0, dtype=F64):
     torch.manual_seed(seed)
     return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)).to(dtype)
+
+
+def a_deep_model(seed=0, dtype=F64):
+    """A model with hidden weights: two convolutions and a linear layer; wide, tall, and of equal shapes."""
+    torch.manual_seed(seed)
+    convs = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Conv2d(3, 5, 2), nn.Conv2d(5, 7, 1)
+    model = nn.Sequential(*convs, nn.Flatten(), nn.Linear(7, 5), nn.Linear(5, 2))
+    return model.to(dtype)
 
 
 def set_gradients(model, step):
@@ -67,12 +87,25 @@ def lamb(w, g, s, t, *, lr, wd):
     return w - lr * (length / update_length if adapted else 1.0) * update
 
 
-REFERENCES = {"sgd": sgd, "adamw": adamw, "adam": adam, "rmsprop": rmsprop, "lamb": lamb}
+def muon(w, g, s, t, *, lr, wd):
+    """The hidden weights of `a_deep_model`; the rest is AdamW's."""
+    if w.shape not in HIDDEN:
+        return adamw(w, g, s, t, lr=lr, wd=wd)
+    s["b"] = 0.95 * s.get("b", 0) + 0.05 * g
+    x = (0.95 * s["b"] + 0.05 * g).flatten(1)
+    x = x / (x * x).sum().sqrt()
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    return w - lr * wd * w - lr * 0.2 * math.sqrt(max(x.shape)) * x.view(w.shape)
+
+
+REFERENCES = {"sgd": sgd, "adamw": adamw, "adam": adam, "rmsprop": rmsprop, "lamb": lamb, "muon": muon}
+HIDDEN = {(5, 3, 2, 2), (7, 5, 1, 1), (5, 7)}
 
 
 @pytest.mark.parametrize("name, options", [*((name, {}) for name in OPTIMIZERS), ("sgd", {"nesterov": True})])
 def test_twenty_steps_equal_a_float64_loop(name, options):
-    model = a_model()
+    model = a_deep_model()
     optimizer = build_optimizer(name, model, **{**RECIPE, **options})
     weights = [p.detach().clone() for p in model.parameters()]
     states = [{} for _ in weights]
@@ -90,7 +123,7 @@ def test_twenty_steps_equal_a_float64_loop(name, options):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_state_is_plain_and_resumes_bit_for_bit(name):
-    model = a_model(dtype=torch.float32).to(memory_format=torch.channels_last)
+    model = a_deep_model(dtype=torch.float32).to(memory_format=torch.channels_last)
     optimizer = build_optimizer(name, model, **RECIPE)
     for t in range(3):
         set_gradients(model, t)
@@ -139,6 +172,65 @@ def test_lamb_step_length_is_a_share_of_the_weight_whatever_the_gradient():
         weight.grad = scale * torch.randn(5, 5, dtype=F64)
         Lamb([weight], lr=0.01).step()
         assert (weight - before).norm().item() == pytest.approx(0.01 * before.norm().item())
+
+
+def test_muon_equals_torchs_on_matrices():
+    ours, theirs = (
+        nn.ParameterList(torch.randn(3, 7, dtype=torch.float32) for _ in range(2)) for _ in range(2)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    steppers = (
+        Muon([{"params": list(ours), "hidden": True}], **options),
+        torch.optim.Muon(theirs, momentum=0.95, adjust_lr_fn="match_rms_adamw", **options),
+    )
+    before = [p.detach().clone() for p in ours]
+    for t in range(5):
+        for model, optimizer in zip((ours, theirs), steppers, strict=True):
+            set_gradients(model, t)
+            optimizer.step()
+    for p, q, start in zip(ours, theirs, before, strict=True):  # torch's orthogonalizes in bfloat16
+        assert (p - q).norm() < 0.03 * (p - start).norm()
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 50), (50, 4), (1, 9)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
+    torch.manual_seed(0)
+    matrices = [
+        torch.randn(shape, dtype=F64),
+        torch.randn(3, 5, dtype=F64),
+        torch.randn(shape[::-1], dtype=F64),
+    ]
+    for matrix, result in zip(matrices, orthogonalized(matrices), strict=True):
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ result @ v.T  # diagonal: the singular vectors stay
+        torch.testing.assert_close(inner, torch.diag(inner.diagonal()), rtol=0, atol=1e-10)
+        assert inner.diagonal().min() > 0.6 and inner.diagonal().max() < 1.25
+    assert orthogonalized([torch.zeros(2, 3)])[0].eq(0).all()
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "preact_resnet50", "mobilenet_v3_large", "vit_b_16", "swin_t"])
+def test_muon_takes_the_hidden_weights(arch):
+    with torch.device("meta"):
+        model = build_model(arch, num_classes=10, drop_path_rate=0.0, use_blurpool=False, head="conv",
+                            stem="imagenet", image_sizes=[224])  # fmt: skip
+    decayed, rest, hidden = muon_groups(model, 0.3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = {names[id(p)].split(".")[-1] for p in decayed["params"]} - {"weight"}
+    assert kept <= {"class_token", "pos_embedding", "relative_position_bias_table"}
+    weights = [names[id(p)] for p in decayed["params"] if names[id(p)].endswith("weight")]
+    assert weights == FIRST_AND_LAST[arch]
+    assert len(hidden["params"]) > 15 and all(p.ndim > 1 for p in hidden["params"])
+    assert sum(len(group["params"]) for group in (decayed, rest, hidden)) == len(names)
+
+
+FIRST_AND_LAST = {
+    "resnet18": ["conv1.weight", "fc.weight"],
+    "preact_resnet50": ["conv1.weight", "fc.weight"],
+    "mobilenet_v3_large": ["features.0.0.weight", "classifier.3.weight"],
+    "vit_b_16": ["conv_proj.weight", "heads.head.weight"],
+    "swin_t": ["features.0.0.weight", "head.weight"],
+}
 
 
 @pytest.mark.parametrize("name, momentum", [("adamw", 0.9), ("rmsprop", 0.9), ("sgd", 0.0)])
@@ -333,6 +425,24 @@ def test_plateau_equals_torchs_and_survives_a_resume_between_any_two_evaluations
     )
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_patience_drops_the_rate_of_any_schedule(name):
+    losses = [1.0, 0.9, 0.9, 0.9, 0.8, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.7]
+
+    def schedule(**options):
+        return Schedule(an_optimizer(), name, peak_lr=0.3, total_steps=3 * len(losses), **options)
+
+    optimizer = an_optimizer(1.0)
+    reference = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=1)
+    plain, dropping = schedule(patience=10**9), schedule(patience=1)
+    for loss in losses:
+        factor = optimizer.param_groups[0]["lr"]
+        expected = [lr * factor for lr in walk(plain, 3)]
+        assert walk(dropping, 3) == pytest.approx(expected, rel=1e-12)
+        plain.observe(loss), dropping.observe(loss), reference.step(loss)
+    assert factor == pytest.approx(1e-4)
+
+
 def test_plateau_drops_after_five_evaluations_without_progress():
     schedule = Schedule(an_optimizer(), "plateau", peak_lr=1.0, total_steps=100)
     rates = []
@@ -397,7 +507,7 @@ def test_a_checkpoint_past_the_end_of_the_plan_is_refused():
 def test_a_gpu_agrees_without_synchronization(name):
     cpu, gpu = a_model(), a_model().to("cuda")
     steppers = [build_optimizer(name, model, **RECIPE) for model in (cpu, gpu)]
-    assert all(bool(o.defaults.get("fused")) == (name not in ("rmsprop", "lamb")) for o in steppers)
+    assert all(bool(o.defaults.get("fused")) == (name not in ("rmsprop", "lamb", "muon")) for o in steppers)
     for t in range(20):
         for model, optimizer in zip((cpu, gpu), steppers, strict=True):
             set_gradients(cpu, t)

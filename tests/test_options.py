@@ -30,7 +30,8 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "subset": ("", ["--subset-size 41"]),  # TINY has --subset
     "subset_size": ("", ["--subset-size 48"]),
     "augment": ("--augment none", [f"--augment {name}" for name in
-                ("rrc", "padcrop:2", "flip", "affine", "jitter", "dropout", "cutout:4", "basic", "full")]),
+                ("rrc", "padcrop:2", "flip", "affine", "jitter", "dropout", "cutout:4", "basic", "full",
+                 "randaugment:6", "randaugment:6:0.5", "randaugment:9", "recipes/augment/full.yaml")]),
     "num_workers": ("", ["--num-workers 1"]),
     "arch": ("", ["--arch resnet18"]),
     "drop_path_rate": ("", ["--drop-path-rate 0.6"]),
@@ -43,8 +44,9 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "phase_epochs": ("--epochs 9", ["--phase-epochs 5,2,2"]),
     "phase_batch_sizes": ("", ["--phase-batch-sizes 8,8,4"]),
     "phase_mix": ("", ["--phase-mix on,on,off"]),
+    "phase_augment": ("", ["--phase-augment none/basic/flip", "--phase-augment flip/none/flip"]),
     "accumulate": ("", ["--accumulate 2"]),
-    "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb")]),
+    "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb", "muon")]),
     "lr": ("", ["--lr 1e-3"]),
     "momentum": ("--optimizer sgd", ["--momentum 0.5"]),
     "nesterov": ("--optimizer sgd", ["--nesterov"]),
@@ -53,10 +55,13 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
                  ("restarts", "step", "triangular2", "constant", "plateau"))]),
     "warmup_epochs": ("--schedule cosine --warmup-epochs 1", ["--warmup-epochs 2"]),
     "cycles": ("--schedule triangular2", ["--cycles 2"]),
+    "plateau_patience": ("--epochs 6", ["--plateau-patience 1", "--plateau-patience 2"]),
     "lr_scale": ("--phase-batch-sizes 8,8,4", ["--lr-scale sqrt", "--lr-scale linear"]),
     "clip_norm": ("", ["--clip-norm 0.1"]),
     "clip_mode": ("--clip-norm 0.01", ["--clip-mode value"]),
     "loss": ("", ["--loss bce"]),
+    "bce_threshold": ("--loss bce", ["--bce-threshold 0.2", "--bce-threshold 0.6"]),
+    "class_weights": ("--subset-size 44", ["--class-weights balanced"]),
     "l1": ("", ["--l1 0.001"]),
     "label_smoothing": ("", ["--label-smoothing 0.3"]),
     "mixup_alpha": ("--cutmix-alpha 0", ["--mixup-alpha 0", "--mixup-alpha 5"]),
@@ -155,6 +160,54 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
     build.load_init_from(run, reset)
     assert torch.equal(run.state.model.conv1.weight, former.state.model.conv1.weight)
     assert run.state.model.fc.weight.shape[0] == 7
+
+
+def test_class_weights_come_from_a_file_or_from_the_counts(tmp_path):
+    file, weights = tmp_path / "weights.txt", [0.5 + k for k in range(10)]
+    file.write_text("\n".join(f"{k} {weights[k]}" for k in reversed(range(10))) + "\n\n")
+    run = built(config_of("--class-weights", file), tmp_path)
+    assert run.options.loss.keywords["weights"].tolist() == weights
+    run = built(config_of("--class-weights", "balanced", "--subset-size", 44), tmp_path)
+    found = run.options.loss.keywords["weights"]
+    counts = torch.bincount(torch.as_tensor(run.index.train.labels))
+    assert sorted(counts.tolist()) == [4] * 6 + [5] * 4
+    torch.testing.assert_close(found, 4.4 / counts)
+
+
+@pytest.mark.parametrize(("text", "problem"), [
+    ("0 1\n1 2", "other classes than the data: '2'"), ("0 1\n0 2", "line 2: '0 2'"), ("0 -1", "line 1"),
+    ("0 inf", "line 1"), ("0", "line 1"), ("a b", "line 1"), ("cat 1", "other classes"),
+    ("\n".join(f"{k} 0" for k in range(10)), "every class the weight 0"), (None, "cannot read"),
+])  # fmt: skip
+def test_class_weights_that_do_not_fit_are_refused(text, problem, tmp_path):
+    file = tmp_path / "weights.txt"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(errors.DataError, match=problem):
+        built(config_of("--class-weights", file), tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [
+    "--bce-threshold 0.95 --label-smoothing 0.2", "--bce-threshold 0.01 --label-smoothing 0.2",
+])  # fmt: skip
+def test_a_threshold_beyond_the_smoothed_targets_is_refused(arguments, tmp_path):
+    with pytest.raises(errors.UsageError, match=r"does not separate the targets 0\.02 and 0\.82"):
+        built(config_of("--loss", "bce", *arguments.split()), tmp_path)
+    run = built(config_of("--loss", "bce", "--bce-threshold", 0.02, "--label-smoothing", 0.2), tmp_path)
+    assert run.options.loss.keywords == {"threshold": 0.02}
+
+
+def test_a_pipeline_that_is_missing_or_changes_the_size_is_refused_before_training(tmp_path):
+    for flag in ("--augment rrc,none.yaml", "--phase-augment full/none.yaml/full"):
+        with pytest.raises(errors.UsageError, match=r"none\.yaml: there is no such file"):
+            config_of(*flag.split())
+    path = tmp_path / "crop.yaml"
+    crop = "{__class_fullname__: RandomCrop, height: 8, width: 8, p: 1.0}"
+    path.write_text(f"transform: {crop}")
+    with pytest.raises(
+        errors.DataError, match=r"turns uint8 of shape \(16, 16, 3\) into uint8 of shape \(8, 8, 3\)"
+    ):
+        built(config_of("--augment", path), tmp_path)
 
 
 def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():

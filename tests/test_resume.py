@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from runs import TINY, digest, finish, payload, spawn
 
 import pack_dataset
@@ -79,6 +80,9 @@ VARIANTS = {
     "lr-scale": ("--lr-scale", "sqrt"),
     "skip": ("--on-bad-image", "skip"),
     "sgd, plateau": ("--optimizer", "sgd", "--schedule", "plateau"),
+    "triangular2 and plateau": ("--schedule", "triangular2", "--cycles", "1", "--plateau-patience", "0"),
+    "phase-augment": ("--phase-augment", "none/rrc,flip/full"),
+    "pipeline": ("--augment", f"rrc,{ROOT / 'recipes' / 'augment' / 'full.yaml'}"),
     "compile": ("--compile",),
 }
 
@@ -89,6 +93,9 @@ def test_a_resumed_run_equals_the_undisturbed_one_with_any_other_flag(variant, p
     data, flags = photos, [*TINY, *VARIANTS[variant]]
     if variant == "compile":
         flags = [*TINY[:4], "--resize-schedule", "24", "--batch-size", "16", *TINY[10:], "--compile"]
+    if variant == "phase-augment":  # --augment would be refused beside it
+        at = flags.index("--augment")
+        del flags[at : at + 2]
     if variant == "packed":
         data = tmp_path / "packed"
         assert (

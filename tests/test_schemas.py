@@ -203,9 +203,9 @@ def test_weights_of_another_type_are_refused_by_every_tool(payload, tmp_path):
 def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, momentum):
     def stepped(steps: int):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).to(
-            memory_format=torch.channels_last
-        )
+        model = torch.nn.Sequential(
+            *(torch.nn.Conv2d(n, 8, 3) for n in (3, 8, 8)), torch.nn.BatchNorm2d(8)
+        ).to(memory_format=torch.channels_last)
         optimizer = optim.build_optimizer(
             name, model, lr=0.1, momentum=momentum, nesterov=False, weight_decay=0.1
         )
@@ -227,11 +227,11 @@ def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, mo
         assert all(
             mine[key].stride() == theirs[key].stride() for key in mine if isinstance(mine[key], torch.Tensor)
         )
-    assert [group["lr"] for group in after.param_groups] == [0.1, 0.1] and "lr" in saved["param_groups"][0]
-    assert [group["weight_decay"] for group in after.param_groups] == [0.1, 0.0]
+    assert {group["lr"] for group in after.param_groups} == {0.1} and "lr" in saved["param_groups"][0]
+    assert [group["weight_decay"] for group in after.param_groups][:2] == [0.1, 0.0]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb"])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "muon"])
 def test_optimizer_state_that_kernels_do_not_check_is_refused(name):
     model = torch.nn.Linear(4, 3)
     optimizer = optim.build_optimizer(name, model, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0)

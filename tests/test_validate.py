@@ -201,6 +201,55 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
         predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
 
+def test_the_average_is_the_mean_of_weights_and_statistics(photo_run, tmp_path):
+    paths = [str(tmp_path / f"{k}.pt") for k in range(3)]
+    payloads = []
+    for k in range(3):
+        payload = checkpoint.load(photo_run)
+        del payload["schema"]
+        generator = torch.Generator().manual_seed(k)
+        for name, value in payload["model"].items():
+            if value.is_floating_point():
+                change = 0.01 * torch.randn(value.shape, generator=generator)
+                payload["model"][name] = value + (change.abs() if "var" in name else change)
+            else:
+                payload["model"][name] = value + k
+        checkpoint.save(tmp_path / f"{k}.pt", payload)
+        payloads.append(payload["model"])
+    classifier = predictions.load_average(paths, CPU)
+    assert list(classifier.models) == ["average"]
+    for name, found in classifier.model.state_dict().items():
+        values = [payload[name] for payload in payloads]
+        expected = sum(v.double() for v in values) / 3 if found.is_floating_point() else values[-1]
+        torch.testing.assert_close(found, expected.to(found.dtype))
+    options = [*PLAIN, "--average", "--recalibrate-bn", "--out", str(tmp_path / "out")]
+    assert validate.main([*paths, *options]) == 0
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert [(row["weights"], row["bn"]) for row in scores["results"]] == [
+        ("average", "trained"), ("average", "recalibrated")
+    ]  # fmt: skip
+    assert scores["checkpoint"] == "0.pt, 1.pt, 2.pt"
+    # By hand, from the averaged state dict in a checkpoint of its own.
+    del payload["ema"]["shadow"], payload["ema"]["num_updates"]
+    checkpoint.save(tmp_path / "mean.pt", payload | {"model": classifier.model.state_dict()})
+    assert validate.main([str(tmp_path / "mean.pt"), *PLAIN, "--out", str(tmp_path / "mean")]) == 0
+    mean = json.loads((tmp_path / "mean" / "scores.json").read_text())["results"][0]
+    assert mean | {"weights": "average"} == scores["results"][0]
+
+
+def test_what_cannot_be_averaged_is_refused(photo_run, tmp_path):
+    with pytest.raises(UsageError, match="several checkpoints"):
+        validate.main([str(photo_run), str(photo_run), *PLAIN])
+    with pytest.raises(UsageError, match="there is one checkpoint"):
+        validate.main([str(photo_run), "--average", *PLAIN])
+    other = checkpoint.load(photo_run)
+    del other["schema"]
+    other["eval"] = other["eval"] | {"classes": other["eval"]["classes"][::-1]}
+    checkpoint.save(tmp_path / "other.pt", other)
+    with pytest.raises(CheckpointError, match="different models or classes"):
+        validate.main([str(tmp_path / "other.pt"), str(photo_run), "--average", *PLAIN])
+
+
 def test_raw_weights_are_used_without_an_ema(photo_run, tmp_path):
     classifier = predictions.load(str(photo_run), "both", CPU)
     assert list(classifier.models) == ["raw", "ema"] and classifier.weights == "ema"

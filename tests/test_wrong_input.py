@@ -80,6 +80,10 @@ ARGUMENTS = [
     (("--augment", "rrc,padcrop:4"), 2, ["rrc and padcrop", "only one crop"]),
     (("--augment", "padcrop:100"), 2, ["padcrop:100 leaves nothing of an image of 16 px", "padcrop:15"]),
     (("--augment", "cutout:32"), 2, ["cutout:32 leaves nothing", "cutout:31"]),
+    (("--augment", "randaugment:11"), 2, ["from 0 to 10"]),
+    (("--augment", "none.yaml"), 2, ["none.yaml: there is no such file"]),
+    (("--phase-augment", "padcrop:16"), 2, ["--phase-augment padcrop:16 leaves nothing", "16 px"]),
+    (("--phase-augment", "full/full"), 2, ["--phase-augment has 2 entries", "1 phases"]),
     (("--augment", "jitter:101"), 2, ["from 1 to 100", "got 101"]),
     (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "at most 1,000,000"]),  # a decay of 1
     (("--epochs", "9" * 5000), 2, ["--epochs", "1,000,000,000"]),
