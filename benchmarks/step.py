@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         for rows in comparisons(args, batch_sizes, runtime, done):
             for row in rows:  # after each comparison: a failure must not lose hours of timing
                 records.append(args.out, row | records.environment(str(runtime.device)))
-                print(line(row), flush=True)
+                print(records.line(row, COLUMNS), flush=True)
     rows = records.load(args.out, "step")
-    print(table(rows))
+    print(records.table(rows, COLUMNS))
     draw(rows, Path(args.out) / "step.png")
     return 0
 
@@ -207,6 +207,7 @@ COLUMNS = {  # heading -> (column, format)
     "x bare": ("times_bare", ".3f"),
     "CPU": ("cpu_times_bare", ".3f"),
     "x timm": ("times_timm", ".3f"),
+    "x default": ("times_faster_than_default", ".2f"),
     "calls": ("aten_calls", ","),
     "mixed": ("mixed_foreach_calls", ","),
     "reads": ("host_reads", ","),
@@ -215,18 +216,6 @@ COLUMNS = {  # heading -> (column, format)
     "waits": ("waits", ".1f"),
     "MiB": ("memory_mib", ",.0f"),
 }
-
-
-def table(rows: list[dict]) -> str:
-    heading = "| model, size, batch, precision, loop | " + " | ".join(COLUMNS) + " |"
-    return "\n".join([heading, "| --- |" + " --: |" * len(COLUMNS), *map(line, rows)])
-
-
-def line(row: dict) -> str:
-    cells = ["" if row.get(column) is None else format(row[column], how) for column, how in COLUMNS.values()]
-    faster = row.get("times_faster_than_default")
-    name = row["row"] + (f" ({faster:.2f}x the default)" if faster else "")
-    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def draw(rows: list[dict], path: Path) -> None:
