@@ -46,9 +46,8 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--out", required=True, metavar="DIR", help="Archives are written here.")
     for name, text in DATASETS.items():
         parser.add_argument(f"--{name}", default="", metavar="DIR", help=text)
-    parser.add_argument(
-        "--quality", type=flags.number(int, 50, LOSSLESS), default=88, metavar="Q", help=quality
-    )
+    values = flags.number(int, 50, LOSSLESS)
+    parser.add_argument("--quality", type=values, default=88, metavar="Q", help=quality)
     return parser
 
 
