@@ -119,25 +119,17 @@ def cifar_members(name: str, folder: Path, quality: int) -> Iterator[Member]:
 
 
 def cifar_images(name: str, folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return {train or test: {class: its images}}, from the published files or from class folders."""
-    from PIL import Image
-
+    """Return {train or test: {class: its images (n, 32, 32, 3)}}."""
+    from sources.images import decode
     from sources.layouts import open_dataset
 
-    if not (folder / "train").is_dir():
-        index = open_dataset(name, folder)
-        parts = {"train": index.train, "test": index.val}
-        return {
-            part: {c: np.stack(split.images)[split.labels == k] for k, c in enumerate(index.classes)}
-            for part, split in parts.items()
-        }
-    return {
-        part: {
-            place.name: np.stack([np.asarray(Image.open(path)) for path in sorted(place.glob("*.png"))])
-            for place in sorted((folder / part).iterdir())
-        }
-        for part in ("train", "test")
-    }
+    index = open_dataset(name, folder)
+
+    def by_class(split) -> dict[str, np.ndarray]:
+        ids = {c: np.flatnonzero(split.labels == k) for k, c in enumerate(index.classes)}
+        return {c: np.stack([decode(data) for data in split.read(own)]) for c, own in ids.items()}
+
+    return {"train": by_class(index.train), "test": by_class(index.val)}
 
 
 def encoded(images: np.ndarray, quality: int) -> bytes:
