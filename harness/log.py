@@ -26,12 +26,8 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl, oldest first. Raises DataError if it is missing or malformed."""
     from base import schemas
 
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        return _read_rows(path, schemas.Row)
-    except OSError as error:
-        fix = "name a directory that train.py wrote (--save-dir)"
-        raise DataError(f"{path}: {error.strerror}", fix) from None
+    fix = "name a directory that train.py wrote (--save-dir)"
+    return _read_rows(Path(run_dir) / "metrics.jsonl", schemas.Row, fix)
 
 
 def read_steps(run_dir: str | os.PathLike) -> list[dict]:
@@ -39,17 +35,17 @@ def read_steps(run_dir: str | os.PathLike) -> list[dict]:
     from base import schemas
 
     path = Path(run_dir) / "steps.jsonl"
-    try:
-        return _read_rows(path, schemas.StepRow) if path.exists() else []
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "make it readable, or delete it") from None
+    return _read_rows(path, schemas.StepRow, "make it readable, or delete it") if path.exists() else []
 
 
-def _read_rows(path: Path, schema: Any) -> list[dict]:
+def _read_rows(path: Path, schema: Any, fix: str) -> list[dict]:
     from base import schemas
 
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", fix) from None
     rows, fix = [], "delete the line, or resume the run"
-    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             row = schemas.parse_json(line, schema, f"{path} line {number}", fix)
@@ -286,7 +282,5 @@ def format_row(row: dict) -> str:
             continue
         name, width, spec = column
         cells.append(f"{'-':>{width}}" if row[name] is None else f"{row[name]:>{width}{spec}}")
-    words = [row["better"] or "", "best" if row["best"] else ""]
-    return (
-        " ".join(cells) + f"% {duration(row['seconds']):>7}" + "".join(f"  {word}" for word in words if word)
-    )
+    words = "".join(f"  {word}" for word in (row["better"], "best" * row["best"]) if word)
+    return " ".join(cells) + f"% {duration(row['seconds']):>7}{words}"
