@@ -40,9 +40,11 @@ def note(run: Run) -> str:
 
 def planned(run: Run) -> list[list[crops.Crops]]:
     """Return the crops that the run keeps, written or not; not those that are stored with its data."""
-    splits = (run.index.val, run.train_sample)
-    sets = [crops.planned(run.crop_root, [split], lacking(run, split))[0] for split in splits]
-    return [of_split for of_split in sets if of_split]
+    return [
+        [crops.Crops(run.crop_root, split, size, crop) for size, crop in sizes.items()]
+        for split in (run.index.val, run.train_sample)
+        if (sizes := lacking(run, split))
+    ]
 
 
 def check_disk(run: Run) -> None:

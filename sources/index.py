@@ -68,6 +68,16 @@ class Split:
         return self.digest()
 
 
+def read_samples(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
+    """Return `split.read(ids)`. Raises DataError if the disk does not give them."""
+    try:
+        return split.read(ids)
+    except OSError as error:
+        what = f"cannot read {error.filename or 'the data'}: {error.strerror or error}"
+        fix = "check the disk and the permissions, then run the command again (train.py with --resume auto)"
+        raise DataError(what, fix) from error
+
+
 class FileSplit(Split):
     """Image files; `names` are relative to `root`."""
 

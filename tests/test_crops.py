@@ -52,6 +52,10 @@ def out(packed, tmp_path):
     return shutil.copytree(packed / "with", tmp_path / "copy")
 
 
+def planned(root, splits) -> list[list[crops.Crops]]:
+    return [[crops.Crops(root, split, *size) for size in SIZES.items()] for split in splits]
+
+
 def loaded(index, split, size=24, **options) -> tuple[type, list]:
     loader = eval_loader(split, index, image_size=size, batch_size=5, **options)
     return type(loader.dataset), [(images.clone(), labels) for images, labels in loader]
@@ -132,10 +136,10 @@ def contents(out) -> dict:
 def test_an_interrupted_writing_continues_with_the_missing_shards(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(crops, "SHARD_ROWS", 4)
     index = open_dataset("imagenet", folders)
-    sets = crops.planned(tmp_path / "straight", (index.val, training_sample(index)), SIZES)
+    sets = planned(tmp_path / "straight", (index.val, training_sample(index)))
     for job in crops.missing(sets):
         crops.write(sets, job)
-    sets = crops.planned(tmp_path / "killed", (index.val, training_sample(index)), SIZES)
+    sets = planned(tmp_path / "killed", (index.val, training_sample(index)))
     jobs = crops.missing(sets)
     assert jobs == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     crops.write(sets, jobs[0])
@@ -211,7 +215,7 @@ def test_bad_images_are_left_out_and_named_as_by_decoding(folders, tmp_path):
             path.write_bytes(b"<html>")
     index = open_dataset("imagenet", data)
     sample = training_sample(index)
-    (sets,) = crops.planned(tmp_path / "crops", (sample,), SIZES)
+    (sets,) = planned(tmp_path / "crops", (sample,))
     with pytest.raises(DataError, match=r"JPEG: not an image"):
         crops.write([sets], (0, 0))
     assert not list((tmp_path / "crops").glob("*/*"))
