@@ -64,7 +64,8 @@ def fill(run: Run) -> None:
         return
     run.runtime.barrier()  # rank 0 has locked the directory
     sets = planned(run)
-    jobs = crops.missing(sets)[run.runtime.rank :: run.runtime.world_size]
+    # By its numbers, not by its place in the list: other ranks may be writing already.
+    jobs = [job for job in crops.missing(sets) if sum(job) % run.runtime.world_size == run.runtime.rank]
     work = functools.partial(_write, sets, run.index.val, run.on_bad_image)
     with Progress(len(jobs), "evaluation crops", unit="shards", enabled=run.runtime.is_main) as progress:
         again = {"flag": "--num-workers", "again": "use --resume auto"}

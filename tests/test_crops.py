@@ -6,10 +6,12 @@ import shlex
 import shutil
 from collections import namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import test_distributed
 import torch
+from inprocess import tiny_run
 from runs import TIMING
 from test_packed import make_folders
 
@@ -316,6 +318,16 @@ def test_two_ranks_share_the_writing_and_score_as_one(photos, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     assert [row["image_size"] for row in rows] == [row["image_size"] for row in expected]
     assert not (tmp_path / "two" / "eval_crops").exists()
+
+
+def test_a_rank_that_begins_late_leaves_no_crops_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(crops, "SHARD_ROWS", 2)
+    run = tiny_run(tmp_path, "--cache-eval")
+    assert len(crops.missing(crop_cache.planned(run))) > 3
+    for rank in range(2):  # the second one begins when the first one has ended
+        run.runtime = SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0, barrier=lambda: None)
+        crop_cache.fill(run)
+    assert not crops.missing(crop_cache.planned(run))
 
 
 def test_packed_data_without_crops_says_how_to_store_them(packed, tmp_path, capsys):
