@@ -82,7 +82,7 @@ def finished(directory: str | os.PathLike, benchmark: str) -> set[str]:
 
 def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]]) -> str:
     """Return `rows` as Markdown; `columns` are {heading: (column, format)}."""
-    heading = "| " + " | ".join([f"{'':<{ROW_WIDTH}}", *columns]) + " |"
+    heading = "| " + " | ".join([" " * ROW_WIDTH, *(f"{name:>6}" for name in columns)]) + " |"
     below = "| --- |" + " --: |" * len(columns)
     return "\n".join([heading, below, *(line(row, columns) for row in rows)])
 
@@ -92,5 +92,5 @@ def line(row: dict, columns: dict[str, tuple[str, str]]) -> str:
     cells = [f"{row['row']:<{ROW_WIDTH}}"]
     for heading, (column, form) in columns.items():
         value = row.get(column)
-        cells.append(f"{'' if value is None else format(value, form):>{len(heading)}}")
+        cells.append(f"{'' if value is None else format(value, form):>{max(6, len(heading))}}")
     return f"| {' | '.join(cells)} |"
