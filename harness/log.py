@@ -98,12 +98,10 @@ class MetricLogger:
         if not enabled:
             return
         if tensorboard:
-            module = optional("torch.utils.tensorboard", "--tensorboard")
-            next_epoch = rows[-1]["epoch"] + 1 if rows else 0
-            self.board = module.SummaryWriter(run_dir / "tensorboard", purge_step=next_epoch)
+            writer = optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
+            self.board = writer(run_dir / "tensorboard", purge_step=rows[-1]["epoch"] + 1 if rows else 0)
             if log_every:  # in its own directory: `purge_step` applies to all series of one
-                folder = run_dir / "tensorboard" / "steps"
-                self.steps.board = module.SummaryWriter(folder, purge_step=step + 1)
+                self.steps.board = writer(run_dir / "tensorboard" / "steps", purge_step=step + 1)
         if wandb_project:
             wandb = optional("wandb", "--wandb")
             wandb.init(project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow")
