@@ -159,6 +159,7 @@ def flip(tensor, element: int, bit: int) -> tuple[float, float]:
 
     storage = tensor.untyped_storage()
     floats, words = (torch.empty(0, dtype=dtype).set_(storage) for dtype in (torch.float32, torch.int32))
+    element += tensor.storage_offset()  # a view of a buffer that holds other tensors, too
     before = floats[element].item()
     words[element] ^= (1 << bit) - (1 << 32 if bit == 31 else 0)
     return before, floats[element].item()

@@ -224,11 +224,18 @@ def unpack_archive(archive: Path, target: Path) -> None:
     for member, content in members_of([archive]):
         if member.endswith(".tar.xz"):
             with tarfile.open(fileobj=io.BytesIO(content)) as group:
-                group.extractall(target, filter="data")
+                for info in filter(tarfile.TarInfo.isfile, group):
+                    write_under(target, info.name, group.extractfile(info).read())
         else:
-            path = target / member
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            write_under(target, member, content)
+
+
+def write_under(target: Path, name: str, content: bytes) -> None:
+    path = (target / name).resolve()
+    if not path.is_relative_to(target.resolve()):
+        raise DataError(f"an archive names a file outside its folder: {name}", "pack the archives again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
 
 
 # --- reading archives -------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_every_validation_sample_counts_once_however_ragged(world):
             order = Order(n, 4, shuffle=False, rank=rank, world_size=world)
             evaluate({"val": model}, ((images[b.ids], labels[b.ids]) for b in order), runtime)
             sums += runtime.sent
-        loss, top1, top5, count = torch.stack(sums).sum(0).tolist()
+        loss, top1, top5, count = torch.cat(sums).sum(0).tolist()
         logits = model.double()(images[:n].double())
         model.float()
         top = logits.topk(5, 1).indices

@@ -96,7 +96,7 @@ def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path):
 
 
 def test_ctrl_c_ends_the_part_first(tmp_path):
-    pid = tmp_path / "pid"
+    pid, handler = tmp_path / "pid", signal.getsignal(signal.SIGINT)
     sleeper = script(f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(600)")
 
     monitor = f"import os, signal, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.05)\n"
@@ -105,7 +105,7 @@ def test_ctrl_c_ends_the_part_first(tmp_path):
         first_minute.attempt("step", sleeper, 60, tmp_path / "log.txt", lambda name: None)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
 
 
 def test_the_epochs_of_a_stopped_training_are_rows(tmp_path):

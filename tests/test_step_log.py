@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -267,6 +268,7 @@ def test_tensorboard_has_the_steps_and_hides_those_after_the_checkpoint(tmp_path
             step(log.steps, {}, number)
         log.log({"epoch": 1 + bool(start), "lr": 0.5}, steps[-1])
         log.close()
+        time.sleep(1.0)  # TensorBoard reads the files in the order of the second that is in their names
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "steps")).Reload()
     assert [point.step for point in events.Scalars("steps/grad_norm")] == [1, 2, 3, 4, 5]
     names = {"train_loss", "lr", "grad_norm_max", "images_per_second", "data_wait_percent", "bad_steps"}
