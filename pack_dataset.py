@@ -252,15 +252,16 @@ def verify(index, workers: int) -> int:
 
 def _bad_images(split, ids: range) -> list[dict]:
     from sources.images import BadImage, decode
+    from sources.index import read_samples
 
     bad = []
     for i in ids:
         try:
-            decode(split.read([i])[0], split.name(i), thorough=True)
+            decode(read_samples(split, [i])[0], split.name(i), thorough=True)
         except BadImage as error:
             bad.append({"name": error.name, "reason": error.reason})
-        except (OSError, DataError) as error:
-            bad.append({"name": f"#{i}", "reason": getattr(error, "what", None) or str(error)})
+        except DataError as error:
+            bad.append({"name": f"#{i}", "reason": error.what})
     return bad
 
 

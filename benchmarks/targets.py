@@ -10,7 +10,7 @@ SIZES = (64, 128, 224)
 
 @dataclass(frozen=True)
 class Target:
-    """Bounds of a column of the rows that `wanted` is a part of: three, one for each of SIZES, or one."""
+    """What a column should be in the rows that contain `wanted`: a bound for each of SIZES, or only one."""
 
     what: str
     column: str
