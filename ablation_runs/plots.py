@@ -174,9 +174,7 @@ def effects(runs: list[Result], study: Study, title: str):
     axis.set_yticks(range(len(ranked)), names)
     axis.set_ylim(len(ranked) - 0.4, -0.6)
     axis.margins(x=0.08)
-    axis.set_xlabel(
-        f"mean {LABELS[study.metric]} (better →)\nfilled: beyond the noise of the seeds", fontsize=9
-    )
+    axis.set_xlabel(f"mean {LABELS[study.metric]} (better →)\nfilled: beyond the noise", fontsize=9)
     return fig
 
 

@@ -143,9 +143,8 @@ def attempt(name: str, command: list[str], limit: float, log: Path, collect) -> 
         output.write(f"\n=== {name}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         output.flush()
         # In a session of its own, it can be stopped with all that it started.
-        child = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
         try:
             while (code := child.poll()) is None and time.monotonic() - started < limit:
                 time.sleep(POLL)

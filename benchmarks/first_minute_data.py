@@ -188,9 +188,8 @@ def tiny_imagenet_members(folder: Path) -> Iterator[Member]:
     """Yield val, then training images in groups of every class. Together, their headers compress well."""
     root = next((p for p in (folder, folder / "tiny-imagenet-200") if (p / "train").is_dir()), folder)
     val = [root / "val/val_annotations.txt", *sorted((root / "val/images").glob("*"))]
-    train = list(
-        in_turns(sorted((place / "images").iterdir()) for place in sorted((root / "train").iterdir()))
-    )
+    places = sorted((root / "train").iterdir())
+    train = list(in_turns(sorted((place / "images").iterdir()) for place in places))
     for part, paths in (("val", val), ("train", train)):
         for k in range(0, len(paths), FILES):
             file = io.BytesIO()
@@ -282,9 +281,8 @@ def make_rehearsal(out: Path) -> Path:
 def generate(name: str, folder: Path) -> None:
     """Write images of noise, three classes of them, in the layout of the dataset `name`."""
     rng = np.random.default_rng(0)
-    side, suffix, below = {"photos": (120, "JPEG", ""), "tiny-imagenet": (64, "JPEG", "/images")}.get(
-        name, (32, "png", "")
-    )
+    large = {"photos": (120, "JPEG", ""), "tiny-imagenet": (64, "JPEG", "/images")}
+    side, suffix, below = large.get(name, (32, "png", ""))
     places = {f"train/{c}{below}/{i}.{suffix}": c for c in ("ant", "bee", "cat") for i in range(40)}
     if name.startswith("cifar"):
         places |= {f"test/{c}/{i}.{suffix}": c for c in ("ant", "bee", "cat") for i in range(10)}

@@ -35,9 +35,7 @@ CIFAR = """--stem small --head linear --resize-schedule 32 --batch-size 512 --op
 STUDY = "tiny_imagenet_02"
 RUNGS = ("mixup,progressive,all", "mixup+cutmix,drop-path,last-size-only")  # in order of value
 # The flags of the study's variant "progressive", for a trial of its speed.
-PROGRESSIVE = (
-    "--batch-size 256 --augment basic --mixup-alpha 0.2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
-)
+PROGRESSIVE = "--batch-size 256 --augment basic --mixup-alpha .2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
 SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
 LONGEST = 100  # epochs
 STARTUP = 15.0  # seconds of a training before its first step

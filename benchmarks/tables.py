@@ -84,9 +84,7 @@ def filled(name: str, rows: Rows) -> str:
     if not table[1:]:
         return UNMEASURED.format(part=part) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
-    right = [
-        "--:" if all(is_number(cell) for cell in column) else "---" for column in zip(*lines, strict=True)
-    ]
+    right = ["--:" if all(map(is_number, column)) else "---" for column in zip(*lines, strict=True)]
     drawn = [f"| {' | '.join(line)} |" for line in (header, right, *lines)]
     places = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in used)
     return "\n".join([*drawn, "", *([f"{'; '.join(places)}.", ""] if used else [])])
@@ -160,9 +158,7 @@ def loader(rows: Rows) -> tuple[Table, Rows]:
             wanted[row["size"]] = max(wanted.get(row["size"], 0.0), row["images_per_second"])
     rates = {(row["size"], row["loader"], row["workers"]): row["images_per_second"] for row in used}
     pairs = dict.fromkeys((size, name) for size, name, _ in sorted(rates, key=lambda key: key[0]))
-    lines = [
-        [size, name, *(rates.get((size, name, n)) for n in workers), wanted.get(size)] for size, name in pairs
-    ]
+    lines = [[px, name, *(rates.get((px, name, n)) for n in workers), wanted.get(px)] for px, name in pairs]
     return [["px", "loader", *(f"{n} workers" for n in workers), "the step takes"], *lines], used
 
 

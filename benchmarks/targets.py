@@ -23,9 +23,7 @@ class Target:
 
     def found(self, rows: list[dict]) -> list[dict | None]:
         """Return the latest fitting row at each size; None if it was not measured."""
-        known = [
-            row for row in rows if row.get(self.column) is not None and (row.get("cuda") or not self.gpu)
-        ]
+        known = [r for r in rows if r.get(self.column) is not None and (r.get("cuda") or not self.gpu)]
         each = [{"size": size} for size in SIZES] if len(self.bounds) > 1 else [{}]
         wanted = [(self.wanted | size).items() for size in each]
         return [next((row for row in reversed(known) if w <= row.items()), None) for w in wanted]

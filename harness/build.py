@@ -38,9 +38,8 @@ def open_runtime(config) -> Runtime:
     if config.sync_bn and runtime.device.type != "cuda":
         raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
     if config.cuda_graphs and runtime.device.type != "cuda":
-        raise UsageError(
-            f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}", "use --no-cuda-graphs"
-        )
+        what = f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}"
+        raise UsageError(what, "use --no-cuda-graphs")
     # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
     # whose output is a 1x1 map (26 of 40 gradients were not finite; none with 2x2). The last stage of a
     # ResNet has such maps up to 16 px.
