@@ -27,7 +27,7 @@ from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
 from sources.images import default_crop
-from sources.index import DatasetIndex, FileSplit, SubsetSplit, training_sample
+from sources.index import DatasetIndex, FileSplit, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
@@ -198,10 +198,7 @@ def num_workers(config) -> int:
 
 def packing_hint(config, index: DatasetIndex) -> str:
     """Return advice on loading image files faster, or '' if the data is not image files."""
-    split = index.train
-    while isinstance(split, SubsetSplit):
-        split = split.base
-    if not isinstance(split, FileSplit):
+    if not isinstance(index.train.whole, FileSplit):
         return ""
     data, packed = config.data_dir, f"{config.data_dir.rstrip('/')}-packed"
     command = f"python pack_dataset.py --data-dir {data} --dataset {config.dataset} --out {packed}"

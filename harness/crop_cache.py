@@ -13,24 +13,24 @@ from harness.rundir import nearest_existing
 from loop import Run
 from sources import crops
 from sources.images import default_crop
+from sources.index import Split
 
 
-def wanted(run: Run) -> dict[int, float]:
-    """Return {size: crop} of all evaluations of the run."""
-    sizes = sorted({run.scored_as(phase)[0] for phase in run.phases})
-    return {size: run.eval_crop or default_crop(size, run.index.native_size) for size in sizes}
-
-
-def lacking(run: Run, split) -> dict[int, float]:
-    """Return {size: crop} of the evaluations for which `split`'s own directory has no crops."""
-    root = split.crop_root
-    return {s: c for s, c in wanted(run).items() if not (root and crops.find(root, split, s, c))}
+def lacking(run: Run, split: Split) -> dict[int, float]:
+    """Return {size: crop} of the run's evaluations for which `split`'s own directory has no crops."""
+    root, found = split.crop_root, {}
+    for size in sorted({run.scored_as(phase)[0] for phase in run.phases}):
+        crop = run.eval_crop or default_crop(size, run.index.native_size)
+        if not (root and crops.find(root, split, size, crop)):
+            found[size] = crop
+    return found
 
 
 def note(run: Run) -> str:
     """Return how to store the crops that a packed dataset lacks, or '' if it has them or is not packed."""
     sizes, packed = lacking(run, run.index.val), run.index.val.crop_root
-    if not packed or not sizes or run.crop_root:
+    held_out = run.index.val.whole is run.index.train.whole  # pack_dataset.py stores those of val/
+    if not packed or not sizes or run.crop_root or held_out:
         return ""
     listed = ",".join(map(str, sizes))
     crop = f" --eval-crop {run.eval_crop:g}" if run.eval_crop else ""

@@ -44,6 +44,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def whole(self) -> Split:
+        """The split that this one is a part of, or this one."""
+        return self
+
     def name(self, i: int) -> str:
         """Return the name of sample `i` for messages and fingerprints: a relative path or a number."""
         return f"#{i}"
@@ -138,8 +143,12 @@ class SubsetSplit(Split):
         return SubsetSplit(self.base.for_size(image_size), self.ids)
 
     @property
+    def whole(self) -> Split:
+        return self.base.whole
+
+    @property
     def crop_root(self) -> str:
-        return self.base.crop_root
+        return self.whole.crop_root
 
     def content(self) -> str:
         ids = self.ids.astype("<i8").tobytes()

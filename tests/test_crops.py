@@ -340,3 +340,8 @@ def test_packed_data_without_crops_says_how_to_store_them(packed, tmp_path, caps
     assert said.endswith(
         f"python pack_dataset.py --data-dir {where} --out {where} --eval-sizes 8,24 --eval-crop 0.95"
     )
+
+
+def test_held_out_images_are_not_said_to_be_stored_by_packing(packed, tmp_path, capsys):
+    train_run(packed / "without", tmp_path, "--holdout", "0.3", "--stop-after", "1")
+    assert "decodes images" not in capsys.readouterr().out
