@@ -136,8 +136,8 @@ def differences(runs: list[Result], study: Study, title: str):
     for k, (variant, d) in enumerate(found.items()):
         if both := results.seeds_and_images(runs, study, variant):
             axis.plot(both, [k, k], color=figures.SKY, lw=1.2)
-        if d.low is not None:
-            axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=3.5, solid_capstyle="butt")
+        if d.interval:
+            axis.plot(d.interval, [k, k], color=figures.BLUE, lw=3.5, solid_capstyle="butt")
         fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
         axis.plot(d.mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=7)
     axis.axvline(0, color=figures.BLACK, lw=1)

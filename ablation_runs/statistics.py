@@ -28,15 +28,10 @@ class Difference:
 
     mean: float
     n: int
-    low: float | None = None
-    high: float | None = None
+    interval: tuple[float, float] | None = None
     bca: tuple[float, float] | None = None
     p: float | None = None  # of sign flips, adjusted for all comparisons that were tested together
     verdict: str = TOO_FEW
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return None if self.low is None else (self.low, self.high)
 
 
 def compare(differences: np.ndarray, floor: float = 0.0) -> list[Difference]:
@@ -56,11 +51,11 @@ def _judged(values: np.ndarray, p: float | None, floor: float) -> Difference:
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return Difference(mean, n)
-    (low, high), bca = t_interval(values, floor), bca_interval(values)
+    interval, bca = t_interval(values, floor), bca_interval(values)
     if p is None:
-        return Difference(mean, n, low, high, bca)
-    agree = p <= ALPHA and min(low, bca[0]) * max(high, bca[1]) > 0
-    return Difference(mean, n, low, high, bca, p, (BETTER if mean > 0 else WORSE) if agree else UNDECIDED)
+        return Difference(mean, n, interval, bca)
+    agree = p <= ALPHA and min(interval[0], bca[0]) * max(interval[1], bca[1]) > 0
+    return Difference(mean, n, interval, bca, p, (BETTER if mean > 0 else WORSE) if agree else UNDECIDED)
 
 
 def t_interval(values: np.ndarray, floor: float = 0.0) -> tuple[float, float]:

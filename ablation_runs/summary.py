@@ -140,8 +140,8 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     for variant, d in found.items():
         if d.verdict in (BETTER, WORSE):
             size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
-            interval, p = f"95 % interval {d.low:+.1f} to {d.high:+.1f}", statistics.p_value(d.p)
-            evidence = f"{interval}, p {p}, {d.n} seeds"
+            interval = "95 % interval {:+.1f} to {:+.1f}".format(*d.interval)
+            evidence = f"{interval}, p {statistics.p_value(d.p)}, {d.n} seeds"
             sentences.append(f"**{variant}** is {d.verdict} than {first} by {size} ({evidence}).")
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
