@@ -163,9 +163,8 @@ Eval = exactly(
     **optional(flip=bool),
 )
 Optimizer = exactly(
-    state=dict[
-        Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]
-    ],  # see optim.load_optimizer
+    # What a state may hold is up to the optimizer: see optim.load_optimizer.
+    state=dict[Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]],
     param_groups=list[at_least(params=list[Count])],
 )
 Schedule = exactly(

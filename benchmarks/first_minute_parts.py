@@ -211,8 +211,6 @@ def loader(s: Setting) -> None:
 
 def syncs(s: Setting) -> None:
     """Where the host waits for the GPU, per step: in the step alone, and in a whole run of train.py."""
-    import torch
-
     from base.device import init_runtime
     from benchmarks import step_loops
 
@@ -231,7 +229,6 @@ def syncs(s: Setting) -> None:
     with synchronizations() as places:
         in_this_process("train.py", words)
     record_places(s, "train.py", places, steps)
-    print(f"counted with {torch.cuda.device_count()} GPUs")
 
 
 def in_this_process(script: str, words: list) -> None:

@@ -211,9 +211,8 @@ def one_pass(loader: Iterable) -> tuple[float, float]:
 
 def cpu_seconds() -> float:
     """Return the CPU seconds that this process, its threads and its living workers have used (Linux)."""
-    clocks = [
-        (~worker.pid << 3) | 2 for worker in multiprocessing.active_children()
-    ]  # clock_getcpuclockid(3)
+    # The clock of a process, as clock_getcpuclockid(3) numbers it.
+    clocks = [(~worker.pid << 3) | 2 for worker in multiprocessing.active_children()]
     return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
