@@ -195,7 +195,7 @@ def stop_signals() -> Iterator[None]:
 
 
 def record_epochs(part: str, out: Path, work: Path) -> None:
-    """Append the epochs of a part's trainings that are not among its rows yet, also of a stopped training."""
+    """Append a row for each new epoch of the part's trainings, of unfinished ones too."""
     if part not in TRAININGS:
         return
     from base import schemas

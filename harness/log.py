@@ -1,6 +1,6 @@
 """The log of a run: a row per epoch in metrics.jsonl and on the terminal, a row every N steps in steps.jsonl.
 
-The trackers asked for get both. Plots, tables and reports read the files. This module does not import torch.
+Both also go to TensorBoard and W&B if asked for. Plots, tables and reports read the files. No torch in here.
 """
 
 from __future__ import annotations
