@@ -202,15 +202,17 @@ class BatchNormBuffers:
     """
 
     def __init__(self, model: nn.Module):
-        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False)]
-        self.live = [buffer for buffer in buffers if buffer.is_floating_point()]
-        self.flats = [move_into_flat(group) for group in group_by_dtype(self.live)]
+        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        self.flats = [move_into_flat(group) for group in group_by_dtype(self.statistics())]
         self.copies = [torch.empty_like(flat) for flat in self.flats]
+
+    def statistics(self) -> list[Tensor]:
+        buffers = [buffer for norm in self.norms for buffer in norm.buffers(recurse=False)]
+        return [buffer for buffer in buffers if buffer.is_floating_point()]
 
     def check(self) -> None:
         """Raise RuntimeError if the model's buffers were moved or replaced since they were made flat."""
-        if not all(any(is_view_of(buffer, flat) for flat in self.flats) for buffer in self.live):
+        if not all(any(is_view_of(buffer, flat) for flat in self.flats) for buffer in self.statistics()):
             raise RuntimeError("the model was moved after BatchNormBuffers(model): create them afterwards")
 
     @torch.no_grad()

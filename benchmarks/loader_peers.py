@@ -68,7 +68,8 @@ def loaders(data: Data, setting: Setting) -> dict[str, Callable[[], Iterable]]:
 
 def ours(index: DatasetIndex, setting: Setting) -> Iterable:
     """Start this project's loader as train.py does: uint8 batches, to be normalised on the device."""
-    options = {"image_size": setting.size, "batch_size": BATCH}
+    # With workers, for which the loader makes the memory that they write into.
+    options = {"image_size": setting.size, "batch_size": BATCH, "num_workers": setting.workers}
     if setting.augmentation == "evaluation":
         split = repeated(index.val, setting.images)
         loader = eval_loader(split, index, **options)

@@ -80,7 +80,7 @@ def filled(name: str, rows: Rows) -> str:
     if name not in TABLES:
         raise DataError(f"there is no table {name!r}", f"choose from {', '.join(TABLES)}")
     part, make = TABLES[name]
-    table, used = make(rows if name == "targets" else of_gpus(rows))
+    table, used = make(rows if name in ANY_MACHINE else of_gpus(rows))
     if not table[1:]:
         return UNMEASURED.format(part=part) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
@@ -162,6 +162,20 @@ def loader(rows: Rows) -> tuple[Table, Rows]:
     return [["px", "loader", *(f"{n} workers" for n in workers), "the step takes"], *lines], used
 
 
+def loader_cpu(rows: Rows) -> tuple[Table, Rows]:
+    """CPU microseconds of an image, with one worker, at each size."""
+    used = [row for row in rows if row["benchmark"] == "loader" and row["workers"] == 1]
+    found = {(row["loader"], row["augmentation"], row["size"]): row["cpu_us"] for row in used}
+    sizes = sorted({row["size"] for row in used})
+    pipelines = {"basic": "crop + flip", "full": "full augmentation", "evaluation": "evaluation"}
+    at = " / ".join(map(str, sizes))
+    lines = []
+    for name in dict.fromkeys(row["loader"] for row in used):
+        times = [[found.get((name, pipeline, size)) for size in sizes] for pipeline in pipelines]
+        lines.append([name, *(" / ".join(map(shown, cells)) if any(cells) else "" for cells in times)])
+    return [["loader", *(f"{text}, {at} px" for text in pipelines.values())], *lines], used
+
+
 def trainings(rows: Rows) -> tuple[Table, Rows]:
     """The last epoch of each training."""
     header = [
@@ -201,8 +215,10 @@ def is_documents(row: dict) -> bool:
     return BATCH_SIZES.get(row["size"]) == row["batch_size"]
 
 
+ANY_MACHINE = ("targets", "loader-cpu")  # the other tables are of machines with a GPU
 TABLES: dict[str, tuple[str, Maker]] = {  # name -> parts of first_minute that measure it, and its function
     "targets": ("step loader", targets),
+    "loader-cpu": ("loader", loader_cpu),
     "gpu-machine": ("environment", machine),
     "gpu-tests": ("gpu-tests", gpu_tests),
     "gpu-step": ("step", step),

@@ -15,6 +15,7 @@ import ema
 import optim
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError
+from harness import checkpoint
 from models import build_model
 from train_utils import BatchNormBuffers, EvalResult, StepOptions, TrainState, evaluate, train_step, update
 
@@ -330,6 +331,28 @@ def test_a_step_reads_nothing_on_the_host(name, scaler, average, clip, accumulat
             values = update(state, how, images, targets)
         with pytest.raises(DataDependentOutputException):
             values["loss"].item()
+
+
+def test_statistics_in_one_buffer_are_tensors_like_any_other(tmp_path):
+    """In files and in copies each has memory of its own; a model that was moved is noticed."""
+    plain = build_model("resnet_tiny", num_classes=CLASSES)
+    model = copy.deepcopy(plain)
+    buffers = BatchNormBuffers(model)
+    checkpoint.save_weights(tmp_path / "flat.pt", model.state_dict())
+    checkpoint.save_weights(tmp_path / "plain.pt", plain.state_dict())
+    saved = torch.load(tmp_path / "flat.pt", weights_only=True)
+    assert all(value.untyped_storage().nbytes() == value.nbytes for value in saved.values())
+    assert (tmp_path / "flat.pt").stat().st_size == (tmp_path / "plain.pt").stat().st_size
+    twin = copy.deepcopy(model)
+    images = torch.randn(4, 3, 16, 16)
+    assert torch.equal(model(images), plain(images))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+    assert torch.equal(twin.bn1.running_mean, torch.zeros_like(twin.bn1.running_mean))
+    buffers.check()
+    model.double()
+    with pytest.raises(RuntimeError, match="moved"):
+        buffers.check()
 
 
 def test_32_images_are_memorized_in_60_steps():
