@@ -178,17 +178,7 @@ def loader_cpu(rows: Rows) -> tuple[Table, Rows]:
 
 def trainings(rows: Rows) -> tuple[Table, Rows]:
     """The last epoch of each training."""
-    header = [
-        "data",
-        "run",
-        "architecture",
-        "epochs",
-        "px",
-        "top-1 %",
-        "train top-1 %",
-        "minutes",
-        "images/s",
-    ]
+    header = ["data", "run", "architecture", "epochs", "px"]
     runs: dict[tuple, Rows] = {}
     for row in rows:
         if row["benchmark"] == "first_minute" and row.get("epochs"):
@@ -202,7 +192,7 @@ def trainings(rows: Rows) -> tuple[Table, Rows]:
         scores = [last["val_top1"], last["train_top1"], minutes, last["images_per_second"]]
         lines.append([part, run, last["arch"], count, last["image_size"], *scores])
         used.append(last)
-    return [header, *lines], used
+    return [[*header, "top-1 %", "train top-1 %", "minutes", "images/s"], *lines], used
 
 
 def of_part(rows: Rows, part: str) -> Rows:
