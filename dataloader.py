@@ -34,7 +34,7 @@ from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import crops, layouts
 from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
-from sources.index import DatasetIndex, Split
+from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready
 CPU = Runtime(torch.device("cpu"))
@@ -180,7 +180,7 @@ def _generator(*key: int) -> np.random.Generator:
 
 
 class Batches(Dataset):
-    """Maps a `Batch` to (images (n, S, S, 3) uint8, labels (n,) int64, names of bad images).
+    """Maps a `Batch` to (images (n, S, S, 3) uint8, labels (n,) int64, bad images: their names, say).
 
     A UserError is returned, not raised: DataLoader would wrap what a worker raises.
     """
@@ -228,7 +228,7 @@ class BatchDataset(Batches):
 
     def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
         kept, bad = [], []
-        for i, data in zip(batch.ids.tolist(), self._read(batch.ids), strict=True):
+        for i, data in zip(batch.ids.tolist(), read_samples(self.split, batch.ids), strict=True):
             image = self._image(i, data, batch.epoch, bad)
             if image is not None:
                 images[len(kept)] = image
@@ -238,15 +238,6 @@ class BatchDataset(Batches):
     @property
     def augments(self) -> bool:
         return isinstance(self.transform, TrainTransform)
-
-    def _read(self, ids: Sequence[int]) -> list:
-        try:
-            return self.split.read(ids)
-        except OSError as error:
-            raise DataError(
-                f"cannot read {error.filename or 'the data'}: {error.strerror}",
-                "check the disk and the permissions, then continue with --resume auto",
-            ) from error
 
     def _image(self, i: int, data: bytes | np.ndarray, epoch: int, bad: list[str]) -> np.ndarray | None:
         """Return image `i`, transformed. If it is bad and may be skipped: a substitute, or None."""
@@ -269,7 +260,7 @@ class BatchDataset(Batches):
         same_class = np.flatnonzero(self.split.labels == self.split.labels[i])
         for other in _generator(self.seed, epoch, i).permutation(same_class[same_class != i])[:20]:
             try:
-                return self._transformed(int(other), self._read([other])[0], epoch)
+                return self._transformed(int(other), read_samples(self.split, [other])[0], epoch)
             except BadImage:
                 continue
         raise DataError(

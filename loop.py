@@ -112,6 +112,12 @@ class Run:
         """The score that selects the best checkpoint."""
         return "val_top1" if self.state.ema.module is None else "ema_val_top1"
 
+    @property
+    def scored_models(self) -> dict[str, nn.Module]:
+        """The raw model and, if there is one, the average, by the kind of their scores."""
+        average = self.state.ema.module
+        return {"val": self.state.model} | ({} if average is None else {"ema_val": average})
+
     def path(self, kind: str) -> Path:
         return self.save_dir / f"{kind}_{self.checkpoint_name}"
 
@@ -383,10 +389,8 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
 
     Return the scores as columns of the row, and how many bad images of the sample were left out.
     """
-    model, average = run.state.model, run.state.ema.module
-    models = {"val": model} | ({} if average is None else {"ema_val": average})
-    results, _ = evaluate_split(run, models, run.index.val, phase)
-    train, bad = evaluate_split(run, {"train": model}, run.train_sample, phase)
+    results, _ = evaluate_split(run, run.scored_models, run.index.val, phase)
+    train, bad = evaluate_split(run, {"train": run.state.model}, run.train_sample, phase)
     if bad and not run.bad_sample_reported:
         run.bad_sample_reported = True
         left_out = f"{len(bad)} of {len(run.train_sample)} images: {listed(bad)}"
@@ -394,7 +398,7 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
     row = {"train_top1": train["train"].top1 if train["train"].num_samples else None}
     for kind, result in results.items():
         row |= {f"{kind}_{name}": getattr(result, name) for name in ("loss", "top1", "top5")}
-    if average is not None:
+    if "ema_val" in results:
         row["better"] = "ema" if row["ema_val_top1"] > row["val_top1"] else "raw"
     return row, len(bad)
 

@@ -68,18 +68,16 @@ def main(argv: list[str] | None = None) -> int:
         print(note)
     if args.verify:
         return verify(index, args.workers)
+    from sources import packing
+    from sources.packed import MANIFEST
+
     crops = crop_settings(index, args)
-    if is_packed(args.out) and os.path.samefile(args.data_dir, args.out):
+    if os.path.isfile(os.path.join(args.out, MANIFEST)) and os.path.samefile(args.data_dir, args.out):
         with _locked(args.out):
             add_crops(args.out, crops, args.workers)
         return 0
-    return pack(index, args.out, plan_of(index, args), args.workers, args.on_bad_image, crops)
-
-
-def is_packed(directory: str) -> bool:
-    from sources.packed import MANIFEST
-
-    return os.path.isfile(os.path.join(directory, MANIFEST))
+    plan = packing.make_plan(index, args.stored_sides, args.quality, args.raw_sides)
+    return pack(index, args.out, plan, args.workers, args.on_bad_image, crops)
 
 
 def open_index(args):
@@ -91,12 +89,6 @@ def open_index(args):
         return tars.imagenet_tars(args.data_dir)
     options = {"class_list": args.class_list, "allow_class_mismatch": args.allow_class_mismatch}
     return open_dataset(args.dataset, args.data_dir, split=args.split, **options)
-
-
-def plan_of(index, args) -> dict:
-    from sources import packing
-
-    return packing.make_plan(index, args.stored_sides, args.quality, args.raw_sides)
 
 
 def crop_settings(index, args) -> dict[int, float]:
@@ -119,14 +111,7 @@ def default_eval_size(side: int) -> int:
 # --- packing -------------------------------------------------------------------------------------
 
 
-def pack(
-    index,
-    out: str,
-    plan: dict,
-    workers: int,
-    on_bad_image: str = "fail",
-    crops: dict[int, float] | None = None,
-) -> int:
+def pack(index, out: str, plan: dict, workers: int, on_bad_image: str, crops: dict[int, float]) -> int:
     """Pack the DatasetIndex `index` into `out` as `packing.make_plan` says; return the exit code.
 
     crops: {size: crop} of the evaluation crops to store
@@ -140,7 +125,7 @@ def pack(
         missing = [group for group in groups if (group.part, group.k) not in records]
         if missing:
             needed = packing.estimate(index, plan, missing)
-            _check_disk(needed | crops_bytes(index, crops or {}), out)
+            _check_disk(needed | crops_bytes(index, crops), out)
         images = sum(len(group.ids) for group in groups)
         done = images - sum(len(group.ids) for group in missing)
         write = partial(packing.write_group, index, plan, out=out, on_bad_image=on_bad_image)
@@ -156,7 +141,7 @@ def pack(
         _refuse_bad(bad)
         manifest = packing.finish(out, index, plan, records)
         _print_summary(manifest)
-        add_crops(out, crops or {}, workers, announced=bool(missing))
+        add_crops(out, crops, workers, announced=bool(missing))
     print(f"next: python train.py --data-dir {out}")
     return 0
 
@@ -180,7 +165,8 @@ def add_crops(out: str, sizes: dict[int, float], workers: int, *, announced: boo
     from sources.packed import open_packed
 
     index = open_packed(out)
-    sets = crops.planned(out, (index.val, training_sample(index)), sizes)
+    splits = (index.val, training_sample(index))
+    sets = [[crops.Crops(out, split, *size) for size in sizes.items()] for split in splits]
     jobs = crops.missing(sets)
     if jobs and not announced:
         _check_disk(crops.missing_bytes(sets), out)
@@ -266,15 +252,16 @@ def verify(index, workers: int) -> int:
 
 def _bad_images(split, ids: range) -> list[dict]:
     from sources.images import BadImage, decode
+    from sources.index import read_samples
 
     bad = []
     for i in ids:
         try:
-            decode(split.read([i])[0], split.name(i), thorough=True)
+            decode(read_samples(split, [i])[0], split.name(i), thorough=True)
         except BadImage as error:
             bad.append({"name": error.name, "reason": error.reason})
-        except (OSError, DataError) as error:
-            bad.append({"name": f"#{i}", "reason": getattr(error, "what", None) or str(error)})
+        except DataError as error:
+            bad.append({"name": f"#{i}", "reason": error.what})
     return bad
 
 

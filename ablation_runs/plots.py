@@ -136,8 +136,8 @@ def differences(runs: list[Result], study: Study, title: str):
     for k, (variant, d) in enumerate(found.items()):
         if both := results.seeds_and_images(runs, study, variant):
             axis.plot(both, [k, k], color=figures.SKY, lw=1.2)
-        if d.low is not None:
-            axis.plot([d.low, d.high], [k, k], color=figures.BLUE, lw=3.5, solid_capstyle="butt")
+        if d.interval:
+            axis.plot(d.interval, [k, k], color=figures.BLUE, lw=3.5, solid_capstyle="butt")
         fill = figures.BLUE if d.verdict in (BETTER, WORSE) else "white"
         axis.plot(d.mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=7)
     axis.axvline(0, color=figures.BLACK, lw=1)
@@ -174,9 +174,7 @@ def effects(runs: list[Result], study: Study, title: str):
     axis.set_yticks(range(len(ranked)), names)
     axis.set_ylim(len(ranked) - 0.4, -0.6)
     axis.margins(x=0.08)
-    axis.set_xlabel(
-        f"mean {LABELS[study.metric]} (better →)\nfilled: beyond the noise of the seeds", fontsize=9
-    )
+    axis.set_xlabel(f"mean {LABELS[study.metric]} (better →)\nfilled: beyond the noise", fontsize=9)
     return fig
 
 

@@ -6,11 +6,12 @@ a column one seed; NaN stands for a pair that is missing.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 LEVEL, POWER = 0.95, 0.8
 ALPHA = 1 - LEVEL
@@ -27,15 +28,10 @@ class Difference:
 
     mean: float
     n: int
-    low: float | None = None
-    high: float | None = None
+    interval: tuple[float, float] | None = None
     bca: tuple[float, float] | None = None
     p: float | None = None  # of sign flips, adjusted for all comparisons that were tested together
     verdict: str = TOO_FEW
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        return None if self.low is None else (self.low, self.high)
 
 
 def compare(differences: np.ndarray, floor: float = 0.0) -> list[Difference]:
@@ -55,11 +51,11 @@ def _judged(values: np.ndarray, p: float | None, floor: float) -> Difference:
     mean, n = float(values.mean()), len(values)
     if n < 2:
         return Difference(mean, n)
-    (low, high), bca = t_interval(values, floor), bca_interval(values)
+    interval, bca = t_interval(values, floor), bca_interval(values)
     if p is None:
-        return Difference(mean, n, low, high, bca)
-    agree = p <= ALPHA and min(low, bca[0]) * max(high, bca[1]) > 0
-    return Difference(mean, n, low, high, bca, p, (BETTER if mean > 0 else WORSE) if agree else UNDECIDED)
+        return Difference(mean, n, interval, bca)
+    agree = p <= ALPHA and min(interval[0], bca[0]) * max(interval[1], bca[1]) > 0
+    return Difference(mean, n, interval, bca, p, (BETTER if mean > 0 else WORSE) if agree else UNDECIDED)
 
 
 def t_interval(values: np.ndarray, floor: float = 0.0) -> tuple[float, float]:
@@ -170,21 +166,14 @@ def power(difference: float, deviation: float, pairs: int, comparisons: int = 1)
 
 def pairs_needed(difference: float, deviation: float, comparisons: int = 1, most: int = 9999) -> int:
     """Return how many pairs see `difference` with probability POWER: from MIN_PAIRS to `most`."""
-    low, high = MIN_PAIRS, most
-    while low < high:
-        middle = (low + high) // 2
-        enough = power(difference, deviation, middle, comparisons) >= POWER
-        low, high = (low, middle) if enough else (middle + 1, high)
-    return low
+    return MIN_PAIRS + bisect_left(
+        range(MIN_PAIRS, most), True, key=lambda n: power(difference, deviation, n, comparisons) >= POWER
+    )
 
 
 def detectable(deviation: float, pairs: int, comparisons: int = 1) -> float:
     """Return the smallest difference that `pairs` pairs see with probability POWER."""
-    low, high = 0.0, 100 * deviation
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (low, middle) if power(middle, deviation, pairs, comparisons) >= POWER else (middle, high)
-    return high
+    return optimize.brentq(lambda d: power(d, deviation, pairs, comparisons) - POWER, 0.0, 1e4 * deviation)
 
 
 def false_verdicts(scores: Sequence[float], pairs: int, times: int, floor: float = 0.0) -> tuple[int, int]:

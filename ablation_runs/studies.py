@@ -22,13 +22,8 @@ TINY_20 |= {"resize_schedule": [32]}
 TINY_20_TITLE = "the first 20 classes of Tiny ImageNet (9,000 + 1,000 held out + 1,000 images)"
 CIFAR_20 = SMALL | {"dataset": "cifar100", "classes": 20, "holdout": 1000, "epochs": 16}
 CIFAR_20_TITLE = "the first 20 classes of CIFAR-100 (9,000 + 1,000 held out + 2,000 images)"
-CIFAR_10 = SMALL | {
-    "dataset": "cifar10",
-    "holdout": 5000,
-    "subset": True,
-    "subset_size": 15_000,
-    "epochs": 10,
-}
+CIFAR_10 = SMALL | {"dataset": "cifar10", "holdout": 5000, "subset": True, "subset_size": 15_000}
+CIFAR_10 |= {"epochs": 10}
 CIFAR_10_TITLE = "CIFAR-10 (15,000 + 5,000 held out + 10,000 images)"
 TINY_10 = {"dataset": "tiny-imagenet", "classes": 10, "holdout": 500, "batch_size": 64}
 TINY_10_TITLE = "the first 10 classes of Tiny ImageNet"
@@ -194,6 +189,7 @@ CIFAR = "cifar100_resnet34"
 SGD = {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1}
 MIXING = {"mixup_alpha": 0.2, "cutmix_alpha": 1, "label_smoothing": 0.1}
 RESTARTS = {"schedule": "restarts", "cycles": 3}
+ON_CIFAR_20 = {"recipe": CIFAR, "cpu": CIFAR_20, "cpu_title": f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs"}
 
 CIFAR100_RESNET34 = Study(
     name="cifar100_resnet34",
@@ -217,11 +213,9 @@ LR_EXPLORATION = Study(
     name="lr_exploration",
     source="004",
     question="Which peak learning rate suits Adam with OneCycle on CIFAR-100?",
-    recipe=CIFAR,
     variants={f"lr={lr}": {"lr": lr} for lr in (0.01, 0.1, 0.001, 0.0001)},
     primary=("lr=0.1", "lr=0.001", "lr=0.0001"),
-    cpu=CIFAR_20,
-    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
+    **ON_CIFAR_20,
 )
 
 SENSITIVITY_GRID = Study(
@@ -249,7 +243,6 @@ AUGMENTATION = Study(
     name="augmentation",
     source="004",
     question="How does each augmentation change the accuracy and the train-validation gap on CIFAR-100?",
-    recipe=CIFAR,
     variants={
         "crop+flip+jitter": {},
         "no-crop": {"augment": "flip,jitter:10"},
@@ -261,15 +254,13 @@ AUGMENTATION = Study(
         "with-cutmix": {"cutmix_alpha": 1},
     },
     primary=("no-crop", "no-flip", "no-jitter", "none", "with-cutout", "with-mixup", "with-cutmix"),
-    cpu=CIFAR_20,
-    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
+    **ON_CIFAR_20,
 )
 
 OPTIMIZERS = Study(
     name="optimizers",
     source="004",
     question="Which optimizer trains ResNet-34 on CIFAR-100 fastest and best, each at a usual learning rate?",
-    recipe=CIFAR,
     variants={
         "adam": {},
         "sgd": SGD | {"weight_decay": 5e-4},
@@ -278,8 +269,7 @@ OPTIMIZERS = Study(
         "lamb": {"optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02},
     },
     primary=("sgd", "rmsprop", "adamw", "lamb"),
-    cpu=CIFAR_20,
-    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
+    **ON_CIFAR_20,
     notes="Each optimizer has one learning rate and weight decay, not tuned: a low score judges this "
     "setting, not the optimizer.",
 )
@@ -288,7 +278,6 @@ SCHEDULES = Study(
     name="schedules",
     source="004",
     question="OneCycle, step decay, cosine annealing or warm restarts on CIFAR-100?",
-    recipe=CIFAR,
     base=SGD | {"weight_decay": 5e-4},
     variants={
         "onecycle": {},
@@ -298,9 +287,8 @@ SCHEDULES = Study(
         "constant": {"schedule": "constant"},
     },
     primary=("step", "cosine", "restarts", "constant"),
-    cpu=CIFAR_20,
     cpu_variants={"cosine": {"schedule": "cosine", "warmup_epochs": 1}},
-    cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 16 epochs",
+    **ON_CIFAR_20,
     notes="SGD instead of the document's Adam, because the schedules were designed for it.",
 )
 

@@ -140,9 +140,8 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     for variant, d in found.items():
         if d.verdict in (BETTER, WORSE):
             size = f"{abs(d.mean):.1f} points of {METRICS[study.metric]}"
-            evidence = (
-                f"95 % interval {d.low:+.1f} to {d.high:+.1f}, p {statistics.p_value(d.p)}, {d.n} seeds"
-            )
+            interval = "95 % interval {:+.1f} to {:+.1f}".format(*d.interval)
+            evidence = f"{interval}, p {statistics.p_value(d.p)}, {d.n} seeds"
             sentences.append(f"**{variant}** is {d.verdict} than {first} by {size} ({evidence}).")
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
@@ -208,26 +207,18 @@ def effect_table(study: Study, runs: list[Result]) -> Table:
     rows = []
     for effect in results.effects(runs, study, study.metric):
         means = ", ".join(f"{value}: {mean:.2f}" for value, mean in effect.means.items())
-        p = statistics.p_value(effect.p).removeprefix("= ")
-        rows.append(
-            [flags.dashed(effect.flag), means, f"{effect.span:.2f}", f"{100 * effect.share:.0f} %", p]
-        )
+        share, p = f"{100 * effect.share:.0f} %", statistics.p_value(effect.p).removeprefix("= ")
+        rows.append([flags.dashed(effect.flag), means, f"{effect.span:.2f}", share, p])
     header = ["flag", "mean top-1 at each value", "best - worst", "share of variance", "p (F test, Holm)"]
     return Table("effects", "Main effects, over all values of the other flags:", header, rows)
 
 
 def false_verdict_table(study: Study, runs: list[Result]) -> Table:
     """Return how often an A/A study called one variant better or worse than itself; else no rows."""
-    rows = [
-        [
-            str(f.runs),
-            str(f.pairs),
-            str(f.times),
-            f"{100 * f.better / f.times:.1f} %",
-            f"{100 * f.worse / f.times:.1f} %",
-        ]
-        for f in results.false_verdicts(runs, study)
-    ]
+    rows = []
+    for f in results.false_verdicts(runs, study):
+        shares = (f"{100 * count / f.times:.1f} %" for count in (f.better, f.worse))
+        rows.append([*map(str, (f.runs, f.pairs, f.times)), *shares])
     title = "One variant against itself, its runs paired at random; together at most 5 % should be decided:"
     return Table("false_verdicts", title, ["runs", "pairs", "pairings", "better", "worse"], rows)
 
@@ -260,10 +251,7 @@ def csv_table(runs: list[Result]) -> str:
     for run in runs:
         row = [run.variant, run.seed, run.status, len(run.rows), *map(run.score, CSV_SCORES)]
         row += [run.logged("val_top1") if run.held_out else None, run.images_per_second, run.minutes]
-        row += [
-            max(run.record.get("load", ()), default=None),
-            run.env.get("commit"),
-            run.record.get("command"),
-        ]
+        load, command = max(run.record.get("load", ()), default=None), run.record.get("command")
+        row += [load, run.env.get("commit"), command]
         rows.append([round(value, 4) if isinstance(value, float) else value for value in row])
     return files.csv_text(header, rows)

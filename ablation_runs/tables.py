@@ -35,9 +35,8 @@ class Table:
 
     def markdown(self) -> str:
         lines = (self.header, ["---"] * len(self.header), *self.rows)
-        table = "\n".join(
-            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in lines
-        )
+        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        table = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
         return f"{self.title}\n\n{table}" if self.title else table
 
     def csv(self) -> str:
@@ -51,10 +50,8 @@ class Table:
                 continue
             low, high = ("low", "high") if any(" to " in cell for cell in cells) else ("mean", "deviation")
             header += [f"{name}, {low}", f"{name}, {high}"]
-            columns.append(
-                [number(pair[1] if pair else cell) for pair, cell in zip(pairs, cells, strict=True)]
-            )
-            columns.append([number(pair[2]) if pair else None for pair in pairs])
+            columns.append([number(p[1] if p else cell) for p, cell in zip(pairs, cells, strict=True)])
+            columns.append([number(p[2]) if p else None for p in pairs])
         return files.csv_text(header, zip(*columns, strict=True))
 
     def latex(self) -> str:

@@ -54,9 +54,8 @@ def axes(fig: Figure, rows: int, columns: int, **options) -> np.ndarray:
 def save(fig: Figure, path: str | os.PathLike, dpi: int = 110) -> Path:
     """Write a .png, .svg or .pdf, completely or not at all. Raises ResourceError if it cannot be written."""
     kind = Path(path).suffix[1:]
-    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(
-        kind
-    )  # the same picture, the same file
+    # Without the date, the same picture is the same file.
+    dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
     with files.replacing(path) as partial:
         fig.savefig(partial, format=kind, dpi=dpi, metadata=dated)
     return Path(path)

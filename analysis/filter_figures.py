@@ -46,9 +46,7 @@ def kernels(weight: Tensor, title: str) -> Figure:
     chosen = weight[strongest(weight, 64)]
     captions = [f"{kernel.norm().item():.2f}" for kernel in chosen]
     side = f"{weight.shape[2]} x {weight.shape[3]} px"
-    note = (
-        f"the {len(chosen)} strongest of {len(weight)}, {side}; norm below; grey is 0; each scaled on its own"
-    )
+    note = f"{len(chosen)} strongest of {len(weight)}, {side}; norm below; grey is 0; each scaled on its own"
     images = [as_picture(kernel) for kernel in chosen]
     title = f"First-layer kernels of {title}\n{note}"
     return figures.gallery(images, captions, title=title, columns=16, side=0.75)

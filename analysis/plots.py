@@ -19,9 +19,7 @@ EPILOG = """examples:
 def build_parser() -> flags.Parser:
     parser = flags.build_parser("-m analysis.plots", "Draw the learning curves of one or more runs.", EPILOG)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="Directory that train.py wrote.")
-    parser.add_argument(
-        "--out", default="", metavar="DIR", help="Output directory; by default RUN_DIR/plots."
-    )
+    parser.add_argument("--out", default="", metavar="DIR", help="Output directory (default: RUN_DIR/plots).")
     flags.DEBUG.add_to(parser)
     return parser
 

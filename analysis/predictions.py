@@ -22,14 +22,14 @@ from base.device import Runtime, init_runtime, memory_for
 from base.errors import CheckpointError, DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
-from dataloader import Batch, Loader, Order, eval_dataset, normalise
+from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalise
 from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import BadImage, EvalTransform
 from sources.index import DatasetIndex, Names, Split
 from train_utils import flipped_logits, logits_of
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # images (n, 3, H, W), labels (n,)
+Labelled = Iterable[tuple[Tensor, Tensor]]  # batches of images (n, 3, H, W) and labels (n,)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Classifier:
             device=self.device,
         )
 
-    def batches(self, split: Split, title: str, batch_size: int = 64, num_workers: int = 0) -> Batches:
+    def batches(self, split: Split, title: str, batch_size: int = 64, num_workers: int = 0) -> Labelled:
         """Yield the batches of a split, with a progress bar."""
         loader = self.loader(split, batch_size, num_workers)
         with Progress(len(loader), title, unit="batches") as bar:
@@ -228,26 +228,27 @@ def _classifier(models: dict[str, nn.Module], payload: dict, runtime: Runtime) -
     return Classifier(models, payload, runtime, payload["eval"]["image_size"], payload["eval"]["crop"])
 
 
-class ImageFiles:
-    """Maps a `dataloader.Batch` to images (n, S, S, 3) uint8, positions (n,), and bad [(position, reason)].
+class ImageFiles(Batches):
+    """Decodes image files; their labels are their positions, and `bad` lists (position, reason).
 
     A black image takes the place of a bad one, so that the others of its batch are still predicted.
     """
 
     def __init__(self, paths: Sequence[str], transform: EvalTransform):
         self.paths, self.transform = Names(paths), transform
+        self.image_size, self.labels = transform.image_size, np.arange(len(paths))
 
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor, list[tuple[int, str]]]:
-        side, bad = self.transform.image_size, []
-        images = np.zeros((len(batch.ids), side, side, 3), np.uint8)
-        for k, i in enumerate(batch.ids):
+    def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[tuple[int, str]]]:
+        bad = []
+        for k, i in enumerate(batch.ids.tolist()):
+            images[k] = 0
             try:
                 images[k] = self.transform(Path(self.paths[i]).read_bytes(), self.paths[i])
             except BadImage as error:
-                bad.append((int(i), error.reason))
+                bad.append((i, error.reason))
             except OSError as error:
-                bad.append((int(i), str(error.strerror)))
-        return torch.from_numpy(images), torch.from_numpy(batch.ids), bad
+                bad.append((i, str(error.strerror)))
+        return batch.ids, bad
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class Predictions:
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
 
 
-def predict(models: dict[str, nn.Module], batches: Batches, runtime: Runtime, flip: bool = False) -> dict:
+def predict(models: dict[str, nn.Module], batches: Labelled, runtime: Runtime, flip: bool = False) -> dict:
     """Predict every batch with every model, in one pass over the data: {name: Predictions}.
 
     With `flip`, add predictions of `flipped_logits`, under "<name> flip".
@@ -296,7 +297,7 @@ def _predicted(logits: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Batches, runtime: Runtime) -> nn.Module:
+def recalibrate(model: nn.Module, batches: Labelled, runtime: Runtime) -> nn.Module:
     """Return a copy of `model` whose BatchNorm statistics are the mean over `batches`.
 
     Training collects them from augmented images at the training size; another test size may need others

@@ -130,9 +130,8 @@ def binned(rows: Sequence[dict], panel: StepPanel) -> Points:
             values = [row[panel.column] for row in part if row[panel.column] is not None]
             highest = [row[panel.highest or panel.column] or 0 for row in part]
             if values:
-                bins.append(
-                    (part[-1]["step"], sum(values) / len(values), min(values), max(*values, *highest))
-                )
+                mean, lowest = sum(values) / len(values), min(values)
+                bins.append((part[-1]["step"], mean, lowest, max(*values, *highest)))
         if bins:
             columns = np.array(bins).T
             found.append(np.vstack([columns, smoothed(columns[1], reach)]))
@@ -141,11 +140,9 @@ def binned(rows: Sequence[dict], panel: StepPanel) -> Points:
 
 def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
     """Return the mean of each value and its neighbours, `reach` on either side; fewer at the ends."""
-    last, means = len(values) - 1, []
-    for k in range(len(values)):
-        side = min(reach, k, last - k)  # the same on both sides, or a slope would be biased
-        means.append(values[k - side : k + side + 1].mean())
-    return np.array(means)
+    last = len(values) - 1
+    sides = [min(reach, k, last - k) for k in range(len(values))]  # the same on both, or a slope is biased
+    return np.array([values[k - side : k + side + 1].mean() for k, side in enumerate(sides)])
 
 
 def phase_of(row: dict) -> tuple:
@@ -154,19 +151,14 @@ def phase_of(row: dict) -> tuple:
 
 def phases(rows: Sequence[dict]) -> list[tuple[int, int, int]]:
     """Return (step before its first, image size in px, batch size) of every phase."""
-    begin, found = 0, []
-    for (size, batch), group in groupby(rows, key=phase_of):
-        found.append((begin, size, batch))
-        *_, last = group
-        begin = last["step"]
-    return found
+    ends = [k for k, (a, b) in enumerate(pairwise(rows), 1) if phase_of(a) != phase_of(b)]
+    return [(rows[k - 1]["step"] if k else 0, *phase_of(rows[k])) for k in (0, *ends)]
 
 
 def mark_clipping(ax, run: RunFiles, last: int) -> None:
     """Draw the limit of the norm, and where steps were skipped."""
-    limit = run.config.get("clip_norm")
-    known = isinstance(limit, int | float) and run.config.get("clip_mode") == "norm"
-    if known and 0 < limit < math.inf:
+    limit = run.config.get("clip_norm") if run.config.get("clip_mode") == "norm" else None
+    if isinstance(limit, int | float) and 0 < limit < math.inf:
         style = {"color": figures.VERMILLION, "linestyle": "--", "linewidth": 1.2}
         ax.hlines(limit, 0, last, label=f"clipped to {limit:g}", **style)
     if skipped := [row["step"] for row in run.steps if row["bad_steps"]]:

@@ -163,9 +163,8 @@ Eval = exactly(
     **optional(flip=bool),
 )
 Optimizer = exactly(
-    state=dict[
-        Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]
-    ],  # see optim.load_optimizer
+    # What a state may hold is up to the optimizer: see optim.load_optimizer.
+    state=dict[Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]],
     param_groups=list[at_least(params=list[Count])],
 )
 Schedule = exactly(
@@ -324,16 +323,9 @@ def _wrong_tables(manifest: dict) -> str:
 
 # --- other JSON files -------------------------------------------------------------------------------
 
-_ENV = optional(
-    num_train=Count,
-    num_val=Count,
-    num_classes=Positive,
-    commit=Text,
-    command=Text,
-    run=RunId,
-    parent=Text | None,
-)
-Env = Annotated[at_least(**_ENV), AfterValidator(_all_plain)]
+_COUNTS = optional(num_train=Count, num_val=Count, num_classes=Positive)
+_RUN = optional(commit=Text, command=Text, run=RunId, parent=Text | None)
+Env = Annotated[at_least(**_COUNTS, **_RUN), AfterValidator(_all_plain)]
 StudyRun = at_least(**optional(status=Text, flags=list[Text], minutes=NotNegative))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
 # Earlier versions wrote guess_name.

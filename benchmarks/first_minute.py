@@ -32,6 +32,7 @@ MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what eac
     "cifar100": 3,
     "tiny-imagenet": 7,
 }
+HALF_HOUR = sum(MINUTES.values())
 UNFINISHED = ("stopped", "no time")  # as is to be expected of the last parts, except in a rehearsal
 TRAININGS = ("cifar10", "cifar100", "tiny-imagenet")
 REHEARSAL = 5.0  # minutes
@@ -51,9 +52,7 @@ EPILOG = """examples:
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.first_minute", description=__doc__, epilog=EPILOG)
     add, minutes = parser.add_argument, flags.number(float, 0, open_low=True)
-    total = (
-        f"Time for all parts; what one leaves goes to those after it (default: {sum(MINUTES.values()):g})."
-    )
+    total = f"Time for all parts; one leaves what it does not need to the others (default: {HALF_HOUR:g})."
     add("parts", nargs="+", choices=("all", *MINUTES), metavar="PART", help=f"all, {', '.join(MINUTES)}.")
     add("--out", required=True, metavar="DIR", help="Results.")
     add("--work", default="", metavar="DIR", help="Large files, kept to go on from (default: OUT-work).")
@@ -72,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["PYTHONUNBUFFERED"] = "1"  # so that the log is complete if a part is killed
     if args.rehearse:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        data = rehearsal_data(work)
+        from benchmarks.first_minute_data import make_rehearsal
+
+        data = make_rehearsal(work / "archives")
     work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes or (REHEARSAL if args.rehearse else sum(MINUTES[name] for name in names))
 
@@ -86,12 +87,6 @@ def main(argv: list[str] | None = None) -> int:
     bad = [name for name in names if summary[name]["status"] in ("failed", *(UNFINISHED * args.rehearse))]
     print(f"not done: {', '.join(bad)}; see {out / 'log.txt'}" if bad else f"results: {out}")
     return 1 if bad else 0
-
-
-def rehearsal_data(work: Path) -> Path:
-    from benchmarks.first_minute_data import make_rehearsal
-
-    return make_rehearsal(work / "archives")
 
 
 # --- running parts -----------------------------------------------------------------------------------
@@ -148,9 +143,8 @@ def attempt(name: str, command: list[str], limit: float, log: Path, collect) -> 
         output.write(f"\n=== {name}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
         output.flush()
         # In a session of its own, it can be stopped with all that it started.
-        child = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        streams = {"stdout": output, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
         try:
             while (code := child.poll()) is None and time.monotonic() - started < limit:
                 time.sleep(POLL)
@@ -201,7 +195,7 @@ def stop_signals() -> Iterator[None]:
 
 
 def record_epochs(part: str, out: Path, work: Path) -> None:
-    """Append the epochs of a part's trainings that are not among its rows yet, also of a stopped training."""
+    """Append a row for each new epoch of the part's trainings, of unfinished ones too."""
     if part not in TRAININGS:
         return
     from base import schemas

@@ -46,9 +46,8 @@ def build_parser() -> flags.Parser:
     parser.add_argument("--out", required=True, metavar="DIR", help="Archives are written here.")
     for name, text in DATASETS.items():
         parser.add_argument(f"--{name}", default="", metavar="DIR", help=text)
-    parser.add_argument(
-        "--quality", type=flags.number(int, 50, LOSSLESS), default=88, metavar="Q", help=quality
-    )
+    values = flags.number(int, 50, LOSSLESS)
+    parser.add_argument("--quality", type=values, default=88, metavar="Q", help=quality)
     return parser
 
 
@@ -120,25 +119,17 @@ def cifar_members(name: str, folder: Path, quality: int) -> Iterator[Member]:
 
 
 def cifar_images(name: str, folder: Path) -> dict[str, dict[str, np.ndarray]]:
-    """Return {train or test: {class: its images}}, from the published files or from class folders."""
-    from PIL import Image
-
+    """Return {train or test: {class: its images (n, 32, 32, 3)}}."""
+    from sources.images import decode
     from sources.layouts import open_dataset
 
-    if not (folder / "train").is_dir():
-        index = open_dataset(name, folder)
-        parts = {"train": index.train, "test": index.val}
-        return {
-            part: {c: np.stack(split.images)[split.labels == k] for k, c in enumerate(index.classes)}
-            for part, split in parts.items()
-        }
-    return {
-        part: {
-            place.name: np.stack([np.asarray(Image.open(path)) for path in sorted(place.glob("*.png"))])
-            for place in sorted((folder / part).iterdir())
-        }
-        for part in ("train", "test")
-    }
+    index = open_dataset(name, folder)
+
+    def by_class(split) -> dict[str, np.ndarray]:
+        ids = {c: np.flatnonzero(split.labels == k) for k, c in enumerate(index.classes)}
+        return {c: np.stack([decode(data) for data in split.read(own)]) for c, own in ids.items()}
+
+    return {"train": by_class(index.train), "test": by_class(index.val)}
 
 
 def encoded(images: np.ndarray, quality: int) -> bytes:
@@ -197,9 +188,8 @@ def tiny_imagenet_members(folder: Path) -> Iterator[Member]:
     """Yield val, then training images in groups of every class. Together, their headers compress well."""
     root = next((p for p in (folder, folder / "tiny-imagenet-200") if (p / "train").is_dir()), folder)
     val = [root / "val/val_annotations.txt", *sorted((root / "val/images").glob("*"))]
-    train = list(
-        in_turns(sorted((place / "images").iterdir()) for place in sorted((root / "train").iterdir()))
-    )
+    places = sorted((root / "train").iterdir())
+    train = list(in_turns(sorted((place / "images").iterdir()) for place in places))
     for part, paths in (("val", val), ("train", train)):
         for k in range(0, len(paths), FILES):
             file = io.BytesIO()
@@ -291,9 +281,8 @@ def make_rehearsal(out: Path) -> Path:
 def generate(name: str, folder: Path) -> None:
     """Write images of noise, three classes of them, in the layout of the dataset `name`."""
     rng = np.random.default_rng(0)
-    side, suffix, below = {"photos": (120, "JPEG", ""), "tiny-imagenet": (64, "JPEG", "/images")}.get(
-        name, (32, "png", "")
-    )
+    large = {"photos": (120, "JPEG", ""), "tiny-imagenet": (64, "JPEG", "/images")}
+    side, suffix, below = large.get(name, (32, "png", ""))
     places = {f"train/{c}{below}/{i}.{suffix}": c for c in ("ant", "bee", "cat") for i in range(40)}
     if name.startswith("cifar"):
         places |= {f"test/{c}/{i}.{suffix}": c for c in ("ant", "bee", "cat") for i in range(10)}

@@ -17,20 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
 from base import errors, flags, process
 
 ROOT = Path(__file__).resolve().parent.parent
-GPU_FACTS = (
-    "driver_version",
-    "power.limit",
-    "clocks.max.sm",
-    "clocks.max.mem",
-    "clocks.sm",
-    "temperature.gpu",
-)
+GPU_FACTS = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,temperature.gpu"
 # px and batch size, beyond the documents'. A size ends with the first batch that does not fit.
 LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), (64, 4096), (128, 1024))
 LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
@@ -41,9 +35,7 @@ CIFAR = """--stem small --head linear --resize-schedule 32 --batch-size 512 --op
 STUDY = "tiny_imagenet_02"
 RUNGS = ("mixup,progressive,all", "mixup+cutmix,drop-path,last-size-only")  # in order of value
 # The flags of the study's variant "progressive", for a trial of its speed.
-PROGRESSIVE = (
-    "--batch-size 256 --augment basic --mixup-alpha 0.2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
-)
+PROGRESSIVE = "--batch-size 256 --augment basic --mixup-alpha .2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
 SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
 LONGEST = 100  # epochs
 STARTUP = 15.0  # seconds of a training before its first step
@@ -104,12 +96,12 @@ def environment(s: Setting) -> None:
 def gpu_facts() -> dict[str, str]:
     """Return what nvidia-smi says about the first GPU; {} without one."""
     try:
-        query = ["nvidia-smi", f"--query-gpu={','.join(GPU_FACTS)}", "--format=csv,noheader"]
+        query = ["nvidia-smi", f"--query-gpu={GPU_FACTS}", "--format=csv,noheader"]
         line = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    values = line.splitlines()[0].split(", ")
-    return {name.replace(".", "_"): value for name, value in zip(GPU_FACTS, values, strict=True)}
+    names, values = GPU_FACTS.replace(".", "_").split(","), line.splitlines()[0].split(", ")
+    return dict(zip(names, values, strict=True))
 
 
 def missing_packages() -> list[str]:
@@ -203,10 +195,7 @@ def large_batches(s: Setting) -> None:
 
 def loader(s: Setting) -> None:
     """This project's loader and its peers with the full augmentation: all cores first, then fewer."""
-    from benchmarks import first_minute_data
-
-    photos = first_minute_data.unpack("photos", s.data, s.work)
-    words = ["--data-dir", photos, "--out", s.out, "--work-dir", s.work / "loader"]
+    words = ["--data-dir", unpacked(s, "photos"), "--out", s.out, "--work-dir", s.work / "loader"]
     options = ["--augmentations", "full", "--batches", 4, "--passes", 2]
     most = min(16, process.cores())
     counts = dict.fromkeys([most, 1, *(n for n in (8, 4, 2) if n < most)])
@@ -222,8 +211,6 @@ def loader(s: Setting) -> None:
 
 def syncs(s: Setting) -> None:
     """Where the host waits for the GPU, per step: in the step alone, and in a whole run of train.py."""
-    import torch
-
     from base.device import init_runtime
     from benchmarks import step_loops
 
@@ -242,7 +229,6 @@ def syncs(s: Setting) -> None:
     with synchronizations() as places:
         in_this_process("train.py", words)
     record_places(s, "train.py", places, steps)
-    print(f"counted with {torch.cuda.device_count()} GPUs")
 
 
 def in_this_process(script: str, words: list) -> None:
@@ -255,13 +241,10 @@ def in_this_process(script: str, words: list) -> None:
 
 
 def record_places(s: Setting, run: str, places: Counter, steps: int) -> None:
-    for place, count in places.most_common():
+    for place, count in [*places.most_common(), ("all", places.total())]:
         print(f"{run}: {count:5} in {steps} steps: {place}", flush=True)
         columns = {"run": run, "place": place, "steps": steps, "count": count, "per_step": count / steps}
         s.record("syncs", f"{run}, {place}", columns)
-    total = places.total()
-    columns = {"run": run, "place": "all", "steps": steps, "count": total, "per_step": total / steps}
-    s.record("syncs", f"{run}, all", columns)
 
 
 @contextmanager
@@ -299,15 +282,7 @@ def own_line() -> str:
 # --- trainings ---------------------------------------------------------------------------------------
 
 
-def cifar10(s: Setting) -> None:
-    train_cifar(s, "cifar10")
-
-
-def cifar100(s: Setting) -> None:
-    train_cifar(s, "cifar100")
-
-
-def train_cifar(s: Setting, name: str) -> None:
+def cifar(s: Setting, name: str) -> None:
     """ResNet-34, for as many epochs as the time allows."""
     words = ["--dataset", name, "--data-dir", unpacked(s, name), *CIFAR.split()]
     words += SMALL if s.rehearse else ["--arch", "resnet34", "--num-workers", process.cores()]
@@ -326,16 +301,8 @@ def tiny_imagenet(s: Setting) -> None:
     def first_rung() -> float:
         images = len(open_dataset(name, data).train)
         subset = min(images, 40 if s.rehearse else 10_000)
-        words = [
-            "--dataset",
-            name,
-            "--data-dir",
-            data,
-            *PROGRESSIVE.split(),
-            "--subset",
-            "--subset-size",
-            subset,
-        ]
+        words = ["--dataset", name, "--data-dir", data, *PROGRESSIVE.split()]
+        words += ["--subset", "--subset-size", subset]
         words += ["--resize-schedule", "16,24,32" if s.rehearse else "64,128,224"]
         words += SMALL if s.rehearse else ["--num-workers", process.cores()]
         first, second, third = epoch_seconds(s, name, words).values()
@@ -392,8 +359,8 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "syncs": syncs,
     "large-batches": large_batches,
     "loader": loader,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
+    "cifar10": partial(cifar, name="cifar10"),
+    "cifar100": partial(cifar, name="cifar100"),
     "tiny-imagenet": tiny_imagenet,
 }
 

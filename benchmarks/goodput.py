@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def child(log: Path, argv: list[str]) -> None:
     """Run train.py, log each step and each save, and die with the parent process."""
-    import ctypes
+    from harness.interrupts import die_with_parent
 
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    die_with_parent()
     import loop
 
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

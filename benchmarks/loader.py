@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from base import errors, flags, process
-from base.errors import DataError, ResourceError, UsageError
+from base.errors import ResourceError, UsageError
 
 REFERENCE = "packed"  # every other loader takes turns with it
 AUGMENTATIONS = ("basic", "full", "evaluation")
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as scratch:
             measure_all(args, Path(args.work_dir or scratch))
     rows = records.load(args.out, "loader")
-    print(table(rows))
+    print(records.table(rows, COLUMNS))
     draw(rows, Path(args.out) / "loader.png")
     return 0
 
@@ -85,7 +85,7 @@ def measure_all(args, work_dir: Path) -> None:
         for row in compare(loaders(data, setting), setting, args.passes, done, missing):
             records.append(args.out, row | records.environment())
             done.add(row["row"])
-            print(line(row), flush=True)
+            print(records.line(row, COLUMNS), flush=True)
 
 
 # --- the data -------------------------------------------------------------------------------------
@@ -112,18 +112,14 @@ def prepare(data_dir: str, limit: int, sides: tuple[int, ...], work_dir: Path):
 
 def link(data_dir: str, limit: int, folder: Path) -> None:
     """Link at most `limit` images of `data_dir`/train into `folder`/train; they are `folder`/val as well."""
-    from sources import folders
-    from sources.index import balanced_subset
+    from benchmarks.storage import some_of
 
-    listing = folders.list_classes(data_dir, "train")
-    split = listing.split([name for name in listing.classes if listing.by_class[name]])
-    if not len(split):
-        raise DataError(f"no images in {os.path.abspath(data_dir)}/train", folders.ACCEPTED)
-    for i in balanced_subset(split.labels, min(limit, len(split)), seed=0):
-        path = folder / split.name(int(i))
+    _, images = some_of(data_dir, limit)
+    for i in images.ids.tolist():
+        path = folder / images.base.name(i)
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.is_symlink():
-            path.symlink_to(os.path.abspath(split.path(int(i))))
+            path.symlink_to(os.path.abspath(images.base.path(i)))
     if not (folder / "val").is_symlink():
         (folder / "val").symlink_to("train")
 
@@ -215,29 +211,20 @@ def one_pass(loader: Iterable) -> tuple[float, float]:
 
 def cpu_seconds() -> float:
     """Return the CPU seconds that this process, its threads and its living workers have used (Linux)."""
-    clocks = [
-        (~worker.pid << 3) | 2 for worker in multiprocessing.active_children()
-    ]  # clock_getcpuclockid(3)
+    # The clock of a process, as clock_getcpuclockid(3) numbers it.
+    clocks = [(~worker.pid << 3) | 2 for worker in multiprocessing.active_children()]
     return time.process_time() + sum(map(time.clock_gettime, clocks))
 
 
 # --- the table ------------------------------------------------------------------------------------
 
-HEADER = """\
-|  px | pipeline   | workers | loader                   | CPU us/image: best | median | images/s | packed: less CPU | faster |
-| --: | ---------- | ------: | ------------------------ | -----------------: | -----: | -------: | ---------------: | -----: |"""  # noqa: E501
-
-
-def table(rows: list[dict]) -> str:
-    return "\n".join([HEADER, *map(line, rows)])
-
-
-def line(row: dict) -> str:
-    return (
-        f"| {row['size']:>3} | {row['augmentation']:<10} | {row['workers']:>7} | {row['loader']:<24} | "
-        f"{row['cpu_us']:>18,.0f} | {row['cpu_us_median']:>6,.0f} | {row['images_per_second']:>8,.0f} | "
-        f"{row['packed_saves_cpu']:>15.2f}x | {row['packed_is_faster']:>5.2f}x |"
-    )
+COLUMNS = {  # heading -> (column, format)
+    "CPU us/image: best": ("cpu_us", ",.0f"),
+    "median": ("cpu_us_median", ",.0f"),
+    "images/s": ("images_per_second", ",.0f"),
+    "packed: less CPU": ("packed_saves_cpu", ".2f"),
+    "faster": ("packed_is_faster", ".2f"),
+}
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -245,9 +232,8 @@ def draw(rows: list[dict], path: Path) -> None:
     from analysis import figures
 
     rows = [row for row in rows if row["workers"] == min(r["workers"] for r in rows)]
-    panels, sizes, names = (
-        list(dict.fromkeys(row[key] for row in rows)) for key in ("augmentation", "size", "loader")
-    )
+    keys = ("augmentation", "size", "loader")
+    panels, sizes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
     figure = figures.figure(1.2 + 3.4 * len(panels), 3.4, "CPU time of an image, best pass")
     width = 0.85 / len(names)
     for axis, panel in zip(figures.axes(figure, 1, len(panels), sharey=True)[0], panels, strict=True):
@@ -257,7 +243,7 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.bar(places, [row["cpu_us"] for row in shown], width, color=f"C{k}", label=name)
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
         axis.set(title=panel, ylabel="CPU us / image", yscale="log")
-    axis.legend(fontsize=7) if len(panels) == 1 else figure.axes[0].legend(fontsize=7)
+    figure.axes[0].legend(fontsize=7)
     print(f"picture: {figures.save(figure, path)}")
 
 

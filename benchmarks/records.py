@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from base import files, process
 from base.errors import DataError
 
+ROW_WIDTH = 60  # of the names of rows in a table
 REQUIRED = ("benchmark", "row", "machine", "commit", "load")
 
 
@@ -76,3 +78,19 @@ def finished(directory: str | os.PathLike, benchmark: str) -> set[str]:
         return set()
     commit = process.commit()
     return {record["row"] for record in load(directory, benchmark) if record.get("commit") == commit}
+
+
+def table(rows: Iterable[dict], columns: dict[str, tuple[str, str]]) -> str:
+    """Return `rows` as Markdown; `columns` are {heading: (column, format)}."""
+    heading = "| " + " | ".join([" " * ROW_WIDTH, *(f"{name:>6}" for name in columns)]) + " |"
+    below = "| --- |" + " --: |" * len(columns)
+    return "\n".join([heading, below, *(line(row, columns) for row in rows)])
+
+
+def line(row: dict, columns: dict[str, tuple[str, str]]) -> str:
+    """Return a line of `table`, to be printed as soon as the row is measured."""
+    cells = [f"{row['row']:<{ROW_WIDTH}}"]
+    for heading, (column, form) in columns.items():
+        value = row.get(column)
+        cells.append(f"{'' if value is None else format(value, form):>{max(6, len(heading))}}")
+    return f"| {' | '.join(cells)} |"

@@ -59,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
         for rows in comparisons(args, batch_sizes, runtime, done):
             for row in rows:  # after each comparison: a failure must not lose hours of timing
                 records.append(args.out, row | records.environment(str(runtime.device)))
-                print(line(row), flush=True)
+                print(records.line(row, COLUMNS), flush=True)
     rows = records.load(args.out, "step")
-    print(table(rows))
+    print(records.table(rows, COLUMNS))
     draw(rows, Path(args.out) / "step.png")
     return 0
 
@@ -112,13 +112,13 @@ def compare(loops: dict[str, tuple], rounds: int, steps: int | None, *, count: b
     """
     made, memory = {}, {}
     for name, (loop, setting) in loops.items():
-        device = setting.runtime.device
         try:
-            made[name], memory[name] = warmed_up(lambda loop=loop, setting=setting: loop(setting), device)
+            made[name], memory[name] = warmed_up(loop, setting)
         except (ImportError, UserError) as error:
             if name == "project":
                 raise
             print(f"{name}: skipped ({getattr(error, 'what', error)})", flush=True)
+    device = setting.runtime.device  # all loops of a comparison have the same
     timings = in_turns(made, rounds, steps or (20 if device.type == "cuda" else 1), device)
     rows = [row_of(name, loops[name][1], timings, memory[name]) for name in made]
     return [row | counts(row, loops[row["loop"]][1], made[row["loop"]], calls=count) for row in rows]
@@ -156,25 +156,24 @@ def counts(row: dict, setting, step: Callable, *, calls: bool) -> dict:
     """Return the columns of a row that are counted rather than timed."""
     from benchmarks import step_counts
 
-    found = step_counts.calls(step) if calls else {}
-    if (
-        calls and row["loop"] == "project" and setting.runtime.device.type == "cpu"
-    ):  # such as the row of width 1
+    found, on_cpu = step_counts.calls(step) if calls else {}, setting.runtime.device.type == "cpu"
+    if calls and on_cpu and row["loop"] == "project":  # such as the row of width 1
         found["host_reads"] = step_counts.host_reads(setting)
     if setting.runtime.device.type == "cuda":
         found |= step_counts.gpu_activity(step, row["milliseconds"] / 1000)
     return found
 
 
-def warmed_up(make: Callable[[], Callable], device) -> tuple[Callable, int | None]:
+def warmed_up(loop: Callable, setting) -> tuple[Callable, int | None]:
     """Make a loop and take three steps; return it with its peak memory in MiB (None except on a GPU)."""
     import torch
 
+    device = setting.runtime.device
     gpu = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if gpu else 0
     if gpu:
         torch.cuda.reset_peak_memory_stats(device)
-    step = make()
+    step = loop(setting)
     for _ in range(3):
         step()
     return step, round((torch.cuda.max_memory_allocated(device) - before) / 2**20) if gpu else None
@@ -207,6 +206,7 @@ COLUMNS = {  # heading -> (column, format)
     "x bare": ("times_bare", ".3f"),
     "CPU": ("cpu_times_bare", ".3f"),
     "x timm": ("times_timm", ".3f"),
+    "x default": ("times_faster_than_default", ".2f"),
     "calls": ("aten_calls", ","),
     "mixed": ("mixed_foreach_calls", ","),
     "reads": ("host_reads", ","),
@@ -215,18 +215,6 @@ COLUMNS = {  # heading -> (column, format)
     "waits": ("waits", ".1f"),
     "MiB": ("memory_mib", ",.0f"),
 }
-
-
-def table(rows: list[dict]) -> str:
-    heading = "| model, size, batch, precision, loop | " + " | ".join(COLUMNS) + " |"
-    return "\n".join([heading, "| --- |" + " --: |" * len(COLUMNS), *map(line, rows)])
-
-
-def line(row: dict) -> str:
-    cells = ["" if row.get(column) is None else format(row[column], how) for column, how in COLUMNS.values()]
-    faster = row.get("times_faster_than_default")
-    name = row["row"] + (f" ({faster:.2f}x the default)" if faster else "")
-    return f"| {name} | " + " | ".join(cells) + " |"
 
 
 def draw(rows: list[dict], path: Path) -> None:

@@ -20,9 +20,14 @@ from base import errors, flags
 from base.errors import DataError
 
 CROPS = 4  # per image
-HEADER = """\
-|  px | side | quality |    kB | decode us | PSNR dB | worst tenth | power left: middle | upper |
-| --: | ---: | ------: | ----: | --------: | ------: | ----------: | -----------------: | ----: |"""
+COLUMNS = {  # heading -> (column, format)
+    "kB": ("kilobytes", ".1f"),
+    "decode us": ("decode_us", ",.0f"),
+    "PSNR dB": ("psnr", ".1f"),
+    "worst tenth": ("psnr_worst_tenth", ".1f"),
+    "power left: middle": ("power_mid", ".2f"),
+    "upper": ("power_high", ".2f"),
+}
 
 
 def build_parser() -> flags.Parser:
@@ -48,30 +53,18 @@ def main(argv: list[str] | None = None) -> int:
     cv2.setNumThreads(1)
     photographs = load(args.data_dir, args.images)
     spectra = {}
-    print(HEADER)
+    print(records.table((), COLUMNS))
     for size, ratio, quality in itertools.product(args.sizes, args.ratios, args.qualities):
         side = round(size * ratio / 8) * 8
         row, spectra[size, side, quality] = measure(photographs, size, side, quality)
-        name = {"benchmark": "storage", "row": f"{size} px, side {side}, quality {quality}"}
-        records.append(args.out, name | row | records.environment())
-        print(line(row), flush=True)
+        row = {"benchmark": "storage", "row": f"{size} px, side {side}, quality {quality}"} | row
+        records.append(args.out, row | records.environment())
+        print(records.line(row, COLUMNS), flush=True)
     row = packing_cost(args.data_dir, args.images)
     records.append(args.out, {"benchmark": "packing", "row": "packing"} | row | records.environment())
     print(f"packing {row['sides']} px: {row['cpu_ms']} ms of CPU time an image")
     draw(spectra, Path(args.out) / "storage.png")
     return 0
-
-
-def table(rows: list[dict]) -> str:
-    return "\n".join([HEADER, *map(line, rows)])
-
-
-def line(row: dict) -> str:
-    return (
-        f"| {row['size']:>3} | {row['side']:>4} | {row['quality']:>7} | {row['kilobytes']:>5.1f} | "
-        f"{row['decode_us']:>9,.0f} | {row['psnr']:>7.1f} | {row['psnr_worst_tenth']:>11.1f} | "
-        f"{row['power_mid']:>18.2f} | {row['power_high']:>5.2f} |"
-    )
 
 
 def some_of(data_dir: str, count: int):

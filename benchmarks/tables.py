@@ -84,9 +84,7 @@ def filled(name: str, rows: Rows) -> str:
     if not table[1:]:
         return UNMEASURED.format(part=part) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
-    right = [
-        "--:" if all(is_number(cell) for cell in column) else "---" for column in zip(*lines, strict=True)
-    ]
+    right = ["--:" if all(map(is_number, column)) else "---" for column in zip(*lines, strict=True)]
     drawn = [f"| {' | '.join(line)} |" for line in (header, right, *lines)]
     places = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in used)
     return "\n".join([*drawn, "", *([f"{'; '.join(places)}.", ""] if used else [])])
@@ -107,65 +105,47 @@ def is_number(cell: str) -> bool:
 # --- the tables: each returns its cells and the rows they come from -----------------------------------
 
 
+def columns(rows: Rows, cells: dict[str, str]) -> tuple[Table, Rows]:
+    """Return the table of the columns `cells`, {heading: key}, with a line for each row."""
+    return [list(cells), *([row.get(key) for key in cells.values()] for row in rows)], rows
+
+
 def machine(rows: Rows) -> tuple[Table, Rows]:
-    names = {
-        "device": "GPU",
-        "driver_version": "driver",
-        "cores": "CPU cores",
-        "power_limit": "power limit",
-        "clocks_max_sm": "highest SM clock",
-        "matmul_tflops": "bf16 TFLOP/s (8192 x 8192 product)",
-        "copy_tb_per_s": "copy, TB/s read and written",
-    }
-    used = of_part(rows, "environment")
-    return [list(names.values()), *([row.get(name) for name in names] for row in used)], used
+    cells = {"GPU": "device", "driver": "driver_version", "CPU cores": "cores", "power limit": "power_limit"}
+    cells |= {"highest SM clock": "clocks_max_sm", "bf16 TFLOP/s (8192 x 8192 product)": "matmul_tflops"}
+    cells |= {"copy, TB/s read and written": "copy_tb_per_s"}
+    return columns(of_part(rows, "environment"), cells)
 
 
 def gpu_tests(rows: Rows) -> tuple[Table, Rows]:
     used = [row for row in of_part(rows, "gpu-tests") if "passed" in row]
-    columns = ["passed", "failed", "skipped"]
-    return [columns, *([row[name] for name in columns] for row in used)], used
+    return columns(used, {name: name for name in ("passed", "failed", "skipped")})
+
+
+STEP = {"px": "size", "batch": "batch_size", "loop": "name", "images/s": "images_per_second"}
+COMPARED = {"x bare": "times_bare", "x timm": "times_timm"}
 
 
 def step(rows: Rows) -> tuple[Table, Rows]:
-    header = ["px", "batch", "loop", "images/s", "ms", "x bare", "x timm", "kernels", "GPU busy %", "waits"]
     used = [row for row in rows if row["benchmark"] == "step" and is_documents(row)]
+    used = [row | {"name": row["variant"] or row["loop"]} for row in used]
     used.sort(key=lambda row: row["size"])  # stable: the loops stay in their order
-    keys = (
-        "images_per_second",
-        "milliseconds",
-        "times_bare",
-        "times_timm",
-        "kernels",
-        "busy_percent",
-        "waits",
-    )
-    lines = [
-        [row["size"], row["batch_size"], row["variant"] or row["loop"], *(row.get(key) for key in keys)]
-        for row in used
-    ]
-    return [header, *lines], used
+    counted = {"kernels": "kernels", "GPU busy %": "busy_percent", "waits": "waits"}
+    return columns(used, STEP | {"ms": "milliseconds"} | COMPARED | counted)
 
 
 def large_batches(rows: Rows) -> tuple[Table, Rows]:
-    header = ["px", "batch", "images/s", "x bare", "x timm", "memory, MiB"]
-    used = [
-        row for row in rows if row["benchmark"] == "step" and row["loop"] == "project" and not row["variant"]
-    ]
-    used += [row for row in of_part(rows, "large-batches") if not row["fits"]]
+    used = [r for r in rows if r["benchmark"] == "step" and (r["loop"], r["variant"]) == ("project", "")]
+    full = [row for row in of_part(rows, "large-batches") if not row["fits"]]
+    used += [row | {"images_per_second": "does not fit"} for row in full]
     used.sort(key=lambda row: (row["size"], row["batch_size"]))
-    keys = ("images_per_second", "times_bare", "times_timm", "memory_mib")
-    lines = []
-    for row in used:
-        cells = [row.get(key) for key in keys] if "loop" in row else ["does not fit", None, None, None]
-        lines.append([row["size"], row["batch_size"], *cells])
-    return [header, *lines], used
+    cells = STEP | COMPARED | {"memory, MiB": "memory_mib"}
+    return columns(used, {heading: key for heading, key in cells.items() if heading != "loop"})
 
 
 def syncs(rows: Rows) -> tuple[Table, Rows]:
-    used = of_part(rows, "syncs")
-    lines = [[row["run"], row["place"], row["count"], row["steps"], row["per_step"]] for row in used]
-    return [["run", "from", "waits", "steps", "a step"], *lines], used
+    cells = {"run": "run", "from": "place", "waits": "count", "steps": "steps", "a step": "per_step"}
+    return columns(of_part(rows, "syncs"), cells)
 
 
 def loader(rows: Rows) -> tuple[Table, Rows]:
@@ -178,9 +158,7 @@ def loader(rows: Rows) -> tuple[Table, Rows]:
             wanted[row["size"]] = max(wanted.get(row["size"], 0.0), row["images_per_second"])
     rates = {(row["size"], row["loader"], row["workers"]): row["images_per_second"] for row in used}
     pairs = dict.fromkeys((size, name) for size, name, _ in sorted(rates, key=lambda key: key[0]))
-    lines = [
-        [size, name, *(rates.get((size, name, n)) for n in workers), wanted.get(size)] for size, name in pairs
-    ]
+    lines = [[px, name, *(rates.get((px, name, n)) for n in workers), wanted.get(px)] for px, name in pairs]
     return [["px", "loader", *(f"{n} workers" for n in workers), "the step takes"], *lines], used
 
 
@@ -200,17 +178,7 @@ def loader_cpu(rows: Rows) -> tuple[Table, Rows]:
 
 def trainings(rows: Rows) -> tuple[Table, Rows]:
     """The last epoch of each training."""
-    header = [
-        "data",
-        "run",
-        "architecture",
-        "epochs",
-        "px",
-        "top-1 %",
-        "train top-1 %",
-        "minutes",
-        "images/s",
-    ]
+    header = ["data", "run", "architecture", "epochs", "px"]
     runs: dict[tuple, Rows] = {}
     for row in rows:
         if row["benchmark"] == "first_minute" and row.get("epochs"):
@@ -224,7 +192,7 @@ def trainings(rows: Rows) -> tuple[Table, Rows]:
         scores = [last["val_top1"], last["train_top1"], minutes, last["images_per_second"]]
         lines.append([part, run, last["arch"], count, last["image_size"], *scores])
         used.append(last)
-    return [header, *lines], used
+    return [[*header, "top-1 %", "train top-1 %", "minutes", "images/s"], *lines], used
 
 
 def of_part(rows: Rows, part: str) -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 HEADER = ["what", "target", "measured", "met", "command: `python -m benchmarks.` ..."]
@@ -11,126 +10,73 @@ SIZES = (64, 128, 224)
 
 @dataclass(frozen=True)
 class Target:
-    """`wanted` holds a bound for each of the `values` that the rows must have."""
+    """What a column should be in the rows that contain `wanted`: a bound for each of SIZES, or only one."""
 
     what: str
-    command: str
-    values: Callable[[list[dict]], list[tuple[float, dict] | None]]  # each with its row; None: not measured
-    wanted: tuple[float, ...]
+    column: str
+    wanted: dict[str, object]
+    bounds: tuple[float, ...]
     at_least: bool = False
     form: str = ",.0f"
+    command: str = ""  # by default that of the benchmark
+    gpu: bool = False  # only rows that were measured on a GPU count
+
+    def found(self, rows: list[dict]) -> list[dict | None]:
+        """Return the latest fitting row at each size; None if it was not measured."""
+        known = [r for r in rows if r.get(self.column) is not None and (r.get("cuda") or not self.gpu)]
+        each = [{"size": size} for size in SIZES] if len(self.bounds) > 1 else [{}]
+        wanted = [(self.wanted | size).items() for size in each]
+        return [next((row for row in reversed(known) if w <= row.items()), None) for w in wanted]
 
     def line(self, rows: list[dict]) -> list[str]:
-        found = self.values(rows)
-        values = [None if pair is None else pair[0] for pair in found]
+        values = [row and row[self.column] for row in self.found(rows)]
         measured = " / ".join("-" if value is None else format(value, self.form) for value in values)
-        wanted = ("at least " if self.at_least else "at most ") + " / ".join(f"{w:g}" for w in self.wanted)
-        return [self.what, wanted, measured, self.met(values), f"`{self.command}`"]
+        bounds = ("at least " if self.at_least else "at most ") + " / ".join(f"{b:g}" for b in self.bounds)
+        command = self.command or COMMANDS[self.wanted["benchmark"]]
+        return [self.what, bounds, measured, self.met(values), f"`{command}`"]
 
     def met(self, values: list[float | None]) -> str:
         if None in values:
             return ""
-        pairs = zip(values, self.wanted, strict=True)
-        return "yes" if all(v >= w if self.at_least else v <= w for v, w in pairs) else "no"
+        pairs = zip(values, self.bounds, strict=True)
+        return "yes" if all(v >= b if self.at_least else v <= b for v, b in pairs) else "no"
 
 
-def column(name: str, benchmark: str, wanted: dict, sizes: tuple = SIZES) -> Callable:
-    """Return a function that finds column `name` of the row of `benchmark` at each size with `wanted`."""
-
-    def find(rows: list[dict]) -> list[tuple[float, dict] | None]:
-        found = []
-        for size in sizes:
-            fits = {"benchmark": benchmark} | wanted | ({"size": size} if size else {})
-            matching = [row for row in rows if fits.items() <= row.items() and row.get(name) is not None]
-            found.append((matching[-1][name], matching[-1]) if matching else None)
-        return found
-
-    return find
+def loader(augmentation: str, name: str, **size: int) -> dict[str, object]:
+    return {"benchmark": "loader", "workers": 1, "augmentation": augmentation, "loader": name} | size
 
 
-def loader(name: str, augmentation: str, row: str, sizes: tuple = SIZES) -> Callable:
-    return column(name, "loader", {"augmentation": augmentation, "loader": row, "workers": 1}, sizes)
-
-
-def python_step(name: str, precision: str) -> Callable:
-    """Find a column of the step of a ResNet-50 of width 1."""
-    wanted = {"arch": "resnet50", "narrow": True, "loop": "project", "precision": precision}
-    return column(name, "step", wanted, (None,))
-
-
-def gpu_step(name: str, **wanted: object) -> Callable:
-    wanted = {"arch": "resnet50", "narrow": False, "loop": "project", "variant": ""} | wanted
-    find = column(name, "step", wanted)
-    return lambda rows: find([row for row in rows if row.get("cuda")])
-
-
-LOADER, STEP = "loader --data-dir DIR", "step"
+COMMANDS = {"step": "step", "loader": "loader --data-dir DIR", "packing": "storage --data-dir DIR"}
+STEP = {"benchmark": "step", "arch": "resnet50", "loop": "project", "variant": ""}
+NARROW = STEP | {"narrow": True, "precision": "bf16"}  # of width 1: what is left is mostly Python
+WIDE, COMPILED = STEP | {"narrow": False}, STEP | {"narrow": False, "variant": "compile"}
 AT = "at 64 / 128 / 224 px"
+FASTER = {"at_least": True, "form": ".1f"}
 TARGETS = (
-    Target("host reads in a training step", STEP, python_step("host_reads", "bf16"), (0,)),
-    Target("foreach calls over mixed dtypes", STEP, python_step("mixed_foreach_calls", "bf16"), (0,)),
-    Target("ATen calls of a step without views", STEP, python_step("aten_calls", "bf16"), (605,)),
-    Target(
-        "Python of a step, x the bare loop", STEP, python_step("cpu_times_bare", "fp32"), (1.05,), form=".3f"
-    ),
-    Target(f"step {AT} on a GPU, x the bare loop", STEP, gpu_step("times_bare"), (1.03,) * 3, form=".3f"),
-    Target(f"step {AT} on a GPU, x timm's", STEP, gpu_step("times_timm"), (1,) * 3, form=".3f"),
-    Target(
-        f"step {AT} on a GPU with --compile, x eager's speed",
-        f"{STEP} --variants compile",
-        gpu_step("times_faster_than_default", variant="compile"),
-        (1,) * 3,
-        at_least=True,
-        form=".2f",
-    ),
-    Target(
-        f"scoring {AT}, packed: CPU us an image",
-        LOADER,
-        loader("cpu_us", "evaluation", "packed"),
-        (50, 70, 120),
-    ),
-    Target(
-        "64 px, crop + flip, from JPEG: CPU us", LOADER, loader("cpu_us", "basic", "packed", (64,)), (150,)
-    ),
-    Target(
-        "64 px, crop + flip, from raw: CPU us", LOADER, loader("cpu_us", "basic", "packed, raw", (64,)), (60,)
-    ),
-    Target("64 px, full, from raw: CPU us", LOADER, loader("cpu_us", "full", "packed, raw", (64,)), (130,)),
-    Target(
-        f"crop + flip {AT}: torchvision's CPU time (PIL), x ours",
-        LOADER,
-        loader("packed_saves_cpu", "basic", "torchvision, PIL"),
-        (10, 4.5, 2.3),
-        at_least=True,
-        form=".1f",
-    ),
-    Target(
-        f"full {AT}: CPU time from full-size JPEGs, x packed",
-        LOADER,
-        loader("packed_saves_cpu", "full", "full-size"),
-        (6, 3.5, 2),
-        at_least=True,
-        form=".1f",
-    ),
-    Target(
-        f"crop + flip {AT}: FFCV's CPU time (side 500), x ours",
-        LOADER,
-        loader("packed_saves_cpu", "basic", "FFCV, side 500"),
-        (1, 1, 1),
-        at_least=True,
-        form=".1f",
-    ),
-    Target(
-        "packing three sides: CPU ms an image",
-        "storage --data-dir DIR",
-        column("cpu_ms", "packing", {}, (None,)),
-        (8,),
-        form=".1f",
-    ),
-)
+    Target("host reads in a training step", "host_reads", NARROW, (0,)),
+    Target("foreach calls over mixed dtypes", "mixed_foreach_calls", NARROW, (0,)),
+    Target("ATen calls of a step without views", "aten_calls", NARROW, (605,)),
+    Target("Python of a step, x the bare loop", "cpu_times_bare", NARROW | {"precision": "fp32"}, (1.05,),
+           form=".3f"),
+    Target(f"step {AT} on a GPU, x the bare loop", "times_bare", WIDE, (1.03,) * 3, form=".3f", gpu=True),
+    Target(f"step {AT} on a GPU, x timm's", "times_timm", WIDE, (1,) * 3, form=".3f", gpu=True),
+    Target(f"step {AT} on a GPU with --compile, x eager's speed", "times_faster_than_default", COMPILED,
+           (1,) * 3, at_least=True, form=".2f", gpu=True, command="step --variants compile"),
+    Target(f"scoring {AT}, packed: CPU us an image", "cpu_us", loader("evaluation", "packed"), (50, 70, 120)),
+    Target("64 px, crop + flip, from JPEG: CPU us", "cpu_us", loader("basic", "packed", size=64), (150,)),
+    Target("64 px, crop + flip, from raw: CPU us", "cpu_us", loader("basic", "packed, raw", size=64), (60,)),
+    Target("64 px, full, from raw: CPU us", "cpu_us", loader("full", "packed, raw", size=64), (130,)),
+    Target(f"crop + flip {AT}: torchvision's CPU time (PIL), x ours", "packed_saves_cpu",
+           loader("basic", "torchvision, PIL"), (10, 4.5, 2.3), **FASTER),
+    Target(f"full {AT}: CPU time from full-size JPEGs, x packed", "packed_saves_cpu",
+           loader("full", "full-size"), (6, 3.5, 2), **FASTER),
+    Target(f"crop + flip {AT}: FFCV's CPU time (side 500), x ours", "packed_saves_cpu",
+           loader("basic", "FFCV, side 500"), (1,) * 3, **FASTER),
+    Target("packing three sides: CPU ms an image", "cpu_ms", {"benchmark": "packing"}, (8,), form=".1f"),
+)  # fmt: skip
 
 
 def targets(rows: list[dict]) -> tuple[list[list[str]], list[dict]]:
     """Return the cells of the table, the header first, and the rows they come from."""
-    used = [pair[1] for target in TARGETS for pair in target.values(rows) if pair is not None]
+    used = [row for target in TARGETS for row in target.found(rows) if row is not None]
     return [HEADER, *(target.line(rows) for target in TARGETS)], used

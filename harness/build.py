@@ -29,7 +29,7 @@ from models import build_model
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
 from sources.images import TrainTransform, default_crop
-from sources.index import DatasetIndex, FileSplit, SubsetSplit, read_class_weights, training_sample
+from sources.index import DatasetIndex, FileSplit, read_class_weights, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
@@ -40,9 +40,8 @@ def open_runtime(config) -> Runtime:
     if config.sync_bn and runtime.device.type != "cuda":
         raise UsageError("--sync-bn needs GPUs", "leave it out on a CPU")
     if config.cuda_graphs and runtime.device.type != "cuda":
-        raise UsageError(
-            f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}", "use --no-cuda-graphs"
-        )
+        what = f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}"
+        raise UsageError(what, "use --no-cuda-graphs")
     # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
     # whose output is a 1x1 map (26 of 40 gradients were not finite; none with 2x2). The last stage of a
     # ResNet has such maps up to 16 px.
@@ -240,10 +239,7 @@ def num_workers(config) -> int:
 
 def packing_hint(config, index: DatasetIndex) -> str:
     """Return advice on loading image files faster, or '' if the data is not image files."""
-    split = index.train
-    while isinstance(split, SubsetSplit):
-        split = split.base
-    if not isinstance(split, FileSplit):
+    if not isinstance(index.train.whole, FileSplit):
         return ""
     data, packed = config.data_dir, f"{config.data_dir.rstrip('/')}-packed"
     command = f"python pack_dataset.py --data-dir {data} --dataset {config.dataset} --out {packed}"

@@ -13,24 +13,24 @@ from harness.rundir import nearest_existing
 from loop import Run
 from sources import crops
 from sources.images import default_crop
+from sources.index import Split
 
 
-def wanted(run: Run) -> dict[int, float]:
-    """Return {size: crop} of all evaluations of the run."""
-    sizes = sorted({run.scored_as(phase)[0] for phase in run.phases})
-    return {size: run.eval_crop or default_crop(size, run.index.native_size) for size in sizes}
-
-
-def lacking(run: Run, split) -> dict[int, float]:
-    """Return {size: crop} of the evaluations for which `split`'s own directory has no crops."""
-    root = split.crop_root
-    return {s: c for s, c in wanted(run).items() if not (root and crops.find(root, split, s, c))}
+def lacking(run: Run, split: Split) -> dict[int, float]:
+    """Return {size: crop} of the run's evaluations for which `split`'s own directory has no crops."""
+    root, found = split.crop_root, {}
+    for size in sorted({run.scored_as(phase)[0] for phase in run.phases}):
+        crop = run.eval_crop or default_crop(size, run.index.native_size)
+        if not (root and crops.find(root, split, size, crop)):
+            found[size] = crop
+    return found
 
 
 def note(run: Run) -> str:
     """Return how to store the crops that a packed dataset lacks, or '' if it has them or is not packed."""
     sizes, packed = lacking(run, run.index.val), run.index.val.crop_root
-    if not packed or not sizes or run.crop_root:
+    held_out = run.index.val.whole is run.index.train.whole  # pack_dataset.py stores those of val/
+    if not packed or not sizes or run.crop_root or held_out:
         return ""
     listed = ",".join(map(str, sizes))
     crop = f" --eval-crop {run.eval_crop:g}" if run.eval_crop else ""
@@ -40,9 +40,11 @@ def note(run: Run) -> str:
 
 def planned(run: Run) -> list[list[crops.Crops]]:
     """Return the crops that the run keeps, written or not; not those that are stored with its data."""
-    splits = (run.index.val, run.train_sample)
-    sets = [crops.planned(run.crop_root, [split], lacking(run, split))[0] for split in splits]
-    return [of_split for of_split in sets if of_split]
+    return [
+        [crops.Crops(run.crop_root, split, size, crop) for size, crop in sizes.items()]
+        for split in (run.index.val, run.train_sample)
+        if (sizes := lacking(run, split))
+    ]
 
 
 def check_disk(run: Run) -> None:
@@ -62,7 +64,8 @@ def fill(run: Run) -> None:
         return
     run.runtime.barrier()  # rank 0 has locked the directory
     sets = planned(run)
-    jobs = crops.missing(sets)[run.runtime.rank :: run.runtime.world_size]
+    # By its numbers, not by its place in the list: other ranks may be writing already.
+    jobs = [job for job in crops.missing(sets) if sum(job) % run.runtime.world_size == run.runtime.rank]
     work = functools.partial(_write, sets, run.index.val, run.on_bad_image)
     with Progress(len(jobs), "evaluation crops", unit="shards", enabled=run.runtime.is_main) as progress:
         again = {"flag": "--num-workers", "again": "use --resume auto"}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from base.device import MIB, Runtime
 from base.errors import ResourceError
@@ -103,14 +103,6 @@ class Rate:
     seconds: float = 0.0
     waited: float = 0.0  # for data, not part of `seconds`
 
-    def add(
-        self, batch: tuple[Tensor, Tensor], runtime: Runtime, seconds: float, waited: float = 0.0
-    ) -> None:
-        self.batches += 1
-        self.images += len(batch[1]) * runtime.world_size
-        self.seconds += seconds
-        self.waited += waited
-
     def __str__(self) -> str:
         if not self.batches:
             return "-"
@@ -159,17 +151,12 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[Cost, Cost]:
         training = Cost(training, time_loading(epochs, queued, runtime, seconds / 2))
         batches = iter(eval_batches(run, run.index.val, phase))
         timed_batches = timed(batches, scoring, runtime, seconds / 2)
-        evaluate(scored_models(run), timed_batches, runtime, flip=run.eval_flip)
+        evaluate(run.scored_models, timed_batches, runtime, flip=run.eval_flip)
         scoring = Cost(scoring, time_loading(batches, queued, runtime, seconds / 2))
     loss = mean_loss(run, phase, [step.result() for step in steps])
     rates = "".join(f"{rate!s:>12}" for cost in (training, scoring) for rate in (cost.work, cost.loading))
     say(f"{phase.image_size:>4}{rates} {loss:>6.3f}  {memory_used(run, phase, options)}")
     return training, scoring
-
-
-def scored_models(run: Run) -> dict[str, nn.Module]:
-    average = run.state.ema.module
-    return {"val": run.state.model} | ({} if average is None else {"ema": average})
 
 
 def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> Iterator:
@@ -189,7 +176,10 @@ def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> It
             torch.cuda.synchronize(runtime.device)
         if k == 1:
             vars(rate).update(vars(Rate()))
-        rate.add(batch, runtime, time.perf_counter() - started, started - asked)
+        rate.batches += 1
+        rate.images += len(batch[1]) * runtime.world_size
+        rate.seconds += time.perf_counter() - started
+        rate.waited += started - asked
         late = k > 0 and rate.seconds + rate.waited >= seconds
         if runtime.any_rank(int(late)):  # together: steps are collective
             return
@@ -203,14 +193,10 @@ def time_loading(batches: Iterator, queued: int, runtime: Runtime, seconds: floa
     """
     for _ in itertools.islice(batches, queued):
         pass
-    rate, started = Rate(), time.perf_counter()
-    for batch in batches:
-        now = time.perf_counter()
-        rate.add(batch, runtime, now - started)
-        started = now
-        if rate.seconds >= seconds:
-            break
-    return rate
+    rate = Rate()
+    for _ in timed(batches, rate, runtime, seconds):
+        pass
+    return Rate(rate.batches, rate.images, rate.waited)
 
 
 def mean_loss(run: Run, phase: Phase, results: Sequence[StepResult]) -> float:
@@ -233,7 +219,7 @@ def project(run: Run, phase: Phase, training: Cost, scoring: Cost) -> list[float
     scorings = sum(map(run.is_scored, range(phase.first_epoch, phase.last_epoch + 1)))
     val = scoring.seconds(scorings * len(run.index.val))
     # Only the raw weights are scored on the training sample.
-    sample = scoring.seconds(scorings * len(run.train_sample), share=1 / len(scored_models(run)))
+    sample = scoring.seconds(scorings * len(run.train_sample), share=1 / len(run.scored_models))
     # --cache-eval decodes each image once in a run; the dry run has no cache.
     waits = 1 / max(1, scorings) if run.crop_root else 1
     scored = (val[0] + sample[0], (val[1] + sample[1]) * waits)

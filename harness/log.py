@@ -1,6 +1,6 @@
 """The log of a run: a row per epoch in metrics.jsonl and on the terminal, a row every N steps in steps.jsonl.
 
-The trackers asked for get both. Plots, tables and reports read the files. This module does not import torch.
+Both also go to TensorBoard and W&B if asked for. Plots, tables and reports read the files. No torch in here.
 """
 
 from __future__ import annotations
@@ -26,12 +26,8 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl, oldest first. Raises DataError if it is missing or malformed."""
     from base import schemas
 
-    path = Path(run_dir) / "metrics.jsonl"
-    try:
-        return _read_rows(path, schemas.Row)
-    except OSError as error:
-        fix = "name a directory that train.py wrote (--save-dir)"
-        raise DataError(f"{path}: {error.strerror}", fix) from None
+    fix = "name a directory that train.py wrote (--save-dir)"
+    return _read_rows(Path(run_dir) / "metrics.jsonl", schemas.Row, fix)
 
 
 def read_steps(run_dir: str | os.PathLike) -> list[dict]:
@@ -39,17 +35,17 @@ def read_steps(run_dir: str | os.PathLike) -> list[dict]:
     from base import schemas
 
     path = Path(run_dir) / "steps.jsonl"
-    try:
-        return _read_rows(path, schemas.StepRow) if path.exists() else []
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}", "make it readable, or delete it") from None
+    return _read_rows(path, schemas.StepRow, "make it readable, or delete it") if path.exists() else []
 
 
-def _read_rows(path: Path, schema: Any) -> list[dict]:
+def _read_rows(path: Path, schema: Any, fix: str) -> list[dict]:
     from base import schemas
 
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}", fix) from None
     rows, fix = [], "delete the line, or resume the run"
-    lines = path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             row = schemas.parse_json(line, schema, f"{path} line {number}", fix)
@@ -102,12 +98,10 @@ class MetricLogger:
         if not enabled:
             return
         if tensorboard:
-            module = optional("torch.utils.tensorboard", "--tensorboard")
-            next_epoch = rows[-1]["epoch"] + 1 if rows else 0
-            self.board = module.SummaryWriter(run_dir / "tensorboard", purge_step=next_epoch)
+            writer = optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter
+            self.board = writer(run_dir / "tensorboard", purge_step=rows[-1]["epoch"] + 1 if rows else 0)
             if log_every:  # in its own directory: `purge_step` applies to all series of one
-                folder = run_dir / "tensorboard" / "steps"
-                self.steps.board = module.SummaryWriter(folder, purge_step=step + 1)
+                self.steps.board = writer(run_dir / "tensorboard" / "steps", purge_step=step + 1)
         if wandb_project:
             wandb = optional("wandb", "--wandb")
             wandb.init(project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow")
@@ -286,7 +280,5 @@ def format_row(row: dict) -> str:
             continue
         name, width, spec = column
         cells.append(f"{'-':>{width}}" if row[name] is None else f"{row[name]:>{width}{spec}}")
-    words = [row["better"] or "", "best" if row["best"] else ""]
-    return (
-        " ".join(cells) + f"% {duration(row['seconds']):>7}" + "".join(f"  {word}" for word in words if word)
-    )
+    words = "".join(f"  {word}" for word in (row["better"], "best" * row["best"]) if word)
+    return " ".join(cells) + f"% {duration(row['seconds']):>7}{words}"

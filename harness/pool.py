@@ -1,4 +1,4 @@
-"""Worker processes for jobs that write files; the loader's workers are torch's."""
+"""Processes that pack, verify and store crops, a job at a time; the loader's workers are torch's."""
 
 from __future__ import annotations
 

@@ -243,9 +243,8 @@ def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str
             run_id = save_dir.run_id or saved_id or secrets.token_hex(8)
             return RunIdentity(run_id, save_dir.parent, is_new=False)
         if save_dir:
-            recorded, other = (
-                f"run {i}" if i else "a run without an id" for i in (save_dir.run_id, saved_id)
-            )
+            ids = (save_dir.run_id, saved_id)
+            recorded, other = (f"run {i}" if i else "a run without an id" for i in ids)
             fix = "use an empty --save-dir, or resume the run it holds with --resume auto"
             raise UsageError(f"{save_dir.path} holds {recorded}, but {resume} belongs to {other}", fix)
     wanted = [save_dir.path / name for name in (*FILES, *checkpoint_files(checkpoint))]

@@ -71,17 +71,9 @@ def protected(
             if main:
                 write_json(run.save_dir / "config.json", values, parents=False)
                 write_json(run.save_dir / "env.json", environment_of(run, identity), parents=False)
-            log = MetricLogger(
-                run.save_dir,
-                run.state.rows,
-                run.state.step,
-                enabled=main,
-                log_every=config.log_every,
-                tensorboard=config.tensorboard,
-                wandb_project=config.wandb,
-                config=values,
-                plot=config.plot,
-            )
+            trackers = {"tensorboard": config.tensorboard, "wandb_project": config.wandb, "config": values}
+            options = {"enabled": main, "log_every": config.log_every, "plot": config.plot}
+            log = MetricLogger(run.save_dir, run.state.rows, run.state.step, **options, **trackers)
             crop_cache.fill(run)
             if not gc.isenabled():
                 gc.freeze()

@@ -12,8 +12,7 @@ import glob
 import hashlib
 import io
 import os
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -22,7 +21,7 @@ from base import files
 from base.errors import DataError
 from base.files import check_file, file_crc32
 from sources.images import BadImage, EvalTransform, decode
-from sources.index import Split, SubsetSplit
+from sources.index import Split, SubsetSplit, read_samples
 
 VERSION = 1  # of the pixels; it is part of the fingerprint
 SHARD_ROWS = 512
@@ -112,13 +111,6 @@ def find(root: str | os.PathLike, split: Split, image_size: int, crop: float) ->
     return None
 
 
-def planned(
-    root: str | os.PathLike, splits: Sequence[Split], sizes: Mapping[int, float]
-) -> list[list[Crops]]:
-    """Return the crops in `root`, written or not: for each of `splits` those of `sizes`, {size: crop}."""
-    return [[Crops(root, split, size, crop) for size, crop in sizes.items()] for split in splits]
-
-
 def missing(sets: Sequence[Sequence[Crops]]) -> list[tuple[int, int]]:
     """Return (position in `sets`, shard) of all shards that are missing at some size, for `write`."""
     return [(n, k) for n, crops in enumerate(sets) for k in sorted({k for c in crops for k in c.missing()})]
@@ -145,7 +137,7 @@ def write(sets: Sequence[Sequence[Crops]], job: tuple[int, int], on_bad_image: s
         writers = [stack.enter_context(_writer(crops, k, bad)) for crops in wanted]
         for i in sets[n][0].shards[k]:
             try:
-                pixels = decode(split.read([i])[0], split.name(i))
+                pixels = decode(read_samples(split, [i])[0], split.name(i))
             except BadImage as error:
                 if on_bad_image == "fail":
                     raise
@@ -158,17 +150,13 @@ def write(sets: Sequence[Sequence[Crops]], job: tuple[int, int], on_bad_image: s
 @contextmanager
 def _writer(crops: Crops, k: int, bad: list[dict]) -> Iterator[Callable[[np.ndarray], None]]:
     """Yield the function that writes the crop of the next image; the shard gets its name at the end."""
-    transform, checksum = EvalTransform(crops.image_size, crops.crop), 0
+    transform, size = EvalTransform(crops.image_size, crops.crop), crops.image_size
     with files.durable(crops.path(k)) as file:
-
-        def write(data: bytes) -> None:
-            nonlocal checksum
-            checksum = zlib.crc32(data, checksum)
-            file.write(data)
-
-        write(_header((len(crops.shards[k]), crops.image_size, crops.image_size, 3)))
-        yield lambda pixels: write(transform(pixels).tobytes())
-        files.write_json(_record_path(crops.path(k)), {"crc32": checksum, "skipped": bad})
+        file.write(_header((len(crops.shards[k]), size, size, 3)))
+        yield lambda pixels: file.write(transform(pixels).tobytes())
+        file.flush()
+        record = {"crc32": file_crc32(file.name), "skipped": bad}
+        files.write_json(_record_path(crops.path(k)), record)
 
 
 def _header(shape: tuple[int, ...]) -> bytes:

@@ -33,9 +33,7 @@ def digits() -> DatasetIndex:
     pixels, labels = rows[:, :64].reshape(-1, 8, 8, 1), rows[:, 64]
     grey = np.rint(pixels * (255 / 16)).astype(np.uint8)  # the scans have 17 levels, 0 ... 16
     images = np.repeat(grey, 3, axis=-1)
-    train, val = (
-        ArraySplit(images[i], labels[i]) for i in stratified_split(labels, val_fraction=0.2, seed=0)
-    )
+    train, val = (ArraySplit(images[i], labels[i]) for i in stratified_split(labels, 0.2, seed=0))
     mean, std = (DIGITS_MEAN,) * 3, (DIGITS_STD,) * 3
     return DatasetIndex("digits", tuple("0123456789"), train, val, mean, std, native_size=8)
 

@@ -46,6 +46,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def whole(self) -> Split:
+        """The split that this one is a part of, or this one."""
+        return self
+
     def name(self, i: int) -> str:
         """Return the name of sample `i` for messages and fingerprints: a relative path or a number."""
         return f"#{i}"
@@ -68,6 +73,16 @@ class Split:
     def content(self) -> str:
         """Return the digest of what `read` returns: it differs between the copies of a packed split."""
         return self.digest()
+
+
+def read_samples(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
+    """Return `split.read(ids)`. Raises DataError if the disk does not give them."""
+    try:
+        return split.read(ids)
+    except OSError as error:
+        what = f"cannot read {error.filename or 'the data'}: {error.strerror or error}"
+        fix = "check the disk and the permissions, then run the command again (train.py with --resume auto)"
+        raise DataError(what, fix) from error
 
 
 class FileSplit(Split):
@@ -130,8 +145,12 @@ class SubsetSplit(Split):
         return SubsetSplit(self.base.for_size(image_size), self.ids)
 
     @property
+    def whole(self) -> Split:
+        return self.base.whole
+
+    @property
     def crop_root(self) -> str:
-        return self.base.crop_root
+        return self.whole.crop_root
 
     def content(self) -> str:
         ids = self.ids.astype("<i8").tobytes()

@@ -22,7 +22,7 @@ from base import files
 from base.errors import DataError, UsageError
 from sources import packed
 from sources.images import BadImage, decode
-from sources.index import DatasetIndex, Split
+from sources.index import DatasetIndex, Split, read_samples
 
 RECORDS = "packing.jsonl"
 Records = dict[tuple[str, int], dict]  # (part, k) of a group -> its record
@@ -89,7 +89,7 @@ def estimate(index: DatasetIndex, plan: dict, groups: Sequence[Group], samples: 
         split, tables = getattr(index, part), tables_of(plan, part)
         ids = np.unique(np.linspace(0, len(split) - 1, samples).astype(int)) if images else []
         lengths = {table: [] for table in tables}
-        for i, data in zip(ids, _read(split, ids), strict=True):
+        for i, data in zip(ids, read_samples(split, ids), strict=True):
             with suppress(BadImage):
                 pixels = decode(data, split.name(i))
                 for table, side in tables.items():
@@ -129,9 +129,10 @@ def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_
                 raise _BadGroup
     except _BadGroup:
         return {"part": group.part, "k": group.k, "bad": bad}
-    shards = {}
-    for table, path in paths.items():
-        shards[table] = {"rows": rows, "bytes": os.path.getsize(path), "crc32": files.file_crc32(path)}
+    shards = {
+        table: {"rows": rows, "bytes": os.path.getsize(path), "crc32": files.file_crc32(path)}
+        for table, path in paths.items()
+    }
     return {"part": group.part, "k": group.k, "shards": shards, "skipped": bad}
 
 
@@ -141,7 +142,7 @@ def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterato
     batch = {column: [] for column in (*tables, "path", "label")}
     for first in range(0, len(group.ids), packed.BATCH_ROWS):
         ids = group.ids[first : first + packed.BATCH_ROWS]
-        for i, data in zip(ids, _read(split, ids), strict=True):
+        for i, data in zip(ids, read_samples(split, ids), strict=True):
             try:
                 pixels = decode(data, split.name(i), thorough=True)
             except BadImage as error:
@@ -156,14 +157,6 @@ def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterato
                 batch = {column: [] for column in batch}
     if batch["label"]:
         yield batch
-
-
-def _read(split: Split, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-    try:
-        return split.read(ids)
-    except OSError as error:
-        what = f"cannot read {error.filename or 'the data'}: {error.strerror or error}"
-        raise DataError(what, "restore it, then run the same command again") from error
 
 
 def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, plan: dict) -> bytes:
@@ -280,10 +273,8 @@ def _read_records(out: str, plan: dict) -> list[dict]:
 
 
 def _is_complete(out: str, record: dict) -> bool:
-    for table, shard in record["shards"].items():
-        if files.check_file(os.path.join(out, packed.shard_file(table, record["k"])), shard["bytes"]):
-            return False
-    return True
+    paths = {packed.shard_file(table, record["k"]): shard for table, shard in record["shards"].items()}
+    return not any(files.check_file(os.path.join(out, path), shard["bytes"]) for path, shard in paths.items())
 
 
 def add_record(out: str, record: dict) -> None:

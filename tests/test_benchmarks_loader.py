@@ -42,10 +42,12 @@ def test_the_loader_benchmark_writes_rows_a_table_and_a_picture(folders, tmp_pat
     ]
     assert all(row["cpu_us"] > 0 and row["images_per_second"] > 0 for row in rows)
     printed = capsys.readouterr().out
-    assert all(printed.count(loader.line(row)) == 2 for row in rows)  # as it came, and in the table
+    assert all(
+        printed.count(records.line(row, loader.COLUMNS)) == 2 for row in rows
+    )  # as it came, and in the table
     assert (out / "loader.png").stat().st_size > 5000
     assert loader.main(["--out", str(out), "--table"]) == 0
-    assert capsys.readouterr().out.splitlines()[:-1] == loader.table(rows).splitlines()
+    assert capsys.readouterr().out.splitlines()[:-1] == records.table(rows, loader.COLUMNS).splitlines()
 
 
 def test_the_data_need_only_train_folders_and_are_limited(data):
@@ -172,5 +174,5 @@ def test_the_storage_benchmark_writes_rows_and_a_picture(folders, tmp_path, caps
     assert storage.main(["--data-dir", str(folders), *arguments]) == 0
     rows = records.load(tmp_path, "storage")
     assert [row["side"] for row in rows] == [24, 32]
-    assert storage.table(rows) in capsys.readouterr().out
+    assert records.table(rows, storage.COLUMNS) in capsys.readouterr().out
     assert (tmp_path / "storage.png").stat().st_size > 5000

@@ -65,11 +65,11 @@ def test_the_command_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeyp
     assert (tmp_path / "new" / "step.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert printed.count("timm: skipped (No module named 'timm')") == 4
-    assert printed.count(step.line(rows[1])) == 2  # when it was measured, and in the table
+    assert printed.count(records.line(rows[1], step.COLUMNS)) == 2  # when it was measured, and in the table
 
     monkeypatch.setattr(step, "compare", None)  # nothing is measured again
     assert step.main([*ARGUMENTS.split(), *sizes, *out]) == 0
-    assert step.table(rows) in capsys.readouterr().out
+    assert records.table(rows, step.COLUMNS) in capsys.readouterr().out
     assert step.main(["--table", *out]) == 0
 
 

@@ -6,10 +6,12 @@ import shlex
 import shutil
 from collections import namedtuple
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import test_distributed
 import torch
+from inprocess import tiny_run
 from runs import TIMING
 from test_packed import make_folders
 
@@ -50,6 +52,10 @@ def packed(folders, tmp_path_factory):
 def out(packed, tmp_path):
     """A copy that a test may damage."""
     return shutil.copytree(packed / "with", tmp_path / "copy")
+
+
+def planned(root, splits) -> list[list[crops.Crops]]:
+    return [[crops.Crops(root, split, *size) for size in SIZES.items()] for split in splits]
 
 
 def loaded(index, split, size=24, **options) -> tuple[type, list]:
@@ -132,10 +138,10 @@ def contents(out) -> dict:
 def test_an_interrupted_writing_continues_with_the_missing_shards(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(crops, "SHARD_ROWS", 4)
     index = open_dataset("imagenet", folders)
-    sets = crops.planned(tmp_path / "straight", (index.val, training_sample(index)), SIZES)
+    sets = planned(tmp_path / "straight", (index.val, training_sample(index)))
     for job in crops.missing(sets):
         crops.write(sets, job)
-    sets = crops.planned(tmp_path / "killed", (index.val, training_sample(index)), SIZES)
+    sets = planned(tmp_path / "killed", (index.val, training_sample(index)))
     jobs = crops.missing(sets)
     assert jobs == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
     crops.write(sets, jobs[0])
@@ -211,7 +217,7 @@ def test_bad_images_are_left_out_and_named_as_by_decoding(folders, tmp_path):
             path.write_bytes(b"<html>")
     index = open_dataset("imagenet", data)
     sample = training_sample(index)
-    (sets,) = crops.planned(tmp_path / "crops", (sample,), SIZES)
+    (sets,) = planned(tmp_path / "crops", (sample,))
     with pytest.raises(DataError, match=r"JPEG: not an image"):
         crops.write([sets], (0, 0))
     assert not list((tmp_path / "crops").glob("*/*"))
@@ -314,6 +320,16 @@ def test_two_ranks_share_the_writing_and_score_as_one(photos, tmp_path):
     assert not (tmp_path / "two" / "eval_crops").exists()
 
 
+def test_a_rank_that_begins_late_leaves_no_crops_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(crops, "SHARD_ROWS", 2)
+    run = tiny_run(tmp_path, "--cache-eval")
+    assert len(crops.missing(crop_cache.planned(run))) > 3
+    for rank in range(2):  # the second one begins when the first one has ended
+        run.runtime = SimpleNamespace(rank=rank, world_size=2, is_main=rank == 0, barrier=lambda: None)
+        crop_cache.fill(run)
+    assert not crops.missing(crop_cache.planned(run))
+
+
 def test_packed_data_without_crops_says_how_to_store_them(packed, tmp_path, capsys):
     more = ["--resize-schedule", "8,24,24", "--epochs", "3"]
     train_run(packed / "with", tmp_path / "a", *more)
@@ -324,3 +340,8 @@ def test_packed_data_without_crops_says_how_to_store_them(packed, tmp_path, caps
     assert said.endswith(
         f"python pack_dataset.py --data-dir {where} --out {where} --eval-sizes 8,24 --eval-crop 0.95"
     )
+
+
+def test_held_out_images_are_not_said_to_be_stored_by_packing(packed, tmp_path, capsys):
+    train_run(packed / "without", tmp_path, "--holdout", "0.3", "--stop-after", "1")
+    assert "decodes images" not in capsys.readouterr().out

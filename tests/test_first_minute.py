@@ -307,8 +307,8 @@ def test_every_table_can_be_filled():
     first = {"benchmark": "first_minute"} | GPU
     epoch = {"part": "cifar10", "run": "resnet34", "arch": "resnet34", "epochs": 2, "image_size": 32}
     epoch |= {"val_top1": 95.1, "train_top1": 99.0, "seconds": 30.0, "images_per_second": 15000.0}
-    loaded = {"benchmark": "loader", "augmentation": "full", "size": 64, "loader": "packed", "cpu_us": 149.2}
-    loaded |= GPU
+    loaded = {"benchmark": "loader", "augmentation": "full", "size": 64, "loader": "packed"} | GPU
+    loaded |= {"cpu_us": 123.4}
     rows = [
         first | {"row": "e", "part": "environment", "device": "NVIDIA X", "cores": 16},
         first | {"row": "g", "part": "gpu-tests", "passed": 20, "failed": 0, "skipped": 3},
@@ -326,10 +326,9 @@ def test_every_table_can_be_filled():
     assert "| 20 | 0 | 3 |" in found["gpu-tests"]
     assert "| 64 | 9,999 | does not fit | - | - | - |" in found["gpu-large-batches"]
     assert "| 64 | packed | 5,000 | 80,000 | 12,000 |" in found["gpu-loader"]
+    assert "| packed | - | 123 | - |" in found["loader-cpu"]
     assert "| cifar10 | resnet34 | resnet34 | 2 | 32 | 95.1 | 99.0 | 1 | 15,000 |" in found["gpu-trainings"]
     assert "1 of 2, stopped" in found["gpu-trainings"]
-    assert "| loader | crop + flip, 64 px | full augmentation, 64 px |" in found["loader-cpu"]
-    assert "| packed | - | 149 | - |" in found["loader-cpu"]
 
 
 def test_rows_of_a_cpu_and_of_the_narrow_network_are_left_out(tmp_path):

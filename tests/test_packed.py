@@ -144,7 +144,10 @@ def test_pixels_are_stored_without_loss(tmp_path):
     labels = rng.integers(0, 3, 70)
     split = ArraySplit(pixels, labels)
     source = DatasetIndex("tiny", ("a", "b", "c"), split, split, native_size=8)
-    assert pack_dataset.pack(source, str(tmp_path / "out"), packing.make_plan(source, (16,), 90), 1) == 0
+    assert (
+        pack_dataset.pack(source, str(tmp_path / "out"), packing.make_plan(source, (16,), 90), 1, "fail", {})
+        == 0
+    )
     copy = open_packed(tmp_path / "out")
     assert copy.native_size == 8
     assert all(

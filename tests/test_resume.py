@@ -17,13 +17,7 @@ import train
 from base.errors import CheckpointError
 from harness import checkpoint
 
-BF16 = [
-    *TINY,
-    "--amp",
-    "bf16",
-    "--resize-schedule",
-    "32,40,48",
-]  # see build._without_broken_bf16 for why not 16 px
+BF16 = [*TINY, "--amp", "bf16", "--resize-schedule", "32,40,48"]  # see build.open_runtime for why not 16 px
 STEPS = 11  # of the TINY run on 72 images: 3 + 4 + 4
 
 

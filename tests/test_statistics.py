@@ -109,7 +109,7 @@ def test_the_interval_of_two_pairs_is_the_closed_form():
 
 def test_equal_differences_are_not_certainty():
     (same,) = statistics.compare(np.full((1, 6), 0.5), floor=0.5)
-    assert same.low == pytest.approx(0.5 - stats.t.ppf(0.975, 5) * 0.5 / 6**0.5)
+    assert same.interval[0] == pytest.approx(0.5 - stats.t.ppf(0.975, 5) * 0.5 / 6**0.5)
     assert statistics.compare(np.zeros((1, 6)))[0].verdict == UNDECIDED
 
 
