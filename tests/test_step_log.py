@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -286,6 +287,9 @@ def test_closing_after_the_directory_is_gone_hides_no_other_error(tmp_path):
     shutil.rmtree(tmp_path / "run")
     step(log.steps, {}, 2)
     log.close()
+    for thread in threading.enumerate():
+        if type(thread).__module__.startswith("tensorboard"):
+            thread.join(10)  # its error belongs to this test
 
 
 def test_a_tracker_gets_steps_and_epochs_at_the_step_of_the_run(tmp_path):
