@@ -243,7 +243,8 @@ def draw(rows: list[dict], path: Path) -> None:
             axis.bar(places, [row["cpu_us"] for row in shown], width, color=f"C{k}", label=name)
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
         axis.set(title=panel, ylabel="CPU us / image", yscale="log")
-    figure.axes[0].legend(fontsize=7)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7)
     print(f"picture: {figures.save(figure, path)}")
 
 
