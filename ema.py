@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from base.errors import CheckpointError
-from base.flat import flat_copy, group_by_dtype, move_into_flat
+from base.flat import flat_copy, group_by_dtype, is_view_of, move_into_flat
 
 
 def decay_for_half_life(steps: float) -> float:
@@ -47,10 +47,8 @@ class EMA:
         self._averaged = [_slots(m, floating=True) for m in (self.module, model)]
         self._copied = [_slots(m, floating=False) for m in (self.module, model)]
         self._backup: list[Tensor] | None = None
-        # The shadow lives in one buffer per dtype: torch has a kernel that moves one tensor by a weight
-        # known only on the device, but none for many. The model is gathered in a second buffer.
-        groups = group_by_dtype(_read(self._averaged[0]))
-        self._flat = [(move_into_flat(group), *flat_copy(group)) for group in groups]
+        self._flat: list[tuple[Tensor, Tensor, list[Tensor]]] = []
+        self._make_flat()
 
     def decay_at(self, update: int) -> float:
         """Return the decay of update number `update` (1, 2, ...)."""
@@ -65,11 +63,23 @@ class EMA:
         self._refuse_while_applied("update")
         self.num_updates += 1
         weight = 1.0 - self.decay_at(self.num_updates)
+        self._make_flat()
         live = group_by_dtype(_read(self._averaged[1]))
         for (flat, gathered, views), tensors in zip(self._flat, live, strict=True):
             torch._foreach_copy_(views, tensors)
             flat.lerp_(gathered, weight if finite is None else finite.to(flat.dtype) * weight)
         _copy(*self._copied)
+
+    def _make_flat(self) -> None:
+        """Move the shadow into one buffer per dtype, unless it is there: a copied or moved `module` is not.
+
+        torch has a kernel that moves one tensor by a weight known only on the device, but none for many.
+        The model is gathered in a second buffer.
+        """
+        shadow = _read(self._averaged[0])
+        if not self._flat or not is_view_of(shadow[0], self._flat[0][0]):
+            groups = group_by_dtype(shadow)
+            self._flat = [(move_into_flat(group), *flat_copy(group)) for group in groups]
 
     @torch.no_grad()
     def apply_shadow(self) -> None:

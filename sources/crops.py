@@ -55,7 +55,11 @@ class Crops:
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are not there, or not whole."""
-        return [k for k in range(len(self.shards)) if check_file(self.path(k), self.shard_bytes(k))]
+        return [k for k in range(len(self.shards)) if self.is_missing(k)]
+
+    def is_missing(self, k: int) -> bool:
+        path = self.path(k)
+        return bool(check_file(path, self.shard_bytes(k))) or not os.path.isfile(_record_path(path))
 
     def bad(self) -> dict[int, dict]:
         """Return {id: {name, reason}} of the images that could not be decoded, whose crops are black."""
@@ -131,7 +135,7 @@ def write(sets: Sequence[Sequence[Crops]], job: tuple[int, int], on_bad_image: s
     With on_bad_image="skip", an image that cannot be decoded is recorded; otherwise it raises BadImage.
     """
     n, k = job
-    wanted = [crops for crops in sets[n] if check_file(crops.path(k), crops.shard_bytes(k))]
+    wanted = [crops for crops in sets[n] if crops.is_missing(k)]
     split, bad = sets[n][0].split, []
     with ExitStack() as stack:
         writers = [stack.enter_context(_writer(crops, k, bad)) for crops in wanted]

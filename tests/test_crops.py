@@ -6,6 +6,7 @@ import shlex
 import shutil
 from collections import namedtuple
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -186,7 +187,7 @@ def test_flipped_bits_are_found_by_verify(out, capsys):
     assert capsys.readouterr().out.count("00000.npy: its checksum is wrong") == 2
 
 
-def test_a_damaged_header_and_a_missing_record_are_errors_that_name_the_file(out):
+def test_a_damaged_header_or_record_is_an_error_whose_fix_works(out, packed):
     index = open_dataset("imagenet", out)
     path = crops.find(out, index.val, 24, 0.875).path(0)
     with open(path, "r+b") as file:
@@ -194,9 +195,15 @@ def test_a_damaged_header_and_a_missing_record_are_errors_that_name_the_file(out
         file.write(b"9")
     with pytest.raises(DataError, match=r"00000\.npy are damaged"):
         list(eval_loader(index.val, index, image_size=24, batch_size=5))
-    os.unlink(path.replace(".npy", ".json"))
-    with pytest.raises(DataError, match=r"00000\.json"):
+    record = Path(path.replace(".npy", ".json"))
+    record.write_text("garbage")
+    with pytest.raises(DataError, match=r"00000\.json") as caught:
         list(eval_loader(index.val, index, image_size=24, batch_size=5))
+    assert "delete this file" in caught.value.fix
+    record.unlink()
+    assert loaded(index, index.val)[0] is BatchDataset
+    assert pack_dataset.main(["--data-dir", str(out), "--out", str(out), "--eval-sizes", "8,24"]) == 0
+    assert contents(out) == contents(packed / "with")
 
 
 def test_a_shard_truncated_while_it_is_read_is_an_error_not_a_crash(out):

@@ -162,6 +162,25 @@ def test_state_survives_a_file_and_resumes_bit_for_bit():
     assert not same(resumed.module.state_dict(), at_checkpoint)
 
 
+@pytest.mark.parametrize("change", ["copied", "moved"])
+def test_an_average_that_was_copied_or_moved_still_follows_its_model(change):
+    model = a_model()
+    ema = EMA(model, decay=0.5, ramp=False)
+    train_a_little(model)
+    ema.update()
+    if change == "copied":
+        model, ema = copy.deepcopy((model, ema))
+    else:
+        model.float()
+        ema.module.float()
+    before = snapshot(ema.module)
+    train_a_little(model)
+    ema.update()
+    for name, value in ema.module.state_dict().items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value, (before[name] + model.state_dict()[name]) / 2)
+
+
 def test_a_checkpoint_without_an_average_is_refused():
     with pytest.raises(CheckpointError, match="--no-ema"):
         EMA(a_model()).load_state_dict(NoEMA().state_dict())
