@@ -42,7 +42,7 @@ TINY_IMAGENET_01 = Study(
         "mixed-precision": {"amp": "bf16"},
     },
     primary=("pre-activation", "conv-head", "augmentation", "mixup", "mixed-precision"),
-    cpu=TINY_20 | {"arch": "resnet50", "stem": "imagenet", "resize_schedule": [48]},
+    cpu=TINY_20 | {"arch": "resnet50", "stem": "imagenet", "resize_schedule": [48], "amp": "off"},
     cpu_variants={"pre-activation": {"arch": "preact_resnet50"}},
     cpu_title=f"{TINY_20_TITLE}, 48 px, ResNet-50 of width 8, 12 epochs",
     published="The basic architecture with a convolutional last layer was best. The LR finder needs tuning.",
@@ -158,7 +158,7 @@ EFFICIENTNET_SIZE_AUGMENTATION = Study(
 TINY_IMAGENET_RESNET18 = Study(
     name="tiny_imagenet_resnet18",
     source="003",
-    question="ResNet-18 on a 70/30 split of Tiny ImageNet: cyclic or plateau schedule, and does L1 help?",
+    question="ResNet-18 on a 70/30 split of Tiny ImageNet: cyclic or plateau schedule, or both, and does L1 help?",
     base=TINY_IMAGENET
     | {"split": "70-30", "arch": "resnet18", "stem": "small", "head": "linear", "epochs": 50}
     | {"augment": "padcrop:8,flip,cutout:16", "optimizer": "sgd", "momentum": 0.9, "nesterov": True}
@@ -167,10 +167,11 @@ TINY_IMAGENET_RESNET18 = Study(
     variants={
         "triangular2": {"schedule": "triangular2", "cycles": 3},
         "plateau": {"schedule": "plateau"},
+        "triangular2+plateau": {"schedule": "triangular2", "cycles": 3, "plateau_patience": 2},
         "triangular2+l1": {"schedule": "triangular2", "cycles": 3, "l1": 1e-6},
         "onecycle": {"schedule": "onecycle"},
     },
-    primary=("plateau", "triangular2+l1", "onecycle"),
+    primary=("plateau", "triangular2+plateau", "triangular2+l1", "onecycle"),
     cpu=TINY_20 | {"split": "70-30", "augment": "padcrop:4,flip,cutout:8", "eval_every": 1},
     cpu_title="the first 20 classes of Tiny ImageNet, split 70/30 (6,700 + 1,000 held out + 3,300 images), "
     f"32 px, {SMALL_TITLE}, 12 epochs",
@@ -267,8 +268,9 @@ OPTIMIZERS = Study(
         "rmsprop": {"optimizer": "rmsprop", "momentum": 0.9, "lr": 0.001},
         "adamw": {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.05},
         "lamb": {"optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02},
+        "muon": {"optimizer": "muon", "lr": 0.003, "weight_decay": 0.05},
     },
-    primary=("sgd", "rmsprop", "adamw", "lamb"),
+    primary=("sgd", "rmsprop", "adamw", "lamb", "muon"),
     **ON_CIFAR_20,
     notes="Each optimizer has one learning rate and weight decay, not tuned: a low score judges this "
     "setting, not the optimizer.",
@@ -390,6 +392,41 @@ STORED_SIDES = Study(
     cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
     notes="Pack the data first: `python pack_dataset.py --dataset imagenet100 --data-dir DATA "
     "--stored-sides 96,192,320 --out DATA-packed-96-192-320`, and likewise for the other two.",
+)
+
+WEAK, MEDIUM, STRONG = (f"rrc,flip,randaugment:{magnitude}" for magnitude in (1, 5, 9))
+
+PHASE_AUGMENT = Study(
+    name="phase_augment",
+    question="Progressive resizing: does an augmentation that grows with the image size beat a fixed one?",
+    base=TINY_IMAGENET | {"resize_schedule": [64, 128, 224], "mixup_alpha": 0, "cutmix_alpha": 0},
+    variants={
+        "strong": {"augment": STRONG},
+        "medium": {"augment": MEDIUM},
+        "weak-to-strong": {"phase_augment": [WEAK, MEDIUM, STRONG]},
+    },
+    metric="ema_val_top1",
+    primary=("medium", "weak-to-strong"),
+    cpu=TINY_20 | {"resize_schedule": [16, 24, 32]},
+    cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
+    published_scores={"weak-to-strong": "part of EfficientTrain++ (arXiv 2405.08768)"},
+    notes="All variants see the same sizes for the same number of epochs: equal compute.",
+)
+
+PIPELINE = Study(
+    name="pipeline",
+    source="002",
+    question="Do the built-in operations train as well as the same pipeline in Albumentations?",
+    base=TINY_IMAGENET | {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path_rate": 0},
+    variants={
+        "built-in": {"augment": "full"},
+        "albumentations": {"augment": "rrc,recipes/augment/full.yaml"},
+        "crop-only": {"augment": "rrc"},
+    },
+    primary=("albumentations", "crop-only"),
+    cpu=TINY_20,
+    cpu_title=f"{TINY_20_TITLE}, 32 px, {SMALL_TITLE}, 12 epochs",
+    notes="`crop-only` shows how large the effect of the whole pipeline is.",
 )
 
 SAME_TWICE = Study(
