@@ -415,7 +415,6 @@ PHASE_AUGMENT = Study(
 
 PIPELINE = Study(
     name="pipeline",
-    source="002",
     question="Do the built-in operations train as well as the same pipeline in Albumentations?",
     base=TINY_IMAGENET | {"mixup_alpha": 0, "cutmix_alpha": 0, "drop_path_rate": 0},
     variants={
