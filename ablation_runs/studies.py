@@ -158,7 +158,7 @@ EFFICIENTNET_SIZE_AUGMENTATION = Study(
 TINY_IMAGENET_RESNET18 = Study(
     name="tiny_imagenet_resnet18",
     source="003",
-    question="ResNet-18 on a 70/30 split of Tiny ImageNet: cyclic or plateau schedule, or both, and does L1 help?",
+    question="ResNet-18 on a 70/30 split of Tiny ImageNet: cyclic schedule, plateau or both? Does L1 help?",
     base=TINY_IMAGENET
     | {"split": "70-30", "arch": "resnet18", "stem": "small", "head": "linear", "epochs": 50}
     | {"augment": "padcrop:8,flip,cutout:16", "optimizer": "sgd", "momentum": 0.9, "nesterov": True}
