@@ -99,7 +99,7 @@ CLAIMS = (
 def judge(claim: Claim, runs: list[Result], study: Study) -> tuple[str, Difference | None]:
     """Return CONFIRMED, CONTRADICTED or UNDECIDED, and the difference that says so."""
     if claim.column == EMA_GAIN:
-        difference = results.ema_gain(runs, claim.variant)
+        difference = results.ema_gains(runs, study).get(claim.variant)
     else:
         difference = results.compare(runs, study, claim.column or study.metric).get(claim.variant)
     if difference is None:

@@ -88,7 +88,8 @@ def test_the_studies_of_the_documents_are_all_here():
     names = """tiny_imagenet_01 tiny_imagenet_02 tiny_imagenet_03 imagenet100_architectures
                efficientnet_size_augmentation tiny_imagenet_resnet18 cifar100_resnet34 lr_exploration
                sensitivity_grid augmentation optimizers schedules blurpool resize_schedules drop_path_rate
-               ema stored_sides same_twice phase_augment pipeline"""
+               ema stored_sides same_twice phase_augment pipeline
+               recalibrate_bn"""
     assert set(studies.STUDIES) == set(names.split())
     for one in studies.STUDIES.values():
         assert one.metric in ("val_top1", "ema_val_top1")
@@ -100,7 +101,9 @@ def test_the_studies_of_the_documents_are_all_here():
 def test_every_study_names_its_primary_comparisons_and_has_seeds_and_a_cpu_version():
     for one in studies.STUDIES.values():
         others = [*one.variants][1:]
-        assert set(one.primary) <= set(others) and bool(one.primary) == bool(others and not one.grid)
+        assert set(one.primary) <= set(others) and bool(one.primary) == bool(
+            others and not one.grid and not one.scoring
+        )
         assert len(one.seeds) == (2 if one.grid else 24 if not others else 6)
         assert one.cpu["holdout"] and one.cpu_title
 
@@ -744,6 +747,25 @@ def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, st
     two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, primary=("b",))
     claim = claims.Claim("000", "b is better", "two", "b", expected)
     assert claims.judge(claim, made(a=scores[0], b=scores[1]), two)[0] == status
+
+
+def test_re_estimated_statistics_are_compared_within_each_run():
+    runs, rng = made(a=[50] * 6), np.random.default_rng(0)
+    for r in runs:
+        right = rng.random(200) < 0.5
+        r.hits = {"raw": right, "ema": right, "ema bn": right | (rng.random(200) < 0.2)}
+    one = Study("one", "?", {"a": {}}, scoring=("--recalibrate-bn",), metric="ema_val_top1")
+    table = summary.batch_norm_table(one, runs)
+    expected = np.mean([100 * (r.hits["ema bn"].mean() - r.hits["ema"].mean()) for r in runs])
+    assert table.rows[0][3] == f"{expected:+.2f}" and table.rows[0][-1] == "better"
+    assert "re-estimated" in summary.conclusion(one, runs)
+    assert not summary.batch_norm_table(TWO, made(a=[1, 2], b=[1, 2]))
+
+
+def test_the_runner_scores_as_the_study_says(tmp_path):
+    one = run.Job(studies.RECALIBRATE_BN.runs("cpu")[0], tmp_path, "d")
+    assert "--recalibrate-bn" in one.scoring() and "--recalibrate-bn" not in one.arguments
+    assert "--recalibrate-bn" not in run.Job(studies.EMA.runs("cpu")[0], tmp_path, "d").scoring()
 
 
 def test_a_claim_about_a_run_that_is_missing_is_undecided():
