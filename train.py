@@ -63,7 +63,7 @@ def check(config, typed: flags.Given):
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
     index = layouts.open_dataset(**flags.data_args(config))
-    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
+    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes):
         say(note)
     if is_main() and not (config.summary or config.dry_run):

@@ -50,8 +50,8 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 # Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
-    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "log_every", "config",
-    "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
+    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "trackio", "log_every",
+    "config", "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -242,6 +242,7 @@ RUN = (
          natural, 20, "N"),
     Flag("tensorboard", "files", "Log to --save-dir/tensorboard as well."),
     Flag("wandb", "files", "Log to Weights & Biases as well.", str, "", "PROJECT"),
+    Flag("trackio", "files", "Log to Trackio, on this machine, as well.", str, "", "PROJECT"),
     Flag("summary", "output", "Print the layers at every size, then exit."),
     Flag("dry_run", "output", "Print the plan, try a few steps at every size, then exit.",
          idle=lambda c: c.summary and "--summary only prints the layers"),
