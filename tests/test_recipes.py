@@ -21,6 +21,7 @@ IMAGES = {
     "imagenet100": 126_689,
     "tiny-imagenet": 100_000,
     "cifar100": 50_000,
+    "cifar10": 50_000,
     "digits": 1438,
 }
 
