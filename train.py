@@ -68,7 +68,7 @@ def check(config, typed: flags.Given):
     else:
         config, fitted = flags.fit(config, typed, len(index.train))
         notes = [*notes, fitted]
-    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
+    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes):
         say(note)
     if is_main() and not (config.summary or config.dry_run):
