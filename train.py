@@ -63,6 +63,11 @@ def check(config, typed: flags.Given):
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
     index = layouts.open_dataset(**flags.data_args(config))
+    if saved:
+        index = rundir.as_trained(index, saved)
+    else:
+        config, fitted = flags.fit(config, typed, len(index.train))
+        notes = [*notes, fitted]
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes):
         say(note)

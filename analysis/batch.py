@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from sources import layouts
 
     index = layouts.open_dataset(**flags.data_args(config))
+    config, _ = flags.fit(config, given, len(index.train))
 
     from analysis import batch_figures, figures
 

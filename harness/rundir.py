@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -27,6 +27,8 @@ from base.process import say
 
 if TYPE_CHECKING:
     from filelock import FileLock
+
+    from sources.index import DatasetIndex
 
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
@@ -200,6 +202,14 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
     """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`."""
     saved = parse_saved_flags(saved)
     return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
+
+
+def as_trained(index: DatasetIndex, saved: dict) -> DatasetIndex:
+    """Return `index` with the name and the orientation that the run of checkpoint `saved` goes by.
+
+    Earlier versions called all class folders imagenet_1k, and turned no image; a folder can be renamed.
+    """
+    return replace(index, name=saved["eval"]["dataset"], exif=saved["eval"].get("exif", False))
 
 
 def parse_saved_flags(saved: dict) -> dict:
