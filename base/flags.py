@@ -352,7 +352,7 @@ def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
         fitted.append(f"warm-up {config.warmup_epochs:g} epochs")
         to.append(f"{config.epochs} epoch{'s' * (config.epochs > 1)}")
     if "num_workers" not in given and config.num_workers > cores:
-        fitted.append(f"{cores} loader workers")
+        fitted.append(f"{cores} workers")
         to.append(f"{cores} cores")
     return config, f"{', '.join(fitted)}: fitted to {', '.join(to)}" if fitted else ""
 
