@@ -136,8 +136,8 @@ CARD = """# {name}
 {use}
 ```
 
-{exif}Resize the short side of an image to {resized} px (bilinear, antialiased), crop the central {size} x {size}
-px, scale RGB to [0, 1], and normalize with (pixel - mean) / std:
+{exif}Resize the short side of an image to {resized} px (bilinear, antialiased), crop the central
+{size} x {size} px, scale RGB to [0, 1], and normalize with (pixel - mean) / std:
 
 - mean {mean}
 - std {std}

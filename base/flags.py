@@ -111,7 +111,8 @@ LOADING = (
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
          "another of its class. An unreadable validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
-    Flag("num_workers", "processes", "Loader processes per rank; at most one per core.", number(int, 0, 1024), 8, "N"),
+    Flag("num_workers", "processes", "Loader processes per rank; at most one per core.",
+         number(int, 0, 1024), 8, "N"),
 )
 MODEL = (
     Flag("arch", "model", "Architecture.", ARCHS, "resnet50", "NAME"),
