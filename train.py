@@ -67,7 +67,12 @@ def check(config, typed: flags.Given):
         rundir.check_checkpoint(config.init_from)
     doing(f"loading {'the data' if saved else config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
-    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
+    if saved:
+        index = rundir.as_trained(index, saved)
+    else:
+        config, fitted = flags.fit(config, typed, len(index.train))
+        notes = [*notes, fitted]
+    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes):
         say(note)
     if is_main() and not (config.summary or config.dry_run):

@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = config.image_sizes or (classifier.image_size,)
     check_architecture(classifier.payload["model_args"]["arch"], classifier.image_size, sizes, config)
     classifier = predictions.open_data(classifier, config, given, say)
-    if note := flags.workers_note(config.num_workers):
+    if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
     results = []

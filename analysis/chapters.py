@@ -28,11 +28,18 @@ CAPTIONS = {
 DRAWN_AS_CHARTS = ("curves.png", "lr.png", "steps.png", "compare.png")
 SCORE_KEYS = ("image_size", "weights", "bn", "tta", "top1", "top5", "loss", "macro_f1", "ece")
 SCORE_TITLES = ("px", "weights", "BatchNorm", "TTA", "top-1 %", "top-5 %", "loss", "macro F1", "ECE %")
+RELOAD = 30  # seconds
 MOST_ROWS = 20  # of a table that is not folded away
 
 
-def document(runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str, list[str]]) -> str:
-    """Return the page. notes: by the name of a run, what could not be drawn."""
+def document(
+    runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str, list[str]], reload: bool = False
+) -> str:
+    """Return the page.
+
+    notes:  by the name of a run, what could not be drawn
+    reload: whether the page loads itself again and again, because it is written after each epoch
+    """
 
     def pictures(run: RunFiles) -> Markup:
         failed = [tag("p", note, class_="soft") for note in notes.get(run.name, [])]
@@ -51,7 +58,8 @@ def document(runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str,
     names = [source.name for source in (*runs, *studies)]
     title = f"Training report: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     lead = f"{len(runs)} run{'s' * (len(runs) != 1)}" if runs else "From the files of the study's runs"
-    return page(title, lead, sections)
+    lead += f"; this page reloads itself every {RELOAD} seconds while training goes on" if reload else ""
+    return page(title, lead, sections, RELOAD if reload else 0)
 
 
 def overview(runs: Sequence[RunFiles]) -> Section:

@@ -34,7 +34,7 @@ from base.parser import (
     save_interval,
     typed_text,
 )
-from base.phases import used_epochs
+from base.phases import fitting_batch, used_epochs
 
 natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
@@ -50,8 +50,8 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 # Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
-    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "log_every", "config",
-    "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
+    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "trackio", "log_every",
+    "config", "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -250,6 +250,7 @@ LOGGING = (
          natural, 20, "N"),
     Flag("tensorboard", "files", "Log to --save-dir/tensorboard as well."),
     Flag("wandb", "files", "Log to Weights & Biases as well.", str, "", "PROJECT"),
+    Flag("trackio", "files", "Log to Trackio, on this machine, as well.", str, "", "PROJECT"),
 )
 COMMAND = (
     Flag("summary", "output", "Print the layers at every size, then exit."),
@@ -334,7 +335,32 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
     given = Given(recipe | by_hand)
     given.by_hand = frozenset(by_hand)
     given.file = make_config(defaults() | parser.defaults() | recipe)
-    return make_config(parser.defaults() | recipe | by_hand), given
+    values = parser.defaults() | recipe | by_hand
+    if values.get("schedule") == "cosine" and "warmup_epochs" not in given:
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    return make_config(values), given
+
+
+def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
+    """Return a new run's config with defaults that fit `images` training images, and a line that names them.
+
+    A value that was given is never changed. What is chosen is saved with the run, so it is kept on resume.
+    """
+    fitted, to, cores = [], [], process.cores()
+    if not given & {"batch_size", "phase_batch_sizes"}:
+        ranks, phases = process.world_size(), len(config.resize_schedule)
+        batch = fitting_batch(images, phases, ranks, config.batch_size)
+        if batch != config.batch_size:
+            config = dataclasses.replace(config, batch_size=batch)
+            fitted.append(f"batch size {batch}")
+            to.append(f"{images:,} images" + f" and {ranks} ranks" * (ranks > 1))
+    if "warmup_epochs" not in given and config.warmup_epochs != defaults()["warmup_epochs"]:
+        fitted.append(f"warm-up {config.warmup_epochs:g} epochs")
+        to.append(f"{config.epochs} epoch{'s' * (config.epochs > 1)}")
+    if "num_workers" not in given and config.num_workers > cores:
+        fitted.append(f"{cores} loader workers")
+        to.append(f"{cores} cores")
+    return config, f"{', '.join(fitted)}: fitted to {', '.join(to)}" if fitted else ""
 
 
 def make_config(values: Mapping[str, Any]) -> Any:
@@ -384,7 +410,7 @@ def check_train(config: Any, given: Given) -> list[str]:
         )
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
-    return notes
+    return [*notes, *filter(None, [workers_note(config, given)])]
 
 
 def _check_phases(config: Any) -> None:
@@ -432,10 +458,12 @@ def idle_flags(config: Any) -> set[str]:
     return {flag.name for flag in TABLE if why_idle(flag, config)}
 
 
-def workers_note(workers: int) -> str:
-    """Return a note if there are more loader processes than cores, else ''."""
-    cores = process.cores()
-    return f"--num-workers {workers} is more than the {cores} cores: using {cores}" if workers > cores else ""
+def workers_note(config: Any, given: Given) -> str:
+    """Return a note if more loader processes were asked for than there are cores, else ''."""
+    workers, cores = config.num_workers, process.cores()
+    if "num_workers" not in given or workers <= cores:
+        return ""
+    return f"--num-workers {workers} is more than the {cores} cores: using {cores}"
 
 
 def data_args(config: Any) -> dict[str, Any]:

@@ -265,8 +265,11 @@ def newest(
 
 
 def eval_settings(index, image_size: int, crop: float, flip: bool) -> dict:
-    """Return payload["eval"]: the classes, and how every tool prepares and scores images."""
-    return {
+    """Return payload["eval"]: the classes, and how every tool prepares and scores images.
+
+    "exif" is there only if it is true: earlier versions ignored the orientation of all images.
+    """
+    return ({"exif": True} if index.exif else {}) | {
         "dataset": index.name,
         "classes": list(index.classes),
         "class_names": list(index.class_names or index.classes),

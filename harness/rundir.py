@@ -15,7 +15,7 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -28,9 +28,11 @@ from base.process import say
 if TYPE_CHECKING:
     from filelock import FileLock
 
+    from sources.index import DatasetIndex
+
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
-FILES = ("wandb_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
+FILES = ("wandb_id", "trackio_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
 EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
 PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",
@@ -205,6 +207,14 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
     """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`."""
     saved = parse_saved_flags(saved)
     return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
+
+
+def as_trained(index: DatasetIndex, saved: dict) -> DatasetIndex:
+    """Return `index` with the name and the orientation that the run of checkpoint `saved` goes by.
+
+    Earlier versions called all class folders imagenet_1k, and turned no image; a folder can be renamed.
+    """
+    return replace(index, name=saved["eval"]["dataset"], exif=saved["eval"].get("exif", False))
 
 
 def parse_saved_flags(saved: dict) -> dict:

@@ -21,6 +21,7 @@ from harness.rundir import RunIdentity, SaveDir
 from loop import Run, StopAfterReached, best_is_lost, save
 from models import notes
 from models.summary import count_params
+from sources import splits
 from sources.index import DatasetIndex, FileSplit
 
 
@@ -73,8 +74,9 @@ def protected(
             if main:
                 write_json(run.save_dir / "config.json", values, parents=False)
                 write_json(run.save_dir / "env.json", environment_of(run, identity), parents=False)
-            trackers = {"tensorboard": config.tensorboard, "wandb_project": config.wandb, "config": values}
-            options = {"enabled": main, "log_every": config.log_every, "plot": config.plot}
+                say(splits.write_down(run.index))
+            trackers = {name: getattr(config, name) for name in ("tensorboard", "wandb", "trackio")}
+            options = {"enabled": main, "log_every": config.log_every, "plot": config.plot, "config": values}
             log = MetricLogger(run.save_dir, run.state.rows, run.state.step, **options, **trackers)
             crop_cache.fill(run)
             if not gc.isenabled():
@@ -116,7 +118,7 @@ def introduction(run: Run, config) -> str:
     lines = [f"{config.arch}, {parameters:,} parameters, on {runtime.device} ({runtime.precision})", images]
     if runtime.device.type == "cpu" and config.device == "auto":
         lines.append("no GPU found: training on the CPU")
-    lines += filter(None, (flags.workers_note(config.num_workers), *notes(config.use_blurpool)))
+    lines += notes(config.use_blurpool)
     for p in run.phases:
         lines.append(
             f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "

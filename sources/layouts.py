@@ -71,7 +71,7 @@ def open_dataset(
     if not subset_size:
         return index
     if subset_size > (images := len(index.train)):
-        note = f"note: --subset-size {subset_size:,} exceeds the {images:,} training images: all are used"
+        note = f"note: all {images:,} training images are used: --subset-size is {subset_size:,}"
         index = replace(index, notes=(*index.notes, note))
     return take_subset(index, subset_size, whole_val=bool(holdout))
 

@@ -55,7 +55,7 @@ def test_the_width_is_the_terminals_and_80_without_one(monkeypatch):
 def test_the_bar_keeps_the_time_left_in_80_columns(monkeypatch):
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    monkeypatch.setattr(sys, "stderr", open(theirs, "w"))
+    monkeypatch.setattr(sys, "stderr", os.fdopen(theirs, "w"))
     with Progress(10010, " 12/90 224 px", unit="steps") as bar:
         bar.update(5005, "123h05m left  loss 6.908  12,345 img/s  wait 100%  lr 1.0e-04")
         bar.bar.refresh()

@@ -85,7 +85,18 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run")), config_of()
 
 
-OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes", "flip"}
+OPTIONAL = {
+    "run",
+    "commit",
+    "head",
+    "stem",
+    "top",
+    "drop_path_rate",
+    "use_blurpool",
+    "image_sizes",
+    "flip",
+    "exif",
+}
 OPTIONAL |= {"row_sums", "width"}
 
 
