@@ -6,6 +6,7 @@ import gc
 import sys
 
 from base import flags
+from base.errors import doing
 from base.errors import run as run_command
 from base.process import is_main, say
 
@@ -62,14 +63,16 @@ def check(config, typed: flags.Given):
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
+    if config.init_from and not saved:
+        rundir.check_checkpoint(config.init_from)
+    doing(f"loading {'the data' if saved else config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     if saved:
-        index = rundir.as_trained(index, saved)
+        index, fitted = rundir.as_trained(index, saved), ""
     else:
         config, fitted = flags.fit(config, typed, len(index.train))
-        notes = [*notes, fitted]
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
-    for note in (*notes, *index.notes):
+    for note in (*notes, *index.notes, fitted):
         say(note)
     if is_main() and not (config.summary or config.dry_run):
         rundir.check(directory, resuming=bool(config.resume), overwrite=config.overwrite)

@@ -15,7 +15,7 @@ from typing import Any
 
 from base import idle, process
 from base.config_file import read_recipe
-from base.errors import UsageError
+from base.errors import UsageError, nearest_path
 from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle, why_idle
 from base.parser import (
     AUGMENTS,
@@ -111,7 +111,8 @@ LOADING = (
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
          "another of its class. An unreadable validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
-    Flag("num_workers", "processes", "Loader processes per rank.", number(int, 0, 1024), 8, "N"),
+    Flag("num_workers", "processes", "Loader processes per rank; at most one per core.",
+         number(int, 0, 1024), 8, "N"),
 )
 MODEL = (
     Flag("arch", "model", "Architecture.", ARCHS, "resnet50", "NAME"),
@@ -134,7 +135,8 @@ MODEL = (
 )
 PHASES = (
     Flag("epochs", "plan", "Number of epochs, over all phases.", positive, 90, "N"),
-    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase.",
+    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase; unless "
+         "given, fitted to fewer than 1,024 images.",
          positive, 256, "N",
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
     Flag("resize_schedule", "plan", "Image size of each phase.",
@@ -162,7 +164,8 @@ OPTIMIZATION = (
     Flag("weight_decay", "trace", "Weight decay; biases and normalization layers are excluded.",
          from_zero, 1e-4, "W"),
     Flag("schedule", "trace", "Learning-rate schedule.", SCHEDULES, "onecycle", "NAME"),
-    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine.", from_zero, 5.0, "N",
+    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine; unless given, at most "
+         "half of all.", from_zero, 5.0, "N",
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
     Flag("cycles", "trace", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
@@ -293,7 +296,8 @@ TRAIN_GROUPS = train_groups()
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
 BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
 INFERENCE = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
-SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)  # else from the checkpoint
+SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)
+SAVED_DATA_NOTE = "Flags that are not given come from the checkpoint."
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> argparse._ArgumentGroup:
@@ -311,6 +315,11 @@ def build_parser(
     for title, flags in (groups or {}).items():
         add_flags(parser, title, flags)
     return parser
+
+
+def hidden(flag: Flag) -> Flag:
+    """Return a flag that is accepted but not shown in `--help`."""
+    return dataclasses.replace(flag, help=argparse.SUPPRESS)
 
 
 def train_parser() -> Parser:
@@ -352,7 +361,7 @@ def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
         fitted.append(f"warm-up {config.warmup_epochs:g} epochs")
         to.append(f"{config.epochs} epoch{'s' * (config.epochs > 1)}")
     if "num_workers" not in given and config.num_workers > cores:
-        fitted.append(f"{cores} loader workers")
+        fitted.append(f"{cores} workers")
         to.append(f"{cores} cores")
     return config, f"{', '.join(fitted)}: fitted to {', '.join(to)}" if fitted else ""
 
@@ -425,7 +434,8 @@ def _check_phases(config: Any) -> None:
         largest = {"padcrop": pixels - 1, "cutout": 2 * pixels - 1}
         for name, size in parse_augment(text):
             if name == "pipeline" and not os.path.isfile(size):
-                raise UsageError(f"{flag} {size}: there is no such file", "check the path")
+                fix = nearest_path(size) or "name a file that albumentations.save wrote"
+                raise UsageError(f"{flag} {size}: there is no such file", fix)
             if name in largest and size > largest[name]:
                 raise UsageError(
                     f"{flag} {name}:{size} leaves nothing of an image of {pixels} px",
