@@ -67,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
     def is_ours(self) -> bool:
         """Refuse other sites: those whose DNS name was rebound to us, and the scripts of others."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-        ours = host.rpartition(":")[0] in (HOST, "localhost") and origin in (None, f"http://{host}")
+        ours = host.partition(":")[0] in (HOST, "localhost") and origin in (None, f"http://{host}")
         if not ours:
             self.refuse(403)
         return ours
