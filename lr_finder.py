@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from base import flags, process
-from base.errors import ResourceError, UsageError
+from base.errors import ResourceError, UsageError, doing
 from base.errors import run as run_command
 
 EPILOG = """examples:
@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import layouts
 
+    doing(f"loading {config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     config, fitted = flags.fit(config, given, len(index.train))
     for note in (*notes, *index.notes, fitted):

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from base import errors, flags, process
-from base.errors import DataError, ResourceError, UsageError
+from base.errors import DataError, ResourceError, UsageError, doing
 from base.flags import Flag
 from base.progress import Progress
 
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.verify == bool(args.out):
         raise UsageError("give either --out or --verify", "--out DIR packs the dataset, --verify checks it")
+    doing(f"reading the list of images in {args.data_dir}")
     index = open_index(args)
     for note in index.notes:
         print(note)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from base import files, flags, process
-from base.errors import DataError, UsageError, printable, run, tell
+from base.errors import DataError, UsageError, doing, printable, run, tell
 
 EPILOG = """examples:
   python predict.py checkpoints/best_resnet50_imagenet_1k.pt cat.jpg photos/
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     rundir.check_checkpoint(config.checkpoint)
     paths, bad = find_images(config.images or ())
 
+    doing(f"loading torch and {config.checkpoint}")
     from analysis import export, predictions
     from base.device import init_runtime
 

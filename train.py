@@ -6,6 +6,7 @@ import gc
 import sys
 
 from base import flags
+from base.errors import doing
 from base.errors import run as run_command
 from base.process import is_main, say
 
@@ -62,6 +63,9 @@ def check(config, typed: flags.Given):
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
+    if config.init_from and not saved:
+        rundir.check_checkpoint(config.init_from)
+    doing(f"loading {'the data' if saved else config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     if saved:
         index, fitted = rundir.as_trained(index, saved), ""

@@ -15,7 +15,7 @@ from typing import Any
 
 from base import idle, process
 from base.config_file import read_recipe
-from base.errors import UsageError
+from base.errors import UsageError, nearest_path
 from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle, why_idle
 from base.parser import (
     AUGMENTS,
@@ -296,7 +296,8 @@ TRAIN_GROUPS = train_groups()
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
 BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
 INFERENCE = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
-SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)  # else from the checkpoint
+SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)
+SAVED_DATA_NOTE = "Flags that are not given come from the checkpoint."
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> argparse._ArgumentGroup:
@@ -314,6 +315,11 @@ def build_parser(
     for title, flags in (groups or {}).items():
         add_flags(parser, title, flags)
     return parser
+
+
+def hidden(flag: Flag) -> Flag:
+    """Return a flag that is accepted but not shown in `--help`."""
+    return dataclasses.replace(flag, help=argparse.SUPPRESS)
 
 
 def train_parser() -> Parser:
@@ -428,7 +434,8 @@ def _check_phases(config: Any) -> None:
         largest = {"padcrop": pixels - 1, "cutout": 2 * pixels - 1}
         for name, size in parse_augment(text):
             if name == "pipeline" and not os.path.isfile(size):
-                raise UsageError(f"{flag} {size}: there is no such file", "check the path")
+                fix = nearest_path(size) or "name a file that albumentations.save wrote"
+                raise UsageError(f"{flag} {size}: there is no such file", fix)
             if name in largest and size > largest[name]:
                 raise UsageError(
                     f"{flag} {name}:{size} leaves nothing of an image of {pixels} px",

@@ -171,9 +171,11 @@ def refused(kind, *args, **options):
 
 
 def test_a_missing_or_empty_directory_names_the_path_and_the_accepted_layouts(tmp_path):
-    for path in (tmp_path / "nowhere", tmp_path):
-        error = refused(DataError, "imagenet", path)
-        assert str(path) in error.what and "train/<class>" in error.fix and "val/<class>" in error.fix
+    error = refused(DataError, "imagenet", tmp_path)
+    assert str(tmp_path) in error.what and "train/<class>" in error.fix and "val/<class>" in error.fix
+    error = refused(DataError, "imagenet", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in error.what and "--data-dir" in error.fix
+    assert "--dataset digits" in error.fix and "download_imagenet.py --dataset cifar10" in error.fix
 
 
 @pytest.mark.parametrize("missing", ["train", "val"])
