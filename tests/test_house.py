@@ -29,7 +29,7 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
     **dict.fromkeys(("harness.build", "harness.preflight", "harness.dryrun", "harness.session"), 4),
     "harness.crop_cache": 4,
     **dict.fromkeys(("train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"), 5),
-    **dict.fromkeys(("ablation_runs", "benchmarks"), 5),
+    **dict.fromkeys(("ablation_runs", "benchmarks", "scripts"), 5),
     # Their __init__.py, which imports nothing; and what analysis has besides the parts above are commands.
     **dict.fromkeys(("harness", "analysis"), 0),
 }
