@@ -68,12 +68,11 @@ def check(config, typed: flags.Given):
     doing(f"loading {'the data' if saved else config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     if saved:
-        index = rundir.as_trained(index, saved)
+        index, fitted = rundir.as_trained(index, saved), ""
     else:
         config, fitted = flags.fit(config, typed, len(index.train))
-        notes = [*notes, fitted]
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
-    for note in (*notes, *index.notes):
+    for note in (*notes, *index.notes, fitted):
         say(note)
     if is_main() and not (config.summary or config.dry_run):
         rundir.check(directory, resuming=bool(config.resume), overwrite=config.overwrite)

@@ -100,9 +100,10 @@ def summary(run: RunFiles) -> Markup:
     values["time"] = duration(3600 * run.hours)
     if last.get("images_per_second"):
         values["training speed, last epoch"] = f"{last['images_per_second']:,.0f} images/s"
+    described = config | {key: run.env[key] for key in ("dataset",) if key in run.env}  # not the flag's
     for key, name in (("arch", "architecture"), ("dataset", "dataset")):
-        if key in config:
-            values[name] = shown(config[key])
+        if key in described:
+            values[name] = shown(described[key])
     sizes = [f"{size}\N{NO-BREAK SPACE}px" for _, size, _ in phases(run.rows)]
     values["image sizes"] = " → ".join(sizes)
     if bad := sum(row.get("bad_steps") or 0 for row in run.rows):

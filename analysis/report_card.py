@@ -48,7 +48,7 @@ def card(runs: list, price: float | None) -> str:
     """Return Markdown about `runs` (RunFiles), which differ in their seeds; `price` is that of a GPU hour."""
     config, env = runs[0].config, runs[0].env
     rows = [row(run, price) for run in runs]
-    cost = "no price given" if price is None else f"at {price:g} per GPU hour"
+    cost = "not given" if price is None else f"{price:g} for a GPU hour"
     how = {
         "hardware": f"{env.get('world_size', 1)} x {env.get('device', '?')}, {env.get('precision', '?')}",
         "cores": env.get("cores", "?"),
@@ -106,8 +106,9 @@ def validated(run) -> str:
         return ""
     rows = []
     for line in scores["results"]:
-        values = (line.get(key, "-") for key in SCORES)
-        rows.append([f"{value:.4g}" if isinstance(value, float) else str(value) for value in values])
+        values = {key: line.get(key, "-") for key in SCORES}
+        values |= {key: f"{values[key]:.2f}" for key in ("top1", "top5")} | {"loss": f"{values['loss']:.4f}"}
+        rows.append([str(value) for value in values.values()])
     return f"Validation of {run.name} by validate.py:\n\n{table(tuple(SCORES.values()), rows)}"
 
 

@@ -111,7 +111,8 @@ LOADING = (
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
          "another of its class. An unreadable validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
-    Flag("num_workers", "processes", "Loader processes per rank.", number(int, 0, 1024), 8, "N"),
+    Flag("num_workers", "processes", "Loader processes per rank; at most one per core.",
+         number(int, 0, 1024), 8, "N"),
 )
 MODEL = (
     Flag("arch", "model", "Architecture.", ARCHS, "resnet50", "NAME"),
@@ -134,7 +135,8 @@ MODEL = (
 )
 PHASES = (
     Flag("epochs", "plan", "Number of epochs, over all phases.", positive, 90, "N"),
-    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase.",
+    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase; unless "
+         "given, fitted to fewer than 1,024 images.",
          positive, 256, "N",
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
     Flag("resize_schedule", "plan", "Image size of each phase.",
@@ -162,7 +164,8 @@ OPTIMIZATION = (
     Flag("weight_decay", "trace", "Weight decay; biases and normalization layers are excluded.",
          from_zero, 1e-4, "W"),
     Flag("schedule", "trace", "Learning-rate schedule.", SCHEDULES, "onecycle", "NAME"),
-    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine.", from_zero, 5.0, "N",
+    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine; unless given, at most "
+         "half of all.", from_zero, 5.0, "N",
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
     Flag("cycles", "trace", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
@@ -359,7 +362,7 @@ def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
         fitted.append(f"warm-up {config.warmup_epochs:g} epochs")
         to.append(f"{config.epochs} epoch{'s' * (config.epochs > 1)}")
     if "num_workers" not in given and config.num_workers > cores:
-        fitted.append(f"{cores} loader workers")
+        fitted.append(f"{cores} workers")
         to.append(f"{cores} cores")
     return config, f"{', '.join(fitted)}: fitted to {', '.join(to)}" if fitted else ""
 

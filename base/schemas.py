@@ -324,7 +324,7 @@ def _wrong_tables(manifest: dict) -> str:
 # --- other JSON files -------------------------------------------------------------------------------
 
 _COUNTS = optional(num_train=Count, num_val=Count, num_classes=Positive)
-_RUN = optional(commit=Text, command=Text, run=RunId, parent=Text | None)
+_RUN = optional(commit=Text, dataset=Text, command=Text, run=RunId, parent=Text | None)
 Env = Annotated[at_least(**_COUNTS, **_RUN), AfterValidator(_all_plain)]
 StudyRun = at_least(**optional(status=Text, flags=list[Text], minutes=NotNegative))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)

@@ -102,6 +102,7 @@ def environment_of(run: Run, identity: RunIdentity) -> dict:
         **environment(run.runtime),
         "command": " ".join(sys.argv),
         "commit": run.metadata["commit"],
+        "dataset": run.index.name,
         "num_train": len(run.index.train),
         "num_val": len(run.index.val),
         "num_classes": len(run.index.classes),

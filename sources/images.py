@@ -23,6 +23,7 @@ Steps = Sequence[tuple[str, Any]]  # augmentations in order, with their argument
 EVAL_CROP = 0.875  # share of the resized image's short side that validation and prediction use
 # Only these parsers of Pillow run: an EPS or PSD file named .JPEG must not reach its own.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM")
+UNREAD = {b"ftyphei": "HEIC", b"ftypmif1": "HEIC", b"ftypavif": "AVIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 ORIENTATION_TAG = 0x0112  # of EXIF
 _CV2_FLAGS = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -180,7 +181,9 @@ def _decode_strictly(data: bytes, name: str) -> np.ndarray:
     except Image.DecompressionBombError:
         raise BadImage(name, f"it has more than {MAX_PIXELS} pixels") from None
     except Image.UnidentifiedImageError:
-        raise BadImage(name, f"not an image of a known kind; it starts with {data[:16]!r}") from None
+        kind = next((kind for mark, kind in UNREAD.items() if mark in data[:12]), "")
+        reason = f"not an image of a known kind; it starts with {data[:16]!r}"
+        raise BadImage(name, f"it is {kind}, which is not read: convert it" if kind else reason) from None
     except Exception as error:  # hostile bytes make parsers raise anything: SyntaxError, struct.error, ...
         raise BadImage(name, f"{error or type(error).__name__}") from error
 

@@ -91,11 +91,13 @@ def _hash(image: bytes) -> bytes:
 
 def _read(path: Path) -> Known:
     """Return what `path` keeps; nothing if there is no such file. Raises DataError."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     from base import schemas
 
     fix = "repair it, or delete it: then all images are divided anew"
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"{path} is not a plain file", fix)
     content = schemas.read_json(path, schemas.SplitFile, fix)
     if twice := set(content["train"]) & set(content["val"]):
         raise DataError(f"{path} has {min(twice)!r} in train and in val", fix)

@@ -429,9 +429,7 @@ def test_a_line_names_all_that_was_fitted(monkeypatch):
     config, given = flags.parse(train.build_parser(), ["--schedule", "cosine", "--epochs", "1"])
     fitted, line = flags.fit(config, given, 160)
     assert (fitted.batch_size, fitted.warmup_epochs, fitted.num_workers) == (32, 0.5, 8)
-    assert (
-        line == "batch size 32, warm-up 0.5 epochs, 2 loader workers: fitted to 160 images, 1 epoch, 2 cores"
-    )
+    assert line == "batch size 32, warm-up 0.5 epochs, 2 workers: fitted to 160 images, 1 epoch, 2 cores"
 
 
 @pytest.mark.parametrize("words", ["--schedule cosine --epochs 10", "--schedule cosine", "--epochs 1", ""])
@@ -481,3 +479,19 @@ def test_ranks_share_a_fitted_batch(monkeypatch):
     assert fitted.batch_size == 192 and "batch size 192" in line and "10,000 images and 3 ranks" in line
     index = open_dataset("synthetic:train=10000,val=10,size=8", "")
     assert [phase.batch_size for phase in build.make_plan(fitted, index, 3)] == [192, 96, 48]
+
+
+# --- hostile folders ---
+
+
+def test_a_link_in_the_data_is_not_followed_when_the_split_is_written(flat, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    (flat / "split.json.partial").symlink_to(tmp_path / "mine")
+    splits.write_down(open_dataset("imagenet", flat))
+    assert (tmp_path / "mine").read_text() == "precious" and (flat / "split.json").is_file()
+    for make in (lambda p: os.mkfifo(p), lambda p: p.symlink_to("nowhere"), lambda p: p.mkdir()):
+        path = flat / "split.json"
+        path.unlink()
+        make(path)
+        with pytest.raises(DataError, match=r"split\.json"):
+            open_dataset("imagenet", flat)

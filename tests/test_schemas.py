@@ -364,7 +364,12 @@ def harmless(at, *new) -> bool:
         ("classes",),
         ("class_names",),
     )
-    absent = (at[-1], new) in [("class_names", (None,)), ("native_size", (None,)), ("skipped", ([],))]
+    absent = (at[-1], new) in [
+        ("class_names", (None,)),
+        ("native_size", (None,)),
+        ("skipped", ([],)),
+        ("exif", ()),
+    ]
     return (
         absent
         or (bool(new) and text and isinstance(new[0], str))
