@@ -56,6 +56,7 @@ def check(config, typed: flags.Given):
     from harness import rundir
     from harness.log import check_trackers
     from sources import layouts
+    from sources.archives import pretrained
 
     directory = rundir.scan(config.save_dir)
     saved = rundir.find_checkpoint(config.resume, directory)
@@ -63,6 +64,9 @@ def check(config, typed: flags.Given):
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
     index = layouts.open_dataset(**flags.data_args(config))
+    if config.pretrained:
+        weights = (config.arch, config.pretrained, config.resize_schedule)
+        index = pretrained.prepare(index, *weights, needed=saved is None)
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
     for note in (*notes, *index.notes):
         say(note)
