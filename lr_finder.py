@@ -68,8 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     from sources.archives import pretrained
 
     index = layouts.open_dataset(**flags.data_args(config))
-    if config.pretrained:
-        index = pretrained.prepare(index, config.arch, config.pretrained, config.resize_schedule)
+    index = pretrained.prepare(index, **flags.weights_args(config))
     for note in (*notes, *index.notes, flags.workers_note(config.num_workers)):
         process.say(note)
 

@@ -64,9 +64,7 @@ def check(config, typed: flags.Given):
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
     index = layouts.open_dataset(**flags.data_args(config))
-    if config.pretrained:
-        weights = (config.arch, config.pretrained, config.resize_schedule)
-        index = pretrained.prepare(index, *weights, needed=saved is None)
+    index = pretrained.prepare(index, **flags.weights_args(config), needed=saved is None)
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
     for note in (*notes, *index.notes):
         say(note)

@@ -16,7 +16,7 @@ from typing import Any
 
 from base import idle, process
 from base.config_file import read_recipe
-from base.errors import CheckpointError, UsageError
+from base.errors import UsageError
 from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle, why_idle
 from base.parser import (
     AUGMENTS,
@@ -412,9 +412,6 @@ def _check_weights(config: Any) -> None:
     if config.init_from and config.pretrained:
         what = "--pretrained and --init-from both bring weights"
         raise UsageError(what, "leave one of them out")
-    if config.init_from and not config.resume and not os.path.isfile(config.init_from):
-        fix = "give a file of weights; --pretrained takes torchvision's for ImageNet"
-        raise CheckpointError(f"--init-from: no checkpoint at {config.init_from}", fix)
     if not config.pretrained:
         return
     changed = {"width": config.width, "use_blurpool": config.use_blurpool, "stem": config.stem != "imagenet"}
@@ -445,6 +442,12 @@ def workers_note(workers: int) -> str:
     """Return a note if there are more loader processes than cores, else ''."""
     cores = process.cores()
     return f"--num-workers {workers} is more than the {cores} cores: using {cores}" if workers > cores else ""
+
+
+def weights_args(config: Any) -> dict[str, Any]:
+    """Return the arguments of `sources.archives.pretrained.prepare`."""
+    same = ("arch", "pretrained", "init_from")
+    return {name: getattr(config, name) for name in same} | {"sizes": config.resize_schedule}
 
 
 def data_args(config: Any) -> dict[str, Any]:

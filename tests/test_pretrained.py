@@ -48,6 +48,10 @@ def published(tmp_path, monkeypatch) -> Path:
     return path.rename(tmp_path / f"resnet18-{digits}.pth")
 
 
+def prepare(index, arch, name, sizes, **options):
+    return pretrained.prepare(index, arch=arch, pretrained=name, init_from="", sizes=sizes, **options)
+
+
 def said_by(capsys) -> str:
     return capsys.readouterr().out
 
@@ -103,9 +107,9 @@ def test_a_vit_has_weights_for_one_size(photos):
     index = DatasetIndex("x", ("a",), ArraySplit([], []), ArraySplit([], []))
     for name, size in (("DEFAULT", 224), ("IMAGENET1K_SWAG_E2E_V1", 384)):
         with pytest.raises(UsageError, match=f"are for images of {size} px, not 160") as caught:
-            pretrained.prepare(index, "vit_b_16", name, [160], needed=False)
+            prepare(index, "vit_b_16", name, [160], needed=False)
         assert caught.value.fix == f"give --resize-schedule {size}"
-        pretrained.prepare(index, "vit_b_16", name, [size], needed=False)
+        prepare(index, "vit_b_16", name, [size], needed=False)
 
 
 # --- whole runs ---
@@ -137,7 +141,7 @@ def test_the_data_of_another_normalization_is_normalised_as_imagenet(published, 
     config = parsed(*RUN, "--pretrained", published, "--dataset", "digits")[0]
     plain = built(config, tmp_path).index
     assert plain.mean != IMAGENET_MEAN
-    index = pretrained.prepare(plain, config.arch, config.pretrained, config.resize_schedule)
+    index = pretrained.prepare(plain, **flags.weights_args(config))
     assert (index.mean, index.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert index.fingerprint() == plain.fingerprint()
 
@@ -203,17 +207,17 @@ def test_weights_are_downloaded_once_and_checked(published, hub, tmp_path, monke
         monkeypatch.setattr(pretrained, "URL", f"http://127.0.0.1:{server.server_port}/")
         index = DatasetIndex("x", ("a",), ArraySplit([], []), ArraySplit([], []))
         for _ in range(2):
-            pretrained.prepare(index, "resnet18", "DEFAULT", [224])
+            prepare(index, "resnet18", "DEFAULT", [224])
         assert requests == ["HEAD", "GET"] and [p.name for p in hub.iterdir()] == [published.name]
         assert (hub / published.name).read_bytes() == (served / published.name).read_bytes()
 
         (hub / published.name).unlink()
         (served / published.name).write_bytes(bytes(1000))  # of another content
         with pytest.raises(CheckpointError, match="has the checksum"):
-            pretrained.prepare(index, "resnet18", "DEFAULT", [224])
+            prepare(index, "resnet18", "DEFAULT", [224])
         monkeypatch.setitem(pretrained.FILES["resnet34"], "IMAGENET1K_V1", "resnet34-00000000.pth")
         with pytest.raises(CheckpointError, match="answered 404"):
-            pretrained.prepare(index, "resnet34", "DEFAULT", [224])
+            prepare(index, "resnet34", "DEFAULT", [224])
         server.shutdown()
 
 
@@ -236,12 +240,19 @@ def parsed(*words):
     ("--pretrained --stem small --width 8", "no resnet50 with --width and --stem"),
     ("--pretrained --use-blurpool", "no resnet50 with --use-blurpool"),
     ("--pretrained --init-from x.pt", "both bring weights"),
-    ("--init-from imagenet", "no checkpoint at imagenet"),
 ])  # fmt: skip
 def test_combinations_that_cannot_work_are_refused(typed, words):
-    with pytest.raises((UsageError, CheckpointError), match=words) as caught:
+    with pytest.raises(UsageError, match=words) as caught:
         flags.check_train(*parsed(*typed.split()))
-    assert "--pretrained" in caught.value.fix or "leave" in caught.value.fix
+    assert "leave" in caught.value.fix
+
+
+def test_a_missing_file_is_an_error_that_names_torchvisions_weights(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at imagenet") as caught:
+        train.main(
+            [*TINY, "--dataset", "digits", "--init-from", "imagenet", "--save-dir", str(tmp_path / "a")]
+        )
+    assert "--pretrained" in caught.value.fix and not (tmp_path / "a").exists()
 
 
 def test_other_flags_get_their_defaults_from_the_recipe():

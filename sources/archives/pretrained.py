@@ -44,25 +44,38 @@ VIT_SIZES = {
 
 
 def prepare(
-    index: DatasetIndex, arch: str, name: str, sizes: Sequence[int], *, needed: bool = True
+    index: DatasetIndex,
+    *,
+    arch: str,
+    pretrained: str,
+    init_from: str,
+    sizes: Sequence[int],
+    needed: bool = True,
 ) -> DatasetIndex:
-    """Return `index`, normalised as the images were that the weights were trained on: as ImageNet.
+    """Check that the weights of a run are here, and download torchvision's if they are not.
 
-    name:   "DEFAULT", a name such as IMAGENET1K_V2 or ResNet50_Weights.IMAGENET1K_V2, or a file
-    sizes:  the image sizes of the run, in px
-    needed: whether the weights are loaded; if so and they are not on this machine, they are downloaded
+    pretrained: "DEFAULT", a name such as IMAGENET1K_V2 or ResNet50_Weights.IMAGENET1K_V2, a file, or ""
+    init_from:  a file of weights, or ""
+    sizes:      the image sizes of the run, in px
+    needed:     whether the run loads the weights: a resumed one has them in its checkpoint
 
+    Return `index`; with torchvision's weights, normalised as their training images were: as ImageNet.
     Raises UsageError for an unknown name, and CheckpointError if the weights are missing or damaged.
     """
-    path = find_path(arch, name)
+    if needed and init_from and not Path(init_from).is_file():
+        fix = "give a file of weights; --pretrained takes torchvision's for ImageNet"
+        raise CheckpointError(f"--init-from: no checkpoint at {init_from}", fix)
+    if not pretrained:
+        return index
+    path = find_path(arch, pretrained)
     size = VIT_SIZES.get(path.name)
     if size and set(sizes) != {size}:
         what = f"the weights {path.name} are for images of {size} px, not {', '.join(map(str, sizes))}"
         raise UsageError(what, f"give --resize-schedule {size}")
     if needed and process.local_rank() == 0:
-        if not (path.is_file() or is_path(name)):
+        if not (path.is_file() or is_path(pretrained)):
             _download(path)
-        find(arch, name)
+        find(arch, pretrained)
     return replace(index, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
