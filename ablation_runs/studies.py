@@ -400,17 +400,10 @@ SMALL_WEIGHTS = WEIGHTS | {"init_from": "checkpoints/ablation/weights-cpu/best_r
 FINETUNE = Study(
     name="finetune",
     question="20 classes with 50 photographs each: from scratch, or from weights for 100 other classes?",
-    base={"dataset": "tiny-imagenet", "class_list": "ablation_runs/finetune/twenty.txt", "holdout": 1000}
+    base={"dataset": "tiny-imagenet", "class_list": "ablation_runs/finetune/twenty.txt", "epochs": 30}
     | {"subset": True, "subset_size": 1000, "arch": "resnet18", "stem": "small", "resize_schedule": [64]}
-    | {"epochs": 30, "batch_size": 32, "schedule": "cosine", "warmup_epochs": 0, "lr": 1e-3}
-    | {
-        "weight_decay": 0.01,
-        "augment": "basic",
-        "ema_half_life": 1,
-        "mixup_alpha": 0,
-        "cutmix_alpha": 0,
-        "drop_path_rate": 0,
-    },
+    | {"batch_size": 32, "schedule": "cosine", "warmup_epochs": 0, "lr": 1e-3, "weight_decay": 0.01}
+    | {"augment": "basic", "mixup_alpha": 0, "cutmix_alpha": 0, "drop_path_rate": 0, "ema_half_life": 1},
     variants={
         "scratch": {},
         "whole": WEIGHTS,
@@ -428,8 +421,8 @@ FINETUNE = Study(
     cpu_title="20 classes of Tiny ImageNet (1,000 + 1,000 held out + 1,000 images), 32 px, ResNet-18 of "
     "width 16, 30 epochs",
     notes="Train the weights first, on 100 classes of which none is among the 20: `python train.py --config "
-    "ablation_runs/finetune/weights.yaml --data-dir DATA --save-dir checkpoints/ablation/weights`. For the CPU "
-    "preset, add `--width 16 --resize-schedule 32 --epochs 8` and take `weights-cpu` instead of `weights`.",
+    "ablation_runs/finetune/weights.yaml --data-dir DATA --save-dir checkpoints/ablation/weights`. For the "
+    "CPU preset, add `--width 16 --resize-schedule 32 --epochs 8` and take `weights-cpu` instead of `weights`.",
 )
 
 WEAK, MEDIUM, STRONG = (f"rrc,flip,randaugment:{magnitude}" for magnitude in (1, 5, 9))
