@@ -422,7 +422,7 @@ FINETUNE = Study(
     "width 16, 30 epochs",
     notes="Train the weights first, on 100 classes of which none is among the 20: `python train.py --config "
     "ablation_runs/finetune/weights.yaml --data-dir DATA --save-dir checkpoints/ablation/weights`. For the "
-    "CPU preset, add `--width 16 --resize-schedule 32 --epochs 8` and take `weights-cpu` instead of `weights`.",
+    "CPU preset, add `--width 16 --resize-schedule 32 --epochs 8`, and take `weights-cpu` for `weights`.",
 )
 
 WEAK, MEDIUM, STRONG = (f"rrc,flip,randaugment:{magnitude}" for magnitude in (1, 5, 9))
