@@ -45,8 +45,8 @@ FINDER = (
     flags.Flag("out", "files", "Output directory; by default --save-dir.", str, "", "DIR"),
 )
 # fmt: on
-SHARED = [flag for flag in flags.RUN if flag.name in ("save_dir", "config", "debug")]
-GROUPS = {"range test": FINDER} | flags.TRAIN_GROUPS | {"run": SHARED}
+TRAIN_ONLY = {flag.name for flag in (*flags.SAVING, *flags.SCORING, *flags.LOGGING, *flags.COMMAND)}
+GROUPS = {"range test": FINDER} | flags.train_groups(leave_out=TRAIN_ONLY - {"save_dir", "config", "debug"})
 
 
 def build_parser() -> flags.Parser:

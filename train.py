@@ -65,7 +65,7 @@ def check(config, typed: flags.Given):
     notes = flags.check_train(config, typed)
     index = layouts.open_dataset(**flags.data_args(config))
     index = pretrained.prepare(index, **flags.weights_args(config), needed=saved is None)
-    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb))
+    check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes):
         say(note)
     if is_main() and not (config.summary or config.dry_run):

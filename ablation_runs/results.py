@@ -19,7 +19,8 @@ from ablation_runs.study import FINAL, Study
 from analysis import scores as hit_files
 from harness.log import read_metrics
 
-HITS = {"val_top1": "raw", "ema_val_top1": "ema"}  # the weights that a column scores
+# The weights that a column scores; "bn": with BatchNorm statistics re-estimated after training.
+HITS = {"val_top1": "raw", "ema_val_top1": "ema", "ema_bn_val_top1": "ema bn"}
 PAIRINGS = 200  # of the runs of an A/A study
 
 
@@ -167,11 +168,26 @@ def power(runs: list[Result], study: Study, most: int | None = None) -> Power | 
     return Power(spread, len(found), seeds, needed, statistics.detectable(spread, seeds, len(found)))
 
 
-def ema_gain(runs: list[Result], variant: str) -> Difference | None:
-    """Return the EMA minus the raw top-1 of the same runs; None without an EMA."""
-    ema, raw = (by_seed(runs, variant, column) for column in ("ema_val_top1", "val_top1"))
-    gains = np.array([[ema[seed] - raw[seed] for seed in ema if seed in raw]])
-    return statistics.compare(gains, one_image(runs))[0] if gains.size else None
+def gains(runs: list[Result], study: Study, column: str, over: str) -> dict[str, Difference]:
+    """Return, for each variant with both, the score `column` minus the score `over` of the same runs.
+
+    The variants are tested together.
+    """
+    seeds, rows = sorted({run.seed for run in runs}), {}
+    for variant in study.variants:
+        scores, others = (by_seed(runs, variant, name) for name in (column, over))
+        row = [
+            scores[seed] - others[seed] if {seed} <= scores.keys() & others.keys() else np.nan
+            for seed in seeds
+        ]
+        if np.isfinite(row).any():
+            rows[variant] = row
+    judged = statistics.compare(np.array([*rows.values()]), one_image(runs)) if rows else []
+    return dict(zip(rows, judged, strict=True))
+
+
+def ema_gains(runs: list[Result], study: Study) -> dict[str, Difference]:
+    return gains(runs, study, "ema_val_top1", "val_top1")
 
 
 def one_image(runs: list[Result]) -> float:

@@ -126,7 +126,7 @@ class Job:
         same = {name: self.values[name] for name in SCORED_WITH if name in self.values}
         official = ["--holdout=0", "--no-subset"] if self.values.get("holdout") else []
         out = ["--save-hits", f"--out={from_root(self.directory / FINAL)}"]
-        return [from_root(checkpoint), *flags.to_argv(same), *official, *out]
+        return [from_root(checkpoint), *flags.to_argv(same), *self.run.scoring, *official, *out]
 
     def command(self) -> str:
         return shlex.join(["python", "train.py", *self.arguments])

@@ -444,6 +444,27 @@ PHASE_AUGMENT = Study(
     notes="All variants see the same sizes for the same number of epochs: equal compute.",
 )
 
+RECALIBRATE_BN = Study(
+    name="recalibrate_bn",
+    question="Should the average's BatchNorm statistics be re-estimated before it is scored?",
+    base=TINY_IMAGENET | {"augment": "basic", "mixup_alpha": 0, "cutmix_alpha": 0, "drop_path_rate": 0},
+    variants={
+        "end": {"resize_schedule": [64, 128, 224], "phase_epochs": [10, 10, 10]},
+        "after-switch": {"resize_schedule": [64, 128, 224], "epochs": 21, "phase_epochs": [10, 10, 1]},
+        "one-size": {},
+    },
+    metric="ema_val_top1",
+    scoring=("--recalibrate-bn",),
+    cpu=TINY_20,
+    cpu_variants={
+        "end": {"resize_schedule": [16, 24, 32], "phase_epochs": [4, 4, 4]},
+        "after-switch": {"resize_schedule": [16, 24, 32], "epochs": 9, "phase_epochs": [4, 4, 1]},
+    },
+    cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
+    notes="The comparison is within each run: the same weights with both statistics. `after-switch` ends one "
+    "epoch after the last change of the image size.",
+)
+
 PIPELINE = Study(
     name="pipeline",
     question="Do the built-in operations train as well as the same pipeline in Albumentations?",

@@ -38,6 +38,7 @@ class Run:
     variant: str
     seed: int
     flags: Flags
+    scoring: tuple[str, ...] = ()  # of validate.py
 
     @property
     def name(self) -> str:
@@ -56,6 +57,7 @@ class Study:
     grid: tuple[str, ...] = ()  # flags, if the variants are all combinations of their values: main effects
     metric: str = "val_top1"  # the compared column of metrics.jsonl, chosen before any run
     primary: tuple[str, ...] = ()  # variants compared with the first one, chosen before any run; see `grid`
+    scoring: tuple[str, ...] = ()  # flags of validate.py, beside the run's own
     worth: float = 0.5  # the difference worth seeing, in points: decides how many seeds a pilot asks for
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
     notes: str = ""  # one per line
@@ -85,7 +87,7 @@ class Study:
             raise UsageError(f"{self.name} has no CPU preset", "run it in full, or with --smoke")
         chosen = {variant: self.flags_of(variant, preset, extra) for variant in self.variants}
         return [
-            Run(self.directory(preset), variant, seed, values | {"seed": seed})
+            Run(self.directory(preset), variant, seed, values | {"seed": seed}, self.scoring)
             for seed in seeds or self.seeds
             for variant, values in chosen.items()
         ]

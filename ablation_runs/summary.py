@@ -49,6 +49,7 @@ def tables(study: Study, preset: str, runs: list[Result]) -> list[Table]:
         comparison_table(study, runs, study.metric),
         comparison_table(study, runs, "gap"),
         ema_table(study, runs),
+        batch_norm_table(study, runs),
         effect_table(study, runs),
         false_verdict_table(study, runs),
     ]
@@ -121,6 +122,8 @@ def conclusion(study: Study, runs: list[Result]) -> str:
         if d.verdict in GAP_WORDS:
             size = f"{abs(d.mean):.1f} points {GAP_WORDS[d.verdict]}"
             sentences.append(f"The gap between training and validation is {size} with {variant}.")
+    for variant, d in results.gains(runs, study, "ema_bn_val_top1", "ema_val_top1").items():
+        sentences.append(f"{variant}: BatchNorm statistics re-estimated, {d.mean:+.1f} points: {d.verdict}.")
     effects = results.effects(runs, study, study.metric)
     if matter := [flags.dashed(e.flag) for e in effects if e.p is not None and e.p <= statistics.ALPHA]:
         sentences.append(f"Flags that matter beyond the noise, most important first: {listed(matter)}.")
@@ -193,13 +196,29 @@ def listed(words: list[str]) -> str:
 
 def ema_table(study: Study, runs: list[Result]) -> Table:
     """Return a table of EMA against raw weights; empty if no variant has an EMA."""
+    names = ("ema_val_top1", "EMA"), ("val_top1", "raw")
+    return gain_table(study, runs, "ema", "EMA against raw weights of the same run, last epoch:", *names)
+
+
+def batch_norm_table(study: Study, runs: list[Result]) -> Table:
+    """Return a table of re-estimated BatchNorm statistics; empty if the study does not score them."""
+    names = ("ema_bn_val_top1", "re-estimated"), ("ema_val_top1", "as trained")
+    title = (
+        "BatchNorm statistics of the EMA weights, re-estimated from training images before they are scored:"
+    )
+    return gain_table(study, runs, "batch_norm", title, *names)
+
+
+def gain_table(
+    study: Study, runs: list[Result], name: str, title: str, scored: tuple[str, str], other: tuple[str, str]
+) -> Table:
+    """Return a row for each variant with two scores of the same runs: (column, heading)."""
     rows = []
-    for variant in study.variants:
-        if gain := results.ema_gain(runs, variant):
-            scores = (results.by_seed(runs, variant, column) for column in ("val_top1", "ema_val_top1"))
-            rows.append([variant, *map(spread, scores), f"{gain.mean:+.2f}", bounds(gain.interval)])
-    title = "EMA against raw weights of the same run, last epoch:"
-    return Table("ema", title, ["variant", "raw", "EMA", "EMA - raw", "95 % t interval"], rows)
+    for variant, gain in results.gains(runs, study, scored[0], other[0]).items():
+        scores = (spread(results.by_seed(runs, variant, column)) for column in (other[0], scored[0]))
+        rows.append([variant, *scores, f"{gain.mean:+.2f}", bounds(gain.interval), gain.verdict])
+    header = ["variant", other[1], scored[1], f"{scored[1]} - {other[1]}", "95 % t interval", "verdict"]
+    return Table(name, title, header, rows)
 
 
 def effect_table(study: Study, runs: list[Result]) -> Table:

@@ -10,12 +10,14 @@ from pathlib import Path
 from base import flags
 
 
-def checkpoint_parser(name: str, description: str, epilog: str) -> flags.Parser:
+def checkpoint_parser(name: str, description: str, epilog: str, *, writes: bool = True) -> flags.Parser:
     """Return a parser for `python -m analysis.NAME CHECKPOINT`; the command adds flags of its own."""
     parser = flags.build_parser(f"-m analysis.{name}", description, epilog)
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="Checkpoint that train.py wrote (best_*.pt or last_*.pt).")
-    add("--out", default="", metavar="DIR", help="Output directory; by default plots/ beside the checkpoint.")
+    if writes:
+        out = "Output directory; by default plots/ beside the checkpoint."
+        add("--out", default="", metavar="DIR", help=out)
     weights = "Weights to use; falls back to raw if there is no EMA."
     add("--weights", default="ema", choices=("ema", "raw"), help=weights)
     add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")

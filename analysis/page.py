@@ -109,18 +109,26 @@ def section(title: str, anchor: str, *content: object) -> Section:
 
 
 def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Return the whole document."""
-    # The policy allows this one script, by its hash, and no address: even markup that slipped through
-    # could neither run nor load anything.
-    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    """Return a whole document with its chapters and links to them."""
     links = tag("nav", *(tag("a", name, href=f"#{anchor}") for name, anchor, _ in sections))
+    chapters = tag("main", join(markup for _, _, markup in sections))
+    return document(title, join([tag("p", lead, class_="soft"), links, chapters]))
+
+
+def document(title: str, body: Markup, css: str = CSS, script: str = SCRIPT, connect: str = "") -> str:
+    """Return a document that may run this one script and load nothing but, perhaps, from `connect`.
+
+    The policy allows the script by its hash, and no address: even markup that slipped through could
+    neither run nor load anything.
+    """
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy += f"; connect-src {connect}" if connect else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{CSS}</style></head>
-<body><h1>{escape(title)}</h1><p class="soft">{escape(lead)}</p>{links}
-<main>{join(markup for _, _, markup in sections)}</main>
-<script>{SCRIPT}</script></body></html>
+<title>{escape(title)}</title><style>{css}</style></head>
+<body><h1>{escape(title)}</h1>{body}
+<script>{script}</script></body></html>
 """

@@ -101,9 +101,10 @@ def table_row(name: str, classifier: Classifier, found: Predictions, labels: lis
 
 
 def hits_of(results: list[tuple[dict, Predictions]]) -> dict[str, np.ndarray]:
-    """Return {weights: (n,) bool} at the first size, with the trained BatchNorm and without TTA."""
-    plain = [(row, found) for row, found in results if (row["bn"], row["tta"]) == ("trained", "none")]
-    return {row["weights"]: found.hits[:, 0] for row, found in reversed(plain)}
+    """Return {"ema": (n,) bool, and "ema bn" if recalibrated, ...} at the first size, without TTA."""
+    plain = [(row, found) for row, found in results if row["tta"] == "none"]
+    kinds = {"trained": "", "recalibrated": " bn"}
+    return {row["weights"] + kinds[row["bn"]]: found.hits[:, 0] for row, found in reversed(plain)}
 
 
 def write_scores(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,8 +52,8 @@ SCHEDULES = ("onecycle", "cosine", "restarts", "step", "triangular2", "plateau",
 # Flags about where and how a run happens, not about what is learned: they may change on resume.
 FREE_ON_RESUME = frozenset({
     "data_dir", "num_workers", "save_dir", "resume", "allow_change", "overwrite", "save_every", "stop_after",
-    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "log_every", "config",
-    "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
+    "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "trackio", "log_every",
+    "config", "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
 
 
@@ -188,6 +188,8 @@ OPTIMIZATION = (
          from_zero, 1.0, "G"),
     Flag("clip_mode", "trace", "What --clip-norm limits.", ("norm", "value"), "norm", "MODE",
          idle=lambda c: not c.clip_norm and "--clip-norm 0 clips nothing"),
+)
+REGULARIZATION = (
     Flag("loss", "trace", "Cross-entropy, or binary cross-entropy per class.", ("ce", "bce"), "ce", "NAME"),
     Flag("bce_threshold", "trace", "With --loss bce: mixed targets above F become 1, and others 0.",
          fraction, None, "F", idle=idle.no_threshold),
@@ -201,6 +203,8 @@ OPTIMIZATION = (
          idle=idle.nothing_mixed),
     Flag("cutmix_alpha", "trace", "CutMix with areas from Beta(A, A); 0 disables it.", from_zero, 1.0, "A",
          idle=idle.nothing_mixed),
+)
+AVERAGE = (
     Flag("ema", "trace", "Keep and score an exponential moving average of the weights.", Switch, True),
     Flag("ema_decay", "trace", "Decay of the average per step.", fraction, 0.9999, "D",
          idle=idle.decay_unread),
@@ -225,7 +229,7 @@ DEVICE = (
     Flag("sync_bn", "processes", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )
 DEBUG = Flag("debug", "output", "Show the traceback of an error.")
-RUN = (
+SAVING = (
     Flag("save_dir", "output", "Output directory.", str, "./checkpoints", "DIR",
          idle=lambda c: c.summary and c.resume != "auto" and "--summary writes nothing"),
     Flag("resume", "resume", "Resume from a checkpoint; auto picks the newest intact one.",
@@ -238,6 +242,8 @@ RUN = (
          idle=lambda c: c.epochs == 1 and c.save_every[1] == "ep" and "the only epoch is saved anyway"),
     Flag("stop_after", "files", "Save and stop after this step, as a stop signal would.",
          positive, None, "STEP"),
+)
+SCORING = (
     Flag("eval_every", "trace", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
     Flag("cache_eval", "files", "Decode the images to be scored only once: keep their crops in --save-dir "
@@ -250,11 +256,16 @@ RUN = (
     Flag("eval_flip", "trace", "Score the mean logits of each image and its mirror image."),
     Flag("early_stop_patience", "files", "Stop after N validations at the last size without a better score.",
          positive, None, "N", idle=lambda c: used_epochs(c)[-1] == 1 and "the last size has one epoch"),
+)
+LOGGING = (
     Flag("plot", "files", "Draw learning curves into --save-dir/plots during training."),
     Flag("log_every", "files", "Log loss, gradient norm, learning rate and speed every N steps; 0: never.",
          natural, 20, "N"),
     Flag("tensorboard", "files", "Log to --save-dir/tensorboard as well."),
     Flag("wandb", "files", "Log to Weights & Biases as well.", str, "", "PROJECT"),
+    Flag("trackio", "files", "Log to Trackio, on this machine, as well.", str, "", "PROJECT"),
+)
+COMMAND = (
     Flag("summary", "output", "Print the layers at every size, then exit."),
     Flag("dry_run", "output", "Print the plan, try a few steps at every size, then exit.",
          idle=lambda c: c.summary and "--summary only prints the layers"),
@@ -262,20 +273,43 @@ RUN = (
     DEBUG,
 )
 # fmt: on
-TRAIN_GROUPS = {
-    "data": DATASET + LOADING,
+TOPICS = {
+    "data": DATASET,
+    "loading": LOADING,
     "model": MODEL,
     "phases": PHASES,
     "optimization": OPTIMIZATION,
+    "loss and regularization": REGULARIZATION,
+    "average of the weights": AVERAGE,
+    "scoring": SCORING,
+    "saving and resuming": SAVING,
+    "logging": LOGGING,
     "device": DEVICE,
-    "run": RUN,
+    "command": COMMAND,
 }
+BY_NAME = {flag.name: flag for topic in TOPICS.values() for flag in topic}
+# What most runs set, in the order in which one meets it; `--help` shows these first.
+MOST_USED = ("data_dir", "dataset", "config", "arch", "epochs", "batch_size", "lr", "save_dir", "resume",
+             "dry_run")  # fmt: skip
+
+
+def train_groups(leave_out: Collection[str] = ()) -> dict[str, list[Flag]]:
+    """Return the flags of train.py by the group that `--help` shows them in, without those named."""
+    first = {"what most runs set": [BY_NAME[name] for name in MOST_USED if name not in leave_out]}
+    return first | {
+        title: [flag for flag in topic if flag.name not in (*MOST_USED, *leave_out)]
+        for title, topic in TOPICS.items()
+    }
+
+
+TRAIN_GROUPS = train_groups()
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
 BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
 INFERENCE = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
+SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)  # else from the checkpoint
 
 
-def add_flags(parser: argparse.ArgumentParser, title: str, flags: Sequence[Flag]) -> argparse._ArgumentGroup:
+def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> argparse._ArgumentGroup:
     """Add a group of flags to `parser` and return it."""
     group = parser.add_argument_group(title)
     for flag in flags:

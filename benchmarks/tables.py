@@ -8,6 +8,7 @@ To publish results, copy the .jsonl files of an --out to benchmarks/results/<mac
 from __future__ import annotations
 
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,9 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-UNMEASURED = (
-    "*Not measured yet*: `python -m benchmarks.first_minute {part} --out DIR` on a machine with a GPU."
-)
+UNMEASURED = "*Not measured yet*: `python -m benchmarks.{command} --out DIR`{where}."
 Rows = list[dict]
 Table = list[list[object]]  # the header, then the lines
 Maker = Callable[[Rows], tuple[Table, Rows]]  # also returns the rows it used
@@ -82,7 +81,10 @@ def filled(name: str, rows: Rows) -> str:
     part, make = TABLES[name]
     table, used = make(rows if name in ANY_MACHINE else of_gpus(rows))
     if not table[1:]:
-        return UNMEASURED.format(part=part) + "\n"
+        command, where = (
+            (part, "") if name in ANY_MACHINE else (f"first_minute {part}", " on a machine with a GPU")
+        )
+        return UNMEASURED.format(command=command, where=where) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
     right = ["--:" if all(map(is_number, column)) else "---" for column in zip(*lines, strict=True)]
     drawn = [f"| {' | '.join(line)} |" for line in (header, right, *lines)]
@@ -195,6 +197,35 @@ def trainings(rows: Rows) -> tuple[Table, Rows]:
     return [[*header, "top-1 %", "train top-1 %", "minutes", "images/s"], *lines], used
 
 
+def parity(rows: Rows) -> tuple[Table, Rows]:
+    """The project against a plain loop, paired by seed, and the difference."""
+    used = [row for row in rows if row["benchmark"] == "parity"]
+    scores = {(row["loop"], row["seed"]): row for row in used}
+    seeds = sorted(
+        {
+            row["seed"]
+            for row in used
+            if {("project", row["seed"]), ("plain loop", row["seed"])} <= scores.keys()
+        }
+    )
+    lines = []
+    for loop in ("project", "plain loop"):
+        own = [scores[loop, seed] for seed in seeds]
+        tops = [row["val_top1"] for row in own]
+        if len(seeds) > 1:
+            spread = f"{statistics.mean(tops):.2f} ± {statistics.stdev(tops):.2f}"
+            lines.append([loop, len(seeds), spread, statistics.median(row["cpu_seconds"] for row in own)])
+    return [["loop", "seeds", "top-1 %", "median CPU seconds"], *lines], used
+
+
+def headline(rows: Rows) -> tuple[Table, Rows]:
+    used = sorted((r for r in rows if r["benchmark"] == "headline"), key=lambda r: (r["dataset"], r["seed"]))
+    used = [row | {"minutes": row["seconds"] / 60, "cpu": row["cpu_seconds"] / 60} for row in used]
+    cells = {"data": "dataset", "loop": "loop", "seed": "seed", "epochs": "epochs", "top-1 %": "top1"}
+    used = [row | {"top1": f"{row['val_top1']:.2f}"} for row in used]
+    return columns(used, cells | {"minutes": "minutes", "CPU minutes": "cpu", "load before": "load"})
+
+
 def of_part(rows: Rows, part: str) -> Rows:
     return [row for row in rows if row["benchmark"] == "first_minute" and row["part"] == part]
 
@@ -205,10 +236,12 @@ def is_documents(row: dict) -> bool:
     return BATCH_SIZES.get(row["size"]) == row["batch_size"]
 
 
-ANY_MACHINE = ("targets", "loader-cpu")  # the other tables are of machines with a GPU
+ANY_MACHINE = ("targets", "loader-cpu", "parity", "headline")  # the other tables are of machines with a GPU
 TABLES: dict[str, tuple[str, Maker]] = {  # name -> parts of first_minute that measure it, and its function
     "targets": ("step loader", targets),
     "loader-cpu": ("loader", loader_cpu),
+    "parity": ("parity --data-dir data/cifar10", parity),
+    "headline": ("headline cifar10 --data-dir data/cifar10", headline),
     "gpu-machine": ("environment", machine),
     "gpu-tests": ("gpu-tests", gpu_tests),
     "gpu-step": ("step", step),

@@ -1,6 +1,7 @@
 """The log of a run: a row per epoch in metrics.jsonl and on the terminal, a row every N steps in steps.jsonl.
 
-Both also go to TensorBoard and W&B if asked for. Plots, tables and reports read the files. No torch in here.
+Both also go to TensorBoard, W&B and Trackio if asked for. Plots, tables and reports read the files. No
+torch in here.
 """
 
 from __future__ import annotations
@@ -57,25 +58,28 @@ def _read_rows(path: Path, schema: Any, fix: str) -> list[dict]:
     return rows
 
 
-def check_trackers(*, tensorboard: bool, wandb: bool) -> None:
+def check_trackers(*, tensorboard: bool, wandb: bool, trackio: bool) -> None:
     """Raise UsageError if a tracker cannot be imported, before anything is written."""
     if tensorboard:
         optional("torch.utils.tensorboard", "--tensorboard")
     if wandb:
         optional("wandb", "--wandb")
+    if trackio:
+        optional("trackio", "--trackio")
 
 
 class MetricLogger:
-    """Appends a row per epoch to metrics.jsonl, and to TensorBoard and W&B; `steps` logs every few steps.
+    """Appends a row per epoch to metrics.jsonl, and to the trackers; `steps` logs every few steps.
 
-    run_dir:       must exist
-    rows:          the rows of a resumed checkpoint: metrics.jsonl is cut back to them
-    step:          its step: steps.jsonl is cut back to it
-    enabled:       False on all ranks but the first
-    log_every:     steps between two rows of steps.jsonl; 0 for none
-    wandb_project: empty for no W&B
-    config:        the flags, for W&B
-    plot:          whether `draw` draws
+    run_dir:     must exist
+    rows:        the rows of a resumed checkpoint: metrics.jsonl is cut back to them
+    step:        its step: steps.jsonl is cut back to it
+    enabled:     False on all ranks but the first
+    log_every:   steps between two rows of steps.jsonl; 0 for none
+    tensorboard: whether to log to run_dir/tensorboard
+    wandb:       project of W&B, and `trackio` that of Trackio; empty for none
+    config:      the flags, for W&B and Trackio
+    plot:        whether `draw` draws
     """
 
     def __init__(
@@ -87,7 +91,8 @@ class MetricLogger:
         enabled: bool = True,
         log_every: int = 0,
         tensorboard: bool = False,
-        wandb_project: str = "",
+        wandb: str = "",
+        trackio: str = "",
         config: dict | None = None,
         plot: bool = False,
     ):
@@ -102,10 +107,12 @@ class MetricLogger:
             self.board = writer(run_dir / "tensorboard", purge_step=rows[-1]["epoch"] + 1 if rows else 0)
             if log_every:  # in its own directory: `purge_step` applies to all series of one
                 self.steps.board = writer(run_dir / "tensorboard" / "steps", purge_step=step + 1)
-        if wandb_project:
-            wandb = optional("wandb", "--wandb")
-            wandb.init(project=wandb_project, config=config, dir=run_dir, id=self._wandb_id(), resume="allow")
-            self.trackers.append(wandb)
+        for name, project in (("wandb", wandb), ("trackio", trackio)):
+            if project:
+                tracker, run_id = optional(name, f"--{name}"), self._run_id(name)
+                identity = {"id": run_id, "dir": run_dir} if name == "wandb" else {"name": run_id}
+                tracker.init(project=project, config=config, resume="allow", **identity)
+                self.trackers.append(tracker)
         self.steps.trackers = self.trackers
         files.write(self.path, "".join(_line(row) for row in rows), parents=False)
         self.steps.open(step)
@@ -143,12 +150,13 @@ class MetricLogger:
         for tracker in self.trackers:
             tracker.finish()
 
-    def _wandb_id(self) -> str:
-        """Return the id of this directory's W&B run, so that a resumed run continues it."""
-        path = self.run_dir / "wandb_id"
-        if not path.exists():
-            path.write_text(os.urandom(8).hex())
-        return path.read_text()
+    def _run_id(self, tracker: str) -> str:
+        """Return the id of this directory's run in `tracker`, so that a resumed run continues it."""
+        path = self.run_dir / f"{tracker}_id"
+        if not path.exists():  # Trackio shows it as the name
+            name = f"{self.run_dir.resolve().name}-" if tracker == "trackio" else ""
+            path.write_text(name + os.urandom(8).hex(), encoding="utf-8")
+        return path.read_text(encoding="utf-8")
 
 
 class StepLog:

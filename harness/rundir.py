@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
-FILES = ("wandb_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
+FILES = ("wandb_id", "trackio_id", "metrics.jsonl", "steps.jsonl", "config.json", "env.json")
 OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.partial, not config.json.partial
 EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
 PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",

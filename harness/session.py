@@ -70,8 +70,8 @@ def protected(
             if main:
                 write_json(run.save_dir / "config.json", values, parents=False)
                 write_json(run.save_dir / "env.json", environment_of(run, identity), parents=False)
-            trackers = {"tensorboard": config.tensorboard, "wandb_project": config.wandb, "config": values}
-            options = {"enabled": main, "log_every": config.log_every, "plot": config.plot}
+            trackers = {name: getattr(config, name) for name in ("tensorboard", "wandb", "trackio")}
+            options = {"enabled": main, "log_every": config.log_every, "plot": config.plot, "config": values}
             log = MetricLogger(run.save_dir, run.state.rows, run.state.step, **options, **trackers)
             crop_cache.fill(run)
             if not gc.isenabled():

@@ -19,7 +19,7 @@ from scipy import stats
 
 import train
 import validate
-from ablation_runs import plots, report, results, run, statistics, studies, study, summary
+from ablation_runs import claims, findings, plots, report, results, run, statistics, studies, study, summary
 from ablation_runs.study import Study
 from ablation_runs.tables import Table
 from base import flags
@@ -88,7 +88,8 @@ def test_the_studies_of_the_documents_are_all_here():
     names = """tiny_imagenet_01 tiny_imagenet_02 tiny_imagenet_03 imagenet100_architectures
                efficientnet_size_augmentation tiny_imagenet_resnet18 cifar100_resnet34 lr_exploration
                sensitivity_grid augmentation optimizers schedules blurpool resize_schedules drop_path_rate
-               ema stored_sides same_twice phase_augment pipeline finetune"""
+               ema stored_sides same_twice phase_augment pipeline
+               recalibrate_bn finetune"""
     assert set(studies.STUDIES) == set(names.split())
     for one in studies.STUDIES.values():
         assert one.metric in ("val_top1", "ema_val_top1")
@@ -100,7 +101,9 @@ def test_the_studies_of_the_documents_are_all_here():
 def test_every_study_names_its_primary_comparisons_and_has_seeds_and_a_cpu_version():
     for one in studies.STUDIES.values():
         others = [*one.variants][1:]
-        assert set(one.primary) <= set(others) and bool(one.primary) == bool(others and not one.grid)
+        assert set(one.primary) <= set(others) and bool(one.primary) == bool(
+            others and not one.grid and not one.scoring
+        )
         assert len(one.seeds) == (2 if one.grid else 24 if not others else 6)
         assert one.cpu["holdout"] and one.cpu_title
 
@@ -678,9 +681,7 @@ def test_notebooks_are_thin_and_hold_the_outputs_of_a_run(path):
     assert not any(o["output_type"] == "error" for o in outputs)
 
 
-# Made before the CPU presets were changed, at commit e07cbe9; --publish replaces them.
-EARLIER = {"ema-cpu", "tiny_imagenet_02-cpu"}
-PUBLISHED = [p for p in sorted((ROOT / "ablation_runs" / "results").iterdir()) if p.name not in EARLIER]
+PUBLISHED = sorted((ROOT / "ablation_runs" / "results").glob("*"))
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
@@ -706,3 +707,67 @@ def test_published_results_hold_no_path_and_are_small():
     assert not [
         p for p in small if p.suffix in (".json", ".md", ".csv") and re.search(r'["\s(]/\w+/', p.read_text())
     ]
+
+
+@pytest.mark.parametrize("page", findings.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_pages_say_what_the_published_results_give_today(page):
+    text = page.read_text(encoding="utf-8")
+    assert text.count("<!-- studies:") == len(findings.MARKED.findall(text)) > 0
+    assert findings.fill(text, findings.published()) == text, "run python -m ablation_runs.findings"
+
+
+def test_every_claim_names_a_comparison_that_its_study_made_before_it_ran():
+    for claim in claims.CLAIMS:
+        study = studies.STUDIES[claim.study]
+        assert claim.variant in (study.variants if claim.column == claims.EMA_GAIN else study.primary), claim
+        assert claim.document in ("000", "001", "002", "003", "004")
+
+
+BETTER = [50, 51, 52, 53, 50, 51], [55, 56.5, 57, 58, 55.5, 56]
+WORSE, SAME = BETTER[::-1], ([50, 51, 52, 53, 50, 51], [50.1, 50.9, 52.1, 52.9, 50.1, 50.9])
+
+
+@pytest.mark.parametrize(
+    ("expected", "scores", "status"),
+    [
+        ("better", BETTER, "confirmed"),
+        ("better", WORSE, "contradicted"),
+        ("better", SAME, "undecided"),
+        ("worse", WORSE, "confirmed"),
+        ("worse", BETTER, "contradicted"),
+        ("no loss", BETTER, "confirmed"),
+        ("no loss", SAME, "confirmed"),  # the interval excludes a loss of a point
+        ("no loss", WORSE, "contradicted"),
+        ("no loss", ([50, 51, 52, 53, 50, 51], [48, 53, 50, 55, 47, 54]), "undecided"),
+        ("better", ([50, 51], [55, 56]), "undecided"),  # too few seeds for any verdict
+        ("no loss", ([50, 51], [55, 56]), "undecided"),
+    ],
+)
+def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, status):
+    two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, primary=("b",))
+    claim = claims.Claim("000", "b is better", "two", "b", expected)
+    assert claims.judge(claim, made(a=scores[0], b=scores[1]), two)[0] == status
+
+
+def test_re_estimated_statistics_are_compared_within_each_run():
+    runs, rng = made(a=[50] * 6), np.random.default_rng(0)
+    for r in runs:
+        right = rng.random(200) < 0.5
+        r.hits = {"raw": right, "ema": right, "ema bn": right | (rng.random(200) < 0.2)}
+    one = Study("one", "?", {"a": {}}, scoring=("--recalibrate-bn",), metric="ema_val_top1")
+    table = summary.batch_norm_table(one, runs)
+    expected = np.mean([100 * (r.hits["ema bn"].mean() - r.hits["ema"].mean()) for r in runs])
+    assert table.rows[0][3] == f"{expected:+.2f}" and table.rows[0][-1] == "better"
+    assert "re-estimated" in summary.conclusion(one, runs)
+    assert not summary.batch_norm_table(TWO, made(a=[1, 2], b=[1, 2]))
+
+
+def test_the_runner_scores_as_the_study_says(tmp_path):
+    one = run.Job(studies.RECALIBRATE_BN.runs("cpu")[0], tmp_path, "d")
+    assert "--recalibrate-bn" in one.scoring() and "--recalibrate-bn" not in one.arguments
+    assert "--recalibrate-bn" not in run.Job(studies.EMA.runs("cpu")[0], tmp_path, "d").scoring()
+
+
+def test_a_claim_about_a_run_that_is_missing_is_undecided():
+    claim = claims.Claim("000", "?", "two", "b")
+    assert claims.judge(claim, made(a=[1, 2]), TWO) == ("undecided", None)

@@ -320,6 +320,11 @@ def test_every_table_can_be_filled():
         first | epoch | {"row": "d", "epoch": 1, "run": "other"},
         step_row(), step_row(variant="compile", images_per_second=12000.0), step_row(batch_size=1024),
         *(loaded | {"row": f"w{n}", "workers": n, "images_per_second": 5000.0 * n} for n in (1, 16)),
+        *({"benchmark": "parity", "row": f"{loop}{seed}", "loop": loop, "seed": seed, "val_top1": 60.0 + seed}
+          | {"cpu_seconds": 99.0} | GPU for loop in ("project", "plain loop") for seed in (1, 2)),
+        {"benchmark": "parity", "row": "alone", "loop": "project", "seed": 3, "val_top1": 9.0} | GPU,
+        {"benchmark": "headline", "row": "h", "dataset": "cifar10", "loop": "project", "seed": 0, "epochs": 30}
+        | {"val_top1": 92.0, "seconds": 3000.0, "cpu_seconds": 6000.0} | GPU,
     ]  # fmt: skip
     found = {name: tables.filled(name, rows) for name in tables.TABLES}
     assert not [name for name, table in found.items() if "Not measured" in table]
@@ -329,6 +334,8 @@ def test_every_table_can_be_filled():
     assert "| packed | - | 123 | - |" in found["loader-cpu"]
     assert "| cifar10 | resnet34 | resnet34 | 2 | 32 | 95.1 | 99.0 | 1 | 15,000 |" in found["gpu-trainings"]
     assert "1 of 2, stopped" in found["gpu-trainings"]
+    assert "| project | 2 | 61.50 ± 0.71 | 99.0 |" in found["parity"]
+    assert "| cifar10 | project | 0 | 30 | 92.00 | 50.0 | 100 |" in found["headline"]
 
 
 def test_rows_of_a_cpu_and_of_the_narrow_network_are_left_out(tmp_path):

@@ -96,7 +96,8 @@ MODES = [
 ]  # fmt: skip
 # These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
 WHOLE = {"init_from", "pretrained", "device", "save_dir", "resume", "overwrite", "plot", "log_every",
-         "tensorboard", "wandb", "summary", "dry_run", "config", "debug", "cache_eval"}  # fmt: skip
+         "tensorboard", "wandb", "trackio", "summary", "dry_run", "config", "debug",
+         "cache_eval"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +226,7 @@ def test_summary_and_dry_run_refuse_flags_that_only_training_uses(row):
         "save_dir": "--save-dir a",
         "resume": "--resume auto",
         "wandb": "--wandb a",
+        "trackio": "--trackio a",
         "log_every": "--log-every 5",
     }.get(name)
     typed = typed or VALUES.get(name, [flags.dashed(name)])[0]
@@ -274,6 +276,7 @@ def test_every_flag_in_every_mode_changes_something_or_is_refused(mode, recipe):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "typed"), [
     ("plot", "--plot"), ("tensorboard", "--tensorboard"), ("wandb", "--wandb p"), ("summary", "--summary"),
+    ("trackio", "--trackio p"),
     ("log_every", "--log-every 0"),
     ("stop_after", "--stop-after 2"), ("dry_run", "--dry-run"), ("overwrite", "--overwrite"),
     ("resume", "--resume auto"), ("save_dir", "--save-dir other"),

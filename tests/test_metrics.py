@@ -109,7 +109,8 @@ def test_tensorboard_gets_every_number_of_a_row(tmp_path):
 @pytest.mark.parametrize(
     "module, options, flag, install",
     [
-        ("wandb", {"wandb_project": "p"}, "--wandb", "pip install wandb"),
+        ("wandb", {"wandb": "p"}, "--wandb", "pip install wandb"),
+        ("trackio", {"trackio": "p"}, "--trackio", "pip install trackio"),
         ("torch.utils.tensorboard", {"tensorboard": True}, "--tensorboard", "pip install tensorboard"),
     ],
 )
@@ -122,16 +123,21 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_install_command(
     assert caught.value.exit_code == 2 and caught.value.fix == install
 
 
-def test_wandb_gets_the_rows_and_one_id_per_directory(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, key", [("wandb", "id"), ("trackio", "name")])
+def test_a_tracker_gets_the_rows_and_one_id_per_directory(name, key, tmp_path, monkeypatch):
     calls = []
     fake = SimpleNamespace(
-        init=lambda **options: calls.append(options["id"]),
+        init=lambda **options: calls.append(options),
         log=lambda numbers, step: calls.append((step, numbers["val_top1"])),
         finish=lambda: calls.append("finish"),
     )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    for _ in range(2):  # the second one is a resumed run
-        log = MetricLogger(tmp_path, wandb_project="p", config={})
+    monkeypatch.setitem(sys.modules, name, fake)
+    for folder in (tmp_path / "a", tmp_path / "a", tmp_path / "b"):  # the second one is a resumed run
+        folder.mkdir(exist_ok=True)
+        log = MetricLogger(folder, **{name: "p"}, config={"lr": 1})
         log.log(ROW, 700)
         log.close()
-    assert calls[0] == calls[3] and calls[1:3] == calls[4:] == [(700, 50.0), "finish"]
+    first, second, other = calls[::3]
+    assert first == second and first[key] != other[key]
+    assert {"project": "p", "config": {"lr": 1}, "resume": "allow"}.items() <= first.items()
+    assert calls[1:3] == calls[4:6] == [(700, 50.0), "finish"]

@@ -88,8 +88,8 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
 # These do not affect steps; other tests cover them.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
              "reset_head", "pretrained", "freeze_epochs", "device", "save_dir", "resume", "allow_change",
-             "overwrite", "plot", "log_every", "tensorboard", "cache_eval", "wandb", "summary", "dry_run",
-             "config", "debug"}  # fmt: skip
+             "overwrite", "plot", "log_every", "tensorboard", "cache_eval", "wandb", "trackio",
+             "summary", "dry_run", "config", "debug"}  # fmt: skip
 SLOW_VALUES = {
     "arch": ["resnet34", "resnet50", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large", "swin_t"],
     "augment": ["rrc,randaugment", "rrc,trivialaugment"],

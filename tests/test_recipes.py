@@ -15,12 +15,14 @@ from optim import Schedule, build_optimizer
 from train_utils import plan
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))
-CLASSES = {"imagenet": 1000, "imagenet100": 100, "tiny-imagenet": 200, "cifar100": 100, "digits": 10}
+CLASSES = {"imagenet": 1000, "imagenet100": 100, "tiny-imagenet": 200, "cifar100": 100, "cifar10": 10}
+CLASSES |= {"digits": 10}
 IMAGES = {
     "imagenet": 1_281_167,
     "imagenet100": 126_689,
     "tiny-imagenet": 100_000,
     "cifar100": 50_000,
+    "cifar10": 50_000,
     "digits": 1438,
 }
 
@@ -54,6 +56,7 @@ def test_a_recipe_is_parsed_planned_and_built(path):
         head=config.head,
         stem=config.stem,
         drop_path_rate=config.drop_path_rate,
+        width=config.width,
     )
     optimizer = build_optimizer(
         config.optimizer,

@@ -14,7 +14,7 @@ from analysis import figures, learning_curves, markdown, page, report, runs
 from base.errors import DataError, ResourceError, UsageError
 
 EVIL = """<script>alert('x')</script>"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
-VOID = {"meta", "img", "br"}
+VOID = {"meta", "img", "br", "input"}
 
 
 def row(epoch: int, **values) -> dict:

@@ -178,7 +178,7 @@ def test_a_finished_run_is_complete_in_its_directory(mine, tmp_path, capsys):
 
 FOREIGN = ("best_xxxx.pt", "weights.pt", "best_resnet_tiny_cifar10.pt", "plots/of_mine.png",
            "tensorboard/notes.txt", "results.partial", "other.pt.partial", "notes.txt")  # fmt: skip
-OURS = ("plots/curves.png", "plots/lr.png", "plots/steps.png", "wandb_id",
+OURS = ("plots/curves.png", "plots/lr.png", "plots/steps.png", "wandb_id", "trackio_id",
         *(f"tensorboard/{place}events.out.tfevents.1.host.1.0" for place in ("", "steps/")),
         f"prev_best_{NAME}", f"last_{NAME}.partial", "config.partial", "env.json.partial")  # fmt: skip
 
@@ -364,7 +364,10 @@ def test_a_bug_still_has_a_traceback(bug):
 # --- trackers, timed saves, start-up ---
 
 
-@pytest.mark.parametrize("flag, package", [(("--tensorboard",), "tensorboard"), (("--wandb", "p"), "wandb")])
+@pytest.mark.parametrize(
+    "flag, package",
+    [(("--tensorboard",), "tensorboard"), (("--wandb", "p"), "wandb"), (("--trackio", "p"), "trackio")],
+)
 @pytest.mark.parametrize(
     "code, cause",
     [

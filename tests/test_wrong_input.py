@@ -110,6 +110,7 @@ ARGUMENTS = [
     (("--amp", "fp16"), 2, ["fp16 needs a GPU"]),
     (("--sync-bn",), 2, ["--sync-bn would do nothing", "one process"]),
     (("--wandb", "p"), 2, ["wandb", "pip install wandb"]),
+    (("--trackio", "p"), 2, ["trackio", "pip install trackio"]),
     (("--arch", "vit_b_16", "--resize-schedule", "16,32"), 2, ["vit_b_16"]),
     (("--batch-size", "100"), 2, ["batch size 100 at 16 px", "72 training images", "--batch-size 72"]),
     (("--batch-size", "1"), 2, ["phase 1: batch size 1 at 16 px", "one value per channel", "--batch-size 2"]),

@@ -1,0 +1,144 @@
+"""Write what the published studies found into README.md and ablation_runs/README.md, between marked lines.
+
+`python -m ablation_runs.findings` makes everything between `<!-- studies: NAME -->` and
+`<!-- end of studies -->` from ablation_runs/results/. What was learned, in words, is in a study's
+results/<study>/reading.md.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from ablation_runs import claims, results, statistics, studies, summary
+from ablation_runs.report import PUBLISHED
+from ablation_runs.results import Result
+from ablation_runs.study import Study
+from ablation_runs.tables import Table
+from base import errors, files, flags
+
+ROOT = PUBLISHED.parent.parent
+PAGES = (ROOT / "README.md", ROOT / "ablation_runs" / "README.md")
+MARKED = re.compile(r"(<!-- studies: (\w+) -->\n).*?(<!-- end of studies -->)", re.DOTALL)
+Published = list[tuple[Study, str, list[Result]]]  # study, preset, runs
+
+
+def build_parser() -> flags.Parser:
+    return flags.build_parser("-m ablation_runs.findings", __doc__.split("\n\n")[0])
+
+
+def main(argv: list[str] | None = None) -> int:
+    build_parser().parse_args(argv)
+    found = published()
+    for page in PAGES:
+        before = page.read_text(encoding="utf-8")
+        if (after := fill(before, found)) != before:
+            files.write(page, after)
+            print(f"{page.relative_to(ROOT)}: written")
+    return 0
+
+
+def published(directory: Path = PUBLISHED) -> Published:
+    """Return the studies in `directory`, in the order of studies.py."""
+    found = []
+    for study in studies.STUDIES.values():
+        for preset in ("full", "cpu"):
+            if runs := results.load(directory / study.directory(preset), study):
+                found.append((study, preset, runs))
+    return found
+
+
+def fill(text: str, found: Published) -> str:
+    """Return `text` with every marked part made from the studies `found`."""
+    return MARKED.sub(lambda match: f"{match[1]}{PARTS[match[2]](found)}\n{match[3]}", text)
+
+
+def overview(found: Published) -> str:
+    """Return a table with a row for each study: its question and what is decided."""
+    rows = []
+    for study, preset, runs in found:
+        where = f"[{study.name}](ablation_runs/results/{study.directory(preset)}/summary.md)"
+        rows.append([where, study.question, short(study, runs), scale(study, preset, runs)])
+    return Table("overview", "", ["study", "question", "finding", "scale"], rows).markdown()
+
+
+def short(study: Study, runs: list[Result]) -> str:
+    """Return the decided differences in a few words."""
+    words = []
+    compared = {} if study.grid else results.compare(runs, study, study.metric)
+    for variant, d in compared.items():
+        if d.verdict in (statistics.BETTER, statistics.WORSE):
+            words.append(f"{variant} {d.verdict}: {interval(d)}")
+    if undecided := summary.named(compared, statistics.UNDECIDED):
+        words.append(f"undecided: {', '.join(undecided)}")
+    for f in results.false_verdicts(runs, study)[:1]:
+        words.append(f"{100 * (f.better + f.worse) / f.times:.1f} % of {f.times} comparisons are decided")
+    return "; ".join(words) or summary.conclusion(study, runs)
+
+
+def interval(d: statistics.Difference) -> str:
+    return f"{d.mean:+.1f} [{d.interval[0]:+.1f}, {d.interval[1]:+.1f}]"
+
+
+def scale(study: Study, preset: str, runs: list[Result]) -> str:
+    seeds = len({run.seed for run in runs})
+    return f"{seeds} seeds, {study.cpu_title if preset == 'cpu' else 'full size'}"
+
+
+def details(found: Published) -> str:
+    """Return a section for each study: question, command, table, conclusion, picture, and what it means."""
+    return "\n\n".join(section(*one) for one in found)
+
+
+def section(study: Study, preset: str, runs: list[Result]) -> str:
+    name, data = study.directory(preset), study.flags_of(runs[0].variant, preset).get("dataset", "imagenet")
+    scaled = f" --preset {preset}" if preset != "full" else ""
+    minutes = sum(run.record.get("minutes", 0) for run in runs)
+    seeds = ",".join(map(str, sorted({run.seed for run in runs})))
+    parts = [f"### {study.title(preset)}", f"*Question.* {study.question}"]
+    parts.append(
+        f"*Runs.* `python -m ablation_runs.run {study.name}{scaled} --data-dir data/{data} --seeds {seeds}`: "
+        f"{len(runs)} runs, {minutes:,.0f} minutes in all. [Report](results/{name}/summary.md)."
+    )
+    parts.append(summary.variant_table(study, preset, runs).without_empty_columns().markdown())
+    if comparison := summary.comparison_table(study, runs, study.metric):
+        parts.append(comparison.without_empty_columns().markdown())
+    parts.append(f"*Conclusion.* {summary.conclusion(study, runs)}")
+    reading = PUBLISHED / name / "reading.md"
+    if reading.is_file():
+        parts.append(f"*Reading.* {reading.read_text(encoding='utf-8').strip()}")
+    pictures = [
+        p for p in ("differences.png", "heatmaps.png", "curves.png") if (PUBLISHED / name / p).is_file()
+    ]
+    parts += [f"![{study.name}](results/{name}/{picture})" for picture in pictures[:1]]
+    return "\n\n".join(parts)
+
+
+def claim_table(found: Published) -> str:
+    """Return a row for each claim of the documents: what the studies say about it, at their scale."""
+    known = {study.name: (study, runs) for study, _, runs in found}
+    rows = []
+    for claim in claims.CLAIMS:
+        status, evidence = "not measured", f"`{claim.study}`"
+        if claim.study in known:
+            study, runs = known[claim.study]
+            status, d = claims.judge(claim, runs, study)
+            status = f"**{status}** at this scale" if status != claims.UNDECIDED else status
+            if d and d.interval:
+                evidence += f", {claim.variant}: {interval(d)} points, {d.n} seeds"
+        rows.append([claim.document, claim.text, status, evidence])
+    return Table(
+        "claims", "", ["document", "claim", "at the scale of our study", "evidence"], rows
+    ).markdown()
+
+
+PARTS: dict[str, Callable[[Published], str]] = {
+    "overview": overview,
+    "details": details,
+    "claims": claim_table,
+}
+
+if __name__ == "__main__":
+    sys.exit(errors.run(main))
