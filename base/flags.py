@@ -289,8 +289,8 @@ TOPICS = {
 }
 BY_NAME = {flag.name: flag for topic in TOPICS.values() for flag in topic}
 # What most runs set, in the order in which one meets it; `--help` shows these first.
-MOST_USED = ("data_dir", "dataset", "config", "arch", "epochs", "batch_size", "lr", "save_dir", "resume",
-             "dry_run")  # fmt: skip
+MOST_USED = ("data_dir", "dataset", "config", "arch", "pretrained", "epochs", "batch_size", "lr", "save_dir",
+             "resume", "dry_run")  # fmt: skip
 
 
 def train_groups(leave_out: Collection[str] = ()) -> dict[str, list[Flag]]:
