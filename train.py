@@ -11,13 +11,14 @@ from base.process import is_main, say
 
 EPILOG = """examples:
   python train.py --epochs 90 --drop-path-rate 0.2        train on ImageNet in ./data/imagenet
+  python train.py --data-dir photos --pretrained          fine-tune torchvision's weights on class folders
   python train.py --resume auto                           resume the run in --save-dir
   python train.py --config recipes/digits.yaml            five minutes on two CPU cores; needs no data
   python train.py --dry-run                               show the plan and the expected hours"""
 
 
 def build_parser() -> flags.Parser:
-    description = "Train a ResNet-50 (or another architecture) from scratch."
+    description = "Train a ResNet-50 (or another architecture), from scratch or from pretrained weights."
     return flags.build_parser("train.py", description, EPILOG, flags.TRAIN_GROUPS)
 
 
