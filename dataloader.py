@@ -32,7 +32,7 @@ from base.device import Runtime
 from base.errors import DataError, ResourceError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
-from sources import crops, layouts
+from sources import crops, layouts, splits
 from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split, read_samples
 
@@ -58,7 +58,8 @@ def train_loader(
     """
     split = index.train.for_size(image_size)
     crop = crop or default_crop(image_size, index.native_size)
-    dataset = BatchDataset(split, TrainTransform(augment, image_size, index.mean, crop), seed, on_bad_image)
+    transform = TrainTransform(augment, image_size, index.mean, crop, index.exif)
+    dataset = BatchDataset(split, transform, seed, on_bad_image)
     order = Order(len(split), batch_size, seed, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
@@ -81,19 +82,24 @@ def eval_loader(
     crop_root: directory that may hold stored crops, besides the split's own
     """
     crop = crop or default_crop(image_size, index.native_size)
-    dataset = eval_dataset(split, image_size, crop, on_bad_image, crop_root)
+    dataset = eval_dataset(split, image_size, crop, on_bad_image, crop_root, index.exif)
     order = Order(len(split), batch_size, shuffle=False, rank=runtime.rank, world_size=runtime.world_size)
     return Loader(dataset, order, index.mean, index.std, num_workers, runtime.device)
 
 
 def eval_dataset(
-    split: Split, image_size: int, crop: float, on_bad_image: str = "fail", crop_root: str = ""
+    split: Split,
+    image_size: int,
+    crop: float,
+    on_bad_image: str = "fail",
+    crop_root: str = "",
+    exif: bool = False,
 ) -> StoredCrops | BatchDataset:
     """Return the dataset of evaluation batches: from stored crops if there are any, else by decoding."""
     for root in filter(None, (split.crop_root, crop_root)):
-        if found := crops.find(root, split, image_size, crop):
+        if found := crops.find(root, split, image_size, crop, exif):
             return StoredCrops(found, image_size, split.labels, on_bad_image)
-    return BatchDataset(split, EvalTransform(image_size, crop), on_bad_image=on_bad_image)
+    return BatchDataset(split, EvalTransform(image_size, crop, exif), on_bad_image=on_bad_image)
 
 
 def get_dataloaders(
@@ -112,6 +118,7 @@ def get_dataloaders(
     Uses at most as many workers as cores. Raises DataError if `data_path` does not hold the dataset.
     """
     index, cores = layouts.open_dataset(dataset, data_path), process.cores()
+    splits.write_down(index)
     if num_workers > cores:
         warnings.warn(f"{num_workers} loader workers requested, {cores} cores: using {cores}", stacklevel=2)
     common = {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from base import errors, flags
-from base.errors import DataError, UsageError
+from base.errors import DataError, UsageError, did_you_mean
 
 COUNTS = (1_281_167, 50_000, 1000)  # ImageNet's training images, validation images, classes
 OVERVIEW = """\
@@ -16,7 +16,8 @@ Datasets can be obtained in three ways (ImageNet itself is available to register
 
   --method manual   explains how to get the archives and where to put them, and arranges those already there
   --method auto     downloads the archives: --train-url and --val-url from your image-net.org account
-  --method simple   downloads --dataset tiny-imagenet, cifar100, cifar10 or hf:<name> without an account
+  --method simple   downloads --dataset tiny-imagenet, cifar100, cifar10 or hf:<name> without an account;
+                    this is what --dataset alone does
 
 No download needed: python train.py --dataset digits (real images) or --dataset synthetic (generated ones)."""
 MANUAL = """\
@@ -96,7 +97,8 @@ SIMPLE = {
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="download_imagenet.py", description=__doc__)
     add = parser.add_argument
-    add("--method", choices=("manual", "auto", "simple"), help="Download method; omit to list the options.")
+    method = "Download method; by default simple, and of ImageNet none: the ways to get it are listed."
+    add("--method", choices=("manual", "auto", "simple"), metavar="NAME", help=method)
     add("--dataset", default="imagenet", metavar="NAME", help=f"imagenet, {', '.join(SIMPLE)} or hf:<name>.")
     add("--data-dir", metavar="DIR", help="Dataset directory (default: ./data/<dataset>).")
     add("--train-url", metavar="URL", help=f"URL of {TRAIN.name}, for --method auto.")
@@ -108,6 +110,8 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    if args.method is None and args.dataset != "imagenet":
+        args.method = "simple"
     if args.method is None:
         print(OVERVIEW)
         return 0
@@ -137,7 +141,7 @@ def check_usage(method: str, dataset: str, url_flags: list[str]) -> None:
         fix = "download ImageNet, then run python train.py --dataset imagenet100"
         raise UsageError("imagenet100 has no download: it is a subset of ImageNet's classes", fix)
     if dataset != "imagenet" and dataset not in SIMPLE and not dataset.startswith("hf:"):
-        fix = f"choose one of imagenet, {', '.join(SIMPLE)}, hf:<name>"
+        fix = did_you_mean(dataset, SIMPLE) + f"choose one of imagenet, {', '.join(SIMPLE)}, hf:<name>"
         raise UsageError(f"unknown --dataset {dataset}", fix)
     if dataset != "imagenet" and method != "simple":
         raise UsageError(f"--method {method} is only for ImageNet", f"use --method simple for {dataset}")

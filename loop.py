@@ -26,7 +26,7 @@ from data_utils import BatchMixer
 from dataloader import Loader, eval_loader, train_loader
 from harness import checkpoint
 from harness.interrupts import Interrupted, StopSignals
-from harness.log import MetricLogger, format_row
+from harness.log import MetricLogger, Table
 from models import set_drop_path_rate, train_mode
 from sources.index import DatasetIndex, Split
 from train_utils import (
@@ -87,6 +87,7 @@ class Run:
 
     def __post_init__(self):
         self.eta = Eta(self.phases, len(self.index.val), self.eval_size, self.eval_every)
+        self.table = Table(self.epochs)
         self.last_save = time.monotonic()
 
     @property
@@ -304,9 +305,9 @@ class Meter:
         left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
         self.bar.update(
             1,
-            f"loss {sums['loss'] / max(1, sums['images']):.3f}  lr {run.state.schedule.last_lr:.1e}  "
+            f"{left} left  loss {sums['loss'] / max(1, sums['images']):.3f}  "
             f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
-            f"{left} left",
+            f"lr {run.state.schedule.last_lr:.1e}",
         )
         run.state.count(result)  # last, because it raises DivergedError
 
@@ -455,7 +456,8 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
         save(run)
     if row["best"]:
         name_best(run)
-    say_or_stop(run, format_row(row))
+    left = 0 if run.finished else run.eta.remaining(run.state.step, len(run.state.rows))
+    say_or_stop(run, run.table.row(row, left))
     percent = row["data_wait_percent"] or 0
     seconds = percent / 100 * row["seconds"]
     if run.data_hint and percent > SLOW_DATA_PERCENT and seconds > SLOW_DATA_SECONDS:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from base import flags, process
-from base.errors import ResourceError, UsageError
+from base.errors import ResourceError, UsageError, doing
 from base.errors import run as run_command
 
 EPILOG = """examples:
@@ -67,9 +67,11 @@ def main(argv: list[str] | None = None) -> int:
     from sources import layouts
     from sources.archives import pretrained
 
+    doing(f"loading {config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     index = pretrained.prepare(index, **flags.weights_args(config))
-    for note in (*notes, *index.notes, flags.workers_note(config.num_workers)):
+    config, fitted = flags.fit(config, given, len(index.train))
+    for note in (*notes, *index.notes, fitted):
         process.say(note)
 
     from analysis import lr_range_test
@@ -142,7 +144,9 @@ def trial_flags(config, phase) -> dict:
         values["warmup_epochs"] = min(config.warmup_epochs, config.trial_epochs / 5)
     idle = flags.idle_flags(flags.make_config(values))  # such as flags about several phases
     defaults = flags.defaults()
-    return {name: v for name, v in values.items() if name not in idle and v != defaults[name]}
+    # The batch size always, because a default one is fitted to the data.
+    wanted = {"batch_size", *(name for name, v in values.items() if v != defaults[name])} - idle
+    return {name: values[name] for name in values if name in wanted}
 
 
 def training_command(argv: list[str] | None, lr: float) -> str:

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 from base import errors, flags, process
-from base.errors import DataError, ResourceError, UsageError
+from base.errors import DataError, ResourceError, UsageError, doing
 from base.flags import Flag
 from base.progress import Progress
 
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if args.verify == bool(args.out):
         raise UsageError("give either --out or --verify", "--out DIR packs the dataset, --verify checks it")
+    doing(f"reading the list of images in {args.data_dir}")
     index = open_index(args)
     for note in index.notes:
         print(note)
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         with _locked(args.out):
             add_crops(args.out, crops, args.workers)
         return 0
+    index = packing.as_begun(index, args.out)
     plan = packing.make_plan(index, args.stored_sides, args.quality, args.raw_sides)
     return pack(index, args.out, plan, args.workers, args.on_bad_image, crops)
 
@@ -117,10 +119,12 @@ def pack(index, out: str, plan: dict, workers: int, on_bad_image: str, crops: di
     crops: {size: crop} of the evaluation crops to store
     """
     from harness.pool import in_processes
-    from sources import packing
+    from sources import packing, splits
 
     os.makedirs(out, exist_ok=True)
     with _locked(out):
+        if note := splits.write_down(index):
+            print(note)
         records, groups = packing.start(out, plan), packing.groups_of(plan)
         missing = [group for group in groups if (group.part, group.k) not in records]
         if missing:
@@ -166,7 +170,7 @@ def add_crops(out: str, sizes: dict[int, float], workers: int, *, announced: boo
 
     index = open_packed(out)
     splits = (index.val, training_sample(index))
-    sets = [[crops.Crops(out, split, *size) for size in sizes.items()] for split in splits]
+    sets = [[crops.Crops(out, split, *size, index.exif) for size in sizes.items()] for split in splits]
     jobs = crops.missing(sets)
     if jobs and not announced:
         _check_disk(crops.missing_bytes(sets), out)

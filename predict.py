@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from base import files, flags, process
-from base.errors import DataError, UsageError, printable, run, tell
+from base.errors import DataError, UsageError, doing, printable, run, tell
 
 EPILOG = """examples:
   python predict.py checkpoints/best_resnet50_imagenet_1k.pt cat.jpg photos/
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     rundir.check_checkpoint(config.checkpoint)
     paths, bad = find_images(config.images or ())
 
+    doing(f"loading torch and {config.checkpoint}")
     from analysis import export, predictions
     from base.device import init_runtime
 
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     classifier = predictions.load(config.checkpoint, config.weights, init_runtime(config.device, config.amp))
     found = []
     if paths:
-        if len(paths) > config.batch_size and (note := flags.workers_note(config.num_workers)):
+        if len(paths) > config.batch_size and (note := flags.workers_note(config, given)):
             say(note)
         loading = (config.batch_size, config.num_workers)
         found, unreadable = classifier.predict_files(paths, config.top, *loading)
@@ -94,18 +95,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]]]:
     """Return image paths, those of a folder sorted; and folders without images, with the reason."""
-    from sources.folders import is_image
+    from sources.folders import is_image, passed_over
 
     paths, bad = [], []
     for name in names:
         if not os.path.isdir(name):
             paths.append(name)
             continue
-        inside = []
+        inside, others = [], []
         for folder, subfolders, entries in os.walk(name):
             subfolders.sort()
             inside += [os.path.join(folder, e) for e in sorted(entries) if is_image(os.fsencode(e))]
+            others += map(os.fsencode, entries)
         paths += inside
+        if passed := passed_over(others):
+            tell(f"{name}: {passed}")
         if not inside:
             bad.append((name, "no images in this folder"))
     return paths, bad

@@ -6,6 +6,7 @@ import gc
 import sys
 
 from base import flags
+from base.errors import doing
 from base.errors import run as run_command
 from base.process import is_main, say
 
@@ -18,7 +19,7 @@ EPILOG = """examples:
 
 
 def build_parser() -> flags.Parser:
-    description = "Train a ResNet-50 (or another architecture), from scratch or from pretrained weights."
+    description = "Train a ResNet-50 (or another architecture), from scratch or pretrained."
     return flags.build_parser("train.py", description, EPILOG, flags.TRAIN_GROUPS)
 
 
@@ -64,10 +65,15 @@ def check(config, typed: flags.Given):
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
+    doing(f"loading {'the data' if saved else config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
-    index = pretrained.prepare(index, **flags.weights_args(config), needed=saved is None)
+    if saved:
+        index, fitted = rundir.as_trained(index, saved), ""
+    else:
+        index = pretrained.prepare(index, **flags.weights_args(config))
+        config, fitted = flags.fit(config, typed, len(index.train))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
-    for note in (*notes, *index.notes):
+    for note in (*notes, *index.notes, fitted):
         say(note)
     if is_main() and not (config.summary or config.dry_run):
         rundir.check(directory, resuming=bool(config.resume), overwrite=config.overwrite)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from base import files, flags, idle, process
-from base.errors import UsageError, run, tell
+from base.errors import UsageError, doing, run, tell
 
 EPILOG = """examples:
   python validate.py checkpoints/best_resnet50_imagenet_1k.pt --data-dir ./data/imagenet
@@ -44,8 +44,7 @@ def build_parser() -> flags.Parser:
     help_text = "Checkpoint that train.py wrote (best_*.pt or last_*.pt); several with --average."
     parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help=help_text)
     flags.add_flags(parser, "scores", SCORES)
-    data = flags.add_flags(parser, "data", flags.DATASET)
-    data.description = "Flags that are not given come from the checkpoint."
+    flags.add_flags(parser, "data", flags.SAVED_DATA).description = flags.SAVED_DATA_NOTE
     flags.add_flags(parser, "device", flags.INFERENCE)
     return parser
 
@@ -63,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if process.world_size() > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
 
+    doing(f"loading torch and {', '.join(config.checkpoints)}")
     from analysis import predictions, scores, validation
     from base.device import init_runtime
 
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     sizes = config.image_sizes or (classifier.image_size,)
     check_architecture(classifier.payload["model_args"]["arch"], classifier.image_size, sizes, config)
     classifier = predictions.open_data(classifier, config, given, say)
-    if note := flags.workers_note(config.num_workers):
+    if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
     results = []

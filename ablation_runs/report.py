@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.formats) - {*FORMATS}:
         raise UsageError(f"--formats {', '.join(sorted(unknown))}", f"choose from {', '.join(FORMATS)}")
     directory = Path(args.runs) / study.directory(args.preset)
+    errors.doing(f"reading the runs in {directory}")
     out = PUBLISHED / study.directory(args.preset) if args.publish else Path(args.out or directory)
     print(write(study, args.preset, directory, out, args.formats))
     if args.publish:

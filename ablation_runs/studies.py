@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from ablation_runs.study import Study, grid
-from base.errors import UsageError
+from base.errors import UsageError, did_you_mean
 
 UNREGULARIZED = {"mixup_alpha": 0, "cutmix_alpha": 0, "label_smoothing": 0, "drop_path_rate": 0, "ema": False}
 TINY_IMAGENET = {"dataset": "tiny-imagenet", "arch": "resnet50", "epochs": 30, "batch_size": 256}
@@ -497,5 +497,6 @@ STUDIES = {value.name: value for value in tuple(globals().values()) if isinstanc
 def find(name: str) -> Study:
     """Return the study called `name`. Raises UsageError if there is none."""
     if name not in STUDIES:
-        raise UsageError(f"unknown study {name!r}", f"choose from {', '.join(STUDIES)}")
+        fix = did_you_mean(name, STUDIES) or f"choose from {', '.join(STUDIES)}"
+        raise UsageError(f"unknown study {name!r}", fix)
     return STUDIES[name]

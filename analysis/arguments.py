@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from base import flags
+from base.errors import doing
 
 
 def checkpoint_parser(name: str, description: str, epilog: str, *, writes: bool = True) -> flags.Parser:
@@ -22,7 +23,7 @@ def checkpoint_parser(name: str, description: str, epilog: str, *, writes: bool 
     add("--weights", default="ema", choices=("ema", "raw"), help=weights)
     add("--device", default="auto", metavar="NAME", help="Device: auto, cpu, cuda, cuda:1 or mps.")
     flags.DEBUG.add_to(parser)
-    flags.add_flags(parser, "data", flags.DATASET)
+    flags.add_flags(parser, "data", flags.SAVED_DATA).description = flags.SAVED_DATA_NOTE
     return parser
 
 
@@ -32,6 +33,7 @@ def parse(parser: flags.Parser, argv: list[str] | None):
 
     config, given = flags.parse(parser, argv)
     rundir.check_checkpoint(config.checkpoint)
+    doing(f"loading torch and {config.checkpoint}")
     return config, given
 
 

@@ -10,12 +10,14 @@ import sys
 from pathlib import Path
 
 from base import flags
-from base.errors import UsageError, run
+from base.errors import UsageError, doing, run
 
 EPILOG = """examples:
   python -m analysis.batch --data-dir data/imagenet --show-epoch 31          the first batches of phase 2
   python -m analysis.batch --dataset digits --augment affine --cutmix-alpha 0
   python -m analysis.batch --config recipes/digits.yaml --show-steps 5       with any flags of train.py"""
+
+SHOWN = ("what most runs set", "data", "loading", "phases", "loss and regularization", "command")
 
 
 def build_parser() -> flags.Parser:
@@ -26,7 +28,7 @@ def build_parser() -> flags.Parser:
     add("--show-steps", type=flags.positive, default=4, metavar="N", help="Batches, one in each row.")
     add("--show-images", type=flags.positive, default=8, metavar="N", help="Images of each batch.")
     for title, group in flags.TRAIN_GROUPS.items():
-        flags.add_flags(parser, title, group)
+        flags.add_flags(parser, title, group if title in SHOWN else map(flags.hidden, group))
     return parser
 
 
@@ -38,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(problem, "name an epoch of the run")
     from sources import layouts
 
+    doing(f"loading {config.dataset} and torch")
     index = layouts.open_dataset(**flags.data_args(config))
+    config, _ = flags.fit(config, given, len(index.train))
 
     from analysis import batch_figures, figures
 

@@ -37,7 +37,8 @@ def draw(config, index: DatasetIndex) -> Figure:
     mixing = f"mixup {config.mixup_alpha:g}, cutmix {config.cutmix_alpha:g}" if phase.mix else "no mixing"
     title = (
         f"What training sees in epoch {config.show_epoch}: {phase.image_size} px, batch {phase.batch_size}\n"
-        f"augment {figures.shorten(phase.augment, 60)}, {mixing}, label smoothing {config.label_smoothing:g}"
+        f"augment {figures.shorten(phase.augment, 60)}, {mixing}, smoothing {config.label_smoothing:g}; "
+        "below each image: the largest parts of its label"
     )
     return figures.strips(rows, title=title, names=steps)
 

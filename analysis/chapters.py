@@ -28,11 +28,18 @@ CAPTIONS = {
 DRAWN_AS_CHARTS = ("curves.png", "lr.png", "steps.png", "compare.png")
 SCORE_KEYS = ("image_size", "weights", "bn", "tta", "top1", "top5", "loss", "macro_f1", "ece")
 SCORE_TITLES = ("px", "weights", "BatchNorm", "TTA", "top-1 %", "top-5 %", "loss", "macro F1", "ECE %")
+RELOAD = 30  # seconds
 MOST_ROWS = 20  # of a table that is not folded away
 
 
-def document(runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str, list[str]]) -> str:
-    """Return the page. notes: by the name of a run, what could not be drawn."""
+def document(
+    runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str, list[str]], reload: bool = False
+) -> str:
+    """Return the page.
+
+    notes:  by the name of a run, what could not be drawn
+    reload: whether the page loads itself again and again, because it is written after each epoch
+    """
 
     def pictures(run: RunFiles) -> Markup:
         failed = [tag("p", note, class_="soft") for note in notes.get(run.name, [])]
@@ -51,7 +58,8 @@ def document(runs: Sequence[RunFiles], studies: Sequence[Path], notes: dict[str,
     names = [source.name for source in (*runs, *studies)]
     title = f"Training report: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
     lead = f"{len(runs)} run{'s' * (len(runs) != 1)}" if runs else "From the files of the study's runs"
-    return page(title, lead, sections)
+    lead += f"; this page reloads itself every {RELOAD} seconds while training goes on" if reload else ""
+    return page(title, lead, sections, RELOAD if reload else 0)
 
 
 def overview(runs: Sequence[RunFiles]) -> Section:
@@ -92,9 +100,10 @@ def summary(run: RunFiles) -> Markup:
     values["time"] = duration(3600 * run.hours)
     if last.get("images_per_second"):
         values["training speed, last epoch"] = f"{last['images_per_second']:,.0f} images/s"
+    described = config | {key: run.env[key] for key in ("dataset",) if key in run.env}  # not the flag's
     for key, name in (("arch", "architecture"), ("dataset", "dataset")):
-        if key in config:
-            values[name] = shown(config[key])
+        if key in described:
+            values[name] = shown(described[key])
     sizes = [f"{size}\N{NO-BREAK SPACE}px" for _, size, _ in phases(run.rows)]
     values["image sizes"] = " → ".join(sizes)
     if bad := sum(row.get("bad_steps") or 0 for row in run.rows):

@@ -136,8 +136,8 @@ CARD = """# {name}
 {use}
 ```
 
-Resize the short side of an image to {resized} px (bilinear, antialiased), crop the central {size} x {size}
-px, scale RGB to [0, 1], and normalize with (pixel - mean) / std:
+{exif}Resize the short side of an image to {resized} px (bilinear, antialiased), crop the central
+{size} x {size} px, scale RGB to [0, 1], and normalize with (pixel - mean) / std:
 
 - mean {mean}
 - std {std}
@@ -184,6 +184,7 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
         epochs=len(payload["rows"]),
         weights={"ema": "average of its weights (EMA)", "raw": "weights of its last step"}[weights],
         use=USE[kind].format(name=name, size=size, more=more, **args),
+        exif="Turn an image as its EXIF orientation says. " if data.get("exif") else "",
         resized=round(size / data["crop"]),
         size=size,
         mean=", ".join(f"{value:.6g}" for value in data["mean"]),

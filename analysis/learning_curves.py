@@ -31,6 +31,7 @@ TOP1 = Panel("Top-1 accuracy", "top-1 accuracy (%)", TOP1_LINES)
 LOSS = Panel("Loss", "cross-entropy (nats)", LOSS_LINES)
 LR = Panel("Learning rate", "rate at the end of the epoch", {"lr": "learning rate"})
 SPEED = Panel("Training speed", "images per second", {"images_per_second": "images per second"})
+MOST_DOTS = 30  # on a line
 STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (figures.VERMILLION, "-")}
 
 # Charts of several runs: title, y axis and the column to draw of each run.
@@ -51,7 +52,7 @@ def charts(runs: Sequence[RunFiles]) -> list[Figure]:
 
 def curves(run: RunFiles) -> Figure:
     """Draw the loss and the accuracy of a run side by side."""
-    fig = figures.figure(11, 4.6, f"Learning curves of {figures.shorten(run.name, 60)}")
+    fig = figures.figure(11, 4.9, f"Learning curves of {figures.shorten(run.name, 60)}")
     for ax, panel in zip(fig.subplots(1, 2), (LOSS, TOP1), strict=True):
         draw(ax, run, panel)
     return fig
@@ -59,7 +60,7 @@ def curves(run: RunFiles) -> Figure:
 
 def single(run: RunFiles, panel: Panel, title: str = "") -> Figure:
     """Draw one panel of a run."""
-    fig = figures.figure(4.6, 3.4, title)
+    fig = figures.figure(4.6, 3.4 + 0.4 * (len(panel.columns) > 1), title)
     draw(fig.subplots(), run, panel)
     return fig
 
@@ -70,8 +71,9 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
         epochs, values = series(run.rows, column)
         colour, dash = STYLES.get(column.split("_")[0], (figures.BLUE, "-"))
         if epochs:
-            style = {"color": colour, "linestyle": dash, "marker": "o", "markersize": 3}
-            ax.plot(epochs, values, label=label, **style)
+            style = {"color": colour, "linestyle": dash, "markersize": 3}
+            dots = "o" if len(epochs) <= MOST_DOTS else ""  # more would hide the dashes
+            ax.plot(epochs, values, label=label, marker=dots, **style)
     if panel is TOP1 and run.best:
         label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
         star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
@@ -81,7 +83,7 @@ def draw(ax, run: RunFiles, panel: Panel) -> None:
     mark_phases(ax, [(epoch - 0.5, *what) for epoch, *what in phases(run.rows)], first, last)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(panel.columns) > 1 and ax.get_legend_handles_labels()[1]:
-        ax.legend()
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # below: it covers nothing there
 
 
 def mark_phases(
@@ -94,7 +96,7 @@ def mark_phases(
     """
     ax.set_xlim(first, last)
     # The width of a label as a share of the axis, and where each line of labels ends.
-    width, ends = 0.57 / (ax.get_position().width * ax.figure.get_figwidth()), []
+    width, ends = 0.64 / (ax.get_position().width * ax.figure.get_figwidth()), []
     for begin, size, batch in begins:
         if begin > first:
             ax.axvline(begin, color="0.4", linewidth=1, linestyle=(0, (4, 3)))
@@ -104,9 +106,9 @@ def mark_phases(
         left = min((begin - first) / (last - first), 1 - width)
         line = next((k for k, end in enumerate(ends) if end <= left), len(ends))
         ends[line : line + 1] = [left + width]
-        place = {"xycoords": "axes fraction", "xytext": (2, 3 + 19 * line), "textcoords": "offset points"}
-        ax.annotate(f"{size} px\nbatch {batch}", (left, 1), fontsize=7, color="0.25", **place)
-    ax.set_title(ax.get_title(), pad=6 + 19 * len(ends))
+        place = {"xycoords": "axes fraction", "xytext": (2, 3 + 22 * line), "textcoords": "offset points"}
+        ax.annotate(f"{size} px\nbatch {batch}", (left, 1), fontsize=8, color="0.25", **place)
+    ax.set_title(ax.get_title(), pad=6 + 22 * len(ends))
 
 
 def compare(

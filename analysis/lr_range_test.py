@@ -185,6 +185,8 @@ def draw(found: dict) -> Figure:
     for k, name in enumerate(found["commands"], 1):
         lr = found["suggestions"][name]
         axis.axvline(lr, **figures.line_style(k), label=f"{name}: {lr:.1e}")
+    if not found["commands"]:
+        measured += "; no suggestion: the loss did not fall"
     title = f"LR range test of {found['flags']['arch']}: {title_of(found)}\n{measured}"
     axis.set(xscale="log", xlabel="learning rate", title=title)
     axis.legend()

@@ -10,6 +10,10 @@ from analysis.page import Markup, image, join, table, tag
 INLINE = re.compile(r"(\*\*.+?\*\*|`[^`]+`)")
 PICTURE = re.compile(r"!\[([^\]]*)\]\(([^)\s]+)\)")
 
+SPACES = re.compile(
+    r"(?<=[\d±,]) (?=[-+]?[\d±])"
+)  # within "1.5 ± 0.2" and "[-1.5, +0.2]": not to break there
+
 
 def to_html(text: str, folder: Path) -> Markup:
     """Return `text` as HTML. Pictures come from `folder` only; a missing one is named."""
@@ -49,7 +53,7 @@ def _table(lines: list[str]) -> Markup:
 
 def _cells(line: str) -> list[Markup]:
     cells = re.split(r"(?<!\\)\|", line.strip().strip("|"))
-    return [_inline(cell.strip().replace(r"\|", "|")) for cell in cells]
+    return [_inline(SPACES.sub("\N{NO-BREAK SPACE}", cell.strip().replace(r"\|", "|"))) for cell in cells]
 
 
 def _picture(folder: Path, name: str, words: str) -> Markup:

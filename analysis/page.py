@@ -17,7 +17,7 @@ from pathlib import Path
 from analysis import figures
 
 CSS, SCRIPT = (Path(__file__).with_name(name).read_text("utf-8") for name in ("page.css", "page.js"))
-NUMBER = re.compile(r"-|[-+]?[\d,]*\.?\d+(e[-+]\d+)?( ?%)?")
+NUMBER = re.compile(r"-|[-+]?[\d,]*\.?\d+(e[-+]\d+)?(\s?%|\s±\s[\d.]+)?")
 
 
 class Markup(str):
@@ -108,14 +108,17 @@ def section(title: str, anchor: str, *content: object) -> Section:
     return title, anchor, tag("section", tag("h2", title), join(content), id=anchor)
 
 
-def page(title: str, lead: str, sections: Sequence[Section]) -> str:
-    """Return a whole document with its chapters and links to them."""
+def page(title: str, lead: str, sections: Sequence[Section], reload: int = 0) -> str:
+    """Return a whole document with its chapters and links to them; `reload` is in seconds, 0 for never."""
     links = tag("nav", *(tag("a", name, href=f"#{anchor}") for name, anchor, _ in sections))
     chapters = tag("main", join(markup for _, _, markup in sections))
-    return document(title, join([tag("p", lead, class_="soft"), links, chapters]))
+    body = join([tag("p", lead, class_="soft"), links, chapters])
+    return document(title, body, head=f'<meta http-equiv="refresh" content="{reload}">' if reload else "")
 
 
-def document(title: str, body: Markup, css: str = CSS, script: str = SCRIPT, connect: str = "") -> str:
+def document(
+    title: str, body: Markup, css: str = CSS, script: str = SCRIPT, *, connect: str = "", head: str = ""
+) -> str:
     """Return a document that may run this one script and load nothing but, perhaps, from `connect`.
 
     The policy allows the script by its hash, and no address: even markup that slipped through could
@@ -127,7 +130,7 @@ def document(title: str, body: Markup, css: str = CSS, script: str = SCRIPT, con
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="viewport" content="width=device-width, initial-scale=1">{head}
 <title>{escape(title)}</title><style>{css}</style></head>
 <body><h1>{escape(title)}</h1>{body}
 <script>{script}</script></body></html>

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from base import flags
+from base.errors import doing
 from base.errors import run as run_command
 
 EPILOG = """examples:
@@ -26,6 +27,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    doing(f"drawing {', '.join(args.run_dirs)}")
     from analysis import figures, learning_curves, runs, step_curves
 
     found = runs.read_runs(args.run_dirs)

@@ -71,6 +71,11 @@ class Classifier:
         return self.payload["eval"].get("flip", False)
 
     @property
+    def exif(self) -> bool:
+        """Whether training turned images as their EXIF orientation says."""
+        return self.payload["eval"].get("exif", False)
+
+    @property
     def title(self) -> str:
         """A line for pictures, such as "resnet50, 1000 classes, EMA weights, 224 px"."""
         arch = self.payload["model_args"]["arch"]
@@ -79,7 +84,7 @@ class Classifier:
 
     @property
     def transform(self) -> EvalTransform:
-        return EvalTransform(self.image_size, self.crop)
+        return EvalTransform(self.image_size, self.crop, self.exif)
 
     def pixels(self, images: Sequence[bytes | np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Return images as (n, S, S, 3) uint8, resized and cropped as in validation. Raises BadImage."""
@@ -98,7 +103,7 @@ class Classifier:
     def loader(self, source: Split | Sequence[str], batch_size: int = 64, num_workers: int = 0) -> Loader:
         """Return batches, in order: (images, labels) of a split, or (images, positions) of image files."""
         if isinstance(source, Split):
-            dataset = eval_dataset(source, self.image_size, self.crop)
+            dataset = eval_dataset(source, self.image_size, self.crop, exif=self.exif)
         else:
             dataset = ImageFiles(source, self.transform)
         return Loader(

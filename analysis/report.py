@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from base import files, flags
@@ -12,10 +14,12 @@ from base.errors import DataError, UsageError, tell
 from base.errors import run as run_command
 
 ROOT = Path(__file__).resolve().parent.parent
+POLL = 1  # seconds between two looks at a run that is watched
 EPILOG = """examples:
   python -m analysis.report checkpoints/                        write checkpoints/report.html
   python -m analysis.report runs/a runs/b --out compared.html   side by side, with the flags that differ
   python -m analysis.report ablation_runs/results/ema-cpu --out study.html
+  python -m analysis.report checkpoints/ --watch                in a second terminal, while train.py runs
   python -m analysis.report --list runs/                        a table: score, hours, flags that differ"""
 
 
@@ -26,6 +30,8 @@ def build_parser() -> flags.Parser:
     add("run_dirs", nargs="*", metavar="RUN_DIR", help=run_dirs)
     add("--out", default="", metavar="FILE", help="Page to write; by default report.html in the RUN_DIR.")
     add("--list", default="", metavar="DIR", help="Print a table of the runs below DIR and write nothing.")
+    watch = "Write the page after each epoch, until the last; it reloads itself. Draws no pictures."
+    add("--watch", action="store_true", help=watch)
     pictures = "First score the checkpoint and draw missing pictures, if its data can be read."
     add("--pictures", action=flags.Switch, default=True, help=pictures)
     data_dir = "Dataset directory; by default the one used in training."
@@ -41,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("name the runs to report, or --list DIR", "python -m analysis.report checkpoints/")
     if len(args.run_dirs) > 1 and not args.out:
         raise UsageError("a report of several runs needs a file to write to", "give --out FILE.html")
+    if args.list and args.watch:
+        raise UsageError("--list prints a table once", "leave --watch out, or name the runs to watch")
     from analysis import runs
 
     if args.list:
@@ -52,23 +60,54 @@ def main(argv: list[str] | None = None) -> int:
     from analysis import chapters
 
     paths = list(dict.fromkeys(map(Path, args.run_dirs)))
-    for path in paths:
-        check_exists(path)
-    studies = [path for path in paths if (path / "summary.md").is_file()]
-    reported = runs.read_runs([path for path in paths if path not in studies])
-    notes = {}
-    if args.pictures:
-        notes = {run.name: make_missing(run, args.data_dir, args.device) for run in reported}
-    out = args.out or paths[0] / "report.html"
-    print(files.write(out, chapters.document(reported, studies, notes)))
+    studies = [path for path in map(checked, paths) if (path / "summary.md").is_file()]
+    run_dirs = [path for path in paths if path not in studies]
+    out = Path(args.out or paths[0] / "report.html")
+
+    def write() -> bool:
+        """Write the page; return whether all runs are complete."""
+        found = runs.read_runs(run_dirs)
+        drawn = found if args.pictures and not args.watch else []
+        notes = {run.name: make_missing(run, args.data_dir, args.device) for run in drawn}
+        complete = all(run.complete for run in found)
+        reload = args.watch and not complete
+        print(files.write(out, chapters.document(found, studies, notes, reload)), flush=True)
+        return complete
+
+    if args.watch:
+        watch(run_dirs, write)
+    else:
+        write()
     return 0
 
 
-def check_exists(path: Path) -> None:
-    if not path.is_dir():
-        beside = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-        known = f"{path.parent} holds {', '.join(beside[:12])}" if beside else "name a directory of train.py"
-        raise DataError(f"no directory {path}", known)
+def watch(run_dirs: list[Path], write: Callable[[], bool]) -> None:
+    """Call `write` now and after every epoch of a run, until it returns True."""
+    seen: list = []
+    while True:
+        # Of a file that is being replaced, the next look sees more.
+        now = [
+            path.stat().st_mtime_ns if (path := folder / "metrics.jsonl").exists() else 0
+            for folder in run_dirs
+        ]
+        if now != seen:
+            seen = now
+            try:
+                if write():
+                    return
+            except DataError as error:
+                tell(f"waiting: {error.what}")
+        time.sleep(POLL)
+
+
+def checked(path: Path) -> Path:
+    """Return `path`. Raises DataError, with the directories there, unless it holds a run or a study."""
+    if any((path / name).is_file() for name in ("metrics.jsonl", "summary.md")):
+        return path
+    where, what = (path, "neither a run nor a study in") if path.is_dir() else (path.parent, "no directory")
+    found = sorted(p.name for p in where.iterdir() if p.is_dir()) if where.is_dir() else []
+    known = f"{where} holds {', '.join(found[:12])}" if found else "name a directory of train.py"
+    raise DataError(f"{what} {path}", known)
 
 
 def make_missing(run, data_dir: str, device: str) -> list[str]:

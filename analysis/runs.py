@@ -35,6 +35,11 @@ class RunFiles:
         return read_steps(self.path)
 
     @property
+    def complete(self) -> bool:
+        """Whether the last epoch has ended. A run that stopped early counts as one that may go on."""
+        return self.rows[-1]["epoch"] >= self.config.get("epochs", 0)
+
+    @property
     def best(self) -> dict | None:
         """The row of the best checkpoint, if there is one yet."""
         return next((row for row in reversed(self.rows) if row.get("best")), None)

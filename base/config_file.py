@@ -6,12 +6,13 @@ import argparse
 import os
 import stat
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
-from base.errors import UsageError
+from base.errors import UsageError, did_you_mean
 from base.parser import Parser, dashed, typed_text
+from base.process import ROOT
 
+RECIPES = ROOT / "recipes"
 MAX_BYTES = 2**16  # in a --config file
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 PLAIN_TAGS = ("str", "int", "float", "bool", "timestamp")
@@ -24,17 +25,25 @@ def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dic
 
     ignored: known flags that `parser` may lack: lr_finder.py accepts recipes but has no --plot
     """
-    known = {action.dest for action in parser._actions}
+    known, path = parser.flags.keys(), find_recipe(path)
     texts = read_yaml(path)
-    if unknown := [name for name in texts if name not in known.union(ignored) - {"config", "help"}]:
-        raise UsageError(f"--config {path}: unknown key {unknown[0].replace('_', '-')[:80]!r}", KEYS)
+    if unknown := [name for name in texts if name not in known | set(ignored) - {"config"}]:
+        key, keys = unknown[0].replace("_", "-")[:80], (name.replace("_", "-") for name in known)
+        raise UsageError(f"--config {path}: unknown key {key!r}", did_you_mean(key, keys) + KEYS)
     try:
         values = from_file(parser, {name: value for name, value in texts.items() if name in known})
     except UsageError as error:
         raise UsageError(f"--config {path}: {error.what}", "write the value as you would type it") from None
     # `plot: false` is as if the flag had not been given: there is no --no-plot.
-    one_way = {action.dest for action in parser._actions if isinstance(action, argparse._StoreTrueAction)}
+    one_way = {name for name, action in parser.flags.items() if isinstance(action, argparse._StoreTrueAction)}
     return {name: value for name, value in values.items() if value or name not in one_way}
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a --config file: "digits" is recipes/digits.yaml, unless there is such a file."""
+    recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
+    is_bare = name == os.path.basename(name) and not os.path.exists(name)
+    return os.path.relpath(recipe) if is_bare and recipe.is_file() else name
 
 
 def read_yaml(path: str) -> dict[str, str | list[str]]:
@@ -81,17 +90,18 @@ def _problem(node: Any) -> str:
 
 
 def _read_text(path: str) -> str:
-    recipes = ", ".join(sorted(p.name for p in (Path(__file__).parent.parent / "recipes").glob("*.yaml")))
+    recipes = sorted(p.name for p in RECIPES.glob("*.yaml"))
+    fix = did_you_mean(os.path.basename(path), recipes) + f"recipes/ holds {', '.join(recipes)}"
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UsageError(f"--config {path} is not a file", f"recipes/ holds {recipes}")
+            raise UsageError(f"--config {path} is not a file", fix)
         with open(path, "rb") as file:
             content = file.read(MAX_BYTES + 1)
         if len(content) > MAX_BYTES:
             raise UsageError(f"--config {path} is larger than {MAX_BYTES:,} bytes", "name a file of flags")
         return content.decode("utf-8-sig")
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror}", f"recipes/ holds {recipes}") from None
+        raise UsageError(f"--config {path}: {error.strerror}", fix) from None
     except UnicodeDecodeError as error:
         where = f"{error.reason} at byte {error.start}"
         raise UsageError(f"--config {path} is not UTF-8: {where}", "save it as UTF-8") from None
@@ -103,8 +113,8 @@ def from_file(parser: Parser, content: Mapping[str, Any], *, exact: bool = False
     exact: the file holds parsed values (a checkpoint does), which must come out unchanged
     Raises UsageError that names the flag if it is unknown, has the wrong type, or is out of range.
     """
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
-    if unknown := sorted(str(name)[:80] for name in content if name not in actions or name == "help"):
+    actions = parser.flags
+    if unknown := sorted(str(name)[:80] for name in content if name not in actions):
         raise UsageError(f"unknown: {', '.join(unknown)}", KEYS)
     return {name: _parsed(parser, actions[name], value, exact) for name, value in content.items()}
 

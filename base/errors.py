@@ -12,8 +12,10 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stdout, suppress
+from itertools import islice
+from pathlib import Path
 from types import ModuleType
 
 from base import process
@@ -26,7 +28,7 @@ class UserError(Exception):
 
     def __init__(self, what: str, fix: str):
         super().__init__(f"{what}\nfix: {fix}")
-        self.what, self.fix = what, fix
+        self.what, self.fix = what, fix.rstrip()
         self.rank: int | None = None  # of the process that must print the error, if not the main one
 
     def __reduce__(self):  # it crosses from loader workers to the main process
@@ -102,8 +104,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     except BrokenPipeError:  # `| head` closed our output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (OSError, RuntimeError, MemoryError) as error:
-        known = resource_error(error)
+    except (OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
+        known = missing_package(error) if isinstance(error, ModuleNotFoundError) else resource_error(error)
         if known is None or debug:
             raise
         report(known)
@@ -126,6 +128,43 @@ def tell(text: str) -> None:
     """Print `printable` text on stderr."""
     with suppress(OSError):  # the terminal may be gone
         print(printable(text), file=sys.stderr, flush=True)
+
+
+# --- hints ------------------------------------------------------------------------------------------
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "did you mean X? " for the known word that is most like `word`, or ''."""
+    near = closest(word, known)
+    return f"did you mean {near}? " if near else ""
+
+
+def nearest_path(path: str | os.PathLike) -> str:
+    """Return "did you mean X? " for the existing path that is most like `path`, or ''."""
+    found = Path()
+    for part in Path(path).parts:
+        if not (found / part).exists():
+            with suppress(OSError):
+                part = closest(part, (entry.name for entry in islice(os.scandir(found), 2000)), 0.7)
+            if not part or not (found / part).exists():
+                return ""
+        found /= part
+    return f"did you mean {found}? "
+
+
+def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """Return the known word that is most like `word`, whatever the case of its letters; '' if none is."""
+    from difflib import get_close_matches  # not needed behind --help
+
+    words = {each.lower(): each for each in known}
+    near = get_close_matches(word.lower(), words, 1, likeness)
+    return words[near[0]] if near else ""
+
+
+def doing(what: str) -> None:
+    """Say on stderr what takes the next seconds: importing torch may take twenty, and no start is silent."""
+    if process.is_main():
+        tell(f"{what} ...")
 
 
 # --- text that any terminal can show ----------------------------------------------------------------
@@ -193,6 +232,15 @@ def resource_error(error: BaseException) -> ResourceError | None:
     file = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "a file"
     what = f"cannot {verb} {file}: {error.strerror or error}"
     return ResourceError(what, "check that it exists, that you may use it, and that the disk has room")
+
+
+def missing_package(error: ModuleNotFoundError) -> UsageError | None:
+    """Return a UsageError for a package that this Python lacks, or None if a module of ours is missing."""
+    package = (error.name or "").partition(".")[0]
+    if not package or (process.ROOT / package).exists() or (process.ROOT / f"{package}.py").exists():
+        return None
+    fix = f"make setup, then .venv/bin/python; or {sys.executable} -m pip install -r requirements.txt"
+    return UsageError(f"{sys.executable} has no package {package}", fix)
 
 
 def optional(package: str, needed_for: str) -> ModuleType:

@@ -32,6 +32,8 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
     try:
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
+        if partial != path:
+            partial.unlink(missing_ok=True)  # in somebody's data it may be a link to any file
         yield partial
         if partial != path:
             os.replace(partial, path)

@@ -16,7 +16,7 @@ from typing import Any
 
 from base import idle, process
 from base.config_file import read_recipe
-from base.errors import UsageError
+from base.errors import UsageError, nearest_path
 from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle, why_idle
 from base.parser import (
     AUGMENTS,
@@ -35,7 +35,7 @@ from base.parser import (
     save_interval,
     typed_text,
 )
-from base.phases import used_epochs
+from base.phases import fitting_batch, used_epochs
 
 natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
@@ -116,7 +116,8 @@ LOADING = (
     Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
          "another of its class. An unreadable validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
-    Flag("num_workers", "processes", "Loader processes per rank.", number(int, 0, 1024), 8, "N"),
+    Flag("num_workers", "processes", "Loader processes per rank; at most one per core.",
+         number(int, 0, 1024), 8, "N"),
 )
 MODEL = (
     Flag("arch", "model", "Architecture.", ARCHS, "resnet50", "NAME"),
@@ -145,7 +146,8 @@ MODEL = (
 )
 PHASES = (
     Flag("epochs", "plan", "Number of epochs, over all phases.", positive, 90, "N"),
-    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase.",
+    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase; unless "
+         "given, fitted to fewer than 1,024 images.",
          positive, 256, "N",
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
     Flag("resize_schedule", "plan", "Image size of each phase.",
@@ -175,7 +177,8 @@ OPTIMIZATION = (
     Flag("weight_decay", "trace", "Weight decay; biases and normalization layers are excluded.",
          from_zero, 1e-4, "W"),
     Flag("schedule", "trace", "Learning-rate schedule.", SCHEDULES, "onecycle", "NAME"),
-    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine.", from_zero, 5.0, "N",
+    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine; unless given, at most "
+         "half of all.", from_zero, 5.0, "N",
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
     Flag("cycles", "trace", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
@@ -306,7 +309,8 @@ TRAIN_GROUPS = train_groups()
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
 BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
 INFERENCE = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
-SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)  # else from the checkpoint
+SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)
+SAVED_DATA_NOTE = "Flags that are not given come from the checkpoint."
 
 
 def add_flags(parser: argparse.ArgumentParser, title: str, flags: Iterable[Flag]) -> argparse._ArgumentGroup:
@@ -324,6 +328,11 @@ def build_parser(
     for title, flags in (groups or {}).items():
         add_flags(parser, title, flags)
     return parser
+
+
+def hidden(flag: Flag) -> Flag:
+    """Return a flag that is accepted but not shown in `--help`."""
+    return dataclasses.replace(flag, help=argparse.SUPPRESS)
 
 
 def train_parser() -> Parser:
@@ -345,16 +354,39 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
     given.by_hand = frozenset(by_hand)
     given.file = make_config(defaults() | parser.defaults() | recipe)
     given.finetunes = bool(by_hand.get("pretrained")) and not recipe
-    base = parser.defaults() | (finetuning(parser, by_hand) if given.finetunes else {})
-    return make_config(base | recipe | by_hand), given
+    values = parser.defaults() | (finetuning(parser, by_hand) if given.finetunes else {}) | recipe | by_hand
+    if values.get("schedule") == "cosine" and "warmup_epochs" not in given:
+        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
+    return make_config(values), given
 
 
 def finetuning(parser: Parser, by_hand: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults of flags beside --pretrained: those for 90 epochs from scratch would not do."""
     values = read_recipe(parser, str(FINETUNE), defaults())
-    return values | {
-        "freeze_epochs": min(values["freeze_epochs"], by_hand.get("epochs", values["epochs"]) // 4)
-    }
+    epochs = by_hand.get("epochs", values["epochs"])
+    return values | {"freeze_epochs": min(values["freeze_epochs"], epochs // 4)}
+
+
+def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
+    """Return a new run's config with defaults that fit `images` training images, and a line that names them.
+
+    A value that was given is never changed. What is chosen is saved with the run, so it is kept on resume.
+    """
+    fitted, to, cores = [], [], process.cores()
+    if not given & {"batch_size", "phase_batch_sizes"}:
+        ranks, phases = process.world_size(), len(config.resize_schedule)
+        batch = fitting_batch(images, phases, ranks, config.batch_size)
+        if batch != config.batch_size:
+            config = dataclasses.replace(config, batch_size=batch)
+            fitted.append(f"batch size {batch}")
+            to.append(f"{images:,} images" + f" and {ranks} ranks" * (ranks > 1))
+    if "warmup_epochs" not in given and config.warmup_epochs not in (0, defaults()["warmup_epochs"]):
+        fitted.append(f"warm-up {config.warmup_epochs:g} epochs")
+        to.append(f"{config.epochs} epoch{'s' * (config.epochs > 1)}")
+    if "num_workers" not in given and config.num_workers > cores:
+        fitted.append(f"{cores} workers")
+        to.append(f"{cores} cores")
+    return config, f"{', '.join(fitted)}: fitted to {', '.join(to)}" if fitted else ""
 
 
 def make_config(values: Mapping[str, Any]) -> Any:
@@ -407,7 +439,7 @@ def check_train(config: Any, given: Given) -> list[str]:
         )
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
-    return notes
+    return [*notes, *filter(None, [workers_note(config, given)])]
 
 
 def _check_phases(config: Any) -> None:
@@ -428,7 +460,8 @@ def _check_phases(config: Any) -> None:
         largest = {"padcrop": pixels - 1, "cutout": 2 * pixels - 1}
         for name, size in parse_augment(text):
             if name == "pipeline" and not os.path.isfile(size):
-                raise UsageError(f"{flag} {size}: there is no such file", "check the path")
+                fix = nearest_path(size) or "name a file that albumentations.save wrote"
+                raise UsageError(f"{flag} {size}: there is no such file", fix)
             if name in largest and size > largest[name]:
                 raise UsageError(
                     f"{flag} {name}:{size} leaves nothing of an image of {pixels} px",
@@ -472,10 +505,12 @@ def idle_flags(config: Any) -> set[str]:
     return {flag.name for flag in TABLE if why_idle(flag, config)}
 
 
-def workers_note(workers: int) -> str:
-    """Return a note if there are more loader processes than cores, else ''."""
-    cores = process.cores()
-    return f"--num-workers {workers} is more than the {cores} cores: using {cores}" if workers > cores else ""
+def workers_note(config: Any, given: Given) -> str:
+    """Return a note if more loader processes were asked for than there are cores, else ''."""
+    workers, cores = config.num_workers, process.cores()
+    if "num_workers" not in given or workers <= cores:
+        return ""
+    return f"--num-workers {workers} is more than the {cores} cores: using {cores}"
 
 
 def weights_args(config: Any) -> dict[str, Any]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from base import errors
-from base.errors import UsageError
+from base import errors, process
+from base.errors import UsageError, closest, did_you_mean
 
 AUGMENT_SETS = {"full": "rrc,flip,affine,jitter,dropout", "basic": "rrc,flip", "none": ""}
 AUGMENTS = {  # name -> its argument
@@ -18,6 +19,21 @@ AUGMENTS = {  # name -> its argument
 }  # fmt: skip
 PIPELINES = (".yaml", ".yml", ".json")  # an augmentation that ends like this is a file of Albumentations
 MISSING = object()  # the value of a flag that was not given
+OTHER_NAMES = {  # what other trainers call a flag of ours
+    "--model": "--arch", "--learning-rate": "--lr", "--opt": "--optimizer", "--wd": "--weight-decay",
+    "--workers": "--num-workers", "--batch": "--batch-size", "--imgsz": "--resize-schedule",
+    "--img-size": "--resize-schedule", "--image-size": "--resize-schedule", "--data": "--data-dir",
+    "--data-path": "--data-dir", "--output": "--save-dir", "--output-dir": "--save-dir",
+    "--out": "--save-dir", "--sched": "--schedule", "--lr-scheduler": "--schedule", "--smoothing":
+    "--label-smoothing", "--mixup": "--mixup-alpha", "--cutmix": "--cutmix-alpha", "--drop-path":
+    "--drop-path-rate", "--model-ema": "--ema", "--patience": "--early-stop-patience",
+}  # fmt: skip
+ELSEWHERE = {  # flags that one may look for in the wrong command
+    "validate.py": ("--image-sizes", "--crop", "--tta", "--average", "--recalibrate-bn", "--save-hits"),
+    "predict.py": ("--top", "--export", "--csv"),
+    "lr_finder.py": ("--num-iter", "--start-lr", "--end-lr", "--trials", "--trial-epochs"),
+    "pack_dataset.py": ("--stored-sides", "--raw-sides", "--quality", "--eval-sizes", "--verify"),
+}
 
 
 def dashed(name: str) -> str:
@@ -43,11 +59,34 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} ({shown})" if shown else text
 
 
+class _Version(argparse.Action):
+    """Prints the versions of this code and of torch, then exits."""
+
+    def __init__(self, option_strings, dest, **kwargs):
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, **kwargs)
+
+    def __call__(self, parser, *args):
+        print(process.versions())
+        parser.exit()
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that never abbreviates a flag, and raises `UsageError` where argparse would exit."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+        self.add_argument("--version", action=_Version, help="Show the versions of this code and of torch.")
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """The flags that have a value, by name: all but --help and --version."""
+        valued = [a for a in self._actions if a.option_strings and a.default is not argparse.SUPPRESS]
+        return {action.dest: action for action in valued}
+
+    def parse_args(self, args=None, namespace=None):
+        found, unknown = self.parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return found
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
@@ -57,18 +96,39 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"{word}: -- is not a value")
         return super().parse_known_args(words, namespace)
 
-    def error(self, message: str):
-        raise UsageError(message, f"run python {self.prog.removeprefix('python ')} --help")
+    def error(self, message: str, hint: str = ""):
+        raise UsageError(message, hint or f"run python {self.prog.removeprefix('python ')} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices if choice]
+            message = f"{value!r} is not one of {', '.join(known)}"
+            self.error(str(argparse.ArgumentError(action, message)), did_you_mean(str(value), known))
+
+    def _refuse(self, unknown: list[str]) -> None:
+        """Raise UsageError for arguments that this command does not take, with what was meant."""
+        if not unknown:
+            return
+        word, known = unknown[0].partition("=")[0], self._option_string_actions.keys()
+        others = {name for name, ours in OTHER_NAMES.items() if ours in known}
+        near = closest(word, known | others)
+        hint = f"did you mean {OTHER_NAMES.get(near, near)}?" if near else ""
+        if "--data-dir" in known and os.path.isdir(word):
+            hint = f"did you mean --data-dir {word}?"
+        for command, theirs in ELSEWHERE.items():
+            if word in theirs:
+                hint = f"{word} is a flag of {command}"
+        self.error(f"unrecognized arguments: {' '.join(unknown)}", hint)
 
     def given(self, argv: list[str] | None) -> dict[str, Any]:
         """Return {name: value} of the arguments in `argv`, without those left at their defaults."""
         empty = argparse.Namespace(**{action.dest: MISSING for action in self._actions})
         # Intermixed, because flags may stand between the image files of predict.py.
-        values = vars(self.parse_intermixed_args(argv, empty))
-        values = {name: value for name, value in values.items() if value is not MISSING}
-        for action in self._actions:
-            if action.option_strings:
-                _check_text(action.dest, values.get(action.dest))
+        found, unknown = self.parse_known_intermixed_args(argv, empty)
+        self._refuse(unknown)
+        values = {name: value for name, value in vars(found).items() if value is not MISSING}
+        for name in self.flags:
+            _check_text(name, values.get(name))
         return values
 
     def defaults(self) -> dict[str, Any]:
@@ -179,7 +239,10 @@ def parse_augment(text: str) -> tuple[tuple[str, Any], ...]:
             steps.append(("pipeline", part.strip()))
             continue
         if name not in AUGMENTS:
-            raise argparse.ArgumentTypeError(f"unknown augmentation {name!r}; use {', '.join(AUGMENTS)}")
+            hint = did_you_mean(name, AUGMENTS)
+            raise argparse.ArgumentTypeError(
+                f"unknown augmentation {name!r}; {hint}use {', '.join(AUGMENTS)}"
+            )
         if AUGMENTS[name] == ":N" and not argument:
             raise argparse.ArgumentTypeError(f"{name} needs a size in pixels, such as {name}:4")
         if argument and not AUGMENTS[name]:

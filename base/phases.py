@@ -30,6 +30,17 @@ def phase_batches(first: int, phases: int) -> list[int]:
     return [max(1, first >> k) for k in range(phases)]
 
 
+def fitting_batch(images: int, phases: int, ranks: int, most: int) -> int:
+    """Return a batch size for the first phase that suits so many training images: `ranks` times a power of 2.
+
+    It is at most `most`, and gives an epoch four steps or more. Of fewer than 64 images it holds 16, and if
+    there are as many, two for each rank in the last phase, so that halving always works.
+    """
+    least = min(images, max(16, ranks << phases))
+    size = min(most, max(images // 4, least))
+    return ranks << max(0, (size // ranks).bit_length() - 1)
+
+
 def used_epochs(config: Any) -> list[int]:
     """Return the number of epochs of each phase."""
     return share_epochs(config.epochs, config.phase_epochs, len(config.resize_schedule))

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def rank() -> int:
@@ -53,7 +57,7 @@ def commit() -> str:
     """Return the git commit of this code, with a + if files have changed; outside a clone, $GIT_COMMIT."""
     import subprocess  # not needed behind --help
 
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(ROOT)]
     try:
         head, changes = (
             subprocess.run([*git, *words], capture_output=True, text=True, timeout=5).stdout.strip()
@@ -62,3 +66,17 @@ def commit() -> str:
     except (OSError, subprocess.TimeoutExpired):
         head = changes = ""
     return head + ("+" if changes else "") if head else os.environ.get("GIT_COMMIT", "")
+
+
+def versions() -> str:
+    """Return the versions of this code, of torch and of Python as a line; torch is not imported."""
+    from importlib import metadata
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    ours = re.search(r'^name = "(.+)"\nversion = "(.+)"$', text, re.MULTILINE).groups()
+    try:
+        torch = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        torch = "not installed"
+    at = f" (commit {here})" if (here := commit()) else ""
+    return f"{' '.join(ours)}{at}, torch {torch}, Python {sys.version.split()[0]}"

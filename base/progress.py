@@ -56,7 +56,7 @@ class Progress:
         if done <= 0 or elapsed <= 0:
             return ""
         left = duration(elapsed / done * (self.total - self.count))
-        return f"{done / elapsed:,.0f} {self.unit}/s, {left} left"
+        return f"{left} left, {done / elapsed:,.0f} {self.unit}/s"
 
     def over(self, items: Iterable) -> Iterator:
         """Yield `items` and count them."""

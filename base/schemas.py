@@ -160,7 +160,7 @@ Eval = exactly(
     std=Deviations,
     image_size=Pixels,
     crop=Annotated[float, Field(gt=0, le=1)],
-    **optional(flip=bool),
+    **optional(flip=bool, exif=bool),
 )
 Optimizer = exactly(
     # What a state may hold is up to the optimizer: see optim.load_optimizer.
@@ -275,7 +275,7 @@ PLAN = {
     "format": Positive, "name": FileName, "classes": Names, "class_names": Names | None, "mean": Means,
     "std": Deviations, "native_size": Pixels | None, "sides": Annotated[list[Pixels], Field(min_length=1)],
     "quality": Annotated[int, Field(ge=1, le=100)], "source": Fingerprint,
-    "shard_rows": exactly(train=Positive, val=Positive), **optional(raw_sides=list[Pixels]),
+    "shard_rows": exactly(train=Positive, val=Positive), **optional(raw_sides=list[Pixels], exif=bool),
 }  # fmt: skip
 Plan = exactly(**PLAN)  # packing.json
 # manifest.json
@@ -324,7 +324,7 @@ def _wrong_tables(manifest: dict) -> str:
 # --- other JSON files -------------------------------------------------------------------------------
 
 _COUNTS = optional(num_train=Count, num_val=Count, num_classes=Positive)
-_RUN = optional(commit=Text, command=Text, run=RunId, parent=Text | None)
+_RUN = optional(commit=Text, dataset=Text, command=Text, run=RunId, parent=Text | None)
 Env = Annotated[at_least(**_COUNTS, **_RUN), AfterValidator(_all_plain)]
 StudyRun = at_least(**optional(status=Text, flags=list[Text], minutes=NotNegative))  # run.json
 ClassScore = at_least(name=Text, precision=NotNegative, recall=NotNegative, f1=NotNegative, support=Count)
@@ -333,6 +333,7 @@ Prediction = Annotated[Text, Field(validation_alias=AliasChoices("prediction_nam
 ConfusedPair = at_least(truth_name=Text, prediction_name=Prediction, times=Count, share=NotNegative)
 # scores.json of validate.py, as much of it as a report shows
 Scores = at_least(results=list[Config], per_class=list[ClassScore], confused_pairs=list[ConfusedPair])
+SplitFile = exactly(train=list[Text], val=list[Text])  # split.json
 LabelNames = dict[Text, Any]  # Kaggle's Labels.json
 
 

@@ -21,6 +21,7 @@ from sources.augment import JITTER
 from sources.index import IMAGENET_MEAN, IMAGENET_STD, DatasetIndex, SubsetSplit
 
 BATCH = 128
+PIPELINE = Path(__file__).parents[1] / "recipes" / "augment" / "full.yaml"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def loaders(data: Data, setting: Setting) -> dict[str, Callable[[], Iterable]]:
     found = {name: lambda i=i: ours(i, setting) for name, i in data.indices.items()}
     if setting.augmentation == "evaluation":  # packed data store these crops; raw sides are for training
         return {name: start for name, start in found.items() if name != "packed, raw"}
+    if setting.augmentation == "full":
+        found["packed, Albumentations"] = lambda: ours(data.indices["packed"], setting, f"rrc,{PIPELINE}")
     found["torchvision, PIL"] = lambda: torchvision_pil(data.folder, setting)
     found["torchvision, decode_jpeg"] = lambda: torchvision_v2(data.folder, setting)
     if setting.augmentation == "basic":  # timm and FFCV have no affine, for instance
@@ -66,8 +69,11 @@ def loaders(data: Data, setting: Setting) -> dict[str, Callable[[], Iterable]]:
     return found
 
 
-def ours(index: DatasetIndex, setting: Setting) -> Iterable:
-    """Start this project's loader as train.py does: uint8 batches, to be normalised on the device."""
+def ours(index: DatasetIndex, setting: Setting, augment: str = "") -> Iterable:
+    """Start this project's loader as train.py does: uint8 batches, to be normalised on the device.
+
+    augment: as --augment, instead of the augmentation of `setting`
+    """
     # With workers, for which the loader makes the memory that they write into.
     options = {"image_size": setting.size, "batch_size": BATCH, "num_workers": setting.workers}
     if setting.augmentation == "evaluation":
@@ -75,7 +81,7 @@ def ours(index: DatasetIndex, setting: Setting) -> Iterable:
         loader = eval_loader(split, index, **options)
     else:
         index = replace(index, train=repeated(index.train, setting.images))
-        loader = train_loader(index, augment=flags.parse_augment(setting.augmentation), **options)
+        loader = train_loader(index, augment=flags.parse_augment(augment or setting.augmentation), **options)
     return in_workers(loader.dataset, loader.order, setting, batch_size=None)
 
 

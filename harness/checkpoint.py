@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from base.errors import CheckpointError, ResourceError, UserError, one_line
+from base.errors import CheckpointError, ResourceError, UserError, nearest_path, one_line
 from models import build_model
 
 SCHEMA = 1  # version of the format
@@ -192,7 +192,7 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}", _alternatives(path))
+        raise CheckpointError(f"no checkpoint at {path}", nearest_path(path) or _alternatives(path))
     with path.open("rb") as file:
         is_legacy = file.read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
     damage = "" if is_legacy else find_damage(path, "data.pkl" if values_only else "")
@@ -212,7 +212,7 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
 def _alternatives(path: Path) -> str:
     found = sorted(p.name for p in path.parent.glob("*.pt") if p != path) if path.parent.is_dir() else []
     others = f"use another file in {path.parent}: {', '.join(found)}"
-    return others if found else "use another file, or leave out --resume to start a new run"
+    return others if found else "use another file, or train a new run"
 
 
 def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
@@ -265,8 +265,11 @@ def newest(
 
 
 def eval_settings(index, image_size: int, crop: float, flip: bool) -> dict:
-    """Return payload["eval"]: the classes, and how every tool prepares and scores images."""
-    return {
+    """Return payload["eval"]: the classes, and how every tool prepares and scores images.
+
+    "exif" is there only if it is true: earlier versions ignored the orientation of all images.
+    """
+    return ({"exif": True} if index.exif else {}) | {
         "dataset": index.name,
         "classes": list(index.classes),
         "class_names": list(index.class_names or index.classes),

@@ -21,7 +21,7 @@ def lacking(run: Run, split: Split) -> dict[int, float]:
     root, found = split.crop_root, {}
     for size in sorted({run.scored_as(phase)[0] for phase in run.phases}):
         crop = run.eval_crop or default_crop(size, run.index.native_size)
-        if not (root and crops.find(root, split, size, crop)):
+        if not (root and crops.find(root, split, size, crop, run.index.exif)):
             found[size] = crop
     return found
 
@@ -41,7 +41,7 @@ def note(run: Run) -> str:
 def planned(run: Run) -> list[list[crops.Crops]]:
     """Return the crops that the run keeps, written or not; not those that are stored with its data."""
     return [
-        [crops.Crops(run.crop_root, split, size, crop) for size, crop in sizes.items()]
+        [crops.Crops(run.crop_root, split, size, crop, run.index.exif) for size, crop in sizes.items()]
         for split in (run.index.val, run.train_sample)
         if (sizes := lacking(run, split))
     ]

@@ -6,13 +6,15 @@ torch in here.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -266,27 +268,56 @@ def _line(row: dict) -> str:
     return json.dumps(files.without_nan(row)) + "\n"
 
 
-ROW_HEADER = (
-    " epoch   px batch       lr  train loss  top-1 |  val loss  top-1  top-5 |   ema  top-1  top-5 "
-    "|   img/s  wait    time"
-)
-COLUMNS = (  # name, width, format
-    ("epoch", 6, "d"), ("image_size", 4, "d"), ("batch_size", 5, "d"), ("lr", 8, ".2e"),
-    ("train_loss", 11, ".4f"), ("train_top1", 6, ".2f"), "|",
-    ("val_loss", 9, ".4f"), ("val_top1", 6, ".2f"), ("val_top5", 6, ".2f"), "|",
-    ("ema_val_loss", 5, ".3f"), ("ema_val_top1", 6, ".2f"), ("ema_val_top5", 6, ".2f"), "|",
-    ("images_per_second", 7, ",.0f"), ("data_wait_percent", 4, ".0f"),
+# Of the table on the terminal. Where it is narrow, the columns of the highest rank are left out.
+COLUMNS = (  # rank, group, heading, width, name in the row, format
+    (0, "", "left", 7, "left", ""), (0, "", "epoch", 8, "epoch", ""), (0, "", "px", 5, "image_size", "d"),
+    (6, "", "batch", 6, "batch_size", "d"), (5, "", "lr", 8, "lr", ".1e"),
+    (2, "train", "loss", 7, "train_loss", ".3f"), (3, "train", "top-1", 6, "train_top1", ".1f"),
+    (1, "val", "loss", 7, "val_loss", ".3f"), (0, "val", "top-1", 7, "val_top1", ".2f"),
+    (2, "val", "top-5", 7, "val_top5", ".2f"),
+    (6, "ema", "loss", 7, "ema_val_loss", ".3f"), (0, "ema", "top-1", 7, "ema_val_top1", ".2f"),
+    (3, "ema", "top-5", 7, "ema_val_top5", ".2f"),
+    (4, "", "img/s", 7, "images_per_second", ",.0f"), (4, "", "wait %", 7, "data_wait_percent", ".0f"),
+    (3, "", "time", 7, "seconds", ""), (0, "", "best", 5, "best", ""),
 )  # fmt: skip
 
 
-def format_row(row: dict) -> str:
-    """Return the row of one epoch as a line that is aligned with `ROW_HEADER`."""
-    cells = []
-    for column in COLUMNS:
-        if column == "|":
-            cells.append(column)
-            continue
-        name, width, spec = column
-        cells.append(f"{'-':>{width}}" if row[name] is None else f"{row[name]:>{width}{spec}}")
-    words = "".join(f"  {word}" for word in (row["better"], "best" * row["best"]) if word)
-    return " ".join(cells) + f"% {duration(row['seconds']):>7}{words}"
+class Table:
+    """The table of epochs, for the width of the terminal, or 80 columns in a file.
+
+    epochs: of the whole run
+    """
+
+    def __init__(self, epochs: int, width: int = 0):
+        width = width or shutil.get_terminal_size().columns  # 80 where there is no terminal
+        fits = max(
+            rank for rank in range(7) if _width(c for c in COLUMNS if c[0] <= rank) <= width or not rank
+        )
+        self.epochs, self.columns = epochs, [column for column in COLUMNS if column[0] <= fits]
+
+    def heading(self) -> str:
+        """Return two lines: the groups of columns, and the columns."""
+        groups = ""
+        for group, columns in itertools.groupby(self.columns, key=lambda column: column[1]):
+            width = _width(columns)
+            groups += f" {group:-^{width - 1}}" if group else " " * width
+        return f"{groups.rstrip()}\n" + "".join(
+            f"{name:>{width}}" for _, _, name, width, _, _ in self.columns
+        )
+
+    def row(self, row: dict, left: float) -> str:
+        """Return the line of one epoch. left: seconds until the run is complete"""
+        values = row | {
+            "left": duration(left),
+            "epoch": f"{row['epoch']}/{self.epochs}",
+            "seconds": duration(row["seconds"]),
+            "best": "best" * row["best"],
+        }
+        cells = ""
+        for _, _, _, width, name, spec in self.columns:
+            cells += f"{'-' if values[name] is None else format(values[name], spec):>{width}}"
+        return cells.rstrip()
+
+
+def _width(columns: Iterable[tuple]) -> int:
+    return sum(column[3] for column in columns)

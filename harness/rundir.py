@@ -15,18 +15,20 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from base.config_file import from_file
-from base.errors import CheckpointError, ResourceError, UsageError
+from base.errors import CheckpointError, ResourceError, UsageError, did_you_mean, doing, nearest_path
 from base.files import replacing
 from base.flags import FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
 from base.process import say
 
 if TYPE_CHECKING:
     from filelock import FileLock
+
+    from sources.index import DatasetIndex
 
 KINDS = ("last", "best", "prev_last", "prev_best")  # of checkpoints
 # The last two identify the run, so they are deleted last.
@@ -140,9 +142,12 @@ def _lstat(path: Path) -> os.stat_result | None:
 def check_checkpoint(path: str) -> None:
     """Raise CheckpointError if there is no such file. Commands call this before they import torch."""
     if not Path(path).is_file():
-        found = ", ".join(sorted(p.name for p in Path(path).glob("*.pt"))) if Path(path).is_dir() else ""
-        fix = f"choose one of {found}" if found else "give the path of a best_*.pt or last_*.pt"
-        raise CheckpointError(f"no checkpoint at {path}", fix)
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        found = ", ".join(sorted(str(p) for p in folder.glob("*.pt")))
+        others = f"choose one of {found}" if found else "give the path of a best_*.pt or last_*.pt"
+        raise CheckpointError(
+            f"no checkpoint at {path}", ("" if folder == Path(path) else nearest_path(path)) or others
+        )
 
 
 # Resuming: which checkpoint, with which flags, as which run
@@ -157,6 +162,7 @@ def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
     """
     if not resume or (resume == "auto" and not save_dir.path.is_dir()):
         return None
+    doing("loading torch and the checkpoint")
     from harness import checkpoint
 
     if resume != "auto":
@@ -186,7 +192,8 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
     if unknown := allowed - given.keys() - {"data"}:
         names = ", ".join(sorted(unknown))
-        raise UsageError(f"--allow-change: there is no flag {names}", "use names from --help, or 'data'")
+        fix = did_you_mean(min(unknown), given) + "use names from --help, or 'data'"
+        raise UsageError(f"--allow-change: there is no flag {names}", fix)
     saved = parse_saved_flags(saved)
     fixed = sorted(typed - FREE_ON_RESUME - allowed)
     if changed := [name for name in fixed if given[name] != saved[name]]:
@@ -200,6 +207,16 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
     """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`."""
     saved = parse_saved_flags(saved)
     return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
+
+
+def as_trained(index: DatasetIndex, saved: dict) -> DatasetIndex:
+    """Return `index` with the name, the orientation and the normalization that the run of `saved` goes by.
+
+    Earlier versions called all class folders imagenet_1k, and turned no image; a folder can be renamed.
+    """
+    then = saved["eval"]
+    mean, std = tuple(then["mean"]), tuple(then["std"])
+    return replace(index, name=then["dataset"], exif=then.get("exif", False), mean=mean, std=std)
 
 
 def parse_saved_flags(saved: dict) -> dict:

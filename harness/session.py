@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import gc
+import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from base import flags, idle
+from base import flags
 from base.device import Runtime, environment
 from base.files import write_json
 from base.process import say
 from dataloader import end_workers
 from harness import build, crop_cache, preflight, rundir
-from harness.log import ROW_HEADER, MetricLogger
+from harness.log import MetricLogger
 from harness.rundir import RunIdentity, SaveDir
 from loop import Run, StopAfterReached, best_is_lost, save
 from models import notes
 from models.summary import count_params
-from sources.index import DatasetIndex
+from sources import splits
+from sources.index import DatasetIndex, FileSplit
 
 
 def prepare(
@@ -70,6 +73,7 @@ def protected(
             if main:
                 write_json(run.save_dir / "config.json", values, parents=False)
                 write_json(run.save_dir / "env.json", environment_of(run, identity), parents=False)
+                say(splits.write_down(run.index))
             trackers = {name: getattr(config, name) for name in ("tensorboard", "wandb", "trackio")}
             options = {"enabled": main, "log_every": config.log_every, "plot": config.plot, "config": values}
             log = MetricLogger(run.save_dir, run.state.rows, run.state.step, **options, **trackers)
@@ -97,6 +101,7 @@ def environment_of(run: Run, identity: RunIdentity) -> dict:
         **environment(run.runtime),
         "command": " ".join(sys.argv),
         "commit": run.metadata["commit"],
+        "dataset": run.index.name,
         "num_train": len(run.index.train),
         "num_val": len(run.index.val),
         "num_classes": len(run.index.classes),
@@ -110,10 +115,10 @@ def introduction(run: Run, config) -> str:
     """Return what is printed before training: model, data, device, phases and the heading of the table."""
     runtime, index, parameters = run.runtime, run.index, count_params(run.state.model)
     images = f"{len(index.train):,} + {len(index.val):,} images of {len(index.classes)} classes"
-    lines = [f"{config.arch}, {parameters:,} parameters, on {runtime.device} ({runtime.precision}), {images}"]
+    lines = [f"{config.arch}, {parameters:,} parameters, on {runtime.device} ({runtime.precision})", images]
     if runtime.device.type == "cpu" and config.device == "auto":
         lines.append("no GPU found: training on the CPU")
-    lines += filter(None, (flags.workers_note(config.num_workers), *notes(config.use_blurpool)))
+    lines += notes(config.use_blurpool)
     for p in run.phases:
         notes_of = ("" if p.mix else "  no mixing, no drop-path") + "  head only" * p.head_only
         lines.append(
@@ -121,15 +126,25 @@ def introduction(run: Run, config) -> str:
             f"{p.steps:>9,} steps{notes_of}"
         )
     lines += filter(None, [run.scoring, crop_cache.note(run)])
-    return "\n".join([*lines, ROW_HEADER])
+    return "\n".join([*lines, run.table.heading()])
 
 
 def conclusion(run: Run, config) -> str:
-    """Return what is printed after training: the best score, and the files and command to look at next."""
-    best, path = run.state.best, run.path("best")
-    lines = [f"done: best top-1 {best['score']:.2f} % at epoch {best['epoch']}, in {path}"]
+    """Return what is printed after training: the best score, and the files and commands to look at next."""
+    best, path = run.state.best, shlex.quote(str(run.path("best")))
+    lines = [f"done: best top-1 {best['score']:.2f} % at epoch {best['epoch']}, in {run.path('best')}"]
     if config.plot:
         lines.append(f"curves: {run.save_dir / 'plots' / 'curves.png'}")
-    on_disk = idle.dataset_kind(config) not in idle.NO_FILES
-    data = f"--data-dir {config.data_dir}" if on_disk else f"--dataset {config.dataset}"
-    return "\n".join([*lines, f"next: python validate.py {path} {data}"])
+    photo = "IMAGE"  # any one; if the data are image files, one of them
+    if isinstance(files := run.index.val.whole, FileSplit):
+        photo = shlex.quote(os.path.join(files.root, run.index.val.name(0)))
+    return "\n".join(
+        [
+            *lines,
+            "next:",
+            f"  python predict.py {path} {photo}",
+            f"  python validate.py {path}",
+            f"  python -m analysis.misclassified {path}",
+            f"  python -m analysis.report {shlex.quote(str(run.save_dir))}",
+        ]
+    )

@@ -32,9 +32,12 @@ REPAIR = "delete this file, then run pack_dataset.py again with the same argumen
 class Crops:
     """The evaluation crops of `split` at `image_size` px in a folder of `root`, whether written or not."""
 
-    def __init__(self, root: str | os.PathLike, split: Split, image_size: int, crop: float):
-        self.split, self.image_size, self.crop = split, image_size, crop
-        key = f"{VERSION} {image_size} {crop!r} {split.content()}"
+    def __init__(
+        self, root: str | os.PathLike, split: Split, image_size: int, crop: float, exif: bool = False
+    ):
+        self.split, self.transform = split, EvalTransform(image_size, crop, exif)
+        self.image_size, self.crop = image_size, crop
+        key = f"{VERSION} {image_size} {crop!r} {split.content()}" + " exif" * exif
         name = f"eval-{image_size}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         self.folder = os.path.join(root, name)
         self.shards = [range(len(split))[at : at + SHARD_ROWS] for at in range(0, len(split), SHARD_ROWS)]
@@ -105,12 +108,14 @@ class PartOfCrops:
         self.whole.read(self.ids[ids], out)
 
 
-def find(root: str | os.PathLike, split: Split, image_size: int, crop: float) -> Crops | PartOfCrops | None:
+def find(
+    root: str | os.PathLike, split: Split, image_size: int, crop: float, exif: bool = False
+) -> Crops | PartOfCrops | None:
     """Return the crops of `split` in `root`; None if they are not there, or not completely."""
-    found = Crops(root, split, image_size, crop)
+    found = Crops(root, split, image_size, crop, exif)
     if not found.missing():
         return found
-    if isinstance(split, SubsetSplit) and (whole := find(root, split.base, image_size, crop)):
+    if isinstance(split, SubsetSplit) and (whole := find(root, split.base, image_size, crop, exif)):
         return PartOfCrops(whole, split.ids)
     return None
 
@@ -136,12 +141,12 @@ def write(sets: Sequence[Sequence[Crops]], job: tuple[int, int], on_bad_image: s
     """
     n, k = job
     wanted = [crops for crops in sets[n] if crops.is_missing(k)]
-    split, bad = sets[n][0].split, []
+    split, exif, bad = sets[n][0].split, sets[n][0].transform.exif, []
     with ExitStack() as stack:
         writers = [stack.enter_context(_writer(crops, k, bad)) for crops in wanted]
         for i in sets[n][0].shards[k]:
             try:
-                pixels = decode(read_samples(split, [i])[0], split.name(i))
+                pixels = decode(read_samples(split, [i])[0], split.name(i), exif=exif)
             except BadImage as error:
                 if on_bad_image == "fail":
                     raise
@@ -154,10 +159,10 @@ def write(sets: Sequence[Sequence[Crops]], job: tuple[int, int], on_bad_image: s
 @contextmanager
 def _writer(crops: Crops, k: int, bad: list[dict]) -> Iterator[Callable[[np.ndarray], None]]:
     """Yield the function that writes the crop of the next image; the shard gets its name at the end."""
-    transform, size = EvalTransform(crops.image_size, crops.crop), crops.image_size
+    size = crops.image_size
     with files.durable(crops.path(k)) as file:
         file.write(_header((len(crops.shards[k]), size, size, 3)))
-        yield lambda pixels: file.write(transform(pixels).tobytes())
+        yield lambda pixels: file.write(crops.transform(pixels).tobytes())
         file.flush()
         record = {"crc32": file_crc32(file.name), "skipped": bad}
         files.write_json(_record_path(crops.path(k)), record)

@@ -7,7 +7,8 @@ each. Names stay bytes, because file names need not be valid UTF-8.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,16 +17,31 @@ from base.errors import DataError, printable
 from sources.index import DatasetIndex, FileSplit
 
 IMAGE_EXTENSIONS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
+OTHER_IMAGES = (
+    b".heic", b".heif", b".gif", b".tif", b".tiff", b".avif", b".jxl", b".jp2", b".jfif", b".dng", b".cr2",
+    b".cr3", b".nef", b".arw", b".raf", b".orf", b".rw2",
+)  # fmt: skip
 SHOWN = 10  # names in one message
 ACCEPTED = (
-    "use train/<class>/*.JPEG and val/<class>/*.JPEG, or name the dataset that has this layout with "
-    "--dataset (docs/datasets.md shows every layout)"
+    "use <class>/*.jpg, or train/<class>/*.jpg and val/<class>/*.jpg, or name the dataset that has this "
+    "layout with --dataset (docs/datasets.md shows every layout)"
 )
 
 
 def is_image(name: bytes) -> bool:
     """Return whether a file's name is that of an image. macOS leaves metadata as `._x.JPEG` beside x.JPEG."""
     return name[-5:].lower().endswith(IMAGE_EXTENSIONS) and name[:2] != b"._"
+
+
+def passed_over(names: Iterable[bytes]) -> str:
+    """Return how many of the files `names` are images of kinds that are not read, or ''."""
+    endings = [os.path.splitext(name)[1].lower() for name in names if os.path.basename(name)[:2] != b"._"]
+    counts = Counter(ending.decode() for ending in endings if ending in OTHER_IMAGES)
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common())
+    files, them = ("file", "it") if (total := counts.total()) == 1 else ("files", "them")
+    return f"passed over {total:,} {files}: {kinds}; convert {them} to JPEG"
 
 
 def every(names: Sequence[bytes]) -> str:
@@ -56,21 +72,28 @@ class Listing:
     def classes(self) -> list[bytes]:
         return sorted(self.by_class)
 
-    def notes(self, part: str) -> list[str]:
-        """Return what to tell the user about ignored files and links."""
-        notes = []
-        if self.others:
-            count = f"{len(self.others):,} files that are not images"
-            notes.append(f"{part}: ignored {count} ({some(self.others)})")
-        if self.repeated:
-            notes.append(f"{part}: ignored links to folders that are listed anyway ({some(self.repeated)})")
-        return notes
-
     def split(self, classes: list[bytes]) -> FileSplit:
         """Return the images of `classes`, labelled by their positions in it."""
         groups = [self.by_class.get(name, []) for name in classes]
         labels = np.repeat(np.arange(len(classes)), [len(group) for group in groups])
         return FileSplit(os.fsdecode(self.root), [name for group in groups for name in group], labels)
+
+
+def notes(listings: dict[str, Listing]) -> tuple[str, ...]:
+    """Return what to tell the user about files and links that were ignored in `listings`, {part: listing}."""
+    found, unread = [], []
+    for part, listing in listings.items():
+        images = [name for name in listing.others if is_image(os.path.basename(name))]
+        unread += (passed := [name for name in listing.others if passed_over([name])])
+        rest = sorted({*listing.others} - {*images, *passed})
+        for names, kind in (
+            (images, "images that are in no class folder"),
+            (rest, "files that are not images"),
+            (listing.repeated, "links to folders that are listed anyway"),
+        ):
+            if names:
+                found.append(f"{part}: ignored {len(names):,} {kind} ({some(names)})")
+    return (*found, *filter(None, [passed_over(unread)]))
 
 
 def list_classes(root: str | os.PathLike, *folders: str, only: Collection[bytes] | None = None) -> Listing:
@@ -114,9 +137,9 @@ def list_labelled(
     return listing
 
 
-def count_classes(path: str | os.PathLike) -> int:
-    """Return how many folders of `path` could be classes: 0 for a flat val/."""
-    return sum(_is_class(entry) for entry in scan(os.fsencode(path)))
+def class_names(path: str | os.PathLike) -> list[bytes]:
+    """Return the folders of `path` that could be classes: none for a flat val/."""
+    return [entry.name for entry in scan(os.fsencode(path)) if _is_class(entry)]
 
 
 def scan(path: bytes) -> list[os.DirEntry]:
@@ -219,6 +242,6 @@ def from_listings(
         classes=tuple(os.fsdecode(key) for key in train.classes),
         train=train.split(train.classes),
         val=val.split(train.classes),
-        notes=(*train.notes("train"), *val.notes("val")),
+        notes=notes({"train": train, "val": val}),
         **extra,
     )

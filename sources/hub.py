@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import DataError, UsageError
-from sources.index import DatasetIndex, Split
+from sources.index import DatasetIndex, Split, safe_name
 
 VALIDATION = ("validation", "valid", "val", "test")  # the first of these that has labels is used
 
@@ -58,7 +58,8 @@ def hub(dataset: str) -> DatasetIndex:
         raise DataError(what, f"choose a dataset with one of {', '.join(VALIDATION)}")
     train, val = (HubSplit(tables[p], image, tables[p][label], f"{name}/{p}") for p in ("train", validation))
     classes = getattr(tables["train"].features[label], "names", None) or range(train.labels.max() + 1)
-    return DatasetIndex(name.strip("/").rpartition("/")[2], tuple(map(str, classes)), train, val)
+    exif = "imagenet" not in name.lower()
+    return DatasetIndex(safe_name(name), tuple(map(str, classes)), train, val, exif=exif)
 
 
 def _load(name: str, configuration: list[str]):

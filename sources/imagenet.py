@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from base.errors import DataError
-from sources import folders
-from sources.index import DatasetIndex, FileSplit, stratified_split
+from sources import folders, splits
+from sources.index import DatasetIndex, FileSplit, safe_name, stratified_split
 
 Labels = Iterator[tuple[bytes, bytes]]  # (image name without extension, class)
 Parts = dict[str, list[str]]  # "train" and "val" -> the folders that hold its class folders
@@ -32,9 +32,19 @@ TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of t
 
 
 def imagenet(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
-    """Index class folders or the ILSVRC/Kaggle tree; with `class_list`, only those classes."""
+    """Index class folders or the ILSVRC/Kaggle tree; with `class_list`, only those classes.
+
+    Classes that are not WordNet ids are somebody's own, under the name of their folder.
+    """
     wanted = read_class_list(class_list) if class_list else None
-    return _index("imagenet_1k", data_dir, image_root(data_dir), PARTS, wanted, **checks)
+    if splits.lacks_parts(data_dir):
+        index = splits.class_folders(data_dir, _listed(data_dir, [""], wanted))
+        index = replace(index, class_names=human_names(index.classes, Path(data_dir)))
+    else:
+        index = _index("imagenet_1k", data_dir, image_root(data_dir), PARTS, wanted, **checks)
+    if all(map(WORDNET_ID.fullmatch, index.classes)):
+        return replace(index, name="imagenet_1k")
+    return replace(index, name=safe_name(data_dir), exif=True)
 
 
 def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
@@ -49,7 +59,7 @@ def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **ch
         parts = {"train": train, "val": val or ["val"]}
         return _index("imagenet100", data_dir, data_dir, parts, wanted, **checks)
     root = image_root(data_dir)
-    if wanted is None and folders.count_classes(os.path.join(root, "train")) > 100:
+    if wanted is None and len(folders.class_names(os.path.join(root, "train"))) > 100:
         wanted = read_class_list(HERE / "imagenet100.txt")
     return _index("imagenet100", data_dir, root, PARTS, wanted, **checks)
 
@@ -68,7 +78,7 @@ def tiny_imagenet(
             f"python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir {data_dir}",
         )
     wanted = read_class_list(class_list) if class_list else None
-    train = _training(root, ["train"], wanted)
+    train = _listed(root, ["train"], wanted)
     train.others = [name for name in train.others if not name.endswith(b"_boxes.txt")]  # published with it
     annotations = Path(root, "val", "val_annotations.txt")
     if annotations.is_file() and os.path.isdir(f"{root}/val/images"):
@@ -98,8 +108,8 @@ def _index(
     for folder in (*parts["train"], *parts["val"]):
         if not os.path.isdir(os.path.join(root, folder)):
             raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", folders.ACCEPTED)
-    train = _training(root, parts["train"], wanted)
-    if any(folders.count_classes(os.path.join(root, folder)) for folder in parts["val"]):
+    train = _listed(root, parts["train"], wanted)
+    if any(folders.class_names(os.path.join(root, folder)) for folder in parts["val"]):
         val = folders.list_classes(root, *parts["val"], only=wanted)
     else:
         labels = flat_val_labels(root, data_dir)
@@ -109,15 +119,15 @@ def _index(
     return replace(index, class_names=names, notes=(*index.notes, *_count_notes(index)))
 
 
-def _training(root: str, parts: list[str], wanted: set[bytes] | None) -> folders.Listing:
-    """List the training images of the `wanted` classes, or of all. Raises DataError if one is not there."""
-    train = folders.list_classes(root, *parts, only=wanted)
-    if missing := (wanted or set()) - train.by_class.keys():
+def _listed(root: str, within: list[str], wanted: set[bytes] | None) -> folders.Listing:
+    """List the classes in the folders `within` of `root`. Raises DataError if a wanted one is missing."""
+    found = folders.list_classes(root, *within, only=wanted)
+    if missing := (wanted or set()) - found.by_class.keys():
         raise DataError(
             f"listed classes that are not in {os.path.abspath(root)}: {folders.every(sorted(missing))}",
             "correct the list (one class folder's name per line), or complete the data",
         )
-    return train
+    return found
 
 
 def _count_notes(index: DatasetIndex) -> list[str]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +20,15 @@ import numpy as np
 
 from base.errors import DataError, UsageError
 
+NAME_BYTES = 100  # of a dataset's name, which is part of file names
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def safe_name(path: str) -> str:
+    """Return the last part of `path` as the name of a dataset: short, and safe in the names of files."""
+    name = unicodedata.normalize("NFC", os.path.basename(os.path.abspath(path)))
+    name = re.sub(r"[^\w.+@=-]+", "_", name).lstrip(".+@=-").encode(errors="ignore")[:NAME_BYTES]
+    return name.decode(errors="ignore") or "data"
 
 
 class Names(Sequence):
@@ -169,6 +179,8 @@ class DatasetIndex:
     std: tuple[float, float, float] = IMAGENET_STD
     native_size: int | None = None  # side in px, if all images are squares of one size
     class_names: tuple[str, ...] | None = None  # readable names, if `classes` are ids
+    exif: bool = False  # whether images are turned as their EXIF orientation says
+    split_file: tuple[Path, str] | None = None  # that keeps the split, with what to write: `sources.splits`
     notes: tuple[str, ...] = ()  # for the user, such as ignored files
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from base.errors import DataError, UsageError
+from base.errors import DataError, UsageError, did_you_mean, nearest_path
 from base.flags import DATASETS
 from base.idle import WITH_CLASS_LIST
 from sources import folders
@@ -15,6 +15,10 @@ from sources.index import DatasetIndex, first_classes, hold_out, take_subset
 ON_DISK = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10")
 ELSEWHERE = ("digits", "synthetic", "hf")
 WITH_ARGUMENT = ("synthetic", "hf")  # written after a colon: hf:<name>
+NO_DATA = (
+    "name your images with --data-dir; or try python train.py --config digits (--dataset digits needs no "
+    "files); or download some: python download_imagenet.py --dataset cifar10"
+)
 # Files and folders that identify a dataset, for the case that --dataset names another one.
 SIGNS = {
     "tiny-imagenet": ("val/val_annotations.txt", "tiny-imagenet-200"),
@@ -50,7 +54,9 @@ def open_dataset(
     """
     kind, colon, _ = dataset.partition(":")
     if kind not in ON_DISK + ELSEWHERE or (colon and kind not in WITH_ARGUMENT):
-        raise UsageError(f"--dataset {dataset}: unknown dataset", f"use one of {DATASETS}")
+        hint = f"--data-dir {dataset}? " if os.path.isdir(dataset) else ""
+        hint = f"did you mean {hint}" if hint else did_you_mean(dataset, ON_DISK + ELSEWHERE)
+        raise UsageError(f"--dataset {dataset}: unknown dataset", f"{hint}use one of {DATASETS}")
     if split != "official" and dataset != "tiny-imagenet":
         what = f"--split {split} does not apply to --dataset {dataset}"
         raise UsageError(what, "leave it out: it is for tiny-imagenet")
@@ -66,7 +72,7 @@ def open_dataset(
     if not subset_size:
         return index
     if subset_size > (images := len(index.train)):
-        note = f"note: --subset-size {subset_size:,} exceeds the {images:,} training images: all are used"
+        note = f"note: all {images:,} training images are used: --subset-size is {subset_size:,}"
         index = replace(index, notes=(*index.notes, note))
     return take_subset(index, subset_size, whole_val=bool(holdout))
 
@@ -110,7 +116,8 @@ def check_dir(data_dir: str) -> None:
     """Raise DataError if `data_dir` does not exist or is empty."""
     path = os.path.abspath(data_dir)
     if not os.path.isdir(data_dir):
-        raise DataError(f"no data directory at {path}", f"check --data-dir; {folders.ACCEPTED}")
+        fix = nearest_path(data_dir) or NO_DATA
+        raise DataError(f"no data directory at {path}", fix)
     if not folders.scan(os.fsencode(data_dir)):
         raise DataError(f"the data directory {path} is empty", folders.ACCEPTED)
 

@@ -194,6 +194,7 @@ def open_packed(root: str | os.PathLike) -> DatasetIndex:
         mean=tuple(manifest["mean"]),
         std=tuple(manifest["std"]),
         native_size=manifest["native_size"],
+        exif=manifest.get("exif", False),
         class_names=tuple(manifest["class_names"]) if manifest["class_names"] else None,
         notes=_notes(manifest),
     )

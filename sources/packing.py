@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -46,6 +46,7 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int, raw_sides
     raw_sides: sides, among `sides` or not, that are stored as pixels, not as JPEG
     """
     raw = {"raw_sides": sorted(raw_sides)} if raw_sides else {}  # plans of before had no such sides
+    exif = {"exif": True} if index.exif else {}  # nor did they turn images
     return {
         "format": packed.FORMAT,
         "name": index.name,
@@ -56,6 +57,7 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int, raw_sides
         "native_size": index.native_size,
         "sides": sorted({*sides, *raw_sides}),
         **raw,
+        **exif,
         "quality": quality,
         "source": index.fingerprint(),
         "shard_rows": {"train": _shard_rows(len(index.train)), "val": _shard_rows(len(index.val))},
@@ -65,6 +67,18 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int, raw_sides
 def _shard_rows(images: int) -> int:
     """Return the images per shard: about 64 shards, for many processes; at most 4,096 (180 MB at 320 px)."""
     return min(4096, max(64, -(-images // 64)))
+
+
+def as_begun(index: DatasetIndex, out: str) -> DatasetIndex:
+    """Return `index` under the name, and with the orientation, with which packing into `out` began.
+
+    Earlier versions called all class folders imagenet_1k, and turned no image.
+    """
+    for name in (packed.MANIFEST, packed.UNFINISHED):
+        if os.path.isfile(os.path.join(out, name)):
+            known = packed.read_plan(out, name)
+            return replace(index, name=known["name"], exif=known.get("exif", False))
+    return index
 
 
 def tables_of(plan: dict, part: str) -> dict[str, int | None]:
@@ -91,7 +105,7 @@ def estimate(index: DatasetIndex, plan: dict, groups: Sequence[Group], samples: 
         lengths = {table: [] for table in tables}
         for i, data in zip(ids, read_samples(split, ids), strict=True):
             with suppress(BadImage):
-                pixels = decode(data, split.name(i))
+                pixels = decode(data, split.name(i), exif=index.exif)
                 for table, side in tables.items():
                     lengths[table].append(len(stored(data, pixels, side, plan)))
         for table, measured in lengths.items():
@@ -144,7 +158,7 @@ def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterato
         ids = group.ids[first : first + packed.BATCH_ROWS]
         for i, data in zip(ids, read_samples(split, ids), strict=True):
             try:
-                pixels = decode(data, split.name(i), thorough=True)
+                pixels = decode(data, split.name(i), thorough=True, exif="exif" in plan)
             except BadImage as error:
                 bad.append({"id": i, "name": error.name, "reason": error.reason})
                 continue

@@ -276,7 +276,7 @@ def command_line(rng: random.Random, name: str, files: Path) -> Case:
     command = "train" if rng.random() < 0.8 else rng.choice(list(OTHERS))
     argv = list(OTHERS.get(command) or train_mode(rng))
     parser = importlib.import_module(command).build_parser()
-    actions = [a for a in parser._actions if a.option_strings and a.dest not in SLOW]
+    actions = [action for name, action in parser.flags.items() if name not in SLOW]
     for action in rng.sample(actions, min(len(actions), rng.choice((0, 1, 1, 2, 3, 5, 8)))):
         argv += spelled(rng, action)
     if rng.random() < 0.05:

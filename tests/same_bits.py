@@ -71,7 +71,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         packed = Path(scratch) / "packed"
         source = photos(Path(scratch) / "photos")
-        call(ROOT, "pack_dataset.py", "--data-dir", source, "--out", packed, "--stored-sides", "24,32")
+        # By the other checkout, which may be older: it need not know what is packed now.
+        call(other, "pack_dataset.py", "--data-dir", source, "--out", packed, "--stored-sides", "24,32")
         for k, (name, flags) in enumerate(RECIPES.items()):
             found = []
             for checkout in (ROOT, other):

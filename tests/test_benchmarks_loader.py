@@ -35,6 +35,7 @@ def test_the_loader_benchmark_writes_rows_a_table_and_a_picture(folders, tmp_pat
         ("full", "packed"),
         ("full", "packed, raw"),
         ("full", "full-size"),
+        ("full", "packed, Albumentations"),
         ("full", "torchvision, PIL"),
         ("full", "torchvision, decode_jpeg"),
         ("evaluation", "packed"),

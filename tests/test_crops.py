@@ -56,7 +56,7 @@ def out(packed, tmp_path):
 
 
 def planned(root, splits) -> list[list[crops.Crops]]:
-    return [[crops.Crops(root, split, *size) for size in SIZES.items()] for split in splits]
+    return [[crops.Crops(root, split, *size, exif=True) for size in SIZES.items()] for split in splits]
 
 
 def loaded(index, split, size=24, **options) -> tuple[type, list]:
@@ -151,7 +151,7 @@ def test_an_interrupted_writing_continues_with_the_missing_shards(folders, tmp_p
         crops.write(sets, jobs[1])
     monkeypatch.undo()
     monkeypatch.setattr(crops, "SHARD_ROWS", 4)
-    assert not crops.find(tmp_path / "killed", index.val, 24, 0.875)
+    assert not crops.find(tmp_path / "killed", index.val, 24, 0.875, exif=True)
     for job in crops.missing(sets):
         crops.write(sets, job)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
@@ -189,7 +189,7 @@ def test_flipped_bits_are_found_by_verify(out, capsys):
 
 def test_a_damaged_header_or_record_is_an_error_whose_fix_works(out, packed):
     index = open_dataset("imagenet", out)
-    path = crops.find(out, index.val, 24, 0.875).path(0)
+    path = crops.find(out, index.val, 24, 0.875, exif=True).path(0)
     with open(path, "r+b") as file:
         file.seek(70)
         file.write(b"9")

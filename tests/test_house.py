@@ -115,7 +115,7 @@ def test_the_flag_table_is_the_parser():
     text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.MULTILINE)
     found = {name: (default, text) for name, default, text in table}
-    for action in flags.train_parser()._actions[1:]:  # the first is --help
+    for action in flags.train_parser().flags.values():
         default, text = found.pop(action.option_strings[0])
         assert default == typed_text(action.default, getattr(action.type, "separator", ","))
         assert text.startswith(action.help.removesuffix(" (default: %(default)s)"))

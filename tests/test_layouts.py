@@ -147,8 +147,8 @@ def test_files_that_are_not_images_are_skipped_and_counted(tmp_path):
     put(tmp_path / "train" / IDS[0] / "deeper" / "x.webp")
     found = open_dataset("imagenet", tmp_path)
     assert len(found.train) == len(TRAIN) + 2
-    assert [note for note in found.notes if "ignored 6 files that are not images" in note]
-    assert ".DS_Store" in found.notes[0]
+    assert "ignored 5 files that are not images" in found.notes[0] and ".DS_Store" in found.notes[0]
+    assert found.notes[1] == "passed over 1 file: 1 .gif; convert it to JPEG"
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,11 @@ def refused(kind, *args, **options):
 
 
 def test_a_missing_or_empty_directory_names_the_path_and_the_accepted_layouts(tmp_path):
-    for path in (tmp_path / "nowhere", tmp_path):
-        error = refused(DataError, "imagenet", path)
-        assert str(path) in error.what and "train/<class>" in error.fix and "val/<class>" in error.fix
+    error = refused(DataError, "imagenet", tmp_path)
+    assert str(tmp_path) in error.what and "train/<class>" in error.fix and "val/<class>" in error.fix
+    error = refused(DataError, "imagenet", tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in error.what and "--data-dir" in error.fix
+    assert "--dataset digits" in error.fix and "download_imagenet.py --dataset cifar10" in error.fix
 
 
 @pytest.mark.parametrize("missing", ["train", "val"])
@@ -789,9 +791,7 @@ def test_a_subset_larger_than_the_data_is_noted():
     def notes(size: int) -> tuple[str, ...]:
         return layouts.open_dataset("synthetic:classes=4,train=40,val=8,size=8", "", subset_size=size).notes
 
-    assert notes(40) == () and notes(41) == (
-        "note: --subset-size 41 exceeds the 40 training images: all are used",
-    )
+    assert notes(40) == () and notes(41) == ("note: all 40 training images are used: --subset-size is 41",)
 
 
 # --- parts of a dataset: first classes, held-out images, subsets ---

@@ -333,3 +333,11 @@ def test_a_recipe_of_train_py_serves_here_too(tmp_path):
     recipe.write_text("plot: true\nbatch-size: 8\n")
     config, _ = flags.parse(lr_finder.build_parser(), ["--config", str(recipe)])
     assert config.batch_size == 8
+
+
+def test_the_picture_says_that_there_is_no_suggestion():
+    found = {"mode": "loss", "lrs": [1e-3, 1e-2, 1e-1], "losses": [2.0, 2.1, 2.2], "suggestions": {}}
+    found |= {"commands": {}, "flags": {"arch": "resnet18"}, "phase": 1, "image_size": 64, "batch_size": 32}
+    assert "no suggestion" in lr_range_test.draw(found).axes[0].get_title()
+    found |= {"commands": {"valley": "train.py"}, "suggestions": {"valley": 1e-2}}
+    assert "no suggestion" not in lr_range_test.draw(found).axes[0].get_title()

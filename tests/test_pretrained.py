@@ -48,8 +48,8 @@ def published(tmp_path, monkeypatch) -> Path:
     return path.rename(tmp_path / f"resnet18-{digits}.pth")
 
 
-def prepare(index, arch, name, sizes, **options):
-    return pretrained.prepare(index, arch=arch, pretrained=name, init_from="", sizes=sizes, **options)
+def prepare(index, arch, name, sizes):
+    return pretrained.prepare(index, arch=arch, pretrained=name, init_from="", sizes=sizes)
 
 
 def said_by(capsys) -> str:
@@ -103,13 +103,14 @@ def test_an_unknown_name_is_refused_with_those_there_are(arch, name, what, fix):
     assert fix in caught.value.fix
 
 
-def test_a_vit_has_weights_for_one_size(photos):
+def test_a_vit_has_weights_for_one_size(hub):
     index = DatasetIndex("x", ("a",), ArraySplit([], []), ArraySplit([], []))
     for name, size in (("DEFAULT", 224), ("IMAGENET1K_SWAG_E2E_V1", 384)):
         with pytest.raises(UsageError, match=f"are for images of {size} px, not 160") as caught:
-            prepare(index, "vit_b_16", name, [160], needed=False)
+            prepare(index, "vit_b_16", name, [160])
         assert caught.value.fix == f"give --resize-schedule {size}"
-        prepare(index, "vit_b_16", name, [size], needed=False)
+        with pytest.raises(CheckpointError, match="cannot be downloaded"):
+            prepare(index, "vit_b_16", name, [size])
 
 
 # --- whole runs ---

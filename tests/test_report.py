@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import pytest
 
 from analysis import figures, learning_curves, markdown, page, report, runs
+from base import flags
 from base.errors import DataError, ResourceError, UsageError
 
 EVIL = """<script>alert('x')</script>"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
@@ -202,8 +203,11 @@ def test_usage_and_data_errors(run_dir, tmp_path):
     for arguments in ([], [str(run_dir), "--list", "."], [str(run_dir), str(tmp_path)]):
         with pytest.raises(UsageError):
             report.main(arguments)
-    with pytest.raises(DataError, match=r"metrics\.jsonl"):
+    with pytest.raises(UsageError, match="once"):
+        report.main(["--list", ".", "--watch"])
+    with pytest.raises(DataError, match="neither a run nor a study") as caught:
         report.main([str(tmp_path), "--no-pictures"])
+    assert caught.value.fix.endswith("holds first")
     with pytest.raises(DataError, match="no run below"):
         (tmp_path / "empty").mkdir()
         report.main(["--list", str(tmp_path / "empty")])
@@ -265,3 +269,42 @@ def test_an_empty_chart_is_left_out(run_dir):
 def test_a_missing_run_lists_those_beside_it(run_dir):
     with pytest.raises(DataError, match="first"):
         report.main([str(run_dir.parent / "frist"), "--no-pictures"])
+
+
+def test_watch_writes_the_page_after_each_epoch_and_ends_with_the_last(
+    run_dir, tmp_path, monkeypatch, capsys
+):
+    metrics, out = run_dir / "metrics.jsonl", tmp_path / "page.html"
+    lines = metrics.read_text().splitlines(keepends=True)
+    reloads = []
+
+    def next_epoch(_seconds: float) -> None:
+        if out.exists():
+            reloads.append('http-equiv="refresh"' in out.read_text())
+        time = 10**9 * (1 + metrics.read_text().count("\n"))
+        metrics.write_text("".join(lines[: metrics.read_text().count("\n") + 1]))
+        os.utime(metrics, ns=(time, time))
+
+    metrics.write_text("")
+    monkeypatch.setattr(report.time, "sleep", next_epoch)
+    assert report.main([str(run_dir), "--watch", "--out", str(out)]) == 0
+    assert reloads == [True] * 3
+    assert 'http-equiv="refresh"' not in out.read_text()  # complete: four of four epochs
+    printed = capsys.readouterr()
+    assert printed.out == f"{out}\n" * 4 and "no epoch yet" in printed.err
+
+
+def test_numbers_with_an_error_or_an_interval_are_not_broken(tmp_path):
+    text = "| a | b | c |\n| - | - | - |\n| x | 15.6 ± 0.5 | +0.8 [-5.2, +6.9]: in the noise |"
+    found = markdown.to_html(text, tmp_path)
+    assert '<td class="n">15.6\xa0±\xa00.5</td>' in found
+    assert "+0.8 [-5.2,\xa0+6.9]: in the noise" in found
+
+
+def test_the_table_of_runs_shows_flags_that_train_py_accepts(tmp_path):
+    for k, values in enumerate(({"subset": False}, {"subset": True}, {"subset": True})):
+        config = make_run(tmp_path / str(k)) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | values))
+    first = runs.listing(runs.read_runs(runs.find_runs(tmp_path))).splitlines()[1]
+    assert first.split()[-1] == "--no-subset"
+    flags.train_parser().parse_args([first.split()[-1]])

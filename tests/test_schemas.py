@@ -85,7 +85,18 @@ def run(tmp_path_factory):
     return tiny_run(tmp_path_factory.mktemp("run")), config_of()
 
 
-OPTIONAL = {"run", "commit", "head", "stem", "top", "drop_path_rate", "use_blurpool", "image_sizes", "flip"}
+OPTIONAL = {
+    "run",
+    "commit",
+    "head",
+    "stem",
+    "top",
+    "drop_path_rate",
+    "use_blurpool",
+    "image_sizes",
+    "flip",
+    "exif",
+}
 OPTIONAL |= {"row_sums", "width"}
 
 
@@ -353,7 +364,12 @@ def harmless(at, *new) -> bool:
         ("classes",),
         ("class_names",),
     )
-    absent = (at[-1], new) in [("class_names", (None,)), ("native_size", (None,)), ("skipped", ([],))]
+    absent = (at[-1], new) in [
+        ("class_names", (None,)),
+        ("native_size", (None,)),
+        ("skipped", ([],)),
+        ("exif", ()),
+    ]
     return (
         absent
         or (bool(new) and text and isinstance(new[0], str))

@@ -66,7 +66,7 @@ def val_state(data_dir: Path) -> str:
         return "flat"
     if not (data_dir / "val").exists():
         return "absent"
-    return "filed" if folders.count_classes(data_dir / "val") else "flat"
+    return "filed" if folders.class_names(data_dir / "val") else "flat"
 
 
 def file_flat_val(data_dir: Path, labels: dict[bytes, bytes]) -> None:

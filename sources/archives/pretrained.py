@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from base import process
-from base.errors import CheckpointError, DataError, UsageError
+from base.errors import CheckpointError, DataError, UsageError, nearest_path
 from sources.archives import fetch
 from sources.index import IMAGENET_MEAN, IMAGENET_STD, DatasetIndex
 
@@ -44,27 +44,20 @@ VIT_SIZES = {
 
 
 def prepare(
-    index: DatasetIndex,
-    *,
-    arch: str,
-    pretrained: str,
-    init_from: str,
-    sizes: Sequence[int],
-    needed: bool = True,
+    index: DatasetIndex, *, arch: str, pretrained: str, init_from: str, sizes: Sequence[int]
 ) -> DatasetIndex:
-    """Check that the weights of a run are here, and download torchvision's if they are not.
+    """Check that the weights of a new run are here, and download torchvision's if they are not.
 
     pretrained: "DEFAULT", a name such as IMAGENET1K_V2 or ResNet50_Weights.IMAGENET1K_V2, a file, or ""
     init_from:  a file of weights, or ""
     sizes:      the image sizes of the run, in px
-    needed:     whether the run loads the weights: a resumed one has them in its checkpoint
 
     Return `index`; with torchvision's weights, normalised as their training images were: as ImageNet.
     Raises UsageError for an unknown name, and CheckpointError if the weights are missing or damaged.
     """
-    if needed and init_from and not Path(init_from).is_file():
+    if init_from and not Path(init_from).is_file():
         fix = "give a file of weights; --pretrained takes torchvision's for ImageNet"
-        raise CheckpointError(f"--init-from: no checkpoint at {init_from}", fix)
+        raise CheckpointError(f"--init-from: no checkpoint at {init_from}", nearest_path(init_from) or fix)
     if not pretrained:
         return index
     path = find_path(arch, pretrained)
@@ -72,7 +65,7 @@ def prepare(
     if size and set(sizes) != {size}:
         what = f"the weights {path.name} are for images of {size} px, not {', '.join(map(str, sizes))}"
         raise UsageError(what, f"give --resize-schedule {size}")
-    if needed and process.local_rank() == 0:
+    if process.local_rank() == 0:
         if not (path.is_file() or is_path(pretrained)):
             _download(path)
         find(arch, pretrained)

@@ -1,0 +1,95 @@
+"""The scripts for a night and for a laptop, from data to the card of the run; and the card itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+
+import pytest
+from runs import ROOT, environment
+from test_report import make_run
+
+from analysis import report_card
+from base.errors import UsageError
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck")
+def test_shellcheck_finds_nothing():
+    subprocess.run(["shellcheck", *SCRIPTS], check=True)
+
+
+def test_overnight_says_how_to_use_it():
+    done = subprocess.run([ROOT / "scripts" / "overnight.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and "scripts/overnight.sh data/imagenet runs/night" in done.stderr
+
+
+def laptop(run_dir) -> subprocess.Popen:
+    """Start laptop.sh with settings that take seconds, in a process group of its own."""
+    flags = shlex.split(
+        "digits --arch resnet_tiny --subset --subset-size 120 --epochs 3 --resize-schedule 16,24,32 "
+        "--phase-batch-sizes 20,20,20 --phase-epochs 1,1,1 --num-workers 0 --device cpu"
+    )
+    variables = environment(RUN=str(run_dir), SIZES="32,40", GPU_PRICE="2")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
+    command = [ROOT / "scripts" / "laptop.sh", *flags]
+    return subprocess.Popen(command, env=variables, start_new_session=True, **options)
+
+
+@pytest.mark.slow
+def test_laptop_goes_from_digits_to_the_card_and_on_after_a_kill(tmp_path):
+    run_dir = tmp_path / "run"
+    with laptop(run_dir) as process:
+        next(line for line in process.stdout if line.startswith("     1   16"))
+        os.killpg(process.pid, signal.SIGKILL)
+    for resumed in ("resuming from", "complete"):
+        with laptop(run_dir) as process:
+            text = process.stdout.read()
+        assert process.returncode == 0 and resumed in text, text
+        card = (run_dir / "report_card.md").read_text(encoding="utf-8")
+        assert "# resnet_tiny on digits" in card and "| 3 of 3 |" in card and "| 32 | ema |" in card
+        assert (run_dir / "report.html").is_file()
+        assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+    assert "most confused" not in text  # scored once, by the run before
+
+
+def test_a_card_says_what_a_run_reached_and_cost(tmp_path):
+    run = make_run(tmp_path / "a|b")
+    env = {"cuda": "13.0", "world_size": 4, "device": "H100", "precision": "bf16", "commit": "abc1234"}
+    (run / "env.json").write_text(json.dumps(env | {"num_train": 1281167, "command": "train.py --lr 1"}))
+    assert report_card.main([str(run), "--gpu-price", "2.5"]) == 0
+    text = (run / "report_card.md").read_text(encoding="utf-8")
+    # The best epoch of four, each of half an hour, on four GPUs.
+    assert "| a\\|b | ? | 4 of 4 | 43.00 | 44.25 | 2h00m | 8.00 | 20.00 |" in text
+    assert "| 48 | ema | trained | none | - | 44.25 | 81.00 | 1.4000 |" in text
+    for expected in (
+        "# resnet18 on owl",
+        "4 x H100, bf16",
+        "abc1234",
+        "1,281,167",
+        "train.py --lr 1",
+        "2.5 for a GPU hour",
+    ):
+        assert expected in text, expected
+
+
+def test_a_card_of_seeds_has_their_mean(tmp_path):
+    dirs = []
+    for seed in range(2):
+        dirs.append(make_run(tmp_path / f"seed{seed}"))
+        rows = [json.loads(line) for line in (dirs[-1] / "metrics.jsonl").read_text().splitlines()]
+        rows[2] |= {"val_top1": 50.0 + 2 * seed, "ema_val_top1": None}
+        (dirs[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "card.md"
+    assert report_card.main([*map(str, dirs), "--out", str(out)]) == 0
+    # 50 and 52: mean 51, standard deviation sqrt(2). Without CUDA there are no GPU hours.
+    assert "| mean ± s.d., sum of 2 |  |  | 51.00 ± 1.41 | - |  | 0.00 | - |" in out.read_text(
+        encoding="utf-8"
+    )
+    with pytest.raises(UsageError, match="needs a file"):
+        report_card.main([*map(str, dirs)])
