@@ -65,7 +65,9 @@ def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **ch
     return _index("imagenet100", data_dir, root, PARTS, wanted, **checks)
 
 
-def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
+def tiny_imagenet(
+    data_dir: str, class_list: str | os.PathLike | None = None, split: str = "official", **checks: bool
+) -> DatasetIndex:
     """Index Tiny ImageNet: train/<class>/images/, and val/images/ with val_annotations.txt or val/<class>/.
 
     It has 200 classes with 500 + 50 images of 64 px. Split `70-30` redistributes them as 77,000 + 33,000.
@@ -76,15 +78,16 @@ def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
             f"no Tiny ImageNet in {os.path.abspath(data_dir)} (train/ and val/, or tiny-imagenet-200/)",
             f"python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir {data_dir}",
         )
-    train = folders.list_classes(root, "train")
+    wanted = read_class_list(class_list) if class_list else None
+    train = _listed(root, ["train"], wanted)
     train.others = [name for name in train.others if not name.endswith(b"_boxes.txt")]  # published with it
     annotations = Path(root, "val", "val_annotations.txt")
     if annotations.is_file() and os.path.isdir(f"{root}/val/images"):
         rows = [line.split(b"\t") for line in annotations.read_bytes().splitlines()]  # name, class, box
         labels = {os.path.splitext(row[0])[0]: row[1].strip() for row in rows if len(row) > 1}
-        val = folders.list_labelled(root, "val/images", labels)
+        val = folders.list_labelled(root, "val/images", labels, only=wanted)
     else:
-        val = folders.list_classes(root, "val")
+        val = folders.list_classes(root, "val", only=wanted)
     normalization = {"mean": TINY_MEAN, "std": TINY_STD, "native_size": 64}
     index = folders.from_listings("tiny-imagenet", train, val, **normalization, **checks)
     index = replace(index, class_names=human_names(index.classes, Path(root)))
@@ -253,8 +256,7 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
     """
     if not any(map(WORDNET_ID.fullmatch, classes)):
         return None
-    lines = (HERE / "imagenet_names.txt").read_text().splitlines()
-    names = dict(line.split(" ", 1) for line in lines if line[0] != "#")
+    names = ilsvrc_names()
     if not names.keys() >= set(classes):
         for place in places:
             try:
@@ -263,6 +265,12 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
                 what = f"cannot read the class names in {place}: {error}"
                 raise DataError(what, "repair or remove the file") from error
     return tuple(names.get(name, name) for name in classes)
+
+
+def ilsvrc_names() -> dict[str, str]:
+    """Return {WordNet id: readable name} of ImageNet's thousand classes, in label order."""
+    lines = (HERE / "imagenet_names.txt").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines if line[0] != "#")
 
 
 def _names_in(place: Path) -> dict[str, str]:
