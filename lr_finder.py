@@ -46,7 +46,11 @@ FINDER = (
 )
 # fmt: on
 TRAIN_ONLY = {flag.name for flag in (*flags.SAVING, *flags.SCORING, *flags.LOGGING, *flags.COMMAND)}
-GROUPS = {"range test": FINDER} | flags.train_groups(leave_out=TRAIN_ONLY - {"save_dir", "config", "debug"})
+SHARED = flags.train_groups(leave_out=TRAIN_ONLY - {"save_dir", "config", "debug"})
+GROUPS = {"range test": FINDER} | {
+    title: [flags.hidden(flag) if flag.name == "lr" else flag for flag in group]
+    for title, group in SHARED.items()
+}
 
 
 def build_parser() -> flags.Parser:

@@ -272,7 +272,8 @@ COMMAND = (
     Flag("summary", "output", "Print the layers at every size, then exit."),
     Flag("dry_run", "output", "Print the plan, try a few steps at every size, then exit.",
          idle=lambda c: c.summary and "--summary only prints the layers"),
-    Flag("config", "output", "YAML file of flags; the command line wins.", str, "", "FILE"),
+    Flag("config", "output", "YAML file of flags, or the name of one in recipes/; the command line wins.",
+         str, "", "FILE"),
     DEBUG,
 )
 # fmt: on

@@ -126,6 +126,16 @@ def test_a_python_without_our_packages_is_told_how_to_get_them(capsys):
     assert "make setup" in said[1] and "requirements.txt" in said[1]
 
 
+@pytest.mark.parametrize("command", ["wheel --no-deps .", "install --no-deps .", "install --no-deps -e ."])
+def test_pip_says_in_one_line_what_to_do_instead(command, tmp_path):
+    pytest.importorskip("pip")
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    done = subprocess.run([*pip, *command.split(), "--no-index"], **options)
+    said = [line for line in done.stderr.splitlines() if "make setup" in line]
+    assert done.returncode and said and "requirements.txt" in said[0] and "Traceback" not in done.stderr
+
+
 def test_a_missing_module_of_ours_is_a_bug_and_shows_where():
     def main(argv):
         import base.no_such_module  # noqa: F401
@@ -143,4 +153,4 @@ def test_a_command_says_what_it_does_before_torch_is_imported(command, words, tm
     (tmp_path / "torch.py").write_text("import os\nos._exit(9)")
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command], env={"PYTHONPATH": str(tmp_path)}, **options)
-    assert (done.returncode, done.stdout) == (9, "") and done.stderr == f"{words} ...\n"
+    assert done.returncode == 9 and done.stderr == f"{words} ...\n"

@@ -182,7 +182,7 @@ def test_names_that_are_not_utf8_are_written_down(flat, tmp_path):
         (lambda root: add(root, "dog", [1]), "fewer than two images in .*: dog\n", "fill or remove"),
         (lambda root: (root / "empty").mkdir(), "fewer than two images in .*: empty\n", "fill or remove"),
         (lambda root: add(root, "val", [1, 2]), "no folder train/", "<class>/\\*.jpg"),
-        (lambda root: add(root / "cifar", "train", [1, 2]), "no folder train/", "<class>/\\*.jpg"),
+        (lambda root: add(root / "cifar", "train", [1, 2]), "no folder train/", "--data-dir .*cifar"),
     ],
 )
 def test_folders_that_are_no_classes_are_refused(make, what, fix, flat):
@@ -193,9 +193,21 @@ def test_folders_that_are_no_classes_are_refused(make, what, fix, flat):
 
 
 def test_the_classes_are_found_one_floor_down(flat):
-    with pytest.raises(DataError, match="one class folder only, my photos") as caught:
+    with pytest.raises(DataError, match="no folder train/") as caught:
         open_dataset("imagenet", flat.parent)
-    assert str(flat) in caught.value.fix
+    assert caught.value.fix == f"use --data-dir {flat}"
+
+
+def test_a_lone_class_and_a_lone_train_folder_are_explained(flat, tmp_path):
+    add(tmp_path / "one", "cat", range(5))
+    with pytest.raises(DataError, match="one class folder only, cat"):
+        open_dataset("imagenet", tmp_path / "one")
+    (tmp_path / "mine").mkdir()
+    shutil.move(flat, tmp_path / "mine" / "train")
+    with pytest.raises(DataError, match="no folder val/") as caught:
+        open_dataset("imagenet", tmp_path / "mine")
+    train_folder = caught.value.fix.split("--data-dir ")[1]
+    assert open_dataset("imagenet", train_folder).name == "mine"
 
 
 def test_photos_that_are_all_of_another_kind_are_explained(tmp_path):
