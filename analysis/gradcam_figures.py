@@ -36,7 +36,7 @@ def draw(
         above = [f"truth: {names[k]}" for k in labels]
         truth = torch.as_tensor(labels, device=images.device)
         if (truth != predicted).any():
-            captions = [f"for the truth: {names[k]}" for k in labels]
+            captions = [f"truth: {names[k]}" for k in labels]
             rows.append((overlay(pixels, grad_cam(model, layer, images, truth)), captions))
     height, width = as_map(outputs["layer"]).shape[2:]
     title = (

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import figures
-from analysis.runs import RunFiles, phases, series
+from analysis.runs import RunFiles, phases, series, shown
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Panel:
 
 RAW, EMA = "validation, raw weights", "validation, EMA weights"
 TOP1_LINES = {"train_top1": "training sample, no augmentation", "val_top1": RAW, "ema_val_top1": EMA}
-LOSS_LINES = {"train_loss": "training, mixed targets", "val_loss": RAW, "ema_val_loss": EMA}
+LOSS_LINES = {"train_loss": "training batches", "val_loss": RAW, "ema_val_loss": EMA}
 TOP1 = Panel("Top-1 accuracy", "top-1 accuracy (%)", TOP1_LINES)
 LOSS = Panel("Loss", "cross-entropy (nats)", LOSS_LINES)
 LR = Panel("Learning rate", "rate at the end of the epoch", {"lr": "learning rate"})
@@ -38,7 +38,7 @@ STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (f
 COMPARISONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("Validation top-1 (EMA weights if kept)", "top-1 accuracy (%)", lambda run: run.score),
     ("Validation loss (same weights)", "cross-entropy (nats)", lambda run: run.score.replace("top1", "loss")),
-    ("Training loss (mixed targets)", "cross-entropy (nats)", lambda run: "train_loss"),
+    ("Loss of the training batches", "cross-entropy (nats)", lambda run: "train_loss"),
     ("Learning rate", "rate at the end of the epoch", lambda run: "lr"),
 )
 
@@ -52,7 +52,10 @@ def charts(runs: Sequence[RunFiles]) -> list[Figure]:
 
 def curves(run: RunFiles) -> Figure:
     """Draw the loss and the accuracy of a run side by side."""
-    fig = figures.figure(11, 4.9, f"Learning curves of {figures.shorten(run.name, 60)}")
+    subject = " on ".join(shown(run.config[key]) for key in ("arch", "dataset") if key in run.config)
+    fig = figures.figure(
+        11, 4.9, f"Learning curves of {figures.shorten(run.name, 60)} {subject and f'({subject})'}"
+    )
     for ax, panel in zip(fig.subplots(1, 2), (LOSS, TOP1), strict=True):
         draw(ax, run, panel)
     return fig

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(wrong):
         title = f"The most confident mistakes of {classifier.title}"
         title += f"\n{len(wrong)} of {total} validation images are misclassified"
-        shown, names = wrong[: config.count], [figures.shorten(name, 22) for name in classifier.names]
+        shown, names = wrong[: config.count], [figures.shorten(name) for name in classifier.names]
         captions = [caption(predictions, i, names) for i in shown]
         fig = figures.gallery(classifier.val_pixels(shown), captions, title=title)
         arguments.save(config, {"misclassified.png": fig})

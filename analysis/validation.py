@@ -128,7 +128,8 @@ def write_scores(
     payload, index, runtime = classifier.payload, classifier.index, classifier.runtime
     rows = [row for row, _ in results]
     arch = payload["model_args"]["arch"]
-    subject = f"{arch} on {index.name}, {chosen['weights']} weights, {chosen['image_size']} px"
+    weights = chosen["weights"].replace("ema", "EMA")
+    subject = f"{arch} on {index.name}, {weights} weights, {chosen['image_size']} px"
     data = f"{len(index.val):,} images of {len(index.classes)} classes"
     device = f"{runtime.device} ({runtime.precision})"
     say(f"{', '.join(map(str, checkpoints))}: epoch {len(payload['rows'])}, {data}, {device}")
@@ -150,7 +151,8 @@ def write_scores(
     subject += f": top-1 {chosen['top1']:.2f} %"
     title = f"Confusion matrix of {subject}, {matrix.sum():,} images"
     figures.save(score_figures.confusion(matrix, classifier.names, pairs, title), out / "confusion.png")
-    figures.save(score_figures.reliability(calibration, f"Calibration of {subject}"), out / "reliability.png")
+    title = f"Calibration of {subject}".replace(": ", "\n")
+    figures.save(score_figures.reliability(calibration, title), out / "reliability.png")
     say(f"tables and pictures: {out}")
     return numbers
 

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What overnight.sh does, on the CPU of a laptop: with digits in ten minutes, or with CIFAR-10 in two hours.
+# What overnight.sh does, on the CPU of a laptop: with digits, in minutes, or with CIFAR-10.
 #
 #   scripts/laptop.sh [digits|cifar10] [flags of train.py]
 set -euo pipefail
