@@ -147,9 +147,11 @@ def trial_flags(config, phase) -> dict:
     if config.schedule == "cosine":
         values["warmup_epochs"] = min(config.warmup_epochs, config.trial_epochs / 5)
     idle = flags.idle_flags(flags.make_config(values))  # such as flags about several phases
-    defaults = flags.defaults()
-    # The batch size always, because a default one is fitted to the data.
-    wanted = {"batch_size", *(name for name, v in values.items() if v != defaults[name])} - idle
+    # The batch size always, because a default one is fitted to the data; beside --pretrained, which has
+    # other defaults, all.
+    defaults = {} if config.pretrained else flags.defaults()
+    given = {name for name, v in values.items() if name not in defaults or v != defaults[name]}
+    wanted = (given | {"batch_size"}) - idle
     return {name: values[name] for name in values if name in wanted}
 
 

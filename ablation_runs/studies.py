@@ -407,15 +407,17 @@ FINETUNE = Study(
     variants={
         "scratch": {},
         "whole": WEIGHTS,
-        "head-first": WEIGHTS | {"freeze_epochs": 5, "backbone_lr": 0.1},
+        "head-first": WEIGHTS | {"freeze_epochs": 5},
+        "head-first-slow": WEIGHTS | {"freeze_epochs": 5, "backbone_lr": 0.1},
         "head-only": WEIGHTS | {"freeze_epochs": 30},
     },
     metric="ema_val_top1",
-    primary=("whole", "head-first", "head-only"),
+    primary=("whole", "head-first", "head-first-slow", "head-only"),
     cpu={"width": 16, "resize_schedule": [32], "holdout": 1000},
     cpu_variants={
         "whole": SMALL_WEIGHTS,
-        "head-first": SMALL_WEIGHTS | {"freeze_epochs": 5, "backbone_lr": 0.1},
+        "head-first": SMALL_WEIGHTS | {"freeze_epochs": 5},
+        "head-first-slow": SMALL_WEIGHTS | {"freeze_epochs": 5, "backbone_lr": 0.1},
         "head-only": SMALL_WEIGHTS | {"freeze_epochs": 30},
     },
     cpu_title="20 classes of Tiny ImageNet (1,000 + 1,000 held out + 1,000 images), 32 px, ResNet-18 of "
