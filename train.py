@@ -14,7 +14,7 @@ EPILOG = """examples:
   python train.py --epochs 90 --drop-path-rate 0.2        train on ImageNet in ./data/imagenet
   python train.py --data-dir photos --pretrained          fine-tune torchvision's weights on class folders
   python train.py --resume auto                           resume the run in --save-dir
-  python train.py --config recipes/digits.yaml            five minutes on two CPU cores; needs no data
+  python train.py --config recipes/digits.yaml            digits, in minutes on a CPU; needs no data
   python train.py --dry-run                               show the plan and the expected hours"""
 
 

@@ -39,7 +39,8 @@ def refusal(*arguments: str) -> UserError:
     ("--no-such-flag", "run python train.py --help"), ("--config digit", "did you mean digits.yaml?"),
     ("--config recipes/digit.yaml", "did you mean digits.yaml?"),
     ("--dataset cifar", "did you mean cifar10?"), ("--dataset docs", "did you mean --data-dir docs?"),
-    ("--data-dir docs/picture", "did you mean docs/pictures?"), ("--init-from READM.md --dataset digits", "mean README.md?"),
+    ("--data-dir docs/picture", "did you mean docs/pictures?"),
+    ("--init-from READM.md --dataset digits", "mean README.md?"),
     ("--resume READM.md", "did you mean README.md?"), ("--augment recipe/x.yaml", "name a file"),
     ("--augment recipe/augment/full.yml", "did you mean recipes/augment/full.yaml?"),
 ])  # fmt: skip
