@@ -65,7 +65,7 @@ def check(config, typed: flags.Given):
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
-    doing(f"loading {'the data' if saved else config.dataset} and torch")
+    doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     if saved:
         index, fitted = rundir.as_trained(index, saved), ""
