@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     from sources import layouts
     from sources.archives import pretrained
 
-    doing(f"loading {config.dataset} and torch")
+    doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     index = pretrained.prepare(index, **flags.weights_args(config))
     config, fitted = flags.fit(config, given, len(index.train))
