@@ -27,7 +27,7 @@ from dataloader import Loader, eval_loader, train_loader
 from harness import checkpoint
 from harness.interrupts import Interrupted, StopSignals
 from harness.log import MetricLogger, Table
-from models import set_drop_path_rate
+from models import set_drop_path_rate, train_mode
 from sources.index import DatasetIndex, Split
 from train_utils import (
     EarlyStopping,
@@ -66,6 +66,7 @@ class Run:
     options: StepOptions
     mixers: dict[bool, BatchMixer]  # by `Phase.mix`
     drop_path_rate: float
+    wrap: Callable[[nn.Module], Callable[[Tensor], Tensor]]  # the model -> `StepOptions.forward`
     # validation and checkpoints
     save_dir: Path
     checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
@@ -79,6 +80,7 @@ class Run:
     save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
     stop_after: int | None = None  # optimizer steps
     data_hint: str = ""  # advice, printed once if training waits for data
+    head_only: bool = False  # what `options.forward` was made for, see `Phase.head_only`
     bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
     read_steps: Callable[[], bool] = bool  # `Meter.read` within an epoch: counts the steps still running
@@ -166,9 +168,13 @@ def fit(run: Run, log: MetricLogger) -> None:
 def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     """Return the batches and the step options of `phase`. Progressive resizing happens here.
 
-    A phase sets the image size, the batch size, the augmentation, and whether MixUp, CutMix and drop-path
-    are on.
+    A phase sets the image size, the batch size, the augmentation, whether MixUp, CutMix and drop-path are on,
+    and whether the classifier alone is trained.
     """
+    train_mode(run.state.model, phase.head_only)
+    if phase.head_only != run.head_only:  # DDP waits for the gradients that there were when it was made
+        run.head_only = phase.head_only
+        run.options = dataclasses.replace(run.options, forward=run.wrap(run.state.model))
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
     loader = train_loader(
         run.index,
@@ -197,7 +203,7 @@ def train_epoch(
     if done >= phase.steps_per_epoch:
         return False
     loader.order.seek(epoch, done)
-    run.state.model.train()
+    train_mode(run.state.model, phase.head_only)
     with Meter(run, phase, epoch, loader, log) as meter:
         for images, labels in interruptible(run, loader):
             step = train_step(run.state, options, images, labels, vote=must_save_or_stop(run))
@@ -295,7 +301,7 @@ class Meter:
         sums["bad_images"] += len(self.loader.bad) - self.bad_images
         self.waited, self.bad_images = self.loader.waited, len(self.loader.bad)
         self.images, self.seconds = self.images + images, self.seconds + seconds
-        run.eta.observe_training(self.phase.image_size, self.images, self.seconds)
+        run.eta.observe_training(self.phase, self.images, self.seconds)
         left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
         self.bar.update(
             1,

@@ -46,7 +46,11 @@ FINDER = (
 )
 # fmt: on
 TRAIN_ONLY = {flag.name for flag in (*flags.SAVING, *flags.SCORING, *flags.LOGGING, *flags.COMMAND)}
-GROUPS = {"range test": FINDER} | flags.train_groups(leave_out=TRAIN_ONLY - {"save_dir", "config", "debug"})
+SHARED = flags.train_groups(leave_out=TRAIN_ONLY - {"save_dir", "config", "debug"})
+GROUPS = {"range test": FINDER} | {
+    title: [flags.hidden(flag) if flag.name == "lr" else flag for flag in group]
+    for title, group in SHARED.items()
+}
 
 
 def build_parser() -> flags.Parser:
@@ -65,9 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     if process.world_size() > 1:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import layouts
+    from sources.archives import pretrained
 
-    doing(f"loading {config.dataset} and torch")
+    doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
+    index = pretrained.prepare(index, **flags.weights_args(config))
     config, fitted = flags.fit(config, given, len(index.train))
     for note in (*notes, *index.notes, fitted):
         process.say(note)
@@ -87,8 +93,7 @@ def main(argv: list[str] | None = None) -> int:
         found = lr_range_test.compare_trainings(trial_flags(config, phase), lrs, config.trial_epochs)
     else:
         run = build.build(config, index, runtime, phases, out)
-        if config.init_from:
-            build.load_init_from(run, config)
+        process.say(build.load_weights(run, config))
         found = lr_range_test.measure(run, phase, low, high, config.num_iter, MIN_STEPS)
     # --lr is the rate of the first phase, from which --lr-scale computes the one that was found.
     factor = build.lr_factor(config.lr_scale, phase, phases[0])
@@ -135,15 +140,18 @@ def trial_flags(config, phase) -> dict:
         "phase_mix": (phase.mix,),
         "augment": phase.augment,
         "phase_augment": None,
+        "freeze_epochs": config.trial_epochs if phase.head_only else 0,
         "lr_scale": "none",
         "config": "",
     }
     if config.schedule == "cosine":
         values["warmup_epochs"] = min(config.warmup_epochs, config.trial_epochs / 5)
     idle = flags.idle_flags(flags.make_config(values))  # such as flags about several phases
-    defaults = flags.defaults()
-    # The batch size always, because a default one is fitted to the data.
-    wanted = {"batch_size", *(name for name, v in values.items() if v != defaults[name])} - idle
+    # The batch size always, because a default one is fitted to the data; beside --pretrained, which has
+    # other defaults, all.
+    defaults = {} if config.pretrained else flags.defaults()
+    given = {name for name, v in values.items() if name not in defaults or v != defaults[name]}
+    wanted = (given | {"batch_size"}) - idle
     return {name: values[name] for name in values if name in wanted}
 
 

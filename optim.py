@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -18,12 +18,21 @@ from base.errors import CheckpointError, UsageError, one_line
 
 
 def build_optimizer(
-    name: str, model: nn.Module, *, lr: float, momentum: float, nesterov: bool, weight_decay: float
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    backbone_lr: float = 1.0,
+    head: Iterable[Tensor] = (),
 ) -> torch.optim.Optimizer:
     """Return the optimizer called `name` over `param_groups(model)`. Call this after `model.to(device)`.
 
-    `momentum` is for SGD and RMSprop; Muon keeps 0.95, the others torch's betas (0.9, 0.999). Raises
-    UsageError for `nesterov` without SGD and a positive momentum.
+    `momentum` is for SGD and RMSprop; Muon keeps 0.95, the others torch's betas (0.9, 0.999). The learning
+    rate of all parameters but those in `head` is multiplied by `backbone_lr`. Raises UsageError for
+    `nesterov` without SGD and a positive momentum.
     """
     optimizer, uses_momentum, has_fused = OPTIMIZERS[name]
     options = {"momentum": momentum} if uses_momentum else {}
@@ -36,8 +45,10 @@ def build_optimizer(
         options["nesterov"] = True
     if has_fused and all(p.device.type in ("cuda", "cpu") for p in model.parameters()):
         options["fused"] = True
-    groups = muon_groups if name == "muon" else param_groups
-    return optimizer(groups(model, weight_decay), lr=lr, **options)
+    groups = (muon_groups if name == "muon" else param_groups)(model, weight_decay)
+    if backbone_lr != 1.0:
+        groups = slowed_below(groups, {id(p) for p in head}, backbone_lr)
+    return optimizer(groups, lr=lr, **options)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -65,6 +76,23 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     matrices = [p for p in decayed["params"] if id(p) in hidden]
     decayed["params"] = [p for p in decayed["params"] if id(p) not in hidden]
     return [decayed, rest, {"params": matrices, "weight_decay": weight_decay, "hidden": True}]
+
+
+def slowed_below(groups: list[dict], head: Collection[int], backbone_lr: float) -> list[dict]:
+    """Split each group into the parameters of the head, by their ids, and the others.
+
+    The others have `backbone_lr`, a factor of the learning rate, see `set_lr`. The head comes first.
+    """
+    of_head = [group | {"params": [p for p in group["params"] if id(p) in head]} for group in groups]
+    below = [group | {"params": [p for p in group["params"] if id(p) not in head]} for group in groups]
+    slowed = [group | {"backbone_lr": backbone_lr} for group in below]
+    return [group for group in of_head + slowed if group["params"]]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups; those of the backbone get their part of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("backbone_lr", 1.0)
 
 
 class Lamb(torch.optim.Optimizer):
@@ -282,7 +310,7 @@ def clip_gradients(params: Iterable[Tensor], mode: str, limit: float) -> Tensor:
 
 
 class Schedule:
-    """Sets the learning rate of all parameter groups. Call `step()` after each optimizer step.
+    """Sets the learning rate, see `set_lr`. Call `step()` after each optimizer step.
 
     name:         a key of `SCHEDULES`
     peak_lr:      the highest learning rate, before the factor of a phase
@@ -327,8 +355,8 @@ class Schedule:
         self.phase_factors = [factor for _, factor in phases]
         self.position = 0  # optimizer steps taken
         self.drops, self.best, self.bad_evaluations = 0, math.inf, 0  # with a patience
-        self.last_lr = self.lr_at(0)  # the learning rate of the last step taken
-        self._set(self.last_lr)
+        self.last_lr = self.lr = self.lr_at(0)  # of the last step taken, and of the next one
+        self._set(self.lr)
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of optimizer step `step`, counted from 0.
@@ -347,7 +375,7 @@ class Schedule:
                 f"optimizer step {self.position + 1} of a schedule planned for {self.total_steps}: "
                 "the loader yields more batches than the plan counts"
             )
-        self.last_lr = self.optimizer.param_groups[0]["lr"]
+        self.last_lr = self.lr
         self.seek(self.position + 1)
 
     def seek(self, position: int) -> None:
@@ -390,8 +418,8 @@ class Schedule:
         self.seek(self.position)
 
     def _set(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self.lr = lr
+        set_lr(self.optimizer, lr)
 
 
 # --- formulas: the learning rate of a step as a fraction of the peak ---------------------------------
@@ -472,8 +500,10 @@ def same_state(name: str, momentum: float, other: str, other_momentum: float) ->
     return name == other and (not OPTIMIZERS[name][1] or bool(momentum) == bool(other_momentum))
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, head: Iterable[Tensor] = ()) -> None:
     """Load each parameter's state from a checkpoint; the options (lr, weight decay) stay this run's.
+
+    head: parameters that may be the only ones with a state, because only they have been trained yet
 
     Fused kernels do not check their inputs: a tensor of another size crashes the process, and one of
     another dtype trains silently. So every value is compared with what this optimizer would keep.
@@ -484,15 +514,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
         raise _misfit("its parameter groups differ")
     if not saved["state"]:  # saved before the first step
         return
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
-    if saved["state"].keys() != set(range(count)):
-        raise _misfit(f"it has state for {len(saved['state'])} parameters that are not this run's {count}")
-    state: dict[int, dict] = {}
-    for group in optimizer.param_groups:
-        example = _example_state(optimizer, group)
-        for param in group["params"]:
-            k = len(state)
-            state[k] = _checked_state(saved["state"][k], example, param, f"parameter {k}")
+    params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    trained_first = {id(p) for p in head}
+    of_head = {k for k, (param, _) in enumerate(params) if id(param) in trained_first}
+    if saved["state"].keys() not in (set(range(len(params))), of_head):
+        what = f"it has state for {len(saved['state'])} parameters that are not this run's {len(params)}"
+        raise _misfit(what)
+    examples = {id(group): _example_state(optimizer, group) for group in optimizer.param_groups}
+    state = {
+        k: _checked_state(saved["state"][k], examples[id(group)], param, f"parameter {k}")
+        for k, (param, group) in enumerate(params)
+        if k in saved["state"]
+    }
     optimizer.load_state_dict(own | {"state": state})
 
 

@@ -12,13 +12,14 @@ from base.process import is_main, say
 
 EPILOG = """examples:
   python train.py --epochs 90 --drop-path-rate 0.2        train on ImageNet in ./data/imagenet
+  python train.py --data-dir photos --pretrained          fine-tune torchvision's weights on class folders
   python train.py --resume auto                           resume the run in --save-dir
-  python train.py --config recipes/digits.yaml            five minutes on two CPU cores; needs no data
+  python train.py --config recipes/digits.yaml            digits, in minutes on a CPU; needs no data
   python train.py --dry-run                               show the plan and the expected hours"""
 
 
 def build_parser() -> flags.Parser:
-    description = "Train a ResNet-50 (or another architecture) from scratch."
+    description = "Train a ResNet-50 (or another architecture), from scratch or pretrained."
     return flags.build_parser("train.py", description, EPILOG, flags.TRAIN_GROUPS)
 
 
@@ -57,19 +58,19 @@ def check(config, typed: flags.Given):
     from harness import rundir
     from harness.log import check_trackers
     from sources import layouts
+    from sources.archives import pretrained
 
     directory = rundir.scan(config.save_dir)
     saved = rundir.find_checkpoint(config.resume, directory)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
-    if config.init_from and not saved:
-        rundir.check_checkpoint(config.init_from)
-    doing(f"loading {'the data' if saved else config.dataset} and torch")
+    doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     if saved:
         index, fitted = rundir.as_trained(index, saved), ""
     else:
+        index = pretrained.prepare(index, **flags.weights_args(config))
         config, fitted = flags.fit(config, typed, len(index.train))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes, fitted):

@@ -21,6 +21,7 @@ from base.errors import DivergedError, UsageError
 from base.flat import group_by_dtype, is_view_of, move_into_flat
 from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
+from models import classifier_of
 from optim import Schedule, clip_gradients, load_optimizer, step_if
 
 MAX_BAD_STEPS = 10  # in a row; then the run ends
@@ -41,6 +42,7 @@ class Phase:
     first_step: int  # steps in all earlier phases
     mix: bool = True  # whether MixUp, CutMix and drop-path are on
     augment: str = "full"  # as --augment writes it
+    head_only: bool = False  # whether the classifier alone is trained, see `models.train_mode`
 
     @property
     def epochs(self) -> int:
@@ -65,6 +67,7 @@ def plan(
     phase_epochs: Sequence[int] | None = None,
     phase_mix: Sequence[bool] | None = None,
     phase_augment: Sequence[str] | None = None,
+    freeze_epochs: int = 0,
     world_size: int = 1,
 ) -> tuple[Phase, ...]:
     """Return the phases of a run: the one plan that the loader, the schedule, the ETA and --dry-run read.
@@ -75,6 +78,7 @@ def plan(
     phase_epochs:      relative lengths of the phases, see `base.phases.share_epochs`
     phase_mix:         `Phase.mix` of each phase; True by default
     phase_augment:     `Phase.augment` of each phase; "full" by default
+    freeze_epochs:     the first epochs, which are phases of their own with `Phase.head_only`
 
     Phases without an epoch are left out. Raises UsageError if a phase cannot fill one batch, or the
     ranks cannot share it equally.
@@ -93,9 +97,14 @@ def plan(
         if batch % world_size:
             what = f"the global batch size {batch} at {size} px is not divisible by {world_size} ranks"
             raise UsageError(what, "choose a --batch-size or --phase-batch-sizes that is")
-        last_epoch = first_epoch + length - 1
-        phases.append(Phase(first_epoch, last_epoch, size, batch, steps, first_step, mix, augment))
-        first_epoch, first_step = first_epoch + length, first_step + length * steps
+        frozen = min(length, max(0, freeze_epochs + 1 - first_epoch))
+        for part, head_only in ((frozen, True), (length - frozen, False)):
+            if part:
+                last = first_epoch + part - 1
+                phases.append(
+                    Phase(first_epoch, last, size, batch, steps, first_step, mix, augment, head_only)
+                )
+                first_epoch, first_step = first_epoch + part, first_step + part * steps
     return tuple(phases)
 
 
@@ -159,7 +168,7 @@ class TrainState:
             check_tensors(state["ema"]["shadow"], self.ema.module.state_dict(), "the checkpoint's ema.shadow")
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"], classifier_of(self.model).parameters())
         self.schedule.load_state_dict(state["schedule"])
         if state["scaler"]:  # empty unless the run used fp16
             self.scaler.load_state_dict(state["scaler"])

@@ -21,7 +21,7 @@ from pathlib import Path
 from ablation_runs import studies
 from ablation_runs.study import FINAL, PRESETS, Flags, Run
 from base import errors, files, flags, process
-from base.errors import UsageError
+from base.errors import UsageError, did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN, SCORE = ROOT / "train.py", ROOT / "validate.py"
@@ -101,7 +101,8 @@ def chosen_runs(args, extra: Flags) -> list[Run]:
     study = studies.find(args.study)
     if unknown := set(args.variants) - study.variants.keys():
         what = f"{study.name} has no variant {', '.join(sorted(unknown))}"
-        raise UsageError(what, f"choose from {', '.join(study.variants)}")
+        hint = did_you_mean(min(unknown), study.variants)
+        raise UsageError(what, f"{hint}choose from {', '.join(study.variants)}")
     part, parts = args.shard
     variants = args.variants or study.variants
     runs = study.runs(args.preset, study.seeds[:2] if args.pilot else args.seeds, extra)

@@ -394,6 +394,39 @@ STORED_SIDES = Study(
     "--stored-sides 96,192,320 --out DATA-packed-96-192-320`, and likewise for the other two.",
 )
 
+WEIGHTS = {"init_from": "checkpoints/ablation/weights/best_resnet18_tiny-imagenet.pt", "reset_head": True}
+SMALL_WEIGHTS = WEIGHTS | {"init_from": "checkpoints/ablation/weights-cpu/best_resnet18_tiny-imagenet.pt"}
+
+FINETUNE = Study(
+    name="finetune",
+    question="20 classes with 50 photographs each: from scratch, or from weights for 100 other classes?",
+    base={"dataset": "tiny-imagenet", "class_list": "ablation_runs/finetune/twenty.txt", "epochs": 30}
+    | {"subset": True, "subset_size": 1000, "arch": "resnet18", "stem": "small", "resize_schedule": [64]}
+    | {"batch_size": 32, "schedule": "cosine", "warmup_epochs": 0, "lr": 1e-3, "weight_decay": 0.01}
+    | {"augment": "basic", "mixup_alpha": 0, "cutmix_alpha": 0, "drop_path_rate": 0, "ema_half_life": 1},
+    variants={
+        "scratch": {},
+        "whole": WEIGHTS,
+        "head-first": WEIGHTS | {"freeze_epochs": 5},
+        "head-first-slow": WEIGHTS | {"freeze_epochs": 5, "backbone_lr": 0.1},
+        "head-only": WEIGHTS | {"freeze_epochs": 30},
+    },
+    metric="ema_val_top1",
+    primary=("whole", "head-first", "head-first-slow", "head-only"),
+    cpu={"width": 16, "resize_schedule": [32], "holdout": 1000},
+    cpu_variants={
+        "whole": SMALL_WEIGHTS,
+        "head-first": SMALL_WEIGHTS | {"freeze_epochs": 5},
+        "head-first-slow": SMALL_WEIGHTS | {"freeze_epochs": 5, "backbone_lr": 0.1},
+        "head-only": SMALL_WEIGHTS | {"freeze_epochs": 30},
+    },
+    cpu_title="20 classes of Tiny ImageNet (1,000 + 1,000 held out + 1,000 images), 32 px, ResNet-18 of "
+    "width 16, 30 epochs",
+    notes="Train the weights first, on 100 classes of which none is among the 20: `python train.py --config "
+    "ablation_runs/finetune/weights.yaml --data-dir DATA --save-dir checkpoints/ablation/weights`. For the "
+    "CPU preset, add `--width 16 --resize-schedule 32 --epochs 8`, and take `weights-cpu` for `weights`.",
+)
+
 WEAK, MEDIUM, STRONG = (f"rrc,flip,randaugment:{magnitude}" for magnitude in (1, 5, 9))
 
 PHASE_AUGMENT = Study(

@@ -23,7 +23,8 @@ FINAL = "final"  # folder of a run with the scores of its last epoch, from valid
 CPU = {"device": "cpu", "amp": "auto", "num_workers": 0, "save_every": 100, "eval_every": 2}
 SMOKE = {"dataset": "synthetic:classes=4,train=64,val=16,size=32", "epochs": 3, "device": "cpu", "amp": "off"}
 SMOKE |= {"num_workers": 0, "save_every": 100}
-SMOKE_DROPS = ("split", "class_list", "subset", "subset_size", "phase_epochs", "data_dir")
+SMOKE_DROPS = ("split", "class_list", "subset", "subset_size", "phase_epochs", "data_dir", "init_from")
+SMOKE_DROPS += ("reset_head", "freeze_epochs")  # which need the weights
 # A study's image size -> that of the smoke preset. ViT needs multiples of 16.
 SMOKE_SIZES = {32: 32, 64: 16, 128: 24, 160: 32, 192: 40, 224: 48}
 SMOKE_ARCHS = {"resnet50": "resnet_tiny", "resnet34": "resnet_tiny", "resnet18": "resnet_tiny"}

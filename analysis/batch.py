@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(problem, "name an epoch of the run")
     from sources import layouts
 
-    doing(f"loading {config.dataset} and torch")
+    doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     config, _ = flags.fit(config, given, len(index.train))
 

@@ -26,6 +26,7 @@ from base.progress import Progress
 from ema import NoEMA
 from harness.log import read_metrics
 from loop import Run, start_phase
+from optim import set_lr
 from train_utils import Phase, StepOptions, TrainState, train_step
 
 TRAIN_PY = Path(__file__).parent.parent / "train.py"
@@ -76,15 +77,15 @@ def range_test(
     finder = errors.optional("torch_lr_finder.lr_finder", needed_for="lr_finder.py --mode loss")
     saved, scaler = finder.LRFinder(state.model, state.optimizer, criterion=None), state.scaler.state_dict()
     for group in state.optimizer.param_groups:
-        group["lr"] = low
+        group["lr"] = low  # where the finder's schedule starts
     test = replace(state, schedule=finder.ExponentialLR(state.optimizer, high, num_iter), ema=NoEMA())
-    test.model.train()
     batches = finder.TrainDataLoaderIter(batches)  # starts again when the batches end
     rates, losses, diverged = [], [], Divergence()
     ended = "the highest rate was reached"
     try:
         for _ in range(num_iter):
             rate = test.optimizer.param_groups[0]["lr"]
+            set_lr(test.optimizer, rate)
             with warnings.catch_warnings():  # torch warns if the schedule steps while fp16 skips a step
                 warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                 result = train_step(test, options, *next(batches)).result()

@@ -27,7 +27,7 @@ def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dic
     """
     known, path = parser.flags.keys(), find_recipe(path)
     texts = read_yaml(path)
-    if unknown := [name for name in texts if name not in known | set(ignored) - {"config"}]:
+    if unknown := [name for name in texts if name not in (known | set(ignored)) - {"config"}]:
         key, keys = unknown[0].replace("_", "-")[:80], (name.replace("_", "-") for name in known)
         raise UsageError(f"--config {path}: unknown key {key!r}", did_you_mean(key, keys) + KEYS)
     try:

@@ -11,6 +11,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from base import idle, process
@@ -40,6 +41,7 @@ natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
 share = number(float, 0.01, 1)
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic or hf:<name>"
+FINETUNE = Path(__file__).parent.parent / "recipes" / "finetune.yaml"
 STEPS = ", ".join(name + argument for name, argument in AUGMENTS.items())
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
          "mobilenet_v3_large", "vit_b_16", "swin_t")  # fmt: skip
@@ -65,6 +67,7 @@ class Flag:
     kind: Any = bool  # an argparse type, a tuple of choices, bool for --x, Switch for --x and --no-x
     default: Any = False
     metavar: str | None = None
+    const: Any = None  # the value of a flag given without one; None: it needs one
     idle: Callable[[Any], Reason] = never  # why it would have no effect under a config, which is refused
     unused: Callable[[Any], Reason] = never  # the same, but only noted
 
@@ -77,6 +80,7 @@ class Flag:
         else:
             options["metavar"] = self.metavar
             options["choices" if isinstance(self.kind, tuple) else "type"] = self.kind
+            options |= {"nargs": "?", "const": self.const} if self.const else {}
         group.add_argument(dashed(self.name), **options)
 
 
@@ -89,7 +93,8 @@ SOURCE = (
     Flag("split", "plan", "Split of tiny-imagenet; 70-30 pools train and val.",
          ("official", "70-30"), "official", "NAME",
          idle=idle.no_split),
-    Flag("class_list", "plan", "Use only the classes in this file (imagenet, imagenet100).", str, "", "FILE",
+    Flag("class_list", "plan", "Use only the classes in this file (imagenet, imagenet100, tiny-imagenet).",
+         str, "", "FILE",
          idle=idle.no_class_list),
     Flag("allow_class_mismatch", "plan", "Accept a validation set that lacks some classes.",
          idle=idle.classes_known),
@@ -128,10 +133,16 @@ MODEL = (
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
     Flag("width", "model", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
          "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
+    Flag("pretrained", "trace", "Start from torchvision's weights for ImageNet, the best or those of this "
+         "name, with a new classifier for other classes. Without --config, the other flags' defaults are "
+         "those of recipes/finetune.yaml.", str, "", "NAME|FILE", const="DEFAULT",
+         idle=idle.weights_resumed),
     Flag("init_from", "trace", "Start from these weights (ours or torchvision's).", str, "", "FILE",
          idle=idle.weights_resumed),
     Flag("reset_head", "trace", "With --init-from: new classifier, for other classes.",
          idle=lambda c: (not c.init_from and "it needs --init-from") or idle.weights_resumed(c)),
+    Flag("freeze_epochs", "trace", "Train the classifier alone for the first N epochs; the layers below it "
+         "keep their weights and BatchNorm statistics.", natural, 0, "N"),
 )
 PHASES = (
     Flag("epochs", "plan", "Number of epochs, over all phases.", positive, 90, "N"),
@@ -157,6 +168,8 @@ OPTIMIZATION = (
     Flag("optimizer", "trace", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
          "others.", OPTIMIZERS, "adamw", "NAME"),
     Flag("lr", "trace", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
+    Flag("backbone_lr", "trace", "Factor of the learning rate for all layers below the classifier.",
+         above_zero, 1.0, "F"),
     Flag("momentum", "trace", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
          unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and "it is for sgd and rmsprop"),
     Flag("nesterov", "trace", "Nesterov momentum, with --optimizer sgd.",
@@ -259,7 +272,8 @@ COMMAND = (
     Flag("summary", "output", "Print the layers at every size, then exit."),
     Flag("dry_run", "output", "Print the plan, try a few steps at every size, then exit.",
          idle=lambda c: c.summary and "--summary only prints the layers"),
-    Flag("config", "output", "YAML file of flags; the command line wins.", str, "", "FILE"),
+    Flag("config", "output", "YAML file of flags, or the name of one in recipes/; the command line wins.",
+         str, "", "FILE"),
     DEBUG,
 )
 # fmt: on
@@ -279,8 +293,8 @@ TOPICS = {
 }
 BY_NAME = {flag.name: flag for topic in TOPICS.values() for flag in topic}
 # What most runs set, in the order in which one meets it; `--help` shows these first.
-MOST_USED = ("data_dir", "dataset", "config", "arch", "epochs", "batch_size", "lr", "save_dir", "resume",
-             "dry_run")  # fmt: skip
+MOST_USED = ("data_dir", "dataset", "config", "arch", "pretrained", "epochs", "batch_size", "lr", "save_dir",
+             "resume", "dry_run")  # fmt: skip
 
 
 def train_groups(leave_out: Collection[str] = ()) -> dict[str, list[Flag]]:
@@ -335,13 +349,23 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
     """Return the frozen config and the names of the flags that were given. Raises UsageError."""
     by_hand = parser.given(argv)
     recipe = read_recipe(parser, by_hand["config"], defaults()) if by_hand.get("config") else {}
+    if by_hand.get("init_from"):
+        recipe.pop("pretrained", None)
     given = Given(recipe | by_hand)
     given.by_hand = frozenset(by_hand)
     given.file = make_config(defaults() | parser.defaults() | recipe)
-    values = parser.defaults() | recipe | by_hand
+    given.finetunes = bool(by_hand.get("pretrained")) and not recipe
+    values = parser.defaults() | (finetuning(parser, by_hand) if given.finetunes else {}) | recipe | by_hand
     if values.get("schedule") == "cosine" and "warmup_epochs" not in given:
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
     return make_config(values), given
+
+
+def finetuning(parser: Parser, by_hand: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of flags beside --pretrained: those for 90 epochs from scratch would not do."""
+    values = read_recipe(parser, str(FINETUNE), defaults())
+    epochs = by_hand.get("epochs", values["epochs"])
+    return values | {"freeze_epochs": min(values["freeze_epochs"], epochs // 4)}
 
 
 def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
@@ -357,7 +381,7 @@ def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
             config = dataclasses.replace(config, batch_size=batch)
             fitted.append(f"batch size {batch}")
             to.append(f"{images:,} images" + f" and {ranks} ranks" * (ranks > 1))
-    if "warmup_epochs" not in given and config.warmup_epochs != defaults()["warmup_epochs"]:
+    if "warmup_epochs" not in given and config.warmup_epochs not in (0, defaults()["warmup_epochs"]):
         fitted.append(f"warm-up {config.warmup_epochs:g} epochs")
         to.append(f"{config.epochs} epoch{'s' * (config.epochs > 1)}")
     if "num_workers" not in given and config.num_workers > cores:
@@ -403,7 +427,10 @@ def check_train(config: Any, given: Given) -> list[str]:
         size = config.resize_schedule[-1]
         raise UsageError(f"vit_b_16 works at one image size only: {size} px here", "leave --eval-size out")
     _check_cuda_graphs(config)
+    _check_weights(config)
     notes = refuse_idle(TABLE, config, given)
+    if given.finetunes and not config.resume:
+        notes.append(f"note: flags that are not given come from recipes/{FINETUNE.name}, for --pretrained")
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of them out")
     if config.schedule == "cosine" and config.warmup_epochs >= config.epochs:
@@ -443,6 +470,24 @@ def _check_phases(config: Any) -> None:
                 )
 
 
+def _check_weights(config: Any) -> None:
+    if config.freeze_epochs > config.epochs:
+        what = f"--freeze-epochs {config.freeze_epochs} is more than the {config.epochs} epochs"
+        raise UsageError(what, "give fewer; as many train the classifier alone")
+    if config.freeze_epochs and not (config.pretrained or config.init_from):
+        what = f"--freeze-epochs {config.freeze_epochs} would train a classifier on random layers"
+        raise UsageError(what, "give their weights, with --pretrained or --init-from, or leave it out")
+    if config.init_from and config.pretrained:
+        what = "--pretrained and --init-from both bring weights"
+        raise UsageError(what, "leave one of them out")
+    if not config.pretrained:
+        return
+    changed = {"width": config.width, "use_blurpool": config.use_blurpool, "stem": config.stem != "imagenet"}
+    if unlike := [dashed(name) for name, given in changed.items() if given]:
+        what = f"--pretrained: torchvision has no {config.arch} with {' and '.join(unlike)}"
+        raise UsageError(what, f"leave {', '.join(unlike)} out, or --pretrained")
+
+
 def _check_cuda_graphs(config: Any) -> None:
     if not config.cuda_graphs:
         return
@@ -467,6 +512,12 @@ def workers_note(config: Any, given: Given) -> str:
     if "num_workers" not in given or workers <= cores:
         return ""
     return f"--num-workers {workers} is more than the {cores} cores: using {cores}"
+
+
+def weights_args(config: Any) -> dict[str, Any]:
+    """Return the arguments of `sources.archives.pretrained.prepare`."""
+    same = ("arch", "pretrained", "init_from")
+    return {name: getattr(config, name) for name in same} | {"sizes": config.resize_schedule}
 
 
 def data_args(config: Any) -> dict[str, Any]:

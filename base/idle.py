@@ -26,6 +26,7 @@ class Given(frozenset):
 
     by_hand: frozenset[str] = frozenset()
     file: Any = None  # the config of the file alone, without the command line
+    finetunes: bool = False  # whether the defaults are those of --pretrained
 
 
 def never(config: Any) -> Reason:
@@ -71,6 +72,7 @@ def why_idle(flag: Any, config: Any) -> Reason:
 # --- reasons used by several flags, or longer than a line --------------------------------------------
 
 NO_FILES = ("digits", "synthetic", "hf")  # datasets that are not in --data-dir
+WITH_CLASS_LIST = ("imagenet", "imagenet100", "tiny-imagenet")
 NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # in torchvision these have no stochastic depth
 NO_BATCH_NORM = ("vit_b_16", "swin_t")
 
@@ -96,8 +98,8 @@ def no_split(config: Any) -> Reason:
 
 
 def no_class_list(config: Any) -> Reason:
-    imagenet = config.dataset in ("imagenet", "imagenet100")
-    return packed(config) or (not imagenet and "it needs --dataset imagenet or imagenet100")
+    needed = f"it needs --dataset {' or '.join(WITH_CLASS_LIST)}"
+    return packed(config) or (config.dataset not in WITH_CLASS_LIST and needed)
 
 
 def no_image_files(config: Any) -> Reason:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 from base.errors import printable
 
@@ -79,17 +80,17 @@ class Progress:
 class Eta:
     """Estimates the remaining seconds of a run whose phases differ in cost.
 
-    Assumes that the cost of a step is proportional to batch size x side^2, and that of scoring to side^2,
-    at `eval_size` or the size of the phase, in every `eval_every`-th epoch and the last. The rates are the
-    latest ones measured.
+    Assumes that the cost of a step is proportional to batch size x side^2, or a third of that if only the
+    classifier is trained; and that of scoring to side^2, at `eval_size` or the size of the phase, in every
+    `eval_every`-th epoch and the last. The rates are the latest ones measured.
     """
 
     def __init__(self, phases: Sequence, num_val: int, eval_size: int | None = None, eval_every: int = 1):
         self.phases, self.num_val, self.eval_size, self.eval_every = phases, num_val, eval_size, eval_every
         self.train_rate = self.eval_rate = 0.0  # seconds per pixel
 
-    def observe_training(self, image_size: int, images: int, seconds: float) -> None:
-        self.train_rate = seconds / max(1, images * image_size**2)
+    def observe_training(self, phase: Any, images: int, seconds: float) -> None:
+        self.train_rate = seconds / max(1, images * self._cost(phase))
 
     def observe_validation(self, image_size: int, seconds: float) -> None:
         self.eval_rate = seconds / max(1, self.num_val * image_size**2)
@@ -102,9 +103,13 @@ class Eta:
             steps = phase.steps - min(max(step - phase.first_step, 0), phase.steps)
             scorings = self._scorings(phase.last_epoch) - self._scorings(max(phase.first_epoch - 1, epochs))
             eval_size = self.eval_size or phase.image_size
-            seconds += steps * phase.batch_size * phase.image_size**2 * self.train_rate
+            seconds += steps * phase.batch_size * self._cost(phase) * self.train_rate
             seconds += max(0, scorings) * self.num_val * eval_size**2 * eval_rate
         return seconds
+
+    def _cost(self, phase: Any) -> float:
+        """Return what training on an image costs, in pixels."""
+        return phase.image_size**2 / (3 if phase.head_only else 1)
 
     def _scorings(self, epoch: int) -> int:
         """Return how many of the epochs up to `epoch` are scored."""

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
-from base import files, flags, process
+from base import errors, files, flags, process
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq", "average", "BatchNorm statistics")
 BITS = {"sign": range(31, 32), "exponent": range(23, 31), "mantissa": range(23)}  # of a float32
@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(tables(json.loads((Path(args.table) / "bitflips.json").read_text())))
         return 0
+    errors.doing("loading torch")
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     result = measure(args.points, args.seed, args.jobs, out)

@@ -25,7 +25,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
-from base import files, flags
+from base import errors, files, flags
 from benchmarks.bitflips import bits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(table(json.loads((Path(args.table) / "goodput.json").read_text())))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which kills the active run
+    errors.doing("timing the steps of a short run")
     out = Path(args.out)
     for name in ("calibration", "first", "killed", "last"):
         shutil.rmtree(out / name, ignore_errors=True)

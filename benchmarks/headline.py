@@ -37,6 +37,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    errors.doing("training, then scoring")
     from benchmarks import records
 
     done = {row["row"]: row for row in records.load(args.out, "headline")} if os.path.isdir(args.out) else {}

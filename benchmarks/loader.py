@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.table:
         if not args.data_dir:
             raise UsageError("no --data-dir", "name a directory with train/<class>/*.JPEG")
+        errors.doing("loading torch and packing the images")
         with tempfile.TemporaryDirectory(prefix="loader-benchmark-") as scratch:
             measure_all(args, Path(args.work_dir or scratch))
     rows = records.load(args.out, "loader")

@@ -42,6 +42,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    errors.doing(f"training {args.seeds} seeds with two loops each")
     from benchmarks import records
 
     done = records.finished(args.out, "parity")

@@ -33,6 +33,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    errors.doing("loading torch")
     import torch
     from torch import nn
     from torch.utils.data import DataLoader

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from base import flags
-from base.errors import UsageError, UserError, run
+from base.errors import UsageError, UserError, doing, run
 
 EPILOG = """examples:
   python -m benchmarks.step --sizes 64 128 224                       the documents' three phases
@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from benchmarks import records
 
     if not args.table:
+        doing("loading torch")
         from base.device import init_runtime
 
         runtime = init_runtime(args.device, args.amp)

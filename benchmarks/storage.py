@@ -46,6 +46,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
+    errors.doing(f"reading {args.images} images")
     import cv2
 
     from benchmarks import records

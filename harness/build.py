@@ -20,14 +20,16 @@ import ema
 import optim
 from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
-from base.errors import UsageError
+from base.errors import CheckpointError, UsageError
 from base.parser import parse_augment
 from data_utils import LOSSES, BatchMixer, balanced_weights
 from harness import checkpoint, rundir
 from loop import Run
-from models import build_model
+from models import build_model, classifier_of
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
+from sources.archives import pretrained
+from sources.imagenet import ilsvrc_names
 from sources.images import TrainTransform, default_crop
 from sources.index import DatasetIndex, FileSplit, read_class_weights, training_sample
 from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
@@ -64,6 +66,7 @@ def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]
         phase_epochs=config.phase_epochs,
         phase_mix=config.phase_mix,
         phase_augment=config.phase_augment or [config.augment] * len(config.resize_schedule),
+        freeze_epochs=config.freeze_epochs,
         world_size=world_size,
     )
     check_norms(config, index, phases, world_size)
@@ -86,9 +89,10 @@ def build(
     """Build the training state and everything else that `loop.fit` needs."""
     state = build_state(config, index, runtime, phases)
     num_classes, smoothing = len(index.classes), config.label_smoothing
+    wrap = functools.partial(wrapped, config=config, runtime=runtime, phases=len(phases))
     mixing = BatchMixer(num_classes, config.mixup_alpha, config.cutmix_alpha, smoothing)
     options = StepOptions(
-        forward=compiled(distributed(state.model, runtime), config, len(phases)),
+        forward=wrap(state.model),
         mixer=mixing,
         loss=build_loss(config, index, runtime.device),
         runtime=runtime,
@@ -109,6 +113,7 @@ def build(
         options=options,
         mixers={True: mixing, False: BatchMixer(num_classes, 0.0, 0.0, smoothing)},
         drop_path_rate=config.drop_path_rate,
+        wrap=wrap,
         save_dir=save_dir,
         checkpoint_name=rundir.checkpoint_name(config.arch, index.name),
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
@@ -165,6 +170,8 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
         momentum=config.momentum,
         nesterov=config.nesterov,
         weight_decay=config.weight_decay,
+        backbone_lr=config.backbone_lr,
+        head=classifier_of(model).parameters(),
     )
     warmup = config.warmup_epochs if config.schedule == "cosine" else 0
     schedule = optim.Schedule(
@@ -225,11 +232,27 @@ def build_ema(config, model: torch.nn.Module, phases: tuple[Phase, ...]) -> ema.
     return ema.EMA(model, config.ema_decay, ramp=config.ema_ramp)
 
 
-def load_init_from(run: Run, config) -> None:
-    """Start from the weights of --init-from; the average starts as a copy of them."""
-    weights = adapt_state_dict(checkpoint.read(config.init_from), run.state.model, config.reset_head)
-    run.state.model.load_state_dict(weights)
+def load_weights(run: Run, config) -> str:
+    """Start from the weights of --pretrained or --init-from; the average starts as a copy of them.
+
+    Return what to say about it; '' without these flags. Raises CheckpointError.
+    """
+    if config.pretrained:
+        path = pretrained.find(config.arch, config.pretrained)
+        what, reset = f"torchvision's weights, {path}", run.index.classes != tuple(ilsvrc_names())
+    elif config.init_from:
+        path, reset = config.init_from, config.reset_head
+        what = f"the weights of {path}"
+    else:
+        return ""
+    weights = checkpoint.read(path)
+    if config.pretrained and "model_args" in weights:
+        fix = f"start from it with --init-from {path} --reset-head"
+        raise CheckpointError(f"{path} is a checkpoint of train.py, not torchvision's", fix)
+    run.state.model.load_state_dict(adapt_state_dict(weights, run.state.model, reset))
     run.state.ema = build_ema(config, run.state.model, run.phases)
+    head = f"a new head for {len(run.index.classes)} classes" if reset else "their head"
+    return f"starting from {what}, with {head}"
 
 
 def num_workers(config) -> int:
@@ -244,6 +267,11 @@ def packing_hint(config, index: DatasetIndex) -> str:
     data, packed = config.data_dir, f"{config.data_dir.rstrip('/')}-packed"
     command = f"python pack_dataset.py --data-dir {data} --dataset {config.dataset} --out {packed}"
     return f"A packed copy loads several times faster: {command}, then train with --data-dir {packed}"
+
+
+def wrapped(model: torch.nn.Module, config, runtime: Runtime, phases: int) -> Callable[[Tensor], Tensor]:
+    """Return `StepOptions.forward`; made anew when other parameters get gradients, as DDP asks for."""
+    return compiled(distributed(model, runtime), config, phases)
 
 
 def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:

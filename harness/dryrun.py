@@ -24,7 +24,7 @@ from dataloader import PREFETCH
 from harness import build, checkpoint
 from harness.preflight import checkpoint_bytes, explain_out_of_memory, tensor_bytes
 from loop import Run, eval_batches, start_phase
-from models import build_model
+from models import build_model, train_mode
 from models.summary import count_macs, count_params, format_table
 from sources.index import DatasetIndex
 from train_utils import Phase, StepOptions, StepResult, evaluate, train_step
@@ -46,8 +46,7 @@ def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, 
     """
     with tempfile.TemporaryDirectory() as directory:
         run = build.build(config, index, runtime, phases, Path(directory))
-        if config.init_from:
-            build.load_init_from(run, config)
+        say(build.load_weights(run, config))
         say(describe(run, config))
         say(MEASURED)
         projections = [project(run, phase, *try_phase(run, phase, SECONDS)) for phase in run.phases]
@@ -74,7 +73,7 @@ def describe(run: Run, config) -> str:
         lines.append(
             f"{p.first_epoch:>4}-{p.last_epoch:<4} {p.image_size:>4}  {p.batch_size:>5}  "
             f"{p.steps_per_epoch:>11,}  {p.steps:>10,}  {low:>8.2e} .. {high:.2e}  "
-            f"{count_macs(model, p.image_size) / 1e9:>10.3g}"
+            f"{count_macs(model, p.image_size) / 1e9:>10.3g}" + "  head only" * p.head_only
         )
     return "\n".join([*lines, ""])
 
@@ -141,7 +140,7 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[Cost, Cost]:
     loader.order.seek(phase.first_epoch)
     state.step = phase.first_step
     state.schedule.seek(phase.first_step)
-    state.model.train()
+    train_mode(state.model, phase.head_only)
     training, scoring, steps = Rate(), Rate(), []
     epochs = itertools.chain.from_iterable(itertools.repeat(loader))  # the loader advances its own epoch
     queued = PREFETCH * run.num_workers
@@ -231,7 +230,8 @@ def projection_table(phases: Sequence[Phase], projections: Sequence[Sequence[flo
     sums = [sum(column) for column in zip(*projections, strict=True)]
     unit, seconds = ("hours", 3600) if sum(sums) >= 3600 else ("minutes", 60)
     lines = [f"{f'projected {unit}':<22}  training   waiting   scoring   waiting     total"]
-    names = [f"{p.epochs} epochs at {p.image_size} px" for p in phases] + ["whole run"]
+    names = [f"{p.epochs} epochs at {p.image_size} px" + ", head" * p.head_only for p in phases]
+    names.append("whole run")
     for name, parts in zip(names, [*projections, sums], strict=True):
         lines.append(f"{name:<22}" + "".join(f"{part / seconds:>10.2f}" for part in (*parts, sum(parts))))
     return "\n".join([*lines, NOTES])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from base import files
-from base.errors import DataError, optional, tell
+from base.errors import DataError, nearest_path, optional, tell
 from base.process import say
 from base.progress import duration
 
@@ -29,7 +29,8 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict]:
     """Return the rows of metrics.jsonl, oldest first. Raises DataError if it is missing or malformed."""
     from base import schemas
 
-    fix = "name a directory that train.py wrote (--save-dir)"
+    fix = "" if Path(run_dir).exists() else nearest_path(run_dir)
+    fix = fix or "name a directory that train.py wrote (--save-dir)"
     return _read_rows(Path(run_dir) / "metrics.jsonl", schemas.Row, fix)
 
 

@@ -20,6 +20,7 @@ from base.errors import ResourceError, is_out_of_memory
 from base.process import say
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
+from models import train_mode
 from train_utils import Phase, StepOptions, evaluate, phase_of
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
@@ -84,7 +85,7 @@ def check_step_memory(run: Run) -> None:
     Through the plain model: if one rank ran out of memory inside DDP, the others would wait for it, and a
     compiled pass needs no more memory. Changes nothing. Raises ResourceError with a batch size that fits.
     """
-    phase = max(run.phases, key=lambda p: p.batch_size * p.image_size**2)
+    phase = max(run.phases, key=lambda p: (p.batch_size * p.image_size**2, not p.head_only))
     _, options = start_phase(run, phase)
     ranks, accumulate = run.runtime.world_size, options.accumulate
     images = math.ceil(phase.batch_size / ranks / accumulate)
@@ -172,7 +173,7 @@ def try_step(
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
-            model.train()
+            train_mode(model, phase.head_only)
             blank = torch.zeros(images, 3, side, side, device=device)
             with options.runtime.autocast():
                 logits = forward(blank.contiguous(memory_format=torch.channels_last))

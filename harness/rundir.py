@@ -210,11 +210,13 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
 
 
 def as_trained(index: DatasetIndex, saved: dict) -> DatasetIndex:
-    """Return `index` with the name and the orientation that the run of checkpoint `saved` goes by.
+    """Return `index` with the name, the orientation and the normalization that the run of `saved` goes by.
 
     Earlier versions called all class folders imagenet_1k, and turned no image; a folder can be renamed.
     """
-    return replace(index, name=saved["eval"]["dataset"], exif=saved["eval"].get("exif", False))
+    then = saved["eval"]
+    mean, std = tuple(then["mean"]), tuple(then["std"])
+    return replace(index, name=then["dataset"], exif=then.get("exif", False), mean=mean, std=std)
 
 
 def parse_saved_flags(saved: dict) -> dict:

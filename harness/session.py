@@ -35,9 +35,8 @@ def prepare(
     run = build.build(config, index, runtime, phases, directory.path, identity.id)
     if saved:
         rundir.restore(run, saved, config)
-    elif config.init_from:
-        build.load_init_from(run, config)
-        say(f"starting from the weights of {config.init_from}" + ", with a new head" * config.reset_head)
+    else:
+        say(build.load_weights(run, config))
     if run.finished and not best_is_lost(run):
         where = Path(config.resume).parent if identity.is_new else directory.path
         say(f"This run is complete: {len(run.state.rows)} epochs in {where}.")
@@ -121,9 +120,10 @@ def introduction(run: Run, config) -> str:
         lines.append("no GPU found: training on the CPU")
     lines += notes(config.use_blurpool)
     for p in run.phases:
+        notes_of = ("" if p.mix else "  no mixing, no drop-path") + "  head only" * p.head_only
         lines.append(
             f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
-            f"{p.steps:>9,} steps" + ("" if p.mix else "  no mixing, no drop-path")
+            f"{p.steps:>9,} steps{notes_of}"
         )
     lines += filter(None, [run.scoring, crop_cache.note(run)])
     return "\n".join([*lines, run.table.heading()])

@@ -12,9 +12,18 @@ from torch import nn
 from base.errors import UsageError
 
 from . import model, torchvision_zoo
+from .convert import head_of
 from .layers import BLURPOOL_NOTICE, set_drop_path_rate
 
-__all__ = ["ARCHS", "build_model", "describe_args", "notes", "set_drop_path_rate"]
+__all__ = [
+    "ARCHS",
+    "build_model",
+    "classifier_of",
+    "describe_args",
+    "notes",
+    "set_drop_path_rate",
+    "train_mode",
+]
 
 RESNETS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny")
 ARCHS = (*RESNETS, *torchvision_zoo.ZOO)
@@ -51,6 +60,22 @@ def build_model(
     network = torchvision_zoo.build(arch, num_classes, image_sizes)
     set_drop_path_rate(network, drop_path_rate)
     return network
+
+
+def classifier_of(network: nn.Module) -> nn.Module:
+    """Return the last layer, which has an output for each class."""
+    return network.get_submodule(head_of(network.state_dict()))
+
+
+def train_mode(network: nn.Module, head_only: bool = False) -> None:
+    """Put `network` into training mode: all of it, or with `head_only` its classifier alone.
+
+    The layers below are then in eval mode and get no gradients: they keep their BatchNorm statistics and
+    drop nothing, so the classifier learns from the features that it is scored on, and is worth keeping.
+    (Batches of a few images would move the statistics; Keras' guide to fine-tuning does the same.)
+    """
+    network.train(not head_only).requires_grad_(not head_only)
+    classifier_of(network).train().requires_grad_()
 
 
 def notes(use_blurpool: bool) -> list[str]:

@@ -7,6 +7,6 @@ case ${1:-} in
   digits | cifar10) data=$1 && shift ;;
   *) data=digits ;;
 esac
-if [ "$data" = digits ]; then sizes=48,64,80 recipe=digits; else sizes=32,40 recipe=cifar10_one_hour; fi
+if [ "$data" = digits ]; then sizes=32,40,48 recipe=digits; else sizes=32,40 recipe=cifar10_one_hour; fi
 export SIZES=${SIZES:-$sizes}
 exec scripts/overnight.sh "$data" "${RUN:-runs/$data}" --config "recipes/$recipe.yaml" "$@"

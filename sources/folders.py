@@ -142,6 +142,11 @@ def class_names(path: str | os.PathLike) -> list[bytes]:
     return [entry.name for entry in scan(os.fsencode(path)) if _is_class(entry)]
 
 
+def holds_images(folder: bytes) -> bool:
+    """Return whether there are images right in `folder`, of kinds that are read or that are passed over."""
+    return any(is_image(entry.name) or passed_over([entry.name]) for entry in scan(folder))
+
+
 def scan(path: bytes) -> list[os.DirEntry]:
     """Return the entries of a folder. Raises DataError if it cannot be read."""
     try:

@@ -10,6 +10,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,14 +38,14 @@ def imagenet(data_dir: str, class_list: str | os.PathLike | None = None, **check
     Classes that are not WordNet ids are somebody's own, under the name of their folder.
     """
     wanted = read_class_list(class_list) if class_list else None
+    folder = Path(os.path.abspath(data_dir))
+    name = safe_name(folder.parent if folder.name == "train" else folder)
     if splits.lacks_parts(data_dir):
-        index = splits.class_folders(data_dir, _listed(data_dir, [""], wanted))
-        index = replace(index, class_names=human_names(index.classes, Path(data_dir)))
+        index = splits.class_folders(name, data_dir, _listed(data_dir, [""], wanted))
+        index = replace(index, class_names=human_names(index.classes, folder), exif=_are_own(index.classes))
     else:
-        index = _index("imagenet_1k", data_dir, image_root(data_dir), PARTS, wanted, **checks)
-    if all(map(WORDNET_ID.fullmatch, index.classes)):
-        return replace(index, name="imagenet_1k")
-    return replace(index, name=safe_name(data_dir), exif=True)
+        index = _index(name, data_dir, image_root(data_dir), PARTS, wanted, **checks)
+    return index if index.exif else replace(index, name="imagenet_1k")
 
 
 def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
@@ -64,7 +65,9 @@ def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **ch
     return _index("imagenet100", data_dir, root, PARTS, wanted, **checks)
 
 
-def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
+def tiny_imagenet(
+    data_dir: str, class_list: str | os.PathLike | None = None, split: str = "official", **checks: bool
+) -> DatasetIndex:
     """Index Tiny ImageNet: train/<class>/images/, and val/images/ with val_annotations.txt or val/<class>/.
 
     It has 200 classes with 500 + 50 images of 64 px. Split `70-30` redistributes them as 77,000 + 33,000.
@@ -75,15 +78,16 @@ def tiny_imagenet(data_dir: str, split: str, **checks: bool) -> DatasetIndex:
             f"no Tiny ImageNet in {os.path.abspath(data_dir)} (train/ and val/, or tiny-imagenet-200/)",
             f"python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir {data_dir}",
         )
-    train = folders.list_classes(root, "train")
+    wanted = read_class_list(class_list) if class_list else None
+    train = _listed(root, ["train"], wanted)
     train.others = [name for name in train.others if not name.endswith(b"_boxes.txt")]  # published with it
     annotations = Path(root, "val", "val_annotations.txt")
     if annotations.is_file() and os.path.isdir(f"{root}/val/images"):
         rows = [line.split(b"\t") for line in annotations.read_bytes().splitlines()]  # name, class, box
         labels = {os.path.splitext(row[0])[0]: row[1].strip() for row in rows if len(row) > 1}
-        val = folders.list_labelled(root, "val/images", labels)
+        val = folders.list_labelled(root, "val/images", labels, only=wanted)
     else:
-        val = folders.list_classes(root, "val")
+        val = folders.list_classes(root, "val", only=wanted)
     normalization = {"mean": TINY_MEAN, "std": TINY_STD, "native_size": 64}
     index = folders.from_listings("tiny-imagenet", train, val, **normalization, **checks)
     index = replace(index, class_names=human_names(index.classes, Path(root)))
@@ -104,7 +108,12 @@ def _index(
 ) -> DatasetIndex:
     for folder in (*parts["train"], *parts["val"]):
         if not os.path.isdir(os.path.join(root, folder)):
-            raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", folders.ACCEPTED)
+            fix = folders.ACCEPTED
+            if folder == "val" and splits.lacks_parts(os.path.join(root, "train")):
+                fix = (
+                    f"add it, or let a fifth of each class validate: --data-dir {os.path.join(root, 'train')}"
+                )
+            raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", fix)
     train = _listed(root, parts["train"], wanted)
     if any(folders.class_names(os.path.join(root, folder)) for folder in parts["val"]):
         val = folders.list_classes(root, *parts["val"], only=wanted)
@@ -113,7 +122,13 @@ def _index(
         val = folders.list_labelled(root, parts["val"][0], labels, only=wanted)
     index = folders.from_listings(name, train, val, **checks)
     names = human_names(index.classes, *_places(root, data_dir))
-    return replace(index, class_names=names, notes=(*index.notes, *_count_notes(index)))
+    notes = (*index.notes, *_count_notes(index))
+    return replace(index, class_names=names, notes=notes, exif=_are_own(index.classes))
+
+
+def _are_own(classes: tuple[str, ...]) -> bool:
+    """Return whether these are not classes of ImageNet, whose images are read as they are stored."""
+    return not all(map(WORDNET_ID.fullmatch, classes))
 
 
 def _listed(root: str, within: list[str], wanted: set[bytes] | None) -> folders.Listing:
@@ -141,7 +156,12 @@ def image_root(data_dir: str) -> str:
         root = os.path.join(data_dir, below) if below else data_dir
         if os.path.isdir(os.path.join(root, "train")):
             return root
-    raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", folders.ACCEPTED)
+    found = []
+    with suppress(DataError):  # of folders that may not be read
+        inside = [os.path.join(data_dir, os.fsdecode(name)) for name in folders.class_names(data_dir)]
+        found = [path for path in inside if os.path.isdir(f"{path}/train") or splits.lacks_parts(path)]
+    fix = f"use --data-dir {found[0]}" if len(found) == 1 else folders.ACCEPTED
+    raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", fix)
 
 
 def _places(root: str, data_dir: str) -> list[Path]:
@@ -236,8 +256,7 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
     """
     if not any(map(WORDNET_ID.fullmatch, classes)):
         return None
-    lines = (HERE / "imagenet_names.txt").read_text().splitlines()
-    names = dict(line.split(" ", 1) for line in lines if line[0] != "#")
+    names = ilsvrc_names()
     if not names.keys() >= set(classes):
         for place in places:
             try:
@@ -246,6 +265,12 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
                 what = f"cannot read the class names in {place}: {error}"
                 raise DataError(what, "repair or remove the file") from error
     return tuple(names.get(name, name) for name in classes)
+
+
+def ilsvrc_names() -> dict[str, str]:
+    """Return {WordNet id: readable name} of ImageNet's thousand classes, in label order."""
+    lines = (HERE / "imagenet_names.txt").read_text().splitlines()
+    return dict(line.split(" ", 1) for line in lines if line[0] != "#")
 
 
 def _names_in(place: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from base.errors import DataError, UsageError, did_you_mean, nearest_path
 from base.flags import DATASETS
+from base.idle import WITH_CLASS_LIST
 from sources import folders
 from sources.index import DatasetIndex, first_classes, hold_out, take_subset
 
@@ -44,7 +45,7 @@ def open_dataset(
     dataset: one of `flags.DATASETS`; sizes may follow `synthetic` (`synthetic:classes=9,train=500,size=32`).
         For every dataset on disk, `data_dir` may also be a packed copy (pack_dataset.py).
     split: `70-30` pools Tiny ImageNet's train and val and draws 30 % of each class for validation.
-    class_list: a file with one class name per line; only those are used (imagenet, imagenet100).
+    class_list: a file with one class name per line; only those are used (`WITH_CLASS_LIST`).
     allow_class_mismatch: accept validation data that lacks some of the training classes.
     classes: use only the first so many classes.
     holdout: validate on so many training images, or this share of them, held out (`index.hold_out`).
@@ -59,9 +60,9 @@ def open_dataset(
     if split != "official" and dataset != "tiny-imagenet":
         what = f"--split {split} does not apply to --dataset {dataset}"
         raise UsageError(what, "leave it out: it is for tiny-imagenet")
-    if class_list and dataset not in ("imagenet", "imagenet100"):
+    if class_list and dataset not in WITH_CLASS_LIST:
         what = f"--class-list does not apply to --dataset {dataset}"
-        raise UsageError(what, "leave it out: it is for imagenet and imagenet100")
+        raise UsageError(what, f"leave it out: it is for {', '.join(WITH_CLASS_LIST)}")
     if kind in ON_DISK:
         index = _on_disk(dataset, os.fspath(data_dir), split, class_list, allow_class_mismatch)
     else:
@@ -93,7 +94,8 @@ def _on_disk(
         from sources import imagenet
 
         if dataset == "tiny-imagenet":
-            return imagenet.tiny_imagenet(data_dir, split, allow_class_mismatch=allow_class_mismatch)
+            checks = {"allow_class_mismatch": allow_class_mismatch}
+            return imagenet.tiny_imagenet(data_dir, class_list, split, **checks)
         layout = imagenet.imagenet if dataset == "imagenet" else imagenet.imagenet100
         return layout(data_dir, class_list, allow_class_mismatch=allow_class_mismatch)
     except DataError as error:

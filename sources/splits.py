@@ -16,7 +16,7 @@ from pathlib import Path
 from base import files
 from base.errors import DataError, ResourceError
 from sources import folders
-from sources.index import DatasetIndex, safe_name
+from sources.index import DatasetIndex
 
 FILE = "split.json"
 SHARE, SEED = 0.2, 0
@@ -25,45 +25,36 @@ Known = dict[bytes, str]  # image -> "train" or "val"
 
 
 def lacks_parts(data_dir: str) -> bool:
-    """Return whether the folders of `data_dir` can be classes: not train/ and val/, nor whole datasets."""
-    names = folders.class_names(data_dir)
-    inside = [os.path.join(os.fsencode(data_dir), name, b"train") for name in names]
-    return bool(names) and not any(map(PARTS.fullmatch, names)) and not any(map(os.path.isdir, inside))
+    """Return whether `data_dir` holds <class>/*.jpg: no train/ and val/, and not several datasets."""
+    root, names = os.fsencode(data_dir), folders.class_names(data_dir)
+    if any(PARTS.fullmatch(name) or os.path.isdir(os.path.join(root, name, b"train")) for name in names):
+        return False
+    return any(folders.holds_images(os.path.join(root, name)) for name in names)
 
 
-def class_folders(data_dir: str, listing: folders.Listing) -> DatasetIndex:
-    """Return the index of `listing`, the images in `data_dir`/<class>/. Raises DataError."""
-    path, name = Path(data_dir, FILE), safe_name(data_dir)
+def class_folders(name: str, data_dir: str, listing: folders.Listing) -> DatasetIndex:
+    """Return the index, called `name`, of `listing`: the images in `data_dir`/<class>/. Raises DataError."""
+    path, parts = Path(data_dir, FILE), {}
     listing.others = [other for other in listing.others if other != os.fsencode(FILE)]
-    _check_classes(listing, data_dir)
+    _check_classes(listing)
     known, train, val = _read(path), folders.Listing(listing.root), folders.Listing(listing.root)
     for key, images in listing.by_class.items():
         held = validation_images(images, known)
         train.by_class[key] = [image for image in images if image not in held]
         val.by_class[key] = sorted(held)
+        parts |= {image: "val" if image in held else "train" for image in images}
     index = folders.from_listings(name, train, val)
     note = f"{name}: {len(train):,} images to train on, {len(val):,} to validate on; {path} keeps which"
-    parts = {
-        image: part
-        for part, found in (("train", train), ("val", val))
-        for images in found.by_class.values()
-        for image in images
-    }
-    changed = parts.items() - known.items()
-    text = _text(known | parts) if changed else ""
+    text = _text(known | parts) if parts.items() - known.items() else ""
     return replace(index, notes=(note, *folders.notes({name: listing})), split_file=(path, text))
 
 
-def _check_classes(listing: folders.Listing, data_dir: str) -> None:
+def _check_classes(listing: folders.Listing) -> None:
     """Raise DataError unless there are two classes or more, each with two images or more."""
-    where, passed = os.path.abspath(data_dir), folders.passed_over(listing.others)
+    where, passed = os.path.abspath(os.fsdecode(listing.root)), folders.passed_over(listing.others)
     if len(listing.by_class) == 1:
-        (only,) = listing.by_class
-        inner = os.path.join(data_dir, os.fsdecode(only))
-        fix = "put the images of each class into a folder of their own: <class>/*.jpg"
-        if folders.class_names(inner):
-            fix = f"if its folders are the classes: --data-dir {inner}"
-        raise DataError(f"{where} has one class folder only, {folders.every([only])}", fix)
+        what = f"{where} has one class folder only, {folders.every(listing.classes)}"
+        raise DataError(what, "put the images of each class into a folder of their own: <class>/*.jpg")
     if few := [key for key in listing.classes if len(listing.by_class[key]) < 2]:
         what = f"classes with fewer than two images in {where}: {folders.every(few)}"
         fix = "a class needs an image to train on and one to validate on: fill or remove these folders"

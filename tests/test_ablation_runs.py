@@ -89,7 +89,7 @@ def test_the_studies_of_the_documents_are_all_here():
                efficientnet_size_augmentation tiny_imagenet_resnet18 cifar100_resnet34 lr_exploration
                sensitivity_grid augmentation optimizers schedules blurpool resize_schedules drop_path_rate
                ema stored_sides same_twice phase_augment pipeline
-               recalibrate_bn"""
+               recalibrate_bn finetune"""
     assert set(studies.STUDIES) == set(names.split())
     for one in studies.STUDIES.values():
         assert one.metric in ("val_top1", "ema_val_top1")

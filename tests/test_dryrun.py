@@ -158,7 +158,7 @@ def test_scoring_is_measured_at_the_size_and_with_the_models_of_the_run(tmp_path
 def test_the_eta_is_what_is_left_of_the_plan(eval_size, eval_every):
     phases = plan(7, (10, 20), 100, 10, phase_batch_sizes=(10, 5), phase_epochs=(3, 4))
     eta = Eta(phases, 50, eval_size, eval_every)
-    eta.observe_training(10, images=20, seconds=40.0)  # 2 s an image of 10 px, 8 s of 20 px
+    eta.observe_training(phases[0], images=20, seconds=40.0)  # 2 s an image of 10 px, 8 s of 20 px
     eta.observe_validation(40, seconds=800.0)  # 16 s an image of 40 px, 4 s of 20 px, 1 s of 10 px
     for finished in range(8):
         expected = 0

@@ -39,7 +39,8 @@ def refusal(*arguments: str) -> UserError:
     ("--no-such-flag", "run python train.py --help"), ("--config digit", "did you mean digits.yaml?"),
     ("--config recipes/digit.yaml", "did you mean digits.yaml?"),
     ("--dataset cifar", "did you mean cifar10?"), ("--dataset docs", "did you mean --data-dir docs?"),
-    ("--data-dir docs/picture", "did you mean docs/pictures?"), ("--init-from READM.md", "mean README.md?"),
+    ("--data-dir docs/picture", "did you mean docs/pictures?"),
+    ("--init-from READM.md --dataset digits", "mean README.md?"),
     ("--resume READM.md", "did you mean README.md?"), ("--augment recipe/x.yaml", "name a file"),
     ("--augment recipe/augment/full.yml", "did you mean recipes/augment/full.yaml?"),
 ])  # fmt: skip
@@ -126,6 +127,16 @@ def test_a_python_without_our_packages_is_told_how_to_get_them(capsys):
     assert "make setup" in said[1] and "requirements.txt" in said[1]
 
 
+@pytest.mark.parametrize("command", ["wheel --no-deps .", "install --no-deps .", "install --no-deps -e ."])
+def test_pip_says_in_one_line_what_to_do_instead(command, tmp_path):
+    pytest.importorskip("pip")
+    options = {"cwd": ROOT, "capture_output": True, "text": True}
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    done = subprocess.run([*pip, *command.split(), "--no-index"], **options)
+    said = [line for line in done.stderr.splitlines() if "make setup" in line]
+    assert done.returncode and said and "requirements.txt" in said[0] and "Traceback" not in done.stderr
+
+
 def test_a_missing_module_of_ours_is_a_bug_and_shows_where():
     def main(argv):
         import base.no_such_module  # noqa: F401
@@ -143,4 +154,4 @@ def test_a_command_says_what_it_does_before_torch_is_imported(command, words, tm
     (tmp_path / "torch.py").write_text("import os\nos._exit(9)")
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     done = subprocess.run([sys.executable, *command], env={"PYTHONPATH": str(tmp_path)}, **options)
-    assert (done.returncode, done.stdout) == (9, "") and done.stderr == f"{words} ...\n"
+    assert done.returncode == 9 and done.stderr == f"{words} ...\n"

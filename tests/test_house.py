@@ -1,4 +1,4 @@
-"""The architecture and the documents: imports point downwards, and README is true."""
+"""The architecture and the documents: imports point downwards, and README and docs are true."""
 
 import ast
 import functools
@@ -29,7 +29,7 @@ LAYERS = {  # package or module -> its layer; imports point strictly downwards, 
     **dict.fromkeys(("harness.build", "harness.preflight", "harness.dryrun", "harness.session"), 4),
     "harness.crop_cache": 4,
     **dict.fromkeys(("train", "validate", "predict", "lr_finder", "download_imagenet", "pack_dataset"), 5),
-    **dict.fromkeys(("ablation_runs", "benchmarks"), 5),
+    **dict.fromkeys(("ablation_runs", "benchmarks", "scripts"), 5),
     # Their __init__.py, which imports nothing; and what analysis has besides the parts above are commands.
     **dict.fromkeys(("harness", "analysis"), 0),
 }
@@ -107,13 +107,14 @@ def test_schemas_is_imported_only_where_a_file_is_read():
         ) or (path.name == "schemas.py"), path
 
 
-def readme() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 def test_the_flag_table_is_the_parser():
     text = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| `(--[a-z0-9-]+)` \| ?`?([^`|]*?)`? ?\| (.*) \|$", text, re.MULTILINE)
+    titles = [title.capitalize() for title in flags.TRAIN_GROUPS]
+    assert re.findall(r"^\*\*(.+)\*\*$", text, re.MULTILINE) == titles
+    assert [name for name, *_ in table] == [
+        flags.dashed(f.name) for g in flags.TRAIN_GROUPS.values() for f in g
+    ]
     found = {name: (default, text) for name, default, text in table}
     for action in flags.train_parser().flags.values():
         default, text = found.pop(action.option_strings[0])
@@ -144,8 +145,12 @@ def test_the_documents_flags_have_the_documents_defaults():
     assert {name: defaults[name] for name in documents} == documents
 
 
-def test_readmes_tree_names_every_file_and_no_other():
-    block = readme().split("## How it is built")[1].split("```")[1]
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_the_tree_names_every_file_and_no_other():
+    block = (ROOT / "docs" / "house.md").read_text(encoding="utf-8").split("```")[1]
     named = set(
         re.findall(
             r"^\s*([\w./-]+\.(?:py|yaml|md|txt|lock|toml|sh)|[\w/]+/|Makefile|LICENSE)\s", block, re.MULTILINE
@@ -157,7 +162,7 @@ def test_readmes_tree_names_every_file_and_no_other():
     assert files <= {n.lstrip("./") for n in named}
     for name in named:
         assert (ROOT / name).exists() or list(ROOT.rglob(name)), (
-            f"README's tree names {name}, which is not there"
+            f"docs/house.md names {name}, which is not there"
         )
 
 

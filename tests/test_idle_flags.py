@@ -78,6 +78,7 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
     "class_weights": ["--class-weights balanced"],
     "plateau_patience": ["--plateau-patience 1"],
     "reset_head": ["--reset-head"],
+    "freeze_epochs": [f"--freeze-epochs 1 --init-from {__file__}"],
     "allow_change": ["--allow-change lr"],
     "ema_ramp": ["--no-ema-ramp"],
     "ema_decay": ["--ema-decay 0"],  # below the first value of the ramp
@@ -94,8 +95,9 @@ MODES = [
     "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip
 # These change files, output or the choice of the run, but no step: tested in whole runs, here and elsewhere.
-WHOLE = {"init_from", "device", "save_dir", "resume", "overwrite", "plot", "log_every", "tensorboard",
-         "wandb", "trackio", "summary", "dry_run", "config", "debug", "cache_eval"}  # fmt: skip
+WHOLE = {"init_from", "pretrained", "device", "save_dir", "resume", "overwrite", "plot", "log_every",
+         "tensorboard", "wandb", "trackio", "summary", "dry_run", "config", "debug",
+         "cache_eval"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,7 @@ def test_an_idle_flag_is_refused(name, mode, recipe):
 
 def test_every_predicate_is_met_by_a_mode():
     tried = {name for name, _ in IDLE} | {"use_blurpool", "head", "stem", "width", "init_from", "save_dir"}
+    tried |= {"pretrained"}
     tried |= {"dry_run"}
     assert {row.name for row in flags.TABLE if row.idle is not never} <= tried
     noted = {row.name for row in flags.TABLE if row.unused is not never}
@@ -188,11 +191,12 @@ def refusal(*arguments) -> str:
      "--use-blurpool --head --stem"),
     ("--arch swin_t --sync-bn", "--sync-bn has no BatchNorm"),
     ("--resume a.pt --init-from b.pt --reset-head", "--init-from --reset-head brings the weights"),
+    ("--resume a.pt --pretrained", "--pretrained brings the weights"), ("--resume auto --pretrained", ""),
     ("--resume auto --init-from b.pt --reset-head", ""),  # the first start of a job that is requeued
     ("--summary --dry-run", "--dry-run only prints"),
     ("--dataset cifar10 --on-bad-image skip --allow-class-mismatch", "--on-bad-image --allow-class-mismatch"),
     ("--dataset hf:a/b --on-bad-image skip", ""),
-    ("--class-list a --dataset tiny-imagenet", "--class-list"),
+    ("--class-list a --dataset cifar10", "--class-list"), ("--class-list a --dataset tiny-imagenet", ""),
     ("--split official", "--split needs --dataset tiny-imagenet"),
     ("--split official --dataset tiny-imagenet", ""),
     ("--save-every 2 --epochs 1", "--save-every"), ("--save-every 2min --epochs 1", ""),
@@ -217,7 +221,7 @@ def test_a_packed_copy_has_what_it_was_packed_with(tmp_path):
 def test_summary_and_dry_run_refuse_flags_that_only_training_uses(row):
     name = row.name
     typed = {
-        "init_from": "--init-from a.pt",
+        "init_from": f"--init-from {__file__}",
         "device": "--device cpu",
         "save_dir": "--save-dir a",
         "resume": "--resume auto",

@@ -360,6 +360,22 @@ def test_tiny_imagenet_as_published(below, tmp_path):
     assert found.notes == () and found.mean == imagenet.TINY_MEAN
 
 
+@pytest.mark.parametrize("split", ["official", "70-30"])
+def test_tiny_imagenet_has_only_the_listed_classes(split, tmp_path):
+    make_tiny(tmp_path)
+    put(tmp_path / "train" / "n09246464" / "images" / "other.JPEG")
+    put(tmp_path / "val" / "images" / "val_99.JPEG")
+    with open(tmp_path / "val" / "val_annotations.txt", "a") as rows:
+        rows.write("val_99.JPEG\tn09246464\t0\t32\t44\t62\n")
+    wanted = tmp_path / "list.txt"
+    wanted.write_text("# two\nn01629819 a salamander\nn01443537\n")
+    found = open_dataset("tiny-imagenet", tmp_path, class_list=wanted, split=split)
+    assert found.classes == ("n01443537", "n01629819") and len(found.train) + len(found.val) == 10
+    assert set(found.train.labels) | set(found.val.labels) == {0, 1}
+    wanted.write_text("n01443537\nn00000001\n")
+    assert "n00000001" in refused(DataError, "tiny-imagenet", tmp_path, class_list=wanted).what
+
+
 def test_tiny_imagenet_70_30_pools_and_splits_anew(tmp_path):
     make_tiny(tmp_path, per_class=(12, 8))
     official, found = (
@@ -672,7 +688,7 @@ def test_an_unknown_dataset_is_a_usage_error_that_lists_the_known(dataset, tmp_p
 
 def test_options_of_one_dataset_are_refused_for_another(tmp_path):
     assert "tiny-imagenet" in refused(UsageError, "digits", tmp_path, split="70-30").fix
-    assert "imagenet100" in refused(UsageError, "tiny-imagenet", tmp_path, class_list="x").fix
+    assert "imagenet100" in refused(UsageError, "cifar10", tmp_path, class_list="x").fix
 
 
 def test_a_packed_directory_is_opened_whatever_dataset_is_named(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ from base import flags
 from base.device import Runtime
 from base.errors import DivergedError, UsageError, UserError
 from sources.generated import digits
-from train_utils import BatchNormBuffers, StepOptions, TrainState, train_step
+from train_utils import BatchNormBuffers, Phase, StepOptions, TrainState, train_step
 
 CPU = torch.device("cpu")
 DIGITS = [
@@ -273,7 +273,7 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
     parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
     run, _ = flags.parse(parser, [*DIGITS, *arguments, *more.split()])
     config = flags.make_config({**flags.plain(run), "trial_epochs": 2})
-    phase = SimpleNamespace(image_size=16, batch_size=8, mix=False, augment="full")
+    phase = Phase(1, 1, 16, 8, 5, 0, mix=False)
     trial, given = flags.parse(parser, flags.to_argv(lr_finder.trial_flags(config, phase)))
     flags.check_train(trial, given)
     was, now = flags.plain(run), flags.plain(trial)
@@ -282,6 +282,20 @@ def test_a_trial_is_one_phase_of_the_run_under_the_runs_own_flags(more):
     assert differ == wanted | {"phase_batch_sizes", "phase_epochs", "phase_mix"}
     assert (trial.epochs, trial.resize_schedule, trial.batch_size) == (2, (16,), 8)
     assert (trial.phase_mix, trial.ema, trial.warmup_epochs) == ((False,), False, 0.4 if more else 5.0)
+
+
+@pytest.mark.parametrize("head_only", [True, False])
+def test_a_trial_beside_pretrained_has_no_other_values_than_the_run(head_only):
+    parser = flags.build_parser("train.py", "", groups=flags.TRAIN_GROUPS)
+    arguments = ["--dataset", "digits", "--pretrained", "--mixup-alpha", "0.2", "--schedule", "onecycle"]
+    run, _ = flags.parse(parser, arguments)
+    phase = Phase(1, 5, 224, 16, 5, 0, augment="basic", head_only=head_only)
+    config = flags.make_config({**flags.plain(run), "trial_epochs": 8})
+    trial, given = flags.parse(parser, flags.to_argv(lr_finder.trial_flags(config, phase)))
+    flags.check_train(trial, given)
+    was, now = flags.plain(run), flags.plain(trial)
+    differ = {name: value for name, value in now.items() if value != was[name]}
+    assert differ == {"epochs": 8, "freeze_epochs": 8 if head_only else 0, "phase_mix": [True]}
 
 
 def test_divergence_is_part_of_the_curve_and_another_failure_is_not(tmp_path, monkeypatch):

@@ -48,6 +48,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "accumulate": ("", ["--accumulate 2"]),
     "optimizer": ("", [f"--optimizer {name}" for name in ("sgd", "adam", "rmsprop", "lamb", "muon")]),
     "lr": ("", ["--lr 1e-3"]),
+    "backbone_lr": ("", ["--backbone-lr 0.1", "--backbone-lr 0.5"]),
     "momentum": ("--optimizer sgd", ["--momentum 0.5"]),
     "nesterov": ("--optimizer sgd", ["--nesterov"]),
     "weight_decay": ("", ["--weight-decay 0.1"]),
@@ -86,9 +87,9 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
 }  # fmt: skip
 # These do not affect steps; other tests cover them.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
-             "reset_head", "device", "save_dir", "resume", "allow_change", "overwrite", "plot", "log_every",
-             "tensorboard", "cache_eval", "wandb", "trackio", "summary", "dry_run", "config",
-             "debug"}  # fmt: skip
+             "reset_head", "pretrained", "freeze_epochs", "device", "save_dir", "resume", "allow_change",
+             "overwrite", "plot", "log_every", "tensorboard", "cache_eval", "wandb", "trackio",
+             "summary", "dry_run", "config", "debug"}  # fmt: skip
 SLOW_VALUES = {
     "arch": ["resnet34", "resnet50", "preact_resnet50", "efficientnet_b0", "mobilenet_v3_large", "swin_t"],
     "augment": ["rrc,randaugment", "rrc,trivialaugment"],
@@ -146,18 +147,18 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
     path = str(next((tmp_path / "former").glob("last_*.pt")))
     config = config_of("--init-from", path)
     run = built(config, tmp_path)
-    build.load_init_from(run, config)
+    build.load_weights(run, config)
     assert hashed(run.state.model) == hashed(run.state.ema.module) == hashed(former.state.model)
     assert run.state.step == 0 and not run.state.optimizer.state
 
     other = config_of("--init-from", path, "--dataset", "synthetic:classes=7,train=40,val=7,size=8")
     with pytest.raises(UserError):
-        build.load_init_from(built(other, tmp_path), other)
+        build.load_weights(built(other, tmp_path), other)
     reset = config_of(
         "--init-from", path, "--reset-head", "--dataset", "synthetic:classes=7,train=40,val=7,size=8"
     )
     run = built(reset, tmp_path)
-    build.load_init_from(run, reset)
+    build.load_weights(run, reset)
     assert torch.equal(run.state.model.conv1.weight, former.state.model.conv1.weight)
     assert run.state.model.fc.weight.shape[0] == 7
 

@@ -182,7 +182,7 @@ def test_names_that_are_not_utf8_are_written_down(flat, tmp_path):
         (lambda root: add(root, "dog", [1]), "fewer than two images in .*: dog\n", "fill or remove"),
         (lambda root: (root / "empty").mkdir(), "fewer than two images in .*: empty\n", "fill or remove"),
         (lambda root: add(root, "val", [1, 2]), "no folder train/", "<class>/\\*.jpg"),
-        (lambda root: add(root / "cifar", "train", [1, 2]), "no folder train/", "<class>/\\*.jpg"),
+        (lambda root: add(root / "cifar", "train", [1, 2]), "no folder train/", "--data-dir .*cifar"),
     ],
 )
 def test_folders_that_are_no_classes_are_refused(make, what, fix, flat):
@@ -193,9 +193,21 @@ def test_folders_that_are_no_classes_are_refused(make, what, fix, flat):
 
 
 def test_the_classes_are_found_one_floor_down(flat):
-    with pytest.raises(DataError, match="one class folder only, my photos") as caught:
+    with pytest.raises(DataError, match="no folder train/") as caught:
         open_dataset("imagenet", flat.parent)
-    assert str(flat) in caught.value.fix
+    assert caught.value.fix == f"use --data-dir {flat}"
+
+
+def test_a_lone_class_and_a_lone_train_folder_are_explained(flat, tmp_path):
+    add(tmp_path / "one", "cat", range(5))
+    with pytest.raises(DataError, match="one class folder only, cat"):
+        open_dataset("imagenet", tmp_path / "one")
+    (tmp_path / "mine").mkdir()
+    shutil.move(flat, tmp_path / "mine" / "train")
+    with pytest.raises(DataError, match="no folder val/") as caught:
+        open_dataset("imagenet", tmp_path / "mine")
+    train_folder = caught.value.fix.split("--data-dir ")[1]
+    assert open_dataset("imagenet", train_folder).name == "mine"
 
 
 def test_photos_that_are_all_of_another_kind_are_explained(tmp_path):
@@ -261,8 +273,9 @@ def test_a_run_of_an_earlier_version_goes_on_under_its_name(photos, tmp_path, ca
     assert trained(photos, folder, "--batch-size", 8, "--epochs", 4, "--stop-after", 29) == 0
     as_earlier_version(folder)
     assert train.main(["--resume", "auto", "--save-dir", str(folder)]) == 0
-    found = payload(folder, "best")
-    assert found["eval"]["dataset"] == "imagenet_1k" and "exif" not in found["eval"]
+    found = payload(folder)
+    assert len(found["rows"]) == 4 and found["eval"]["dataset"] == "imagenet_1k"
+    assert "exif" not in found["eval"]
     assert {path.name for path in folder.glob("best_*")} == {"best_resnet_tiny_imagenet_1k.pt"}
     assert validate.main([str(folder / "best_resnet_tiny_imagenet_1k.pt"), "--num-workers", "0"]) == 0
     assert "72 + 21 images" in capsys.readouterr().out

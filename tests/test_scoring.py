@@ -307,7 +307,7 @@ def test_the_expected_time_follows_the_size_of_scoring():
     phase = Phase(first_epoch=1, last_epoch=2, image_size=8, batch_size=10, steps_per_epoch=5, first_step=0)
     for size, side in ((None, 8), (16, 16)):
         eta = Eta([phase], num_val=100, eval_size=size)
-        eta.observe_training(8, 10, 1.0)  # a second for a step
+        eta.observe_training(phase, 10, 1.0)  # a second for a step
         eta.observe_validation(side, 3.0)  # three for a validation
         assert eta.remaining(0, 0) == pytest.approx(10 * 1.0 + 2 * 3.0)
         assert eta.remaining(5, 1) == pytest.approx(5 * 1.0 + 3.0)

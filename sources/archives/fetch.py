@@ -31,6 +31,7 @@ CHUNK = 1 << 20
 HEAD = 512  # bytes that identify the type of a file
 MAGIC = {".tar": (257, b"ustar"), ".gz": (0, b"\x1f\x8b"), ".zip": (0, b"PK\x03\x04")}  # offset, bytes
 MAX_REDIRECTS = 5
+HEADERS = {"Accept-Encoding": "identity", "User-Agent": "resnet50-trainer"}
 TIMEOUT = 60  # seconds without any byte
 MIN_RATE, WINDOW = 1000, 120  # a transfer below MIN_RATE bytes a second over WINDOW seconds has stalled
 
@@ -46,7 +47,7 @@ class RemoteFile:
     url: str
     path: Path
     size: int  # bytes
-    md5: str
+    checksum: str  # MD5; or "sha256:" and its first digits
     restarts: int = field(default=0, init=False)  # how often the bytes received had to be discarded
 
     def __post_init__(self):
@@ -107,10 +108,26 @@ def download(file: RemoteFile, *, tries: int = 5, pause: Callable[[float], None]
                 if max(failures, file.restarts) >= tries:
                     raise _give_up(file, error, resumes=file.restarts < tries) from error
                 pause(2.0**failures)
-    verify(file.part, file.size, file.md5)
+    verify(file.part, file.size, file.checksum)
     os.replace(file.part, file.path)
     file.note.unlink(missing_ok=True)
     return file.path
+
+
+def size_of(url: str) -> int:
+    """Ask the server for the size of a file in bytes. Raises DataError, or Interrupted without a network."""
+    check_url(url)
+    file = RemoteFile(url, Path("unknown"), 0, "")  # for its messages
+    try:
+        request = urllib.request.Request(url, headers=HEADERS, method="HEAD")
+        with _opener().open(request, timeout=TIMEOUT) as response:
+            return int(response.headers["Content-Length"])
+    except urllib.error.HTTPError as error:
+        raise _http_error(file, error, 0) from error
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{file.address}: the server names no size", "use another URL") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _broken(file, error) from error
 
 
 def check_url(url: str, redirected_from: str = "") -> None:
@@ -139,9 +156,7 @@ def _request_rest(file: RemoteFile, bar: Progress) -> None:
     """Request the missing bytes and append them; start over if the server sends the whole file."""
     validator = file.validator()
     start = file.received if validator else 0
-    headers = {"Accept-Encoding": "identity", "User-Agent": "resnet50-trainer"}
-    if start:
-        headers |= {"Range": f"bytes={start}-", "If-Range": validator}
+    headers = HEADERS | ({"Range": f"bytes={start}-", "If-Range": validator} if start else {})
     try:
         request = urllib.request.Request(file.url, headers=headers)
         with _opener().open(request, timeout=TIMEOUT) as response:
@@ -151,11 +166,15 @@ def _request_rest(file: RemoteFile, bar: Progress) -> None:
     except (ValueError, http.client.InvalidURL) as error:  # also an invalid header
         raise DataError(f"{file.address}: {error}", "check the URL, or use another one") from error
     except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            fix = "do not trust this server: it may not be the one it claims to be"
-            raise DataError(f"{file.address}: {reason.verify_message}", fix) from error
-        raise Interrupted(str(reason) or type(error).__name__) from error
+        raise _broken(file, error) from error
+
+
+def _broken(file: RemoteFile, error: Exception) -> Exception:
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, ssl.SSLCertVerificationError):
+        fix = "do not trust this server: it may not be the one it claims to be"
+        return DataError(f"{file.address}: {reason.verify_message}", fix)
+    return Interrupted(str(reason) or type(error).__name__)
 
 
 def _http_error(file: RemoteFile, error: urllib.error.HTTPError, start: int) -> Exception:
@@ -229,13 +248,17 @@ def _append(file: RemoteFile, response: http.client.HTTPResponse, chunk: bytes, 
         raise Interrupted(f"the transfer ended at {received:,} of {file.size:,} bytes")
 
 
-def verify(path: Path, size: int, md5: str) -> None:
-    """Check a file's size and MD5 checksum. If one is wrong, rename it to <name>.bad and raise DataError."""
+def verify(path: Path, size: int, expected: str) -> None:
+    """Check a file's size and checksum. If one is wrong, rename it to <name>.bad and raise DataError.
+
+    expected: as `RemoteFile.checksum`
+    """
+    kind, _, digits = expected.rpartition(":")
     name, actual = path.name.removesuffix(".part"), path.stat().st_size
     if actual != size:
         problem = f"has {actual:,} bytes; the published file has {size:,}"
-    elif (found := _md5(path, f"checking {name}")) != md5:
-        problem = f"has the checksum {found}; the published file has {md5}"
+    elif (found := checksum(path, kind or "md5"))[: len(digits)] != digits:
+        problem = f"has the checksum {found}; the published file has {digits}"
     else:
         return
     bad = path.with_name(name + ".bad")
@@ -243,8 +266,10 @@ def verify(path: Path, size: int, md5: str) -> None:
     raise DataError(f"{name} {problem}; it was renamed to {bad}", "download it again")
 
 
-def _md5(path: Path, title: str) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
+def checksum(path: Path, kind: str) -> str:
+    """Return the digits of a file's checksum of this `kind`: md5 or sha256."""
+    digest = hashlib.new(kind, usedforsecurity=False)
+    title = f"checking {path.name.removesuffix('.part')}"
     with open(path, "rb") as file, Progress(path.stat().st_size >> 20, title, unit="MB") as bar:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
