@@ -109,7 +109,14 @@ def test_a_body_without_a_proper_length_is_refused(server):
 
 def test_only_this_page_is_answered(server, photos):
     image, host = (photos / "val" / "owl" / "owl_0.JPEG").read_bytes(), server.address.split("/")[2]
-    for name in ("evil.example", "evil.example:80", "127.0.0.1.evil.example:80", "", "[::1]:80", "127.0.0.1.:80"):
+    for name in (
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example:80",
+        "",
+        "[::1]:80",
+        "127.0.0.1.:80",
+    ):
         assert ask(server, image, Host=name)[0] == 403, name
         assert ask(server, path="/", method="GET", Host=name)[0] == 403, name
     for origin in ("http://evil.example", "null", "https://" + host, f"http://{host}.evil.example"):
