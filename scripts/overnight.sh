@@ -18,7 +18,7 @@ mkdir -p "$run" && exec 9> "$run/overnight.lock"
 if command -v flock > /dev/null; then flock 9; fi # wait for what a killed script left running
 
 if [ -d "$data" ]; then
-  [ -f "$data/manifest.json" ] || { python pack_dataset.py --data-dir "$data" --out "$data-packed" && data+=-packed; }
+  if [ ! -f "$data/manifest.json" ]; then python pack_dataset.py --data-dir "$data" --out "$data-packed"; data+=-packed; fi
   where=(--data-dir "$data")
 elif [[ $data == digits || $data == synthetic* ]]; then
   where=(--dataset "$data")

@@ -29,6 +29,14 @@ def test_overnight_says_how_to_use_it():
     assert done.returncode == 2 and "scripts/overnight.sh data/imagenet runs/night" in done.stderr
 
 
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="needs make setup")
+def test_overnight_ends_where_the_data_cannot_be_packed(tmp_path):
+    (tmp_path / "data").mkdir()
+    command = [ROOT / "scripts" / "overnight.sh", tmp_path / "data", tmp_path / "run"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment())
+    assert done.returncode == 3 and done.stderr.count("fix:") == 1, done.stderr  # one command was started
+
+
 def laptop(run_dir) -> subprocess.Popen:
     """Start laptop.sh with settings that take seconds, in a process group of its own."""
     flags = shlex.split(
@@ -45,7 +53,7 @@ def laptop(run_dir) -> subprocess.Popen:
 def test_laptop_goes_from_digits_to_the_card_and_on_after_a_kill(tmp_path):
     run_dir = tmp_path / "run"
     with laptop(run_dir) as process:
-        next(line for line in process.stdout if line.startswith("     1   16"))
+        next(line for line in process.stdout if " 1/3   16 " in line)
         os.killpg(process.pid, signal.SIGKILL)
     for resumed in ("resuming from", "complete"):
         with laptop(run_dir) as process:
