@@ -369,7 +369,7 @@ def finetuning(parser: Parser, by_hand: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
-    """Return a new run's config with defaults that fit `images` training images, and a line that names them.
+    """Return a new run's config with defaults that fit `images` training images, and what to say about them.
 
     A value that was given is never changed. What is chosen is saved with the run, so it is kept on resume.
     """
@@ -387,7 +387,9 @@ def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
     if "num_workers" not in given and config.num_workers > cores:
         fitted.append(f"{cores} workers")
         to.append(f"{cores} cores")
-    return config, f"{', '.join(fitted)}: fitted to {', '.join(to)}" if fitted else ""
+    notes = [f"note: flags that are not given come from recipes/{FINETUNE.name}"] if given.finetunes else []
+    notes += [f"{', '.join(fitted)}: fitted to {', '.join(to)}"] if fitted else []
+    return config, "\n".join(notes)
 
 
 def make_config(values: Mapping[str, Any]) -> Any:
@@ -429,8 +431,6 @@ def check_train(config: Any, given: Given) -> list[str]:
     _check_cuda_graphs(config)
     _check_weights(config)
     notes = refuse_idle(TABLE, config, given)
-    if given.finetunes and not config.resume:
-        notes.append(f"note: flags that are not given come from recipes/{FINETUNE.name}, for --pretrained")
     if config.resume and config.overwrite:
         raise UsageError("--resume and --overwrite contradict each other", "leave one of them out")
     if config.schedule == "cosine" and config.warmup_epochs >= config.epochs:
