@@ -51,17 +51,7 @@ def build_parser() -> flags.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     config, given = flags.parse(build_parser(), argv)
-    from harness import rundir
-    from sources import layouts
-
-    check_count(config)
-    for path in config.checkpoints:
-        rundir.check_checkpoint(path)
-    if "data_dir" in given:
-        layouts.check_dir(config.data_dir)
-    if process.world_size() > 1:
-        raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
-
+    check(config, given)
     doing(f"loading torch and {', '.join(config.checkpoints)}")
     from analysis import predictions, scores, validation
     from base.device import init_runtime
@@ -102,14 +92,23 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def check_count(config) -> None:
-    """Raise UsageError for several checkpoints without --average, and for --average of one."""
+def check(config, given: flags.Given) -> None:
+    """Refuse what is wrong before torch is imported, which takes seconds. Raises UserError."""
+    from harness import rundir
+    from sources import layouts
+
     if len(config.checkpoints) > 1 and not config.average:
         raise UsageError("several checkpoints are given", "score them one by one, or their --average")
     if len(config.checkpoints) == 1 and config.average:
         raise UsageError(
             "--average would do nothing: there is one checkpoint", "name several, or leave it out"
         )
+    for path in config.checkpoints:
+        rundir.check_checkpoint(path)
+    if "data_dir" in given:
+        layouts.check_dir(config.data_dir)
+    if process.world_size() > 1:
+        raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
 
 
 def check_architecture(arch: str, trained_at: int, sizes: tuple[int, ...], config) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -264,7 +265,7 @@ def packing_hint(config, index: DatasetIndex) -> str:
     """Return advice on loading image files faster, or '' if the data is not image files."""
     if not isinstance(index.train.whole, FileSplit):
         return ""
-    data, packed = config.data_dir, f"{config.data_dir.rstrip('/')}-packed"
+    data, packed = map(shlex.quote, (config.data_dir, f"{config.data_dir.rstrip('/')}-packed"))
     command = f"python pack_dataset.py --data-dir {data} --dataset {config.dataset} --out {packed}"
     return f"A packed copy loads several times faster: {command}, then train with --data-dir {packed}"
 

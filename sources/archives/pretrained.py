@@ -76,11 +76,12 @@ def find(arch: str, name: str) -> Path:
     """Return the file of the weights. Raises CheckpointError if it is not the one its name promises."""
     path = find_path(arch, name)
     if not path.is_file():
-        raise CheckpointError(f"no weights at {path}", "give the path of a file: --pretrained FILE")
+        raise CheckpointError(f"no weights at {path}", nearest_path(path) or "give the path of a file")
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if digits and not (found := fetch.checksum(path, "sha256")).startswith(digits[1]):
         what = f"{path} is damaged: its SHA-256 starts with {found[:8]}, not with {digits[1]}"
-        raise CheckpointError(what, "delete it and run this again: it is downloaded anew")
+        again = "get it again" if is_path(name) else "delete it and run this again: it is downloaded anew"
+        raise CheckpointError(what, again)
     return path
 
 
