@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +96,6 @@ class EMA:
         torch._foreach_copy_(_read(live), self._backup)
         self._backup = None
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Apply the shadow within a `with` block; the model's own weights return even after an error."""
-        self.apply_shadow()
-        try:
-            yield
-        finally:
-            self.restore()
-
     def state_dict(self) -> dict:
         """Return {"shadow": the shadow's state dict (not a copy), "num_updates": int}."""
         return {"shadow": self.module.state_dict(), "num_updates": self.num_updates}
@@ -135,10 +124,6 @@ class NoEMA:
     def apply_shadow(self) -> None: ...
 
     def restore(self) -> None: ...
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        yield
 
     def state_dict(self) -> dict:
         return {}

@@ -33,67 +33,39 @@ class Claim:
 
 
 CLAIMS = (
-    Claim(
-        "000",
-        "A conv head in place of the linear layer is the most accurate",
-        "tiny_imagenet_01",
-        "conv-head",
-    ),
-    Claim(
-        "000", "Progressive resizing raises the accuracy (by 10 points)", "tiny_imagenet_02", "progressive"
-    ),
+    Claim("000", "A conv head in place of the linear layer is the most accurate",
+          "tiny_imagenet_01", "conv-head"),
+    Claim("000", "Progressive resizing raises the accuracy (by 10 points)",
+          "tiny_imagenet_02", "progressive"),
     Claim("000", "CutMix along with MixUp raises the accuracy", "tiny_imagenet_02", "mixup+cutmix"),
     Claim("000", "Stochastic depth makes the gap small", "tiny_imagenet_02", "drop-path", WORSE, GAP),
     Claim("000", "The techniques together raise the accuracy", "tiny_imagenet_02", "all"),
-    Claim(
-        "000", "Without stochastic depth the gap is larger", "tiny_imagenet_03", "no-drop-path", BETTER, GAP
-    ),
+    Claim("000", "Without stochastic depth the gap is larger",
+          "tiny_imagenet_03", "no-drop-path", BETTER, GAP),
     Claim("000", "EMA weights score better in validation", "tiny_imagenet_03", "ema-ramp", BETTER, EMA_GAIN),
     Claim("000", "A badly set decay keeps the EMA at chance", "ema", "plain-0.9999", WORSE),
     Claim("001", "ResNet beats Swin, closely", "imagenet100_architectures", "swin_t", WORSE),
     Claim("001", "ResNet beats EfficientNet", "imagenet100_architectures", "efficientnet_b0", WORSE),
     Claim("001", "ViT needs longer training", "imagenet100_architectures", "vit_b_16", WORSE),
-    Claim(
-        "001",
-        "Half the size costs EfficientNet accuracy",
-        "efficientnet_size_augmentation",
-        "half-size",
-        WORSE,
-    ),
-    Claim(
-        "001",
-        "Augmentation lowers its accuracy",
-        "efficientnet_size_augmentation",
-        "large+augmentation",
-        WORSE,
-    ),
-    Claim(
-        "001",
-        "Augmentation closes its gap",
-        "efficientnet_size_augmentation",
-        "large+augmentation",
-        WORSE,
-        GAP,
-    ),
-    Claim(
-        "002",
-        "Progressive resizing keeps the accuracy in less time",
-        "resize_schedules",
-        "progressive",
-        NO_LOSS,
-    ),
+    Claim("001", "Half the size costs EfficientNet accuracy",
+          "efficientnet_size_augmentation", "half-size", WORSE),
+    Claim("001", "Augmentation lowers its accuracy",
+          "efficientnet_size_augmentation", "large+augmentation", WORSE),
+    Claim("001", "Augmentation closes its gap",
+          "efficientnet_size_augmentation", "large+augmentation", WORSE, GAP),
+    Claim("002", "Progressive resizing keeps the accuracy in less time",
+          "resize_schedules", "progressive", NO_LOSS),
     Claim("002", "Stochastic depth (0.2) improves generalization", "drop_path_rate", "0.2"),
     Claim("002", "Stochastic depth (0.2) makes the gap smaller", "drop_path_rate", "0.2", WORSE, GAP),
     Claim("002", "MixUp and CutMix are robust augmentations", "augmentation", "with-cutmix"),
     Claim("002", "Mixed precision costs no accuracy", "tiny_imagenet_01", "mixed-precision", NO_LOSS),
     Claim("002", "BlurPool improves the model", "blurpool", "blurpool"),
-    Claim(
-        "003", "Cyclic rates with the plateau rule on top", "tiny_imagenet_resnet18", "triangular2+plateau"
-    ),
+    Claim("003", "Cyclic rates with the plateau rule on top",
+          "tiny_imagenet_resnet18", "triangular2+plateau"),
     Claim("004", "Mixing and label smoothing help the Adam loop", "cifar100_resnet34", "loop+mixing"),
     Claim("004", "SGD with warm restarts is the robust choice", "cifar100_resnet34", "sgd+restarts"),
     Claim("004", "Step decay is behind OneCycle", "schedules", "step", WORSE),
-)
+)  # fmt: skip
 
 
 def judge(claim: Claim, runs: list[Result], study: Study) -> tuple[str, Difference | None]:

@@ -22,8 +22,8 @@ from ablation_runs import studies
 from ablation_runs.study import FINAL, PRESETS, Flags, Run
 from base import errors, files, flags, process
 from base.errors import UsageError, did_you_mean
+from base.process import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 TRAIN, SCORE = ROOT / "train.py", ROOT / "validate.py"
 RUNS = "./checkpoints/ablation"
 train_parser = cache(flags.train_parser)

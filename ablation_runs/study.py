@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from base import flags
+from base.config_file import RECIPES
 from base.errors import UsageError
 
 Flags = dict[str, Any]
-RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 PRESETS = ("full", "cpu", "smoke")
 FINAL = "final"  # folder of a run with the scores of its last epoch, from validate.py
 # Both presets save only at the end of a run. Without workers, a CPU repeats its own bits. It computes in bf16

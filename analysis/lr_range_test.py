@@ -19,7 +19,7 @@ from torch import Tensor
 
 from analysis import figures
 from analysis.lr_suggestion import Divergence, smooth, suggest
-from base import errors, files, flags
+from base import errors, files, flags, process
 from base.device import memory_for
 from base.errors import DivergedError, UserError
 from base.progress import Progress
@@ -29,7 +29,6 @@ from loop import Run, start_phase
 from optim import set_lr
 from train_utils import Phase, StepOptions, TrainState, train_step
 
-TRAIN_PY = Path(__file__).parent.parent / "train.py"
 HEADLINE = "valley"  # the suggestion that depends least on single losses
 
 
@@ -136,7 +135,7 @@ def compare_trainings(values: dict, lrs: list[float], epochs: int) -> dict:
 
 def train(values: dict) -> dict | None:
     """Run train.py; return its last row, or None if it diverged. Raises UserError if it fails otherwise."""
-    command = [sys.executable, str(TRAIN_PY), *flags.to_argv(values)]
+    command = [sys.executable, str(process.ROOT / "train.py"), *flags.to_argv(values)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == DivergedError.exit_code:
         return None

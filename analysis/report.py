@@ -12,8 +12,8 @@ from pathlib import Path
 from base import files, flags
 from base.errors import DataError, UsageError, tell
 from base.errors import run as run_command
+from base.process import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 POLL = 1  # seconds between two looks at a run that is watched
 EPILOG = """examples:
   python -m analysis.report checkpoints/                        write checkpoints/report.html

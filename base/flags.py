@@ -11,11 +11,10 @@ import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from base import idle, process
-from base.config_file import read_recipe
+from base.config_file import RECIPES, read_recipe
 from base.errors import UsageError, nearest_path
 from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle, why_idle
 from base.parser import (
@@ -41,7 +40,7 @@ natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
 share = number(float, 0.01, 1)
 DATASETS = "imagenet, imagenet100, tiny-imagenet, cifar100, cifar10, digits, synthetic or hf:<name>"
-FINETUNE = Path(__file__).parent.parent / "recipes" / "finetune.yaml"
+FINETUNE = RECIPES / "finetune.yaml"
 STEPS = ", ".join(name + argument for name, argument in AUGMENTS.items())
 ARCHS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny", "efficientnet_b0",
          "mobilenet_v3_large", "vit_b_16", "swin_t")  # fmt: skip

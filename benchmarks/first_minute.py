@@ -18,9 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from base import errors, files, flags, process
+from base.process import ROOT
 from base.progress import duration
 
-ROOT = Path(__file__).resolve().parent.parent
 MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what each does
     "environment": 0.5,
     "gpu-tests": 4,

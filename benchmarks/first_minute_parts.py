@@ -22,8 +22,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from base import errors, flags, process
+from base.process import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 GPU_FACTS = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,temperature.gpu"
 # px and batch size, beyond the documents'. A size ends with the first batch that does not fit.
 LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), (64, 4096), (128, 1024))

@@ -26,9 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from base import errors, files, flags
+from base.process import ROOT
 from benchmarks.bitflips import bits
 
-ROOT = Path(__file__).resolve().parent.parent
 EPOCHS, BATCH = 5, 32
 CALIBRATION = 20.0  # seconds of the run that measures the speed of a step
 RUN = (

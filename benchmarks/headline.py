@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 from base import errors, flags
-from benchmarks.parity import ROOT, start
+from base.process import ROOT
+from benchmarks.parity import start
 from harness.log import read_metrics
 
 DATASETS = ("cifar10", "cifar100")

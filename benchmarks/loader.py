@@ -127,7 +127,7 @@ def link(data_dir: str, limit: int, folder: Path) -> None:
 
 def pack(folder: Path, out: Path, *options: str) -> None:
     """Run pack_dataset.py, which is quick if `out` is complete already."""
-    script = Path(__file__).parents[1] / "pack_dataset.py"
+    script = process.ROOT / "pack_dataset.py"
     paths = ["--data-dir", str(folder), "--out", str(out)]
     done = subprocess.run(
         [sys.executable, str(script), *paths, "--on-bad-image", "skip", *options],

@@ -16,12 +16,13 @@ import numpy as np
 from torch.utils.data import DataLoader, RandomSampler
 
 from base import flags
+from base.config_file import RECIPES
 from dataloader import PREFETCH, eval_loader, train_loader
 from sources.augment import JITTER
 from sources.index import IMAGENET_MEAN, IMAGENET_STD, DatasetIndex, SubsetSplit
 
 BATCH = 128
-PIPELINE = Path(__file__).parents[1] / "recipes" / "augment" / "full.yaml"
+PIPELINE = RECIPES / "augment" / "full.yaml"
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from base import errors, flags
 from base.errors import ResourceError
+from base.process import ROOT
 from harness.log import read_metrics
 
-ROOT = Path(__file__).resolve().parent.parent
 LOOPS = ("project", "plain loop")
 EPOCHS = 3
 SHARED = ["--batch-size=128", "--lr=0.1", "--width=8"]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from base import errors, files, flags
 from base.errors import DataError
+from base.process import ROOT
 from benchmarks.targets import targets
 
-ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)

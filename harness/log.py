@@ -21,7 +21,7 @@ from typing import Any
 
 from base import files
 from base.errors import DataError, nearest_path, optional, tell
-from base.process import say
+from base.process import ROOT, say
 from base.progress import duration
 
 
@@ -142,8 +142,7 @@ class MetricLogger:
             return
         self.plotted = time.monotonic()
         command = [sys.executable, "-m", "analysis.plots", str(self.run_dir.resolve())]
-        repository = Path(__file__).resolve().parent.parent
-        done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             say(f"WARNING: no plots: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
 

@@ -112,18 +112,6 @@ def test_swapping_in_and_out_is_bit_exact():
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))  # the optimizer's
 
 
-def test_the_live_weights_come_back_after_an_exception():
-    model = a_model()
-    ema = EMA(model)
-    train_a_little(model)
-    live = snapshot(model)
-    with pytest.raises(KeyboardInterrupt), ema.averaged():
-        assert same(model.state_dict(), ema.module.state_dict())
-        raise KeyboardInterrupt
-    assert same(model.state_dict(), live)
-    ema.update()  # training can continue
-
-
 def test_calls_out_of_order_are_refused():
     ema = EMA(a_model())
     with pytest.raises(RuntimeError, match="apply_shadow"):
@@ -206,8 +194,6 @@ def test_no_ema_has_the_same_methods_and_does_nothing():
     ema.update()
     ema.apply_shadow()
     ema.restore()
-    with ema.averaged():
-        pass
     ema.load_state_dict({"shadow": {}, "num_updates": 3})
     assert ema.state_dict() == {} and ema.module is None
 
