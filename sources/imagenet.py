@@ -156,11 +156,14 @@ def image_root(data_dir: str) -> str:
         root = os.path.join(data_dir, below) if below else data_dir
         if os.path.isdir(os.path.join(root, "train")):
             return root
-    found = []
+    found, fix = [], folders.ACCEPTED
     with suppress(DataError):  # of folders that may not be read
-        inside = [os.path.join(data_dir, os.fsdecode(name)) for name in folders.class_names(data_dir)]
+        names = folders.class_names(data_dir)
+        inside = [os.path.join(data_dir, os.fsdecode(name)) for name in names]
         found = [path for path in inside if os.path.isdir(f"{path}/train") or splits.lacks_parts(path)]
-    fix = f"use --data-dir {found[0]}" if len(found) == 1 else folders.ACCEPTED
+        if parts := [name for name in names if splits.PARTS.fullmatch(name)]:
+            fix = f"move {folders.every(parts)} away if the other folders are classes, or {fix}"
+    fix = f"use --data-dir {found[0]}" if len(found) == 1 else fix
     raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", fix)
 
 
