@@ -76,7 +76,8 @@ def find(arch: str, name: str) -> Path:
     """Return the file of the weights. Raises CheckpointError if it is not the one its name promises."""
     path = find_path(arch, name)
     if not path.is_file():
-        raise CheckpointError(f"no weights at {path}", nearest_path(path) or "give the path of a .pth file that is there")
+        fix = nearest_path(path) or "give the path of a .pth file that is there"
+        raise CheckpointError(f"no weights at {path}", fix)
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if digits and not (found := fetch.checksum(path, "sha256")).startswith(digits[1]):
         what = f"{path} is damaged: its SHA-256 starts with {found[:8]}, not with {digits[1]}"
