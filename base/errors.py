@@ -140,7 +140,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def nearest_path(path: str | os.PathLike) -> str:
-    """Return "did you mean X? " for the existing path that is most like `path`, or ''."""
+    """Return "did you mean X? " for the existing path that is most like `path`, or '' if it exists itself."""
     found = Path()
     for part in Path(path).parts:
         if not (found / part).exists():
@@ -149,7 +149,7 @@ def nearest_path(path: str | os.PathLike) -> str:
             if not part or not (found / part).exists():
                 return ""
         found /= part
-    return f"did you mean {found}? "
+    return f"did you mean {found}? " if found != Path(path) else ""
 
 
 def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:

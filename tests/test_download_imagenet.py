@@ -178,7 +178,7 @@ def no_waiting(monkeypatch):
 @pytest.fixture
 def want(server, tmp_path):
     def make(how="plain", **known):
-        known = {"size": len(BODY), "md5": MD5} | known
+        known = {"size": len(BODY), "checksum": MD5} | known
         return RemoteFile(f"{server.at}/{how}/x.tar.gz", tmp_path / "x.tar.gz", **known)
 
     return make
@@ -264,7 +264,7 @@ def test_another_range_than_the_one_requested_is_not_appended(want):
 
 
 def test_a_file_with_a_wrong_checksum_is_renamed(want, tmp_path):
-    assert "checksum" in refused(DataError, want(md5="0" * 32)).what
+    assert "checksum" in refused(DataError, want(checksum="0" * 32)).what
     assert sorted(os.listdir(tmp_path)) == ["x.tar.gz.bad", "x.tar.gz.part.json"]
     assert download(want()).read_bytes() == BODY  # and does not affect the next attempt
 

@@ -146,7 +146,7 @@ def test_a_missing_module_of_ours_is_a_bug_and_shows_where():
 
 
 @pytest.mark.parametrize("command, words", [
-    (["train.py", "--dataset", "synthetic", "--stop-after", "1"], "loading synthetic and torch"),
+    (["train.py", "--dataset", "synthetic", "--stop-after", "1"], "loading the data and torch"),
     (["predict.py", "README.md", "x.jpg"], "loading torch and README.md"),
 ])  # fmt: skip
 def test_a_command_says_what_it_does_before_torch_is_imported(command, words, tmp_path):
