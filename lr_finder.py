@@ -55,7 +55,9 @@ GROUPS = {"range test": FINDER} | {
 
 def build_parser() -> flags.Parser:
     description = "Find a learning rate for a run, with that run's own flags."
-    return flags.build_parser("lr_finder.py", description, EPILOG, GROUPS)
+    parser = flags.build_parser("lr_finder.py", description, EPILOG, GROUPS)
+    parser.elsewhere = {"train.py": set(map(flags.dashed, TRAIN_ONLY))}
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -75,6 +75,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **kwargs)
+        self.elsewhere: dict[str, set[str]] = {}  # more of `ELSEWHERE`
         self.add_argument("--version", action=_Version, help="Show the versions of this code and of torch.")
 
     @property
@@ -115,7 +116,7 @@ class Parser(argparse.ArgumentParser):
         hint = f"did you mean {OTHER_NAMES.get(near, near)}?" if near else ""
         if "--data-dir" in known and os.path.isdir(word):
             hint = f"did you mean --data-dir {word}?"
-        for command, theirs in ELSEWHERE.items():
+        for command, theirs in (ELSEWHERE | self.elsewhere).items():
             if word in theirs:
                 hint = f"{word} is a flag of {command}"
         self.error(f"unrecognized arguments: {' '.join(unknown)}", hint)

@@ -7,10 +7,11 @@
 #
 # Start it in the repository, with DATA, RUN and flags of train.py. DATA is a folder (ImageNet's two tar files with
 # the development kit, class folders, or a packed copy) or the name of a dataset. Without --config and --lr,
-# lr_finder.py gets the flags first and chooses the rate. SIZES=192,224 in the environment are the sizes to score
-# at, GPU_PRICE=2.5 is the price of a GPU hour. Ctrl-C stops it; so does kill -TERM -- -PID, its process group.
+# lr_finder.py gets the flags first and chooses the rate; it refuses those that only train.py has, such as --plot:
+# give --lr with them. SIZES=192,224 in the environment are the sizes to score at, GPU_PRICE=2.5 is the price of a
+# GPU hour. Ctrl-C stops it; so does kill -TERM -- -PID, its process group.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 data=${1%/} run=${2%/} tries=0 && shift 2
 [ -x .venv/bin/python ] || make setup
 python() { command .venv/bin/python "$@"; }

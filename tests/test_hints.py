@@ -49,6 +49,12 @@ def test_the_fix_names_what_was_meant(arguments, fix, monkeypatch):
     assert fix in refusal(*arguments.split()).fix
 
 
+def test_a_flag_of_train_py_alone_is_named_by_lr_finder():
+    with pytest.raises(UserError) as caught:
+        parser_of("lr_finder").given(["--plot"])
+    assert caught.value.fix == "--plot is a flag of train.py"
+
+
 def test_a_misspelt_step_key_or_name_is_found(tmp_path):
     assert "did you mean flip?" in refusal("--augment", "flp").what
     (tmp_path / "flags.yaml").write_text("weight_decai: 1")
