@@ -284,7 +284,8 @@ def test_closing_after_the_directory_is_gone_hides_no_other_error(tmp_path):
     (tmp_path / "run").mkdir()
     log = MetricLogger(tmp_path / "run", log_every=1, tensorboard=True)
     step(log.steps, {}, 1)
-    shutil.rmtree(tmp_path / "run")
+    while (tmp_path / "run").exists():  # TensorBoard's thread may be writing into it
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
     step(log.steps, {}, 2)
     log.close()
     for thread in threading.enumerate():
