@@ -32,11 +32,8 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     build_parser().parse_args(argv)
     found = published()
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        if (after := fill(before, found)) != before:
-            files.write(page, after)
-            print(f"{page.relative_to(ROOT)}: written")
+    for page in files.rewrite(PAGES, lambda text: fill(text, found)):
+        print(f"{page.relative_to(ROOT)}: written")
     return 0
 
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -82,6 +82,12 @@ def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:
     with replacing(path, parents=parents) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
+
+
+def rewrite(paths: Iterable[Path], change: Callable[[str], str]) -> list[Path]:
+    """Replace the text of each file by change(text); return the files that are different now."""
+    texts = {path: path.read_text(encoding="utf-8") for path in paths}
+    return [write(path, new) for path, text in texts.items() if (new := change(text)) != text]
 
 
 def write_json(path: str | os.PathLike, content: object, *, parents: bool = True) -> Path:

@@ -40,11 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{name}\n\n{filled(name, rows)}" for name in TABLES))
         return 0
     rows = load(result_directories())
-    for page in PAGES:
-        before = page.read_text(encoding="utf-8")
-        if (after := fill(before, rows)) != before:
-            files.write(page, after)
-            print(f"{page.relative_to(ROOT)}: written")
+    for page in files.rewrite(PAGES, lambda text: fill(text, rows)):
+        print(f"{page.relative_to(ROOT)}: written")
     return 0
 
 
