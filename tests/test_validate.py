@@ -313,6 +313,8 @@ def test_the_hits_of_each_image_add_up_to_the_scores(photo_run, tmp_path):
     for weights in ("raw", "ema"):
         plain = next(row for row in rows if row["weights"] == weights)  # 24 px, trained BatchNorm, no TTA
         assert 100 * hits[weights].mean() == pytest.approx(plain["top1"]) and len(hits[weights]) == 21
+        recalibrated = next(row for row in rows if (row["weights"], row["bn"]) == (weights, "recalibrated"))
+        assert 100 * hits[f"{weights} bn"].mean() == pytest.approx(recalibrated["top1"])
 
 
 def test_hits_are_one_bit_each_and_always_the_same_bytes(tmp_path):
