@@ -78,14 +78,19 @@ def main(argv: list[str] | None = None) -> int:
             schedule.step()
         print(f"epoch {epoch + 1}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
-    model.eval()
-    correct = 0
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        for images, labels in DataLoader(val, 256, num_workers=args.num_workers):
-            correct += (model(images).argmax(1) == labels).sum().item()
+    correct = score(model, DataLoader(val, 256, num_workers=args.num_workers), args.bf16)
     seconds = time.perf_counter() - started
     print(json.dumps({"val_top1": 100 * correct / len(val), "seconds": round(seconds, 1)}))
     return 0
+
+
+def score(model, batches, bf16: bool) -> int:
+    """Return how many images of `batches` the model gets right."""
+    import torch
+
+    model.eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        return sum((model(images).argmax(1) == labels).sum().item() for images, labels in batches)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,25 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import parity, records
+
+
+@pytest.mark.slow
+def test_parity_trains_both_loops_with_each_seed_and_ends_with_their_difference(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        for part, count in (("train", 14), ("test", 5)):
+            folder = tmp_path / "data" / part / f"class{k}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(25 * k, 25 * k + 25, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    arguments = ["--data-dir", str(tmp_path / "data"), "--epochs", "1", "--out", str(tmp_path / "out")]
+    assert parity.main([*arguments, "--seeds", "2"]) == 0
+    rows = records.load(tmp_path / "out", "parity")
+    assert [(row["seed"], row["loop"]) for row in rows] == [
+        (seed, loop) for seed in (0, 1) for loop in parity.LOOPS
+    ]
+    assert all(0 <= row["val_top1"] <= 100 and row["cpu_seconds"] > 0 for row in rows)
+    assert "2 pairs" in capsys.readouterr().out.splitlines()[-1]
