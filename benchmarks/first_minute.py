@@ -23,14 +23,15 @@ from base.progress import duration
 
 MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what each does
     "environment": 0.5,
-    "gpu-tests": 4,
+    "gpu-tests": 3,
     "step": 6,
     "syncs": 1,
     "large-batches": 2.5,
     "loader": 3,
+    "whole-run": 2,
     "cifar10": 3,
     "cifar100": 3,
-    "tiny-imagenet": 7,
+    "tiny-imagenet": 6,
 }
 HALF_HOUR = sum(MINUTES.values())
 UNFINISHED = ("stopped", "no time")  # as is to be expected of the last parts, except in a rehearsal

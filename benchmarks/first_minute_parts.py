@@ -6,8 +6,10 @@ Rows of the parts' own go to OUT/first_minute.jsonl; benchmarks.step and benchma
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 import runpy
+import statistics
 import subprocess
 import sys
 import time
@@ -145,6 +147,8 @@ def gpu_tests(s: Setting) -> None:
     report.unlink(missing_ok=True)
     options = ["-m", "gpu", "-v", "-rfE", "--tb=short", "--continue-on-collection-errors"]
     marked = [path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
+    if importlib.util.find_spec("xdist"):  # six at a time: most of a test is a CPU that starts or compiles
+        options += ["-n", 6, "-p", "no:benchmark"]
     code = run("-m", "pytest", *options, f"--junitxml={report}", *sorted(marked))
     if not report.is_file():
         raise SystemExit(code or 1)
@@ -204,6 +208,45 @@ def loader(s: Setting) -> None:
         options += ["--sizes", 16, "--stored-sides", 24]
     for workers in counts:
         must("-m", "benchmarks.loader", *words, "--workers", workers, *options)
+
+
+def whole_run(s: Setting) -> None:
+    """train.py from packed photographs: what loading, scoring and saving leave of the step's speed.
+
+    The photographs are linked several times, so this measures speed and nothing else.
+    """
+    from harness.log import read_steps
+
+    sizes, sides, images = (
+        ("16,24,32", "24,36,48", 60) if s.rehearse else ("64,128,224", "96,192,320", 25_600)
+    )
+    folders, packed, directory = (s.work / "whole-run" / name for name in ("folders", "packed", "run"))
+    link_often(unpacked(s, "photos") / "train", folders, images)
+    must("pack_dataset.py", "--data-dir", folders, "--out", packed, "--stored-sides", sides)
+    words = ["--data-dir", packed, "--epochs", 3, "--phase-epochs", "1,1,1", "--resize-schedule", sizes]
+    words += SMALL if s.rehearse else ["--num-workers", process.cores()]
+    must("train.py", *words, "--save-dir", directory, "--overwrite")
+    steps: dict[tuple[int, int], list[dict]] = {}
+    for row in read_steps(directory):
+        steps.setdefault((row["image_size"], row["batch_size"]), []).append(row)
+    for (size, batch_size), rows in steps.items():
+        middle = {
+            column: statistics.median(row[column] for row in rows[1:] or rows)  # the first waits for workers
+            for column in ("images_per_second", "data_wait_percent")
+        }
+        s.record("whole-run", f"{size} px", {"size": size, "batch_size": batch_size} | middle)
+
+
+def link_often(source: Path, target: Path, count: int) -> None:
+    """Link class folders into target/train until it has `count` images; into target/val, each image once."""
+    paths = sorted(source.glob("*/*"))
+    for k in range(max(count, len(paths))):
+        path = paths[k % len(paths)]
+        for split in ("train", "val")[: 1 + (k < len(paths))]:
+            link = target / split / path.parent.name / f"{k // len(paths)}-{path.name}"
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.is_symlink():
+                link.symlink_to(path)
 
 
 # --- reads that make the host wait ---------------------------------------------------------------------
@@ -359,6 +402,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "syncs": syncs,
     "large-batches": large_batches,
     "loader": loader,
+    "whole-run": whole_run,
     "cifar10": partial(cifar, name="cifar10"),
     "cifar100": partial(cifar, name="cifar100"),
     "tiny-imagenet": tiny_imagenet,

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from base import errors, files, flags
 from base.errors import DataError
+from base.phases import share_epochs
 from base.process import ROOT
 from benchmarks.targets import targets
 
@@ -22,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 UNMEASURED = "*Not measured yet*: `python -m benchmarks.{command} --out DIR`{where}."
+IMAGENET = 1_281_167  # training images
 Rows = list[dict]
 Table = list[list[object]]  # the header, then the lines
 Maker = Callable[[Rows], tuple[Table, Rows]]  # also returns the rows it used
@@ -161,6 +163,32 @@ def loader(rows: Rows) -> tuple[Table, Rows]:
     return [["px", "loader", *(f"{n} workers" for n in workers), "the step takes"], *lines], used
 
 
+def whole_run(rows: Rows) -> tuple[Table, Rows]:
+    """train.py as a whole beside the step alone, and what its rate means for the documents' 90 epochs."""
+    used = of_part(rows, "whole-run")
+    alone = {}
+    for row in rows:
+        if row["benchmark"] == "step" and (row["loop"], row["variant"]) == ("project", ""):
+            alone[row["size"], row["batch_size"]] = row["images_per_second"]
+    lines = []
+    for row, epochs in zip(used, share_epochs(90, None, len(used)), strict=True) if used else ():
+        size, batch_size, rate = (row[key] for key in ("size", "batch_size", "images_per_second"))
+        hours = epochs * IMAGENET / rate / 3600
+        lines.append(
+            [size, batch_size, rate, alone.get((size, batch_size)), row["data_wait_percent"], epochs, hours]
+        )
+    header = [
+        "px",
+        "batch",
+        "images/s",
+        "the step alone",
+        "waits for data, %",
+        "of 90 epochs",
+        "hours of ImageNet",
+    ]
+    return [header, *lines], used
+
+
 def loader_cpu(rows: Rows) -> tuple[Table, Rows]:
     """CPU microseconds of an image, with one worker, at each size."""
     used = [row for row in rows if row["benchmark"] == "loader" and row["workers"] == 1]
@@ -245,6 +273,7 @@ TABLES: dict[str, tuple[str, Maker]] = {  # name -> parts of first_minute that m
     "gpu-large-batches": ("large-batches", large_batches),
     "gpu-syncs": ("syncs", syncs),
     "gpu-loader": ("loader", loader),
+    "gpu-whole-run": ("whole-run", whole_run),
     "gpu-trainings": ("cifar10 cifar100 tiny-imagenet", trainings),
 }
 
