@@ -54,7 +54,9 @@ def incomplete_ranks() -> str:
 
 
 def commit() -> str:
-    """Return the git commit of this code, with a + if files have changed; outside a clone, $GIT_COMMIT."""
+    """Return the git commit of this code, with a + if files have changed; $GIT_COMMIT if that is set."""
+    if given := os.environ.get("GIT_COMMIT"):
+        return given
     import subprocess  # not needed behind --help
 
     git = ["git", "-C", str(ROOT)]
@@ -65,7 +67,7 @@ def commit() -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         head = changes = ""
-    return head + ("+" if changes else "") if head else os.environ.get("GIT_COMMIT", "")
+    return head + ("+" if changes else "")
 
 
 def versions() -> str:

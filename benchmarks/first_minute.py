@@ -28,10 +28,10 @@ MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what eac
     "syncs": 1,
     "large-batches": 2.5,
     "loader": 3,
-    "whole-run": 2,
+    "whole-run": 3,
     "cifar10": 3,
     "cifar100": 3,
-    "tiny-imagenet": 6,
+    "tiny-imagenet": 5,
 }
 HALF_HOUR = sum(MINUTES.values())
 UNFINISHED = ("stopped", "no time")  # as is to be expected of the last parts, except in a rehearsal

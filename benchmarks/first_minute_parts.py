@@ -147,8 +147,8 @@ def gpu_tests(s: Setting) -> None:
     report.unlink(missing_ok=True)
     options = ["-m", "gpu", "-v", "-rfE", "--tb=short", "--continue-on-collection-errors"]
     marked = [path for path in (ROOT / "tests").glob("test_*.py") if "mark.gpu" in path.read_text("utf-8")]
-    if importlib.util.find_spec("xdist"):  # six at a time: most of a test is a CPU that starts or compiles
-        options += ["-n", 6, "-p", "no:benchmark"]
+    if importlib.util.find_spec("xdist"):  # eight at a time: most of a test is a CPU that starts or compiles
+        options += ["-n", 8, "-p", "no:benchmark"]
     code = run("-m", "pytest", *options, f"--junitxml={report}", *sorted(marked))
     if not report.is_file():
         raise SystemExit(code or 1)
@@ -215,35 +215,48 @@ def whole_run(s: Setting) -> None:
 
     The photographs are linked several times, so this measures speed and nothing else.
     """
+    folders, packed = s.work / "whole-run" / "folders", s.work / "whole-run" / "packed"
+    classes, images = (3, 60) if s.rehearse else (1000, 25_600)
+    link_often(unpacked(s, "photos") / "train", folders, classes, images)
+    sides = "24,36,48" if s.rehearse else "96,192,320"
+    must("pack_dataset.py", "--data-dir", folders, "--out", packed, "--stored-sides", sides)
+    plan = ["--data-dir", packed, "--epochs", 3, "--phase-epochs", "1,1,1"]
+    workers = ["--num-workers", process.cores()]
+    if s.rehearse:
+        one_run(s, "defaults", [*plan, *SMALL, "--resize-schedule", "16,24,32", "--log-every", 2])
+        return
+    one_run(s, "defaults", [*plan, *workers])
+    overnight = ["--config", "overnight", "--warmup-epochs", 1, "--log-every", 3]
+    one_run(s, "recipe overnight", [*overnight, *plan, *workers], epochs=(30, 30, 30))
+    one_run(s, "defaults, --cuda-graphs", [*plan, *workers, "--cuda-graphs"])
+
+
+def one_run(s: Setting, name: str, words: list, epochs: tuple[int, ...] = (30, 20, 40)) -> None:
+    """Train with the flags `words`; record the speed of each phase.
+
+    epochs: of each phase when the recipe is trained whole, for an estimate of its hours
+    """
     from harness.log import read_steps
 
-    sizes, sides, images = (
-        ("16,24,32", "24,36,48", 60) if s.rehearse else ("64,128,224", "96,192,320", 25_600)
-    )
-    folders, packed, directory = (s.work / "whole-run" / name for name in ("folders", "packed", "run"))
-    link_often(unpacked(s, "photos") / "train", folders, images)
-    must("pack_dataset.py", "--data-dir", folders, "--out", packed, "--stored-sides", sides)
-    words = ["--data-dir", packed, "--epochs", 3, "--phase-epochs", "1,1,1", "--resize-schedule", sizes]
-    words += SMALL if s.rehearse else ["--num-workers", process.cores()]
+    directory = s.work / "whole-run" / name.replace(" ", "-")
     must("train.py", *words, "--save-dir", directory, "--overwrite")
     steps: dict[tuple[int, int], list[dict]] = {}
     for row in read_steps(directory):
         steps.setdefault((row["image_size"], row["batch_size"]), []).append(row)
-    for (size, batch_size), rows in steps.items():
-        middle = {
-            column: statistics.median(row[column] for row in rows[1:] or rows)  # the first waits for workers
-            for column in ("images_per_second", "data_wait_percent")
-        }
-        s.record("whole-run", f"{size} px", {"size": size, "batch_size": batch_size} | middle)
+    for ((size, batch_size), rows), count in zip(steps.items(), epochs, strict=True):
+        columns = {"run": name, "size": size, "batch_size": batch_size, "epochs_of_90": count}
+        for column in ("images_per_second", "data_wait_percent"):
+            columns[column] = statistics.median(row[column] for row in rows[1:])  # workers start in the first
+        s.record("whole-run", f"{name}, {size} px", columns)
 
 
-def link_often(source: Path, target: Path, count: int) -> None:
-    """Link class folders into target/train until it has `count` images; into target/val, each image once."""
+def link_often(source: Path, target: Path, classes: int, count: int) -> None:
+    """Link the images of `source` as `count` of target/train, and two of each class as target/val."""
     paths = sorted(source.glob("*/*"))
-    for k in range(max(count, len(paths))):
+    for k in range(count):
         path = paths[k % len(paths)]
-        for split in ("train", "val")[: 1 + (k < len(paths))]:
-            link = target / split / path.parent.name / f"{k // len(paths)}-{path.name}"
+        for split in ("train", "val")[: 1 + (k < 2 * classes)]:
+            link = target / split / f"class{k % classes:04}" / f"{k}-{path.name}"
             link.parent.mkdir(parents=True, exist_ok=True)
             if not link.is_symlink():
                 link.symlink_to(path)

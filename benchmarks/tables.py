@@ -10,12 +10,12 @@ from __future__ import annotations
 import re
 import statistics
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from base import errors, files, flags
 from base.errors import DataError
-from base.phases import share_epochs
 from base.process import ROOT
 from benchmarks.targets import targets
 
@@ -170,23 +170,18 @@ def whole_run(rows: Rows) -> tuple[Table, Rows]:
     for row in rows:
         if row["benchmark"] == "step" and (row["loop"], row["variant"]) == ("project", ""):
             alone[row["size"], row["batch_size"]] = row["images_per_second"]
-    lines = []
-    for row, epochs in zip(used, share_epochs(90, None, len(used)), strict=True) if used else ():
-        size, batch_size, rate = (row[key] for key in ("size", "batch_size", "images_per_second"))
-        hours = epochs * IMAGENET / rate / 3600
-        lines.append(
-            [size, batch_size, rate, alone.get((size, batch_size)), row["data_wait_percent"], epochs, hours]
+    lines, hours = [], Counter()
+    for row in used:
+        name, size, batch_size, rate = (
+            row[key] for key in ("run", "size", "batch_size", "images_per_second")
         )
-    header = [
-        "px",
-        "batch",
-        "images/s",
-        "the step alone",
-        "waits for data, %",
-        "of 90 epochs",
-        "hours of ImageNet",
-    ]
-    return [header, *lines], used
+        step_alone = alone.get((size, batch_size)) if name == "defaults" else None
+        took = row["epochs_of_90"] * IMAGENET / rate / 3600
+        hours[name] += took
+        cells = [size, batch_size, rate, step_alone, row["data_wait_percent"], row["epochs_of_90"], took]
+        lines.append([name, *cells, hours[name]])
+    header = ["run", "px", "batch", "images/s", "the step alone", "waits for data, %", "of 90 epochs"]
+    return [[*header, "hours of ImageNet", "hours until then"], *lines], used
 
 
 def loader_cpu(rows: Rows) -> tuple[Table, Rows]:

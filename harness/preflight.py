@@ -21,7 +21,7 @@ from base.process import say
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
 from models import train_mode
-from train_utils import Phase, StepOptions, evaluate, phase_of
+from train_utils import Phase, StepOptions, evaluate, phase_of, smallest_piece
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
 
@@ -104,7 +104,10 @@ def check_step_memory(run: Run) -> None:
     if fitting:
         sizes = [fitting * ranks * accumulate if p is phase else p.batch_size for p in run.phases]
         pieces = math.ceil(phase.batch_size / ranks / fitting)
-        fix = f"{fitting} fit: use --accumulate {pieces}, or --phase-batch-sizes {','.join(map(str, sizes))}"
+        ways = [f"--phase-batch-sizes {','.join(map(str, sizes))}"]
+        if all(smallest_piece(p.batch_size // ranks, pieces) > 1 for p in run.phases):  # BatchNorm needs two
+            ways.insert(0, f"--accumulate {pieces}")
+        fix = f"{fitting} fit: use {', or '.join(ways)}"
     raise ResourceError(
         f"out of memory in phase {run.phases.index(phase) + 1}: {phase.image_size} px, batch size "
         f"{phase.batch_size}, {images} images at once ({memory_words(run.runtime.device)})",

@@ -19,7 +19,8 @@ def a_model(seed=0, dtype=torch.float64):
 def train_a_little(model):
     """One forward in train mode and random moves: parameters, statistics and counter all change."""
     model.train()
-    model(torch.randn(2, 3, 4, 4, dtype=next(model.parameters()).dtype))
+    like = next(model.parameters())
+    model(torch.randn(2, 3, 4, 4, dtype=like.dtype, device=like.device))
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p))

@@ -273,7 +273,7 @@ def test_deterministic_runs_and_resumed_ones_share_their_bits(tmp_path, amp):
 
 
 def test_a_later_phase_that_does_not_fit_is_found_at_the_start(tmp_path):
-    sizes = ["--resize-schedule", "16,512", "--phase-batch-sizes", "8,32", "--epochs", "2", "--amp", "off"]
+    sizes = ["--resize-schedule", "16,512", "--phase-batch-sizes", "32,32", "--epochs", "2", "--amp", "off"]
     run = tiny_run(tmp_path, *GPU, *sizes)
     before = tensors(run.state)
     with (
@@ -281,7 +281,7 @@ def test_a_later_phase_that_does_not_fit_is_found_at_the_start(tmp_path):
         pytest.raises(ResourceError, match=r"phase 2: 512 px, batch size 32.*MiB free") as caught,
     ):
         preflight.check_resources(run)
-    assert "--accumulate" in caught.value.fix and "--phase-batch-sizes 8," in caught.value.fix
+    assert "--accumulate" in caught.value.fix and "--phase-batch-sizes 32," in caught.value.fix
     pieces = int(caught.value.fix.split("--accumulate ")[1].split(",")[0])
     fitting = tiny_run(tmp_path, *GPU, *sizes, "--accumulate", str(pieces))
     with memory_limited_to(400):
