@@ -57,7 +57,7 @@ def loaders(data: Data, setting: Setting) -> dict[str, Callable[[], Iterable]]:
     if setting.augmentation == "evaluation":  # packed data store these crops; raw sides are for training
         return {name: start for name, start in found.items() if name != "packed, raw"}
     if setting.augmentation == "full":
-        found["packed, Albumentations"] = lambda: ours(data.indices["packed"], setting, f"rrc,{PIPELINE}")
+        found["packed, Albumentations"] = lambda: albumentations(data.indices["packed"], setting)
     found["torchvision, PIL"] = lambda: torchvision_pil(data.folder, setting)
     found["torchvision, decode_jpeg"] = lambda: torchvision_v2(data.folder, setting)
     if setting.augmentation == "basic":  # timm and FFCV have no affine, for instance
@@ -84,6 +84,13 @@ def ours(index: DatasetIndex, setting: Setting, augment: str = "") -> Iterable:
         index = replace(index, train=repeated(index.train, setting.images))
         loader = train_loader(index, augment=flags.parse_augment(augment or setting.augmentation), **options)
     return in_workers(loader.dataset, loader.order, setting, batch_size=None)
+
+
+def albumentations(index: DatasetIndex, setting: Setting) -> Iterable:
+    """Start this project's loader with the documents' pipeline as an Albumentations file."""
+    import albumentations  # noqa: F401 - if it is missing, say so here: the workers could not
+
+    return ours(index, setting, f"rrc,{PIPELINE}")
 
 
 def repeated(split, count: int) -> SubsetSplit:

@@ -132,7 +132,8 @@ def step(rows: Rows) -> tuple[Table, Rows]:
     used = [row | {"name": row["variant"] or row["loop"]} for row in used]
     used.sort(key=lambda row: row["size"])  # stable: the loops stay in their order
     counted = {"kernels": "kernels", "GPU busy %": "busy_percent", "waits": "waits"}
-    return columns(used, STEP | {"ms": "milliseconds"} | COMPARED | counted)
+    eager = {"x eager's speed": "times_faster_than_default"}
+    return columns(used, STEP | {"ms": "milliseconds"} | COMPARED | eager | counted)
 
 
 def large_batches(rows: Rows) -> tuple[Table, Rows]:
@@ -181,7 +182,7 @@ def whole_run(rows: Rows) -> tuple[Table, Rows]:
         cells = [size, batch_size, rate, step_alone, row["data_wait_percent"], row["epochs_of_90"], took]
         lines.append([name, *cells, hours[name]])
     header = ["run", "px", "batch", "images/s", "the step alone", "waits for data, %", "of 90 epochs"]
-    return [[*header, "hours of ImageNet", "hours until then"], *lines], used
+    return [[*header, "hours of ImageNet", "hours so far"], *lines], used
 
 
 def loader_cpu(rows: Rows) -> tuple[Table, Rows]:

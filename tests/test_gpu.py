@@ -1,5 +1,6 @@
 """What only a GPU can show: `make test-gpu`. Skipped without one."""
 
+import gc
 import math
 from contextlib import contextmanager
 
@@ -68,8 +69,11 @@ def no_waiting():
 
 @contextmanager
 def memory_limited_to(mib: float):
+    """Let this process take `mib` more than it has: earlier tests may have left something."""
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(mib * 2**20 / torch.cuda.mem_get_info()[1])
+    limit = torch.cuda.memory_reserved() + mib * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.mem_get_info()[1])
     try:
         yield
     finally:
