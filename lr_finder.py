@@ -45,11 +45,12 @@ FINDER = (
     flags.Flag("out", "files", "Output directory; by default --save-dir.", str, "", "DIR"),
 )
 # fmt: on
-TRAIN_ONLY = {flag.name for flag in (*flags.SAVING, *flags.SCORING, *flags.LOGGING, *flags.COMMAND)}
-SHARED = flags.train_groups(leave_out=TRAIN_ONLY - {"save_dir", "config", "debug"})
+# Flags that matter to the training only: they are taken into its command, so that a run's flags fit both.
+PASSED_ON = {flag.name for flag in (*flags.SCORING, *flags.LOGGING)} | {"save_every"}
+TRAIN_ONLY = {"resume", "allow_change", "overwrite", "stop_after", "summary", "dry_run"}
 GROUPS = {"range test": FINDER} | {
-    title: [flags.hidden(flag) if flag.name == "lr" else flag for flag in group]
-    for title, group in SHARED.items()
+    title: [flags.hidden(flag) if flag.name in PASSED_ON | {"lr"} else flag for flag in group]
+    for title, group in flags.train_groups(leave_out=TRAIN_ONLY).items()
 }
 
 
@@ -68,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     if "lr" in given.by_hand:  # a recipe may bring it
         raise UsageError("--lr would do nothing: this command looks for it", "leave --lr out")
     notes = flags.refuse_idle(FINDER, config, given) + flags.check_train(config, given)
+    if later := [flags.dashed(name) for name in sorted(PASSED_ON & given.by_hand)]:
+        notes.append(f"{', '.join(later)}: left to the training")
     if process.world_size() > 1:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import layouts
@@ -133,6 +136,9 @@ def make_directory(out: Path) -> Path:
 def trial_flags(config, phase) -> dict:
     """Return the flags of train.py for a short run of `phase` alone, without those left at their defaults."""
     values = {name: getattr(config, name) for name in flags.defaults()}
+    values |= {
+        name: flags.BY_NAME[name].default for name in PASSED_ON - {"eval_size", "eval_crop", "eval_flip"}
+    }
     values |= {
         "epochs": config.trial_epochs,
         "resize_schedule": (phase.image_size,),

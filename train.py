@@ -70,7 +70,8 @@ def check(config, typed: flags.Given):
     if saved:
         index, fitted = rundir.as_trained(index, saved), ""
     else:
-        index = pretrained.prepare(index, **flags.weights_args(config))
+        if not config.summary:
+            index = pretrained.prepare(index, **flags.weights_args(config))
         config, fitted = flags.fit(config, typed, len(index.train))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes, fitted):

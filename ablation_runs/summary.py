@@ -252,11 +252,11 @@ def run_notes(study: Study, runs: list[Result]) -> list[str]:
         notes.append(HELD_OUT.format(held=f"{held:,}", scored=scored))
     if env := next((run.env for run in runs if run.env), None):
         loads = [load for run in runs for load in run.record.get("load", ())]
-        precisions = {run.env["precision"] for run in runs if run.env.get("precision")}
+        precisions = " and ".join(sorted({run.env.get("precision") or "?" for run in runs if run.env}))
         busy = f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
         notes.append(
             f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} torch threads, "
-            f"{' and '.join(sorted(precisions))}, torch {env.get('torch')}, commit {env.get('commit') or '?'}{busy}."
+            f"{precisions}, torch {env.get('torch')}, commit {env.get('commit') or '?'}{busy}."
         )
     found = [path for run in runs if run.directory for path in sorted(run.directory.glob("best_*.pt"))]
     best = found[0] if found else "CHECKPOINT"

@@ -15,6 +15,7 @@ from base.errors import run as run_command
 from base.process import ROOT
 
 POLL = 1  # seconds between two looks at a run that is watched
+QUIET = 60  # seconds without a new epoch after which to see whether it still trains
 EPILOG = """examples:
   python -m analysis.report checkpoints/                        write checkpoints/report.html
   python -m analysis.report runs/a runs/b --out compared.html   side by side, with the flags that differ
@@ -64,13 +65,16 @@ def main(argv: list[str] | None = None) -> int:
     run_dirs = [path for path in paths if path not in studies]
     out = Path(args.out or paths[0] / "report.html")
 
-    def write() -> bool:
-        """Write the page; return whether all runs are complete."""
+    def write(final: bool = not args.watch) -> bool:
+        """Write the page; return whether all runs are complete.
+
+        final: no page of the same runs will follow
+        """
         found = runs.read_runs(run_dirs)
         drawn = found if args.pictures and not args.watch else []
         notes = {run.name: make_missing(run, args.data_dir, args.device) for run in drawn}
         complete = all(run.complete for run in found)
-        reload = args.watch and not complete
+        reload = not (final or complete)
         print(files.write(out, chapters.document(found, studies, notes, reload)), flush=True)
         return complete
 
@@ -81,9 +85,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def watch(run_dirs: list[Path], write: Callable[[], bool]) -> None:
-    """Call `write` now and after every epoch of a run, until it returns True."""
-    seen: list = []
+def watch(run_dirs: list[Path], write: Callable[..., bool]) -> None:
+    """Call `write` now and after every epoch of a run, until it returns True or no run trains any more."""
+    from harness import rundir
+
+    seen, since = [], time.monotonic()
     while True:
         # Of a file that is being replaced, the next look sees more.
         now = [
@@ -91,12 +97,18 @@ def watch(run_dirs: list[Path], write: Callable[[], bool]) -> None:
             for folder in run_dirs
         ]
         if now != seen:
-            seen = now
+            seen, since = now, time.monotonic()
             try:
                 if write():
                     return
             except DataError as error:
                 tell(f"waiting: {error.what}")
+        elif time.monotonic() - since > QUIET:
+            since = time.monotonic()
+            if not any(map(rundir.in_use, run_dirs)):
+                write(final=True)
+                tell("nothing trains there any more; after train.py --resume auto, watch again")
+                return
         time.sleep(POLL)
 
 

@@ -465,6 +465,17 @@ def explain_removal(directory: Path) -> Iterator[None]:
         raise ResourceError(what, "restore it and use --resume auto, or start again") from error
 
 
+def in_use(directory: Path) -> bool:
+    """Return whether a process may be training in the directory; always, on a filesystem without locks."""
+    try:
+        lock = _lock(directory)
+    except (UsageError, OSError):
+        return True
+    free = lock.is_locked
+    lock.release()
+    return not free
+
+
 def _lock(directory: Path) -> FileLock:
     """Take the directory's lock, which the kernel releases however the process ends."""
     from filelock import FileLock, Timeout

@@ -51,8 +51,8 @@ def test_the_fix_names_what_was_meant(arguments, fix, monkeypatch):
 
 def test_a_flag_of_train_py_alone_is_named_by_lr_finder():
     with pytest.raises(UserError) as caught:
-        parser_of("lr_finder").given(["--plot"])
-    assert caught.value.fix == "--plot is a flag of train.py"
+        parser_of("lr_finder").given(["--dry-run"])
+    assert caught.value.fix == "--dry-run is a flag of train.py"
 
 
 def test_a_misspelt_step_key_or_name_is_found(tmp_path):

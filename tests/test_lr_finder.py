@@ -233,7 +233,7 @@ def test_noise_around_a_tiny_loss_is_not_divergence():
 def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     arguments = [
         *(*DIGITS, "--stem", "small", "--augment", "none", "--mixup-alpha", "0", "--cutmix-alpha", "0"),
-        *("--lr-scale", "sqrt", "--save-dir", str(tmp_path / "a run")),
+        *("--lr-scale", "sqrt", "--save-dir", str(tmp_path / "a run"), "--plot", "--log-every", "5"),
     ]
     more = ["--phase", "3", "--num-iter", "80", "--out", str(tmp_path / "out")]
     assert lr_finder.main([*arguments, *more]) == 0
@@ -244,6 +244,7 @@ def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     assert (tmp_path / "out" / "lr_finder.png").stat().st_size > 10_000
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # --save-dir is not touched
     printed = capsys.readouterr().out
+    assert "--log-every, --plot: left to the training" in printed
     assert found["commands"].keys() == {"steepest", "minimum / 10", "valley"}
     for name, line in found["commands"].items():
         words = shlex.split(line)
@@ -259,6 +260,7 @@ def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(lr_range_test, "subprocess", here)
     arguments = ["--mode", "accuracy", "--trials", "2", "--trial-epochs", "1", "--start-lr", "1e-3"]
     arguments += ["--end-lr", "1e-2", "--phase", "2", "--phase-mix", "on,off,on", "--out", str(tmp_path)]
+    arguments += ["--eval-every", "5", "--tensorboard"]  # the trials must score all the same, and log nothing
     assert lr_finder.main([*DIGITS, *arguments]) == 0
     found = json.loads((tmp_path / "lr_finder.json").read_text())
     assert found["lrs"] == pytest.approx([1e-3, 1e-2]) and found["suggestion"] in found["lrs"]

@@ -13,6 +13,7 @@ import pytest
 from analysis import figures, learning_curves, markdown, page, report, runs
 from base import flags
 from base.errors import DataError, ResourceError, UsageError
+from harness import rundir
 
 EVIL = """<script>alert('x')</script>"><img src=http://evil.example/x onerror=alert(1)>&amp;"""
 VOID = {"meta", "img", "br", "input"}
@@ -292,6 +293,23 @@ def test_watch_writes_the_page_after_each_epoch_and_ends_with_the_last(
     assert 'http-equiv="refresh"' not in out.read_text()  # complete: four of four epochs
     printed = capsys.readouterr()
     assert printed.out == f"{out}\n" * 4 and "no epoch yet" in printed.err
+
+
+def test_watch_ends_when_the_run_was_stopped(run_dir, tmp_path, monkeypatch, capsys):
+    metrics, out, looks = run_dir / "metrics.jsonl", tmp_path / "page.html", []
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:2]))
+    lock = rundir._lock(run_dir)  # as train.py holds it
+
+    def next_look(_seconds: float) -> None:
+        looks.append('http-equiv="refresh"' in out.read_text())
+        if len(looks) == 3:
+            lock.release()  # as when train.py ends, however it does
+
+    monkeypatch.setattr(report, "QUIET", -1)
+    monkeypatch.setattr(report.time, "sleep", next_look)
+    assert report.main([str(run_dir), "--watch", "--out", str(out)]) == 0
+    assert looks == [True] * 3 and 'http-equiv="refresh"' not in out.read_text()
+    assert "--resume auto" in capsys.readouterr().err
 
 
 def test_numbers_with_an_error_or_an_interval_are_not_broken(tmp_path):
