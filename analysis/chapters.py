@@ -88,18 +88,18 @@ def summary(run: RunFiles) -> Markup:
     values: dict[str, object] = {}
     if best:
         weights = "EMA" if run.score.startswith("ema") else "raw"
-        values["best top-1"] = f"{run.best_top1:.2f} %"
-        values["at epoch"] = f"{best['epoch']} ({weights} weights)"
+        values[f"best top-1, {weights} weights"] = f"{run.best_top1:.2f} %"
+        values["at epoch"] = best["epoch"]
         top5 = best.get(run.score.replace("top1", "top5"))
         if top5 is not None:
             values["its top-5"] = f"{top5:.2f} %"
     if last.get("train_top1") is not None and last.get("val_top1") is not None:
         gap = last["train_top1"] - last["val_top1"]
-        values["training - validation, last epoch"] = f"{gap:+.1f} points of top-1"
+        values["training - validation, points"] = f"{gap:+.1f}"
     values["epochs"] = f"{len(run.rows)} of {config.get('epochs', '?')}"
     values["time"] = duration(3600 * run.hours)
     if last.get("images_per_second"):
-        values["training speed, last epoch"] = f"{last['images_per_second']:,.0f} images/s"
+        values["images/s, last epoch"] = f"{last['images_per_second']:,.0f}"
     described = config | {key: run.env[key] for key in ("dataset",) if key in run.env}  # not the flag's
     for key, name in (("arch", "architecture"), ("dataset", "dataset")):
         if key in described:

@@ -95,7 +95,7 @@ def test_the_report_of_one_run_holds_what_is_known_about_it(run_dir, tmp_path):
     words = " ".join(" ".join(reader.text).split())
     for expected in (
         "44.25 %",
-        "3 (EMA weights)",
+        "best top-1, EMA weights",
         "2h00m",
         "32 px → 48 px",
         "resnet18",
