@@ -192,7 +192,8 @@ OPTIMIZATION = (
          idle=lambda c: not c.clip_norm and "--clip-norm 0 clips nothing"),
 )
 REGULARIZATION = (
-    Flag("loss", "trace", "Cross-entropy, or binary cross-entropy summed over the classes.", ("ce", "bce"), "ce", "NAME"),
+    Flag("loss", "trace", "Cross-entropy, or binary cross-entropy summed over the classes.", ("ce", "bce"),
+         "ce", "NAME"),
     Flag("bce_threshold", "trace", "With --loss bce: mixed targets above F become 1, and others 0.",
          fraction, None, "F", idle=idle.no_threshold),
     Flag("class_weights", "trace", "Weight of each class in --loss ce: balanced is inversely proportional to "
