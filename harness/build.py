@@ -46,8 +46,8 @@ def open_runtime(config) -> Runtime:
         what = f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}"
         raise UsageError(what, "use --no-cuda-graphs")
     # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
-    # whose output is a 1x1 map (26 of 40 gradients were not finite; none with 2x2). The last stage of a
-    # ResNet has such maps up to 16 px.
+    # on a 1x1 map (26 of 40 gradients were not finite; none on a 2x2 map). The last stage of a ResNet gets
+    # such a map up to 16 px; with --stem small, up to 4 px.
     if runtime.device.type == "cpu" and runtime.amp_dtype and min(config.resize_schedule) <= 16:
         if config.amp != "auto":
             what = "--amp bf16 computes wrong gradients on a CPU at 16 px and below"
@@ -181,7 +181,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
         peak_lr=config.lr,
         total_steps=sum(p.steps for p in phases),
         phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
-        warmup_steps=round(warmup * phases[0].steps_per_epoch),
+        warmup_steps=steps_of(warmup, phases),
         cycles=config.cycles,
         patience=config.plateau_patience,
     )
@@ -216,6 +216,12 @@ def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase,
         "total_steps": sum(p.steps for p in phases),
         "eval": checkpoint.eval_settings(index, size, crop, config.eval_flip),
     }
+
+
+def steps_of(epochs: float, phases: tuple[Phase, ...]) -> int:
+    """Return the number of steps in the first `epochs` epochs, which may end within one."""
+    parts = (min(max(epochs - (p.first_epoch - 1), 0), p.epochs) for p in phases)  # epochs of each phase
+    return round(sum(p.steps_per_epoch * part for p, part in zip(phases, parts, strict=True)))
 
 
 def lr_factor(scale: str, phase: Phase, first: Phase) -> float:

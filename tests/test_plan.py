@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inprocess import config_of
+from inprocess import config_of, tiny_run
 from torch import nn
 
 import optim
@@ -202,3 +202,9 @@ def test_synchronised_norms_count_the_images_of_all_ranks():
     assert build.make_plan(SimpleNamespace(**values), INDEX, 2)
     with pytest.raises(UsageError, match="on each of 2 ranks"):
         build.make_plan(SimpleNamespace(**values | {"sync_bn": False}), INDEX, 2)
+
+
+def test_a_warm_up_counts_the_steps_of_the_epochs_that_it_lasts(tmp_path):
+    plan = ["--phase-batch-sizes", "4,8,8", "--phase-epochs", "1,1,1"]  # 10, 5 and 5 steps
+    run = tiny_run(tmp_path, *plan, "--schedule", "cosine", "--warmup-epochs", "1.6")
+    assert run.state.schedule.warmup_steps == 10 + 3
