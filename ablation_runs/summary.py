@@ -131,7 +131,8 @@ def conclusion(study: Study, runs: list[Result]) -> str:
         sentences.append("Undecided: no flag of the grid matters beyond the noise.")
     for f in results.false_verdicts(runs, study):
         share = 100 * (f.better + f.worse) / f.times
-        sentences.append(f"Of {f.times} random pairings of {f.pairs} pairs, {share:.1f} % were decided wrongly.")
+        pairings = f"Of {f.times} random pairings of {f.pairs} pairs"
+        sentences.append(f"{pairings}, {share:.1f} % were decided wrongly.")
     if broken := sorted({f"{run.variant} ({run.status})" for run in runs if run.status != "done"}):
         sentences.append(f"Not every run finished: {listed(broken)}.")
     if power := results.power(runs, study):
