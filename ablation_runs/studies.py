@@ -12,7 +12,7 @@ UNREGULARIZED = {"mixup_alpha": 0, "cutmix_alpha": 0, "label_smoothing": 0, "dro
 TINY_IMAGENET = {"dataset": "tiny-imagenet", "arch": "resnet50", "epochs": 30, "batch_size": 256}
 TINY_IMAGENET |= {"resize_schedule": [64], "lr": 1e-3}
 
-# CPU presets: one to two minutes a run on two cores. Where the question is not about another network, it is
+# CPU presets: a few minutes a run on two cores. Where the question is not about another network, it is
 # answered with a ResNet-18 of an eighth of the width, 0.2 million parameters. Choices are made on images held
 # out of training; the official validation images are scored once, at the end.
 SMALL = {"arch": "resnet18", "width": 8, "stem": "small", "batch_size": 128}
