@@ -47,7 +47,7 @@ def open_runtime(config) -> Runtime:
         raise UsageError(what, "use --no-cuda-graphs")
     # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
     # on a 1x1 map (26 of 40 gradients were not finite; none on a 2x2 map). The last stage of a ResNet gets
-    # such a map up to 16 px; with --stem small, up to 4 px.
+    # such a map up to 16 px (with --stem small only up to 4 px, but no stem is let through here).
     if runtime.device.type == "cpu" and runtime.amp_dtype and min(config.resize_schedule) <= 16:
         if config.amp != "auto":
             what = "--amp bf16 computes wrong gradients on a CPU at 16 px and below"
