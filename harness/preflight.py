@@ -17,6 +17,7 @@ from torch import Tensor
 
 from base.device import MIB, memory_for, memory_words
 from base.errors import ResourceError, is_out_of_memory
+from base.phases import phase_batches
 from base.process import say
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
@@ -102,8 +103,8 @@ def check_step_memory(run: Run) -> None:
         return
     fix = "not even one image fits: free the device, or use smaller sizes in --resize-schedule"
     if fitting:
-        sizes = [fitting * ranks * accumulate if p is phase else p.batch_size for p in run.phases]
         pieces = math.ceil(phase.batch_size / ranks / fitting)
+        sizes = batches_with(run, phase, fitting * ranks * accumulate)
         ways = [f"--phase-batch-sizes {','.join(map(str, sizes))}"]
         if all(smallest_piece(p.batch_size // ranks, pieces) > 1 for p in run.phases):  # BatchNorm needs two
             ways.insert(0, f"--accumulate {pieces}")
@@ -113,6 +114,18 @@ def check_step_memory(run: Run) -> None:
         f"{phase.batch_size}, {images} images at once ({memory_words(run.runtime.device)})",
         fix,
     )
+
+
+def batches_with(run: Run, phase: Phase, batch_size: int) -> list[int]:
+    """Return --phase-batch-sizes with `batch_size` in place of that of `phase`.
+
+    From the flags: of the sizes in --resize-schedule, one may be two phases (--freeze-epochs) or none.
+    """
+    config = run.metadata["config"]
+    sizes = config["resize_schedule"]
+    batches = config["phase_batch_sizes"] or phase_batches(config["batch_size"], len(sizes))
+    short = (phase.image_size, phase.batch_size)
+    return [batch_size if each == short else each[1] for each in zip(sizes, batches, strict=True)]
 
 
 def check_eval_memory(run: Run) -> None:
@@ -213,6 +226,7 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
         step = min(run.state.step, sum(p.steps for p in run.phases) - 1)
         phase = next(p for p in run.phases if step < p.first_step + p.steps)
         what = f"step {run.state.step:,}: {phase.image_size} px, batch size {phase.batch_size}"
-        options = "free the device and use --resume auto, or add --accumulate 2 --allow-change accumulate"
-        with memory_for(what, f"the last checkpoint is intact: {options}", run.runtime.device):
+        pieces = f"--accumulate {2 * run.options.accumulate} --allow-change accumulate"
+        fix = f"the last checkpoint is intact: free the device and use --resume auto, or add {pieces}"
+        with memory_for(what, fix, run.runtime.device):
             raise

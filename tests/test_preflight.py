@@ -153,6 +153,20 @@ def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):
     assert "--accumulate 4" in caught.value.fix and "--phase-batch-sizes 8,8,2" in caught.value.fix
 
 
+@pytest.mark.parametrize("plan, sizes", [
+    # One size that is two phases, and three sizes of which one gets no epoch.
+    ("--resize-schedule 24 --phase-batch-sizes 8 --init-from x.pt --freeze-epochs 1", "2"),
+    ("--epochs 2 --phase-epochs 1,1,2", "8,8,2"),
+])  # fmt: skip
+def test_the_batch_sizes_that_fit_have_an_entry_for_each_size(tmp_path, plan, sizes, monkeypatch):
+    run = tiny_run(tmp_path, *plan.split())
+    assert len(run.phases) == 2
+    monkeypatch.setattr(preflight, "try_step", lambda run, options, phase, images, forward: grab(images, 3))
+    with pytest.raises(ResourceError) as caught:
+        preflight.check_step_memory(run)
+    assert caught.value.fix.endswith(f"--phase-batch-sizes {sizes}")
+
+
 def test_memory_that_runs_out_during_training_is_a_resource_error(run):
     run.state.step = run.phases[1].first_step
     with (
@@ -160,6 +174,10 @@ def test_memory_that_runs_out_during_training_is_a_resource_error(run):
         preflight.explain_out_of_memory(run),
     ):
         grab(1, 0)
-    assert "--resume auto" in caught.value.fix
+    assert "--resume auto" in caught.value.fix and "--accumulate 2 " in caught.value.fix
+    run.options.accumulate = 4
+    with pytest.raises(ResourceError) as caught, preflight.explain_out_of_memory(run):
+        grab(1, 0)
+    assert "--accumulate 8 " in caught.value.fix
     with pytest.raises(RuntimeError, match="other"), preflight.explain_out_of_memory(run):
         raise RuntimeError("other")
