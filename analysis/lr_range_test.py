@@ -46,7 +46,7 @@ def measure(run: Run, phase: Phase, low: float, high: float, num_iter: int, min_
     """
     batches, options = start_phase(run, phase)
     what = f"{phase.image_size} px, batch {phase.batch_size}"
-    memory = memory_for(what, "split the batch: --accumulate 2", run.runtime.device)
+    memory = memory_for(what, f"split the batch: --accumulate {2 * options.accumulate}", run.runtime.device)
     with memory, Progress(num_iter, f"lr {low:.0e} to {high:.0e} at {what}", unit="steps") as bar:
         lrs, losses, ended = range_test(run.state, options, batches, low, high, num_iter, bar.update)
     if len(losses) < min_steps:
