@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from base import errors, flags
@@ -89,7 +90,6 @@ def start(command: list[str]) -> str:
 def summary(rows: list[dict]) -> list[str]:
     """Return lines with the paired difference of the two loops and its 95 % t interval."""
     import numpy as np
-    from scipy import stats
 
     scores = {loop: {row["seed"]: row["val_top1"] for row in rows if row["loop"] == loop} for loop in LOOPS}
     seeds = sorted(scores[LOOPS[0]].keys() & scores[LOOPS[1]].keys())
@@ -99,11 +99,16 @@ def summary(rows: list[dict]) -> list[str]:
         for loop, s in zip(LOOPS, (own, plain), strict=True)
     ]
     if len(seeds) > 1:
-        low, high = stats.ttest_rel(own, plain).confidence_interval()
-        lines.append(
-            f"difference: {np.mean(own - plain):+.2f} [{low:+.2f}, {high:+.2f}] points, {len(seeds)} pairs"
-        )
+        lines.append(f"difference: {difference(own, plain)} points, {len(seeds)} pairs")
     return lines
+
+
+def difference(own: Sequence[float], plain: Sequence[float]) -> str:
+    """Return the mean difference of paired scores and its 95 % t interval: "+0.25 [-0.10, +0.60]"."""
+    from scipy import stats
+
+    low, high = stats.ttest_rel(own, plain).confidence_interval()
+    return f"{sum(own) / len(own) - sum(plain) / len(plain):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 if __name__ == "__main__":

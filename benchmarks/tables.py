@@ -220,23 +220,19 @@ def trainings(rows: Rows) -> tuple[Table, Rows]:
 
 def parity(rows: Rows) -> tuple[Table, Rows]:
     """The project against a plain loop, paired by seed, and the difference."""
+    from benchmarks.parity import LOOPS, difference
+
+    header = ["loop", "seeds", "top-1 %", "median CPU seconds"]
     used = [row for row in rows if row["benchmark"] == "parity"]
-    scores = {(row["loop"], row["seed"]): row for row in used}
-    seeds = sorted(
-        {
-            row["seed"]
-            for row in used
-            if {("project", row["seed"]), ("plain loop", row["seed"])} <= scores.keys()
-        }
-    )
-    lines = []
-    for loop in ("project", "plain loop"):
-        own = [scores[loop, seed] for seed in seeds]
-        tops = [row["val_top1"] for row in own]
-        if len(seeds) > 1:
-            spread = f"{statistics.mean(tops):.2f} ± {statistics.stdev(tops):.2f}"
-            lines.append([loop, len(seeds), spread, statistics.median(row["cpu_seconds"] for row in own)])
-    return [["loop", "seeds", "top-1 %", "median CPU seconds"], *lines], used
+    by_seed = [{row["seed"]: row for row in used if row["loop"] == loop} for loop in LOOPS]
+    seeds = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if len(seeds) < 2:
+        return [header], used
+    lines, tops = [], [[found[seed]["val_top1"] for seed in seeds] for found in by_seed]
+    for loop, found, top1 in zip(LOOPS, by_seed, tops, strict=True):
+        spread = f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}"
+        lines.append([loop, len(seeds), spread, statistics.median(found[k]["cpu_seconds"] for k in seeds)])
+    return [header, *lines, ["difference, 95 % interval", len(seeds), difference(*tops), None]], used
 
 
 def headline(rows: Rows) -> tuple[Table, Rows]:

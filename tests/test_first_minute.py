@@ -323,8 +323,9 @@ def test_every_table_can_be_filled():
         first | epoch | {"row": "d", "epoch": 1, "run": "other"},
         step_row(), step_row(variant="compile", images_per_second=12000.0), step_row(batch_size=1024),
         *(loaded | {"row": f"w{n}", "workers": n, "images_per_second": 5000.0 * n} for n in (1, 16)),
-        *({"benchmark": "parity", "row": f"{loop}{seed}", "loop": loop, "seed": seed, "val_top1": 60.0 + seed}
-          | {"cpu_seconds": 99.0} | GPU for loop in ("project", "plain loop") for seed in (1, 2)),
+        *({"benchmark": "parity", "row": f"{loop}{seed}", "loop": loop, "seed": seed, "val_top1": top1}
+          | {"cpu_seconds": 99.0} | GPU for loop, seed, top1 in
+          (("project", 1, 61.0), ("project", 2, 62.0), ("plain loop", 1, 60.5), ("plain loop", 2, 62.0))),
         {"benchmark": "parity", "row": "alone", "loop": "project", "seed": 3, "val_top1": 9.0} | GPU,
         {"benchmark": "headline", "row": "h", "dataset": "cifar10", "loop": "project", "seed": 0}
         | {"epochs": 30, "val_top1": 92.0, "seconds": 3000.0, "cpu_seconds": 6000.0} | GPU,
@@ -341,6 +342,8 @@ def test_every_table_can_be_filled():
     assert "| cifar10 | resnet34 | resnet34 | 2 | 32 | 95.1 | 99.0 | 1 | 15,000 |" in found["gpu-trainings"]
     assert "1 of 2, stopped" in found["gpu-trainings"]
     assert "| project | 2 | 61.50 ± 0.71 | 99.0 |" in found["parity"]
+    # A mean of 0.25 and a standard error of 0.25, times 12.7, the t quantile of one degree of freedom.
+    assert "| difference, 95 % interval | 2 | +0.25 [-2.93, +3.43] | - |" in found["parity"]
     assert "| cifar10 | project | 0 | 30 | 92.00 | 50.0 | 100 |" in found["headline"]
 
 
