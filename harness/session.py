@@ -99,7 +99,7 @@ def environment_of(run: Run, identity: RunIdentity) -> dict:
     """Return the content of env.json: what is needed to reproduce the run, besides the flags."""
     values = {
         **environment(run.runtime),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "commit": run.metadata["commit"],
         "dataset": run.index.name,
         "num_train": len(run.index.train),

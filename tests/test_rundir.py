@@ -18,7 +18,7 @@ import loop
 import train
 from base import errors, flags
 from base.errors import ResourceError, UsageError, UserError
-from harness import build, checkpoint, log, preflight, rundir
+from harness import build, checkpoint, log, preflight, rundir, session
 
 NAME = "resnet_tiny_digits.pt"
 
@@ -421,3 +421,9 @@ def test_of_two_simultaneous_starts_one_is_refused(tmp_path):
     codes, logs = [finish(p) for p in started], [(tmp_path / f"log{k}").read_text() for k in (1, 2)]
     assert sorted(codes) == [0, 2], logs
     assert "Traceback" not in "".join(logs)
+
+
+def test_the_recorded_command_can_be_typed_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data-dir", "my photos"])
+    env = session.environment_of(tiny_run(tmp_path), rundir.RunIdentity("a"))
+    assert env["command"] == "train.py --data-dir 'my photos'"
