@@ -93,7 +93,10 @@ def plan(
         steps = num_samples // batch  # floor: the training loader drops the last partial batch
         if steps == 0:
             what = f"batch size {batch} at {size} px is larger than the {num_samples} training images"
-            raise UsageError(what, f"use --batch-size {max(1, num_samples)} or less")
+            most = max(1, num_samples)
+            fitting = ",".join(str(min(each, most)) for each in batches)
+            sizes = f"--phase-batch-sizes {fitting}" if phase_batch_sizes else f"--batch-size {most} or less"
+            raise UsageError(what, f"use {sizes}")
         if batch % world_size:
             what = f"the global batch size {batch} at {size} px is not divisible by {world_size} ranks"
             raise UsageError(what, "choose a --batch-size or --phase-batch-sizes that is")

@@ -208,3 +208,13 @@ def test_a_warm_up_counts_the_steps_of_the_epochs_that_it_lasts(tmp_path):
     plan = ["--phase-batch-sizes", "4,8,8", "--phase-epochs", "1,1,1"]  # 10, 5 and 5 steps
     run = tiny_run(tmp_path, *plan, "--schedule", "cosine", "--warmup-epochs", "1.6")
     assert run.state.schedule.warmup_steps == 10 + 3
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_a_flag_that_would_not_be():
+    for flags, fix in (
+        ({}, "use --batch-size 30 or less"),
+        ({"phase_batch_sizes": (64, 16)}, "--phase-batch-sizes 30,16"),
+    ):
+        with pytest.raises(UsageError, match="larger than the 30 training images") as caught:
+            plan(4, (8, 16), 30, 64, **flags)
+        assert caught.value.fix.endswith(fix)
