@@ -107,13 +107,18 @@ def check_step_memory(run: Run) -> None:
         sizes = batches_with(run, phase, fitting * ranks * accumulate)
         ways = [f"--phase-batch-sizes {','.join(map(str, sizes))}"]
         if all(smallest_piece(p.batch_size // ranks, pieces) > 1 for p in run.phases):  # BatchNorm needs two
-            ways.insert(0, f"--accumulate {pieces}")
+            ways.insert(0, in_pieces(run, pieces))
         fix = f"{fitting} fit: use {', or '.join(ways)}"
     raise ResourceError(
         f"out of memory in phase {run.phases.index(phase) + 1}: {phase.image_size} px, batch size "
         f"{phase.batch_size}, {images} images at once ({memory_words(run.runtime.device)})",
         fix,
     )
+
+
+def in_pieces(run: Run, pieces: int) -> str:
+    """Return the flags that split each batch of `run` into so many pieces."""
+    return f"--accumulate {pieces}" + " --no-cuda-graphs" * run.metadata["config"]["cuda_graphs"]
 
 
 def batches_with(run: Run, phase: Phase, batch_size: int) -> list[int]:
@@ -226,7 +231,7 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
         step = min(run.state.step, sum(p.steps for p in run.phases) - 1)
         phase = next(p for p in run.phases if step < p.first_step + p.steps)
         what = f"step {run.state.step:,}: {phase.image_size} px, batch size {phase.batch_size}"
-        pieces = f"--accumulate {2 * run.options.accumulate} --allow-change accumulate"
+        pieces = f"{in_pieces(run, 2 * run.options.accumulate)} --allow-change accumulate"
         fix = f"the last checkpoint is intact: free the device and use --resume auto, or add {pieces}"
         with memory_for(what, fix, run.runtime.device):
             raise

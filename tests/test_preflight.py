@@ -150,7 +150,11 @@ def test_too_large_a_phase_is_named_with_what_fits(run, monkeypatch):
     with pytest.raises(ResourceError) as caught:
         preflight.check_step_memory(run)
     assert "phase 3: 24 px, batch size 8, 8 images at once" in caught.value.what
-    assert "--accumulate 4" in caught.value.fix and "--phase-batch-sizes 8,8,2" in caught.value.fix
+    assert "--accumulate 4," in caught.value.fix and "--phase-batch-sizes 8,8,2" in caught.value.fix
+    run.metadata["config"]["cuda_graphs"] = True  # which cannot accumulate
+    with pytest.raises(ResourceError) as caught:
+        preflight.check_step_memory(run)
+    assert "--accumulate 4 --no-cuda-graphs," in caught.value.fix
 
 
 @pytest.mark.parametrize("plan, sizes", [
@@ -175,9 +179,9 @@ def test_memory_that_runs_out_during_training_is_a_resource_error(run):
     ):
         grab(1, 0)
     assert "--resume auto" in caught.value.fix and "--accumulate 2 " in caught.value.fix
-    run.options.accumulate = 4
+    run.options.accumulate, run.metadata["config"]["cuda_graphs"] = 4, True
     with pytest.raises(ResourceError) as caught, preflight.explain_out_of_memory(run):
         grab(1, 0)
-    assert "--accumulate 8 " in caught.value.fix
+    assert "--accumulate 8 --no-cuda-graphs " in caught.value.fix
     with pytest.raises(RuntimeError, match="other"), preflight.explain_out_of_memory(run):
         raise RuntimeError("other")
