@@ -1,7 +1,7 @@
 """A run's directory: what it holds, which run may write there, and everything about resuming.
 
-A start of train.py calls, in this order: `scan`, `find_checkpoint`, `resumed_config`, `check`, `identify`,
-`restore`, `acquire` and `copy_best`. Nothing before `acquire` writes to the directory.
+A start of train.py calls, in this order: `scan`, `find_checkpoint`, `resumed_config`, `check`, `check_ranks`,
+`identify`, `restore`, `acquire` and `copy_best`. Nothing before `acquire` writes to the directory.
 """
 
 from __future__ import annotations
@@ -243,6 +243,13 @@ class RunIdentity(NamedTuple):
     is_new: bool = True  # to this directory: the run starts here, or is forked into it
 
 
+def check_ranks(runtime, saved: dict | None) -> None:
+    """Raise CheckpointError on every rank if they found different checkpoints, or if only some found one."""
+    step = saved["step"] if saved else -1
+    if runtime.any_rank(step) != -runtime.any_rank(-step):  # the largest and the smallest step
+        raise CheckpointError("the ranks found different checkpoints", "give all ranks the same --save-dir")
+
+
 def identify(save_dir: SaveDir, resume: str, saved: dict | None, checkpoint: str) -> RunIdentity:
     """Decide whether the run recorded in `save_dir` continues, or which new run begins there.
 
@@ -309,8 +316,6 @@ def restore(run, saved: dict, config) -> None:
         _check_position(run)
     else:
         _start_next_epoch(run)
-    if run.runtime.any_rank(state.step) != state.step:
-        raise CheckpointError("the ranks found different checkpoints", "give all ranks the same --save-dir")
 
 
 def _check_data(saved: dict, current: dict, allowed: tuple[str, ...]) -> None:

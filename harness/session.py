@@ -29,6 +29,7 @@ def prepare(
     config, index: DatasetIndex, runtime: Runtime, directory: SaveDir, saved: dict | None
 ) -> tuple[Run | None, RunIdentity]:
     """Build the run and restore the checkpoint `saved`; write nothing. The run is None if it is complete."""
+    rundir.check_ranks(runtime, saved)
     name = rundir.checkpoint_name(config.arch, index.name)
     identity = rundir.identify(directory, config.resume, saved, name)
     phases = build.make_plan(config, index, runtime.world_size)

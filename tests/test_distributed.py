@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,9 @@ from torch import nn
 import loop
 import train
 from base.device import Runtime, explain_lost_ranks
-from base.errors import ResourceError, UserError
+from base.errors import CheckpointError, ResourceError, UserError
 from dataloader import Order
+from harness import rundir
 from harness.log import MetricLogger, read_steps
 from train_utils import StepResult, evaluate
 
@@ -112,6 +114,21 @@ def test_an_error_that_one_rank_alone_knows_of_is_printed_there(rank, marked):
     with pytest.raises(UserError) as caught, explain_lost_ranks(Runtime(torch.device("cpu"), None, rank, 2)):
         raise ResourceError("no memory", "get some")
     assert caught.value.rank == marked
+
+
+@pytest.mark.parametrize(
+    "own, other, agree",
+    [(5, 5, True), (5, 3, False), (3, 5, False), (5, None, False), (None, 5, False), (None, None, True)],
+)
+def test_each_rank_notices_that_the_ranks_found_different_checkpoints(own, other, agree, monkeypatch):
+    there = -1 if other is None else other
+    others = {False: there, True: -there}  # what the other rank sends: its step, then its negative
+    asked = iter((False, True))
+    monkeypatch.setattr(Runtime, "any_rank", lambda self, flag: max(flag, others[next(asked)]))
+    with nullcontext() if agree else pytest.raises(CheckpointError, match="different checkpoints"):
+        rundir.check_ranks(
+            Runtime(torch.device("cpu"), rank=1, world_size=2), None if own is None else {"step": own}
+        )
 
 
 def test_only_a_lost_rank_is_reported_as_one():
