@@ -36,7 +36,8 @@ from sources import crops, layouts, splits
 from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split, read_samples
 
-PREFETCH = 4  # batches that each worker keeps ready
+PREFETCH = 4  # batches that each worker keeps ready, unless they are large
+QUEUE = 2**32  # bytes of a rank's batches in waiting; on a GPU, pinned copies take as much again
 CPU = Runtime(torch.device("cpu"))
 
 
@@ -337,6 +338,11 @@ def _received(number: int, step: int, labels: np.ndarray, bad: list[str]) -> tup
     return torch.from_numpy(images), torch.from_numpy(labels), bad
 
 
+def prefetch(batch_bytes: int, workers: int) -> int:
+    """Return how many batches each worker keeps ready: PREFETCH, or fewer if they would not fit QUEUE."""
+    return max(1, min(PREFETCH, QUEUE // max(1, batch_bytes * workers)))
+
+
 class Loader:
     """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
@@ -359,13 +365,17 @@ class Loader:
         self.waited, self.bad = 0.0, []
         fork = num_workers > 0 and sys.platform == "linux"
         self.uses_memory = fork and isinstance(dataset, Batches)
+        rows, side = -(-order.batch_size // order.world_size), getattr(dataset, "image_size", 0)
+        self.batch_shape = (rows, side, side, 3)
+        each = prefetch(math.prod(self.batch_shape), num_workers)
+        self.ahead = each * num_workers
         self.batches = DataLoader(
             dataset,
             sampler=order,
             batch_size=None,
             num_workers=num_workers,
             persistent_workers=num_workers > 0 and order.shuffle,
-            prefetch_factor=PREFETCH if num_workers else None,
+            prefetch_factor=each if num_workers else None,
             pin_memory=self.device.type == "cuda",
             multiprocessing_context="fork" if fork else None,
         )
@@ -388,9 +398,7 @@ class Loader:
 
     def _renew_memory(self) -> None:
         if self.uses_memory:
-            rows, side = -(-self.order.batch_size // self.order.world_size), self.dataset.image_size
-            ahead = self.batches.num_workers * PREFETCH
-            self.dataset.memory = BatchMemory(ahead, (rows, side, side, 3))
+            self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
 
     def _raw(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 batches on the CPU; time the waiting and raise the workers' errors."""

@@ -20,7 +20,6 @@ from base.device import MIB, Runtime
 from base.errors import ResourceError
 from base.process import say
 from base.progress import duration
-from dataloader import PREFETCH
 from harness import build, checkpoint
 from harness.preflight import checkpoint_bytes, explain_out_of_memory, tensor_bytes
 from loop import Run, eval_batches, start_phase
@@ -143,15 +142,15 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[Cost, Cost]:
     train_mode(state.model, phase.head_only)
     training, scoring, steps = Rate(), Rate(), []
     epochs = itertools.chain.from_iterable(itertools.repeat(loader))  # the loader advances its own epoch
-    queued = PREFETCH * run.num_workers
     with explain_out_of_memory(run):
         for images, labels in timed(itertools.islice(epochs, phase.steps), training, runtime, seconds):
             steps.append(train_step(state, options, images, labels))
-        training = Cost(training, time_loading(epochs, queued, runtime, seconds / 2))
-        batches = iter(eval_batches(run, run.index.val, phase))
+        training = Cost(training, time_loading(epochs, loader.ahead, runtime, seconds / 2))
+        loader = eval_batches(run, run.index.val, phase)
+        batches = iter(loader)
         timed_batches = timed(batches, scoring, runtime, seconds / 2)
         evaluate(run.scored_models, timed_batches, runtime, flip=run.eval_flip)
-        scoring = Cost(scoring, time_loading(batches, queued, runtime, seconds / 2))
+        scoring = Cost(scoring, time_loading(batches, loader.ahead, runtime, seconds / 2))
     loss = mean_loss(run, phase, [step.result() for step in steps])
     rates = "".join(f"{rate!s:>12}" for cost in (training, scoring) for rate in (cost.work, cost.loading))
     say(f"{phase.image_size:>4}{rates} {loss:>6.3f}  {memory_used(run, phase, options)}")

@@ -57,14 +57,17 @@ def test_the_samples_do_not_depend_on_the_number_of_workers(data):
     assert all(equal(alone, batches(data, workers)) for workers in (1, 2))
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, workers):
+@pytest.mark.parametrize("workers, queue, ahead", [(1, 2**32, 4), (2, 2**32, 8), (2, 1, 2), (2, 1600, 4)])
+def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, monkeypatch, workers, queue, ahead):
     """Workers write into the same memory again and again, at most PREFETCH batches each ahead."""
+    monkeypatch.setattr(dataloader, "QUEUE", queue)  # bytes; a batch has 2 x 8 x 8 x 3 = 384
     loader = eval_loader(data.train, data, image_size=8, batch_size=2, num_workers=workers)
     plain = eval_loader(data.train, data, image_size=8, batch_size=2)
     expected = [plain.dataset[batch][0] for batch in plain.order]
     assert len(expected) > 3 * workers * dataloader.PREFETCH
     loader._renew_memory()
+    assert loader.ahead == ahead == loader.batches.prefetch_factor * workers
+    assert not loader.uses_memory or len(loader.dataset.memory.slots) == ahead + 2
     before, seen = None, 0
     for images, _, _ in loader.batches:
         time.sleep(0.01)  # the workers are as far ahead as they can be
