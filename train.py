@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from loop import fit
 
     runtime = build.open_runtime(config)
+    gc.enable()  # it takes training steps
     with explain_lost_ranks(runtime):
         run, identity = session.prepare(config, index, runtime, directory, saved)
         if run is None:
