@@ -304,7 +304,7 @@ def test_the_slurm_script_puts_a_stopped_job_back_into_the_queue_and_a_finished_
                 start_new_session=True,
             )
         deadline = time.monotonic() + 200
-        while stop and "    1    8     8" not in log.read_text() and time.monotonic() < deadline:
+        while stop and " 1/3 " not in log.read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
         if stop:
             os.killpg(process.pid, signal.SIGUSR1)
