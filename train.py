@@ -38,7 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     from loop import fit
 
     runtime = build.open_runtime(config)
-    gc.enable()  # it takes training steps
     with explain_lost_ranks(runtime):
         run, identity = session.prepare(config, index, runtime, directory, saved)
         if run is None:
@@ -92,6 +91,7 @@ def preview(config, index) -> int:
         dryrun.print_summary(build.model_args(config, index), phases)
         return 0
     runtime = build.open_runtime(config)
+    gc.enable()  # it takes training steps
     with explain_lost_ranks(runtime):
         dryrun.dry_run(config, index, runtime, build.make_plan(config, index, runtime.world_size))
     return 0

@@ -472,6 +472,8 @@ def explain_removal(directory: Path) -> Iterator[None]:
 
 def in_use(directory: Path) -> bool:
     """Return whether a process may be training in the directory; always, on a filesystem without locks."""
+    if not (directory / ".lock").exists():  # a copy of a run, say: leave it as it is
+        return False
     try:
         lock = _lock(directory)
     except (UsageError, OSError):
