@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from base import files, flags
@@ -106,7 +107,8 @@ def watch(run_dirs: list[Path], write: Callable[..., bool]) -> None:
         elif time.monotonic() - since > QUIET:
             since = time.monotonic()
             if not any(map(rundir.in_use, run_dirs)):
-                write(final=True)
+                with suppress(DataError):  # it may have ended before its first epoch did
+                    write(final=True)
                 tell("nothing trains there any more; after train.py --resume auto, watch again")
                 return
         time.sleep(POLL)
