@@ -13,6 +13,7 @@ NO_LOSS = "no loss"
 MARGIN = 1.0  # points: "no loss" is confirmed if the interval excludes a larger one
 GAP, EMA_GAIN = "gap", "ema - raw"
 CONFIRMED, CONTRADICTED, UNDECIDED = "confirmed", "contradicted", "undecided"
+DIRECTION = "direction confirmed, size contradicted"
 OPPOSITE = {BETTER: WORSE, WORSE: BETTER}
 
 
@@ -22,6 +23,7 @@ class Claim:
 
     expected: BETTER, WORSE or NO_LOSS; of a gap, WORSE means smaller
     column: "" for the study's metric, GAP or EMA_GAIN
+    points: the size of the difference, if the document names one
     """
 
     document: str
@@ -30,13 +32,14 @@ class Claim:
     variant: str
     expected: str = BETTER
     column: str = ""
+    points: float | None = None
 
 
 CLAIMS = (
     Claim("000", "A conv head in place of the linear layer is the most accurate",
           "tiny_imagenet_01", "conv-head"),
     Claim("000", "Progressive resizing raises the accuracy (by 10 points)",
-          "tiny_imagenet_02", "progressive"),
+          "tiny_imagenet_02", "progressive", points=10),
     Claim("000", "CutMix along with MixUp raises the accuracy", "tiny_imagenet_02", "mixup+cutmix"),
     Claim("000", "Stochastic depth makes the gap small", "tiny_imagenet_02", "drop-path", WORSE, GAP),
     Claim("000", "The techniques together raise the accuracy", "tiny_imagenet_02", "all"),
@@ -69,7 +72,7 @@ CLAIMS = (
 
 
 def judge(claim: Claim, runs: list[Result], study: Study) -> tuple[str, Difference | None]:
-    """Return CONFIRMED, CONTRADICTED or UNDECIDED, and the difference that says so."""
+    """Return CONFIRMED, DIRECTION, CONTRADICTED or UNDECIDED, and the difference that says so."""
     if claim.column == EMA_GAIN:
         difference = results.ema_gains(runs, study).get(claim.variant)
     else:
@@ -81,5 +84,7 @@ def judge(claim: Claim, runs: list[Result], study: Study) -> tuple[str, Differen
         kept = kept and difference.verdict != WORSE
         return (CONFIRMED if kept else CONTRADICTED if difference.verdict == WORSE else UNDECIDED), difference
     if difference.verdict == claim.expected:
-        return CONFIRMED, difference
+        low, high = difference.interval
+        size_holds = claim.points is None or low <= claim.points <= high
+        return CONFIRMED if size_holds else DIRECTION, difference
     return (CONTRADICTED if difference.verdict == OPPOSITE[claim.expected] else UNDECIDED), difference

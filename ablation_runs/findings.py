@@ -67,11 +67,12 @@ def short(study: Study, runs: list[Result]) -> str:
     compared = {} if study.grid else results.compare(runs, study, study.metric)
     for variant, d in compared.items():
         if d.verdict in (statistics.BETTER, statistics.WORSE):
-            words.append(f"{variant} {d.verdict}: {interval(d)}")
+            than = "" if words else f" than {next(iter(study.variants))} in {summary.METRICS[study.metric]}"
+            words.append(f"{variant} {d.verdict}{than}: {interval(d)}")
     if undecided := summary.named(compared, statistics.UNDECIDED):
         words.append(f"undecided: {', '.join(undecided)}")
     for f in results.false_verdicts(runs, study)[:1]:
-        words.append(f"{100 * (f.better + f.worse) / f.times:.1f} % of {f.times} comparisons are decided")
+        words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
     return "; ".join(words) or summary.conclusion(study, runs)
 
 
@@ -96,8 +97,9 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
     seeds = ",".join(map(str, sorted({run.seed for run in runs})))
     parts = [f"### {study.title(preset)}", f"*Question.* {study.question}"]
     parts.append(
-        f"*Runs.* `python -m ablation_runs.run {study.name}{scaled} --data-dir data/{data} --seeds {seeds}`: "
-        f"{len(runs)} runs, {minutes:,.0f} minutes in all. [Report](results/{name}/summary.md)."
+        f"*Runs.* `{runs[0].threads}python -m ablation_runs.run {study.name}{scaled} --data-dir data/{data} "
+        f"--seeds {seeds}`: {len(runs)} runs, {minutes:,.0f} minutes in all. "
+        f"[Report](results/{name}/summary.md)."
     )
     parts.append(summary.variant_table(study, preset, runs).without_empty_columns().markdown())
     if comparison := summary.comparison_table(study, runs, study.metric):
@@ -115,14 +117,16 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
 
 def claim_table(found: Published) -> str:
     """Return a row for each claim of the documents: what the studies say about it, at their scale."""
-    known = {study.name: (study, runs) for study, _, runs in found}
+    known = {}
+    for study, _, runs in found:  # a study in full before the one scaled down
+        known.setdefault(study.name, (study, runs))
     rows = []
     for claim in claims.CLAIMS:
         status, evidence = "not measured", f"`{claim.study}`"
         if claim.study in known:
             study, runs = known[claim.study]
             status, d = claims.judge(claim, runs, study)
-            status = f"**{status}** at this scale" if status != claims.UNDECIDED else status
+            status = status if status == claims.UNDECIDED else f"**{status}** at this scale"
             if d and d.interval:
                 evidence += f", {claim.variant}: {interval(d)} points, {d.n} seeds"
         rows.append([claim.document, claim.text, status, evidence])

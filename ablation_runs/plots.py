@@ -19,8 +19,8 @@ from base.flags import dashed
 
 NAMES = ("curves", "learning_rates", "differences", "effects", "heat_maps")  # of the pictures, in order
 LABELS = {
-    "val_top1": "validation top-1 (%), raw weights",
-    "ema_val_top1": "validation top-1 (%), EMA weights",
+    "val_top1": "top-1 (%), raw weights",
+    "ema_val_top1": "top-1 (%), EMA weights",
     "lr": "learning rate at the end of the epoch",
 }
 
@@ -80,7 +80,8 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     }
     key = "; ".join(text for text, shown in words.items() if shown)
     fig.supxlabel(f"epoch\n{key}", fontsize=9)
-    fig.supylabel(LABELS[column], fontsize=9)
+    held = "" if column == "lr" else "held-out " if any(run.held_out for run in runs) else "validation "
+    fig.supylabel(held + LABELS[column], fontsize=9)
     return fig
 
 

@@ -6,6 +6,7 @@ A score is always that of the last epoch, so that no epoch is selected by the sc
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -15,7 +16,7 @@ from scipy.special import fdtrc
 
 from ablation_runs import statistics
 from ablation_runs.statistics import Difference
-from ablation_runs.study import FINAL, Study
+from ablation_runs.study import FINAL, Study, data_flags
 from analysis import scores as hit_files
 from harness.log import read_metrics
 
@@ -40,11 +41,14 @@ class Result:
     def score(self, column: str) -> float | None:
         """Return the final value of a column; None if the run is unfinished or the column empty (EMA off).
 
+        A diverged run scores what random predictions do: left out, it would make its variant look better.
         "gap" is the training minus the validation top-1 of the raw weights, in points.
         """
         if column == "gap":
             train, val = self.logged("train_top1"), self.score("val_top1")
             return train - val if train is not None and val is not None else None
+        if self.status == "diverged" and column in HITS:
+            return chance([self])  # its weights are worth no more
         if self.status == "done" and HITS.get(column) in self.hits:
             return 100 * float(self.hits[HITS[column]].mean())
         return self.logged(column)
@@ -61,6 +65,23 @@ class Result:
     def num_val(self) -> int | None:
         """Number of the images that the final score is a share of."""
         return len(next(iter(self.hits.values()))) if self.hits else self.env.get("num_val")
+
+    @property
+    def command(self) -> str:
+        """What repeats the run and its score by hand, in the root of the repository, to the bit."""
+        words, dataset = self.record.get("flags", []), self.env.get("dataset", "imagenet")
+        data = data_flags(words, dataset, f"data/{dataset}")
+        commands = [["train.py", *data, *(word for word in words if not word.startswith("--data-dir="))]]
+        if self.hits:
+            checkpoint = f"checkpoints/last_{self.env.get('checkpoint')}"
+            commands.append(["validate.py", checkpoint, *data, *self.record.get("scoring", ())])
+        return " && ".join(f"{self.threads}python {shlex.join(command)}" for command in commands)
+
+    @property
+    def threads(self) -> str:
+        """The number of torch's threads as a variable before a command, if it is not that of the cores."""
+        threads = self.env.get("threads")
+        return f"OMP_NUM_THREADS={threads} " if threads and threads != self.env.get("cores") else ""
 
     @property
     def minutes(self) -> float:
@@ -100,7 +121,7 @@ def of_variant(runs: list[Result], variant: str) -> list[Result]:
 
 
 def by_seed(runs: list[Result], variant: str, column: str) -> dict[int, float]:
-    """Return {seed: final score} of the finished runs of `variant`."""
+    """Return {seed: final score} of the finished and the diverged runs of `variant`."""
     scores = {run.seed: run.score(column) for run in of_variant(runs, variant)}
     return {seed: score for seed, score in scores.items() if score is not None}
 
@@ -214,23 +235,28 @@ def at_chance(runs: list[Result], study: Study) -> list[str]:
 
 @dataclass(frozen=True)
 class FalseVerdicts:
-    """An A/A test: how often one variant was called better or worse than itself."""
+    """An A/A test: in how many of `times` studies one variant was called better or worse than itself."""
 
     runs: int
     pairs: int
+    comparisons: int  # tested together
     times: int
-    better: int
-    worse: int
+    decided: int
 
 
 def false_verdicts(runs: list[Result], study: Study) -> list[FalseVerdicts]:
-    """Pair the runs of a study of one variant at random; empty for other studies and for too few runs."""
+    """Pair the runs of a study of one variant at random; empty for other studies and for too few runs.
+
+    First six pairs, then as many as there are; then six of each of several comparisons at once.
+    """
     scores = [*by_seed(runs, next(iter(study.variants)), study.metric).values()]
+    n, fewest = len(scores), statistics.MIN_PAIRS
+    if len(study.variants) > 1 or n < 2 * fewest:
+        return []
     found = []
-    for pairs in sorted({statistics.MIN_PAIRS, len(scores) // 2}) if len(study.variants) == 1 else ():
-        if statistics.MIN_PAIRS <= pairs <= len(scores) // 2:
-            counts = statistics.false_verdicts(scores, pairs, PAIRINGS, one_image(runs))
-            found.append(FalseVerdicts(len(scores), pairs, PAIRINGS, *counts))
+    for pairs, comparisons in dict.fromkeys([(fewest, 1), (n // 2, 1), (fewest, n // fewest - 1)]):
+        wrong = statistics.false_verdicts(scores, pairs, PAIRINGS, one_image(runs), comparisons)
+        found.append(FalseVerdicts(n, pairs, comparisons, PAIRINGS, wrong))
     return found
 
 

@@ -1,7 +1,8 @@
 """Run a study: every variant with every seed, each with its own train.py command.
 
 Finished runs are skipped, stopped runs are resumed, and a failed run is reported while the others go on.
-A finished run is scored once by validate.py: with --holdout on the official validation images.
+validate.py scores a finished run once. If the study holds images out of training, it scores the official
+validation images, which nothing has seen before.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from functools import cache
 from pathlib import Path
 
 from ablation_runs import studies
-from ablation_runs.study import FINAL, PRESETS, Flags, Run
+from ablation_runs.study import FINAL, PRESETS, Flags, Run, data_flags
 from base import errors, files, flags, process
 from base.errors import UsageError, did_you_mean
 from base.process import ROOT
@@ -27,14 +28,16 @@ from base.process import ROOT
 TRAIN, SCORE = ROOT / "train.py", ROOT / "validate.py"
 RUNS = "./checkpoints/ablation"
 train_parser = cache(flags.train_parser)
-SCORED_WITH = ("data_dir", "device", "amp", "num_workers")  # flags that validate.py shares with the run
+SCORED_WITH = ("device", "amp", "num_workers")  # flags that validate.py shares with the run
+# Flags that do not affect training. A study's variants may differ in the three that are taken out.
+FREE = flags.FREE_ON_RESUME - {"init_from", "reset_head", "data_dir"}
 DIVERGED = errors.DivergedError.exit_code
 EPILOG = """examples:
   python -m ablation_runs.run --list
   python -m ablation_runs.run ema --smoke                                      a one-minute check without data
   python -m ablation_runs.run ema --data-dir data/tiny-imagenet                all variants, six seeds each
-  python -m ablation_runs.run ema --data-dir data/cifar10 --preset cpu --pilot two seeds, to plan the others
-  python -m ablation_runs.run ema --data-dir data/cifar10 --preset cpu         scaled down for a CPU
+  python -m ablation_runs.run schedules --data-dir data/cifar100 --preset cpu --pilot  two seeds, to plan more
+  python -m ablation_runs.run schedules --data-dir data/cifar100 --preset cpu          scaled down for a CPU
   python -m ablation_runs.run ema --shard $SLURM_ARRAY_TASK_ID/8 --data-dir D  an eighth of the runs
   python -m ablation_runs.run ema --data-dir D -- --lr 2e-3 --device cuda:1    override the base flags"""
 
@@ -114,20 +117,28 @@ class Job:
 
     def __init__(self, run: Run, directory: Path, data_dir: str = ""):
         self.run, self.directory, self.problem = run, directory, ""
-        values, dataset = dict(run.flags), run.flags.get("dataset", "imagenet")
+        dataset, words = run.flags.get("dataset", "imagenet"), flags.to_argv(run.flags)
         data = from_root(Path(data_dir)) if data_dir else f"data/{dataset}"
-        if "data_dir" in values or dataset.partition(":")[0] not in ("digits", "synthetic"):
-            values["data_dir"] = values.get("data_dir", "{data}").replace("{data}", data)
-        self.values = values
-        self.arguments = flags.to_argv(values | {"save_dir": from_root(directory), "resume": "auto"})
+        self.data = data_flags(words, dataset, data)
+        words = [word for word in words if not word.startswith("--data-dir=")]
+        self.arguments = [*self.data, *words, f"--save-dir={from_root(directory)}", "--resume=auto"]
 
     def scoring(self) -> list[str]:
-        """Return the arguments of validate.py for the last checkpoint, with the precision of the run."""
+        """Return the arguments of validate.py for the last checkpoint."""
         checkpoint = next(self.directory.glob("last_*.pt"), self.directory / "last_*.pt")
-        same = {name: self.values[name] for name in SCORED_WITH if name in self.values}
-        official = ["--holdout=0", "--no-subset"] if self.values.get("holdout") else []
         out = ["--save-hits", f"--out={from_root(self.directory / FINAL)}"]
-        return [from_root(checkpoint), *flags.to_argv(same), *self.run.scoring, *official, *out]
+        return [from_root(checkpoint), *self.data, *self.scored_with(), *out]
+
+    def scored_with(self) -> list[str]:
+        """Return the flags of validate.py that affect the score: those of the run, and its precision.
+
+        With --amp auto, a run on a CPU may have been in fp32 where validate.py would choose bf16.
+        """
+        same = {name: self.run.flags[name] for name in SCORED_WITH if name in self.run.flags}
+        if read(self.directory / "env.json", "Env").get("precision") == "fp32":
+            same["amp"] = "off"
+        official = ["--holdout=0", "--no-subset"] if self.run.flags.get("holdout") else []
+        return [*flags.to_argv(same), *self.run.scoring, *official]
 
     def command(self) -> str:
         return shlex.join(["python", "train.py", *self.arguments])
@@ -140,19 +151,15 @@ class Job:
         return record.get("status") or ("started" if (self.directory / "metrics.jsonl").is_file() else "new")
 
     def read_record(self) -> dict:
-        from base import schemas
-
-        fix = "delete it to start the run again"
-        return schemas.read_json(self.directory / "run.json", schemas.StudyRun, fix, missing={})
+        return read(self.directory / "run.json", "StudyRun")
 
     def record(self, status: str, code: int, seconds: float, load: float) -> None:
         """Write run.json: what was run, from which commit, on how busy a machine, for how long.
 
         seconds: since the last start; load: of the machine then, the mean number of processes at work
         """
-        words = flags.to_argv(self.run.flags)
-        content = asdict(self.run) | {"flags": words, "status": status, "exit_code": code}
-        content["command"] = shlex.join(["python", "train.py", *words])
+        content = asdict(self.run) | {"flags": flags.to_argv(self.run.flags), "scoring": self.scored_with()}
+        content |= {"status": status, "exit_code": code}
         content["commit"] = process.commit()
         content["minutes"] = round(self.read_record().get("minutes", 0) + seconds / 60, 2)
         content["load"] = [round(load, 2), round(os.getloadavg()[0], 2)]  # before and after
@@ -162,13 +169,21 @@ class Job:
 def what_trains(words: list[str]) -> Flags | None:
     """Return the flags that affect training, unlike, for instance, the number of workers.
 
+    Those of the directory of the data too, if the study has them: its variants may differ in it.
+
     Return None if `words`, perhaps from the run.json of an older version, has flags that no longer exist.
     """
     try:
         values = vars(train_parser().parse_args(words))
     except UsageError:
         return None
-    return {name: value for name, value in values.items() if name not in flags.FREE_ON_RESUME}
+    return {name: value for name, value in values.items() if name not in FREE}
+
+
+def read(path: Path, schema: str) -> dict:
+    from base import schemas
+
+    return schemas.read_json(path, getattr(schemas, schema), "delete it to start the run again", missing={})
 
 
 def from_root(path: Path) -> str:

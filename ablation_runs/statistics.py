@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy import optimize, special, stats
@@ -18,6 +19,7 @@ ALPHA = 1 - LEVEL
 MIN_PAIRS = 6  # of five pairs, even the clearest has p = 2 / 2^5 = 0.06
 EXACT_PAIRS, DRAWS = 12, 9999  # all 2^n sign flips up to n = 12, else so many random ones
 QUANTILES = (np.arange(2000) + 0.5) / 2000
+SIMULATED_PAIRS, SIMULATIONS = 9, 500  # up to so many pairs, power is counted in simulated studies
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 TOO_FEW, EXPLORATORY = f"fewer than {MIN_PAIRS} pairs", "not a primary comparison"
 
@@ -156,6 +158,26 @@ def pooled_deviation(differences: np.ndarray) -> float | None:
 
 
 def power(difference: float, deviation: float, pairs: int, comparisons: int = 1) -> float:
+    """Return the probability that one of `comparisons` whose true difference is `difference` is decided.
+
+    With few pairs the sign flips are the stricter test: six are decided only if all have the same sign.
+    """
+    if MIN_PAIRS <= pairs <= SIMULATED_PAIRS:
+        return _simulated_power(abs(difference) / deviation, pairs, comparisons)
+    return t_power(difference, deviation, pairs, comparisons)
+
+
+@cache
+def _simulated_power(effect: float, pairs: int, comparisons: int) -> float:
+    """Count the decisions in studies of normal scores; `effect` is in deviations of a paired difference."""
+    scores = np.random.default_rng(0).normal(0, 0.5**0.5, (SIMULATIONS, comparisons + 1, pairs))
+    differences = scores[:, 1:] - scores[:, :1]
+    differences[:, 0] += effect
+    clear = stats.ttest_1samp(differences[:, 0], 0, axis=1).pvalue <= ALPHA
+    return float(np.mean([max_t(study)[0] <= ALPHA for study in differences] & clear))
+
+
+def t_power(difference: float, deviation: float, pairs: int, comparisons: int = 1) -> float:
     """Return the probability that a paired t test sees `difference`; ALPHA is shared by `comparisons`."""
     bound = stats.t.ppf(1 - ALPHA / comparisons / 2, pairs - 1)
     shift = abs(difference) / deviation * np.sqrt(pairs)
@@ -173,16 +195,19 @@ def pairs_needed(difference: float, deviation: float, comparisons: int = 1, most
 
 def detectable(deviation: float, pairs: int, comparisons: int = 1) -> float:
     """Return the smallest difference that `pairs` pairs see with probability POWER."""
-    return optimize.brentq(lambda d: power(d, deviation, pairs, comparisons) - POWER, 0.0, 1e4 * deviation)
+    found = optimize.brentq(lambda d: power(d, 1.0, pairs, comparisons) - POWER, 0.0, 1e4, xtol=1e-3)
+    return deviation * found
 
 
-def false_verdicts(scores: Sequence[float], pairs: int, times: int, floor: float = 0.0) -> tuple[int, int]:
-    """Pair runs of one and the same variant at random, `times` times; count BETTER and WORSE (an A/A test).
+def false_verdicts(
+    scores: Sequence[float], pairs: int, times: int, floor: float = 0.0, comparisons: int = 1
+) -> int:
+    """Deal runs of one variant out to "variants" at random, `times` times; count the studies that decide.
 
-    scores: one per run, at least 2 * pairs
+    An A/A test: every decision is false. scores: one per run, at least (comparisons + 1) * pairs
     """
-    rng, verdicts = np.random.default_rng(0), []
+    rng, wrong = np.random.default_rng(0), 0
     for _ in range(times):
-        first, second = rng.permutation(scores)[: 2 * pairs].reshape(2, pairs)
-        verdicts.append(compare((first - second)[None], floor)[0].verdict)
-    return verdicts.count(BETTER), verdicts.count(WORSE)
+        dealt = rng.permutation(scores)[: (comparisons + 1) * pairs].reshape(comparisons + 1, pairs)
+        wrong += any(d.verdict in (BETTER, WORSE) for d in compare(dealt[1:] - dealt[0], floor))
+    return wrong

@@ -16,6 +16,7 @@ from base.errors import UsageError
 
 Flags = dict[str, Any]
 PRESETS = ("full", "cpu", "smoke")
+GENERATED = ("digits", "synthetic")  # datasets that need no directory
 FINAL = "final"  # folder of a run with the scores of its last epoch, from validate.py
 # Both presets save only at the end of a run. Without workers, a CPU repeats its own bits. It computes in bf16
 # if it has the instructions: 1.3 to 2 times as fast.
@@ -110,6 +111,14 @@ class Study:
     def own_flags(self, variant: str, preset: str) -> Flags:
         own = self.variants[variant]
         return self.cpu_variants.get(variant, own) if preset == "cpu" else own
+
+
+def data_flags(words: Sequence[str], dataset: str, directory: str) -> list[str]:
+    """Return --data-dir for a run with the flags `words`, whose own may name a sibling of {data}."""
+    own = next((word for word in words if word.startswith("--data-dir=")), "")
+    if not own and dataset.partition(":")[0] in GENERATED:
+        return []
+    return [(own or "--data-dir={data}").replace("{data}", directory)]
 
 
 def recipe_flags(name: str) -> Flags:

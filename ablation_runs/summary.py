@@ -17,13 +17,15 @@ CSV_SCORES = ("train_top1", "val_top1", "val_top5", "ema_val_top1", "gap")
 METRICS = {"val_top1": "top-1", "ema_val_top1": "EMA top-1"}
 GAP_WORDS = {BETTER: "larger", WORSE: "smaller"}
 MOST_SEEDS = 10  # that a pilot asks for
+SAME_LOAD = 1.5  # times the lowest load, if speeds are to be compared
 HOW_TO_READ = f"""\
 Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is training \
 minus validation top-1.
 Differences are to the first variant, paired by seed, with a 95 % t interval over seeds. 'better' and \
-'worse' need {MIN_PAIRS} pairs, p of at most 0.05, and neither this interval nor that of the BCa bootstrap \
-may hold zero. p is of all sign flips of the seeds' differences, adjusted for the study's primary \
-comparisons (max-t). The interval over seeds and images also covers the choice of the validation images."""
+'worse' need {MIN_PAIRS} pairs and three tests that agree: this interval and that of the BCa bootstrap \
+exclude zero, and p is at most 0.05. p comes from flipping the signs of the seeds' differences, and is \
+adjusted for all primary comparisons of the study (max-t). The interval over seeds and images also covers \
+the choice of the validation images."""
 HELD_OUT = (
     "Choices are made on {held} images held out of training. The scores are those of the official validation "
     "images ({scored}), which were scored once, after the last epoch."
@@ -57,8 +59,12 @@ def tables(study: Study, preset: str, runs: list[Result]) -> list[Table]:
 
 
 def variant_table(study: Study, preset: str, runs: list[Result]) -> Table:
-    """Return a table with a row per variant: last epoch, mean and spread over seeds."""
-    rows = []
+    """Return a table with a row per variant: last epoch, mean and spread over seeds.
+
+    Speeds are left out where the runs had machines of different load.
+    """
+    rows, loads = [], [load for run in runs for load in run.record.get("load", ())]
+    comparable = not loads or max(loads) <= SAME_LOAD * max(1.0, min(loads))
     for variant in study.variants:
         if not (own := results.of_variant(runs, variant)):
             continue
@@ -68,8 +74,8 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> Table:
             row.append(spread(results.by_seed(runs, variant, column)))
         held = {run.seed: run.logged(study.metric) for run in own if run.held_out}
         row.append(spread({seed: score for seed, score in held.items() if score is not None}))
-        row.append(average([run.images_per_second for run in own], ",.0f"))
-        row.append(average([run.minutes for run in own], ".1f"))
+        row.append(average([run.images_per_second for run in own], ",.0f") if comparable else "-")
+        row.append(average([run.minutes for run in own], ".1f") if comparable else "-")
         rows.append([*row, study.published_scores.get(variant, "-")])
     header = ["variant", "flags", "seeds", "top-1", "EMA top-1", "train top-1", "gap", "held-out top-1"]
     return Table("variants", "", [*header, "images/s", "minutes", "published"], rows)
@@ -130,8 +136,8 @@ def conclusion(study: Study, runs: list[Result]) -> str:
     elif effects:
         sentences.append("Undecided: no flag of the grid matters beyond the noise.")
     for f in results.false_verdicts(runs, study):
-        share = 100 * (f.better + f.worse) / f.times
-        pairings = f"Of {f.times} random pairings of {f.pairs} pairs"
+        share, sets = 100 * f.decided / f.times, f" of each of {f.comparisons} variants" * (f.comparisons > 1)
+        pairings = f"Of {f.times} random pairings of {f.pairs} pairs{sets}"
         sentences.append(f"{pairings}, {share:.1f} % were decided wrongly.")
     if broken := sorted({f"{run.variant} ({run.status})" for run in runs if run.status != "done"}):
         sentences.append(f"Not every run finished: {listed(broken)}.")
@@ -153,7 +159,7 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
     for sentence, names in (
-        (f"Undecided, because the difference to {first} is within the noise", named(found, UNDECIDED)),
+        (f"Undecided, because not all three tests see a difference to {first}", named(found, UNDECIDED)),
         (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
         ("Not among the primary comparisons, so without a verdict", named(found, EXPLORATORY)),
     ):
@@ -168,15 +174,14 @@ def named(found: dict[str, Difference], verdict: str) -> list[str]:
 def power_line(study: Study, power: Power, pilot: Power) -> str:
     """Say how many seeds the question needs, and what these can see."""
     share = f" in one of {power.comparisons} comparisons" if power.comparisons > 1 else ""
-    chances = f"with {100 * statistics.POWER:.0f} % probability"
-    text = (
-        f"Power: paired differences vary by {power.deviation:.2f} points (standard deviation). To see "
-        f"{study.worth:g} points{share} {chances} takes {power.needed} seeds"
-    )
-    if power.seeds < MIN_PAIRS:
-        return f"{text}."
-    pilots = f"The first two seeds, the pilot, asked for {pilot.needed}."
-    return f"{text}; these {power.seeds} can see {power.sees:.1f} points. {pilots}"
+    text = f"Power: between seeds, a difference varies by {power.deviation:.2f} points (standard deviation)."
+    if power.seeds >= MIN_PAIRS:
+        text += (
+            f" If there is a difference of {power.sees:.1f} points{share}, {power.seeds} seeds find it "
+            f"{100 * statistics.POWER:.0f} % of the time."
+        )
+    text += f" To find {study.worth:g} points as often takes {power.needed} seeds"
+    return text + (f" (by the two seeds of the pilot: {pilot.needed})." if pilot != power else ".")
 
 
 def advice(study: Study, directory: Path) -> str:
@@ -240,10 +245,10 @@ def false_verdict_table(study: Study, runs: list[Result]) -> Table:
     """Return how often an A/A study called one variant better or worse than itself; else no rows."""
     rows = []
     for f in results.false_verdicts(runs, study):
-        shares = (f"{100 * count / f.times:.1f} %" for count in (f.better, f.worse))
-        rows.append([*map(str, (f.runs, f.pairs, f.times)), *shares])
-    title = "One variant against itself, its runs paired at random; together at most 5 % should be decided:"
-    return Table("false_verdicts", title, ["runs", "pairs", "pairings", "better", "worse"], rows)
+        counts = map(str, (f.runs, f.comparisons, f.pairs, f.times))
+        rows.append([*counts, f"{100 * f.decided / f.times:.1f} %"])
+    title = "One variant against itself, its runs paired at random; at most 5 % should be decided:"
+    return Table("false_verdicts", title, ["runs", "comparisons", "pairs", "pairings", "decided"], rows)
 
 
 def run_notes(study: Study, runs: list[Result]) -> list[str]:
@@ -254,17 +259,26 @@ def run_notes(study: Study, runs: list[Result]) -> list[str]:
     if held := next((run.env["num_val"] for run in runs if run.held_out and run.env.get("num_val")), None):
         scored = next((f"{run.num_val:,}" for run in runs if run.hits), "not yet")
         notes.append(HELD_OUT.format(held=f"{held:,}", scored=scored))
-    if env := next((run.env for run in runs if run.env), None):
+    if any(run.env for run in runs):
         loads = [load for run in runs for load in run.record.get("load", ())]
-        precisions = " and ".join(sorted({run.env.get("precision") or "?" for run in runs if run.env}))
         busy = f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+        names = ("device", "cores", "threads", "precision", "torch", "commit")
+        seen = {name: every(runs, name) for name in names}
         notes.append(
-            f"Machine: {env.get('device')}, {env.get('cores')} cores, {env.get('threads')} torch threads, "
-            f"{precisions}, torch {env.get('torch')}, commit {env.get('commit') or '?'}{busy}."
+            "Machine: {device}, {cores} cores, {threads} torch threads, {precision}, torch {torch}, "
+            "commit {commit}".format(**seen)
+            + f"{busy}."
         )
+    if any(run.status == "diverged" for run in runs):
+        notes.append("A diverged run scores as random predictions do.")
     found = [path for run in runs if run.directory for path in sorted(run.directory.glob("best_*.pt"))]
     best = found[0] if found else "CHECKPOINT"
     return notes + [f"To inspect a model: `{c.format(best=best, data='DATA')}`" for c in study.commands]
+
+
+def every(runs: list[Result], name: str) -> str:
+    """Return the values of env.json that the runs have, such as "bf16 and fp32"."""
+    return listed(sorted({str(run.env.get(name) or "?") for run in runs if run.env}))
 
 
 def csv_table(runs: list[Result]) -> str:
@@ -275,7 +289,6 @@ def csv_table(runs: list[Result]) -> str:
     for run in runs:
         row = [run.variant, run.seed, run.status, len(run.rows), *map(run.score, CSV_SCORES)]
         row += [run.logged("val_top1") if run.held_out else None, run.images_per_second, run.minutes]
-        load, command = max(run.record.get("load", ()), default=None), run.record.get("command")
-        row += [load, run.env.get("commit"), command]
+        row += [max(run.record.get("load", ()), default=None), run.env.get("commit"), run.command]
         rows.append([round(value, 4) if isinstance(value, float) else value for value in row])
     return files.csv_text(header, rows)

@@ -57,10 +57,15 @@ class Table:
     def latex(self) -> str:
         """Return a table for LaTeX, which needs \\usepackage{booktabs}."""
         header, *rows = (" & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows))
-        lines = [rf"\begin{{tabular}}{{l{'r' * (len(self.header) - 1)}}}", r"\toprule", header, r"\midrule"]
+        sides = "".join("r" if is_number(cells[0]) else "l" for cells in zip(*self.rows, strict=True))
+        lines = [rf"\begin{{tabular}}{{{sides}}}", r"\toprule", header, r"\midrule"]
         table = [*lines, *rows, r"\bottomrule", r"\end{tabular}"]
-        caption = rf"\caption{{{latex_text(self.title.rstrip(':'))}}}"
+        caption = rf"\caption{{{latex_text(self.title.rstrip(':') or self.name.capitalize())}}}"
         return "\n".join([r"\begin{table}", r"\centering", caption, *table, r"\end{table}"]) + "\n"
+
+
+def is_number(cell: str) -> bool:
+    return isinstance(number(PAIR.sub(r"\1", cell)), int | float)
 
 
 def number(cell: str) -> int | float | str | None:
@@ -78,4 +83,5 @@ def latex_text(text: str) -> str:
     text = "".join(LATEX.get(character, character) for character in text)
     text = re.sub(r"(?<![\w.-])-(?=\d)", "$-$", text)  # a minus, not a hyphen
     text = re.sub(r"\*\*(.+?)\*\*", r"\\textbf{\1}", text)
-    return re.sub(r"`(.+?)`", r"\\texttt{\1}", text)
+    text = re.sub(r"`(.+?)`", r"\\texttt{\1}", text)
+    return text.replace("--", "-{}-")  # two hyphens of a flag would become a dash

@@ -99,8 +99,9 @@ def comparisons(args, batch_sizes: list[int], runtime, done: set[str]) -> Iterat
             if len(rows) == 2:
                 default, variant = rows
                 names = {"row": row, "loop": "project", "variant": name, "base_batch_size": batch_size}
-                faster = variant["images_per_second"] / default["images_per_second"]
-                yield [variant | names | {"times_faster_than_default": faster}]
+                faster = changed.batch_size / batch_size / variant["times_project"]
+                beside = {"default_images_per_second": default["images_per_second"]}
+                yield [variant | names | beside | {"times_faster_than_default": faster}]
 
 
 # --- measuring ------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def row_of(name: str, setting, timings: dict[str, list[tuple]], memory: int | No
         "images_per_second": setting.batch_size / statistics.median(seconds),
         "memory_mib": memory,
     }
-    for other in ("bare", "timm"):
+    for other in ("bare", "timm", "project"):
         if other in timings and other != name:
             pairs = list(zip(timings[name], timings[other], strict=True))
             row[f"times_{other}"] = statistics.median(a[0] / b[0] for a, b in pairs)

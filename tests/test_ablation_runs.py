@@ -223,7 +223,7 @@ NOISY = (51, 50, 55, 50, 51, 49)
 
 def test_a_difference_inside_the_noise_is_undecided():
     text = summary.conclusion(TWO, made(a=SIX, b=NOISY, c=(50, 53, 50, 52, 50, 51)))
-    assert text.startswith("Undecided, because the difference to a is within the noise: b and c. Power: ")
+    assert text.startswith("Undecided, because not all three tests see a difference to a: b and c. Power: ")
 
 
 def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
@@ -232,7 +232,7 @@ def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
         r"\*\*b\*\* is better than a by 10\.1 points .*interval \+9\.6 to \+10\.6, p = 0\.031, 6 seeds\)",
         text,
     )
-    assert "10.1 points smaller with b" in text and "within the noise: c." in text
+    assert "10.1 points smaller with b" in text and "see a difference to a: c." in text
 
 
 def test_five_seeds_decide_nothing():
@@ -263,6 +263,17 @@ def test_variants_at_chance_are_named():
     assert "At chance (5 %; the interval ends below twice that): b." in summary.conclusion(TWO, runs)
 
 
+def test_a_diverged_run_scores_as_chance_does():
+    runs = made(a=SIX, b=CLEAR, c=NOISY)
+    for r in runs:
+        r.env["num_classes"] = 20
+    runs[6].status = runs[7].status = "diverged"  # of b
+    found = results.compare(runs, TWO, "val_top1")["b"]
+    assert found.n == 6 and found.verdict == statistics.UNDECIDED
+    assert results.by_seed(runs, "b", "val_top1")[0] == 5
+    assert "A diverged run scores as random predictions do." in summary.markdown(TWO, "full", runs, [])
+
+
 def test_one_seed_and_failed_runs_conclude_nothing():
     runs = made(a=(50,), b=(90,), c=(10,))
     runs[2].status = "diverged"
@@ -277,17 +288,18 @@ def test_the_power_line_says_how_many_seeds_are_needed_and_what_these_see():
     assert power.deviation == pytest.approx(np.std(gaps, ddof=1)) and power.seeds == 6
     assert power.needed == statistics.pairs_needed(0.5, power.deviation)
     said = summary.conclusion(TWO, runs)
-    assert f"takes {power.needed} seeds; these 6 can see {power.sees:.1f} points" in said
+    assert f"a difference of {power.sees:.1f} points, 6 seeds find it 80 % of the time" in said
     pilot = statistics.pairs_needed(0.5, np.std(gaps[:2], ddof=1))
-    assert said.endswith(f"The first two seeds, the pilot, asked for {pilot}.")
+    assert said.endswith(f"takes {power.needed} seeds (by the two seeds of the pilot: {pilot}).")
 
 
 def test_an_a_a_study_counts_false_verdicts():
     which = Study("same", "?", {"same": {}}, seeds=tuple(range(24)))
     runs = made(same=60 + np.random.default_rng(1).normal(0, 1, 24))
-    six, twelve = results.false_verdicts(runs, which)
+    six, twelve, three = results.false_verdicts(runs, which)
     assert (six.pairs, twelve.pairs, six.times, six.runs) == (6, 12, 200, 24)
-    assert six.better + six.worse <= 20 and "| 24 | 12 | 200 |" in summary.markdown(which, "full", runs, [])
+    assert (three.pairs, three.comparisons) == (6, 3)
+    assert six.decided <= 20 and "| 24 | 1 | 12 | 200 |" in summary.markdown(which, "full", runs, [])
     assert results.false_verdicts(runs[:11], which) == [] == results.false_verdicts(runs, TWO)
 
 
@@ -322,7 +334,7 @@ def test_a_table_in_latex_escapes_what_latex_would_read_and_in_csv_has_no_marks(
     text = table.latex()
     assert r"\caption{50 \% of A\_B \& C}" in text and text.count(r"\\") == 3
     assert (
-        r"\textbf{x\_1} & \texttt{--lr=1 \$ \# \{\textasciitilde{}\textasciicircum{}\textbackslash{}\}}"
+        r"\textbf{x\_1} & \texttt{-{}-lr=1 \$ \# \{\textasciitilde{}\textasciicircum{}\textbackslash{}\}}"
         in text
     )
     assert all(rule in text for rule in (r"\toprule", r"\midrule", r"\bottomrule", r"1 $\pm$ 2 & -"))
@@ -425,6 +437,11 @@ def test_a_run_with_other_flags_does_not_count_as_done(fake, tmp_path, monkeypat
 def test_a_flag_of_an_older_version_makes_a_run_changed():
     assert run.what_trains(["--lr", "1e-3", "--subset"]) == run.what_trains(["--lr=0.001", "--subset"])
     assert run.what_trains(["--lr=0.001", "--gone=1"]) is None
+
+
+def test_other_weights_or_data_of_the_study_make_a_run_changed():
+    assert run.what_trains([]) != run.what_trains(["--init-from=w.pt"])
+    assert run.what_trains(["--data-dir={data}-a"]) != run.what_trains(["--data-dir={data}-b"])
 
 
 def test_other_workers_or_devices_do_not_make_a_run_changed(fake, tmp_path):
@@ -624,15 +641,20 @@ def test_any_row_of_a_study_can_be_repeated_bit_for_bit(tmp_path, monkeypatch, c
     assert run.main(["again", "--variants", "b", "--seeds", "1", "--out", str(tmp_path / "two")]) == 0
     one, two = (tmp_path / name / "again" / "b-seed1" for name in ("one", "two"))
     record = json.loads((one / "run.json").read_text())
-    assert record.keys() >= {"command", "commit", "load", "minutes"} and record["status"] == "done"
-    assert train.main([*shlex.split(record["command"])[2:], "--save-dir", str(tmp_path / "three")]) == 0
+    assert record.keys() >= {"scoring", "commit", "load", "minutes"} and record["status"] == "done"
+    repeat, score = results.read_run(one, "b").command.split(" && ")
+    words = shlex.split(repeat)
+    assert train.main([*words[words.index("train.py") + 1 :], "--save-dir", str(tmp_path / "three")]) == 0
+    words = shlex.split(score.replace("checkpoints/", f"{tmp_path}/three/"))
+    out = ["--save-hits", "--out", str(tmp_path / "three" / study.FINAL)]
+    assert validate.main([*words[words.index("validate.py") + 1 :], *out]) == 0
     rows = [
         {name: value for name, value in read_metrics(folder)[-1].items() if name not in TIMING}
         for folder in (one, two, tmp_path / "three")
     ]
     assert rows[0] == rows[1] == rows[2] and rows[0]["val_top1"] > 10
-    hits = [(folder / study.FINAL / "hits.npz").read_bytes() for folder in (one, two)]
-    assert hits[0] == hits[1]
+    hits = [(f / study.FINAL / "hits.npz").read_bytes() for f in (one, two, tmp_path / "three")]
+    assert hits[0] == hits[1] == hits[2]
     found = results.load(tmp_path / "one" / "again", which)
     assert [r.num_val for r in found] == [359] * 4 and all(r.held_out for r in found)
 
@@ -649,7 +671,9 @@ def test_the_official_images_are_scored_with_the_runs_precision(tmp_path):
         *(str(tmp_path / "last_x.pt"), "--num-workers=0", "--device=cpu", "--amp=bf16", "--holdout=0"),
         *("--no-subset", "--save-hits", f"--out={tmp_path / 'final'}"),
     ]
-    plain = run.Job(study.Run("s", "v", 0, {"dataset": "cifar10"}), tmp_path, "/d").scoring()
+    (tmp_path / "env.json").write_text('{"precision": "fp32"}')  # as --amp auto is on a CPU at 16 px
+    assert "--amp=off" in run.Job(study.Run("s", "v", 0, DIGITS | {"amp": "auto"}), tmp_path).scoring()
+    plain = run.Job(study.Run("s", "v", 0, {"dataset": "cifar10"}), tmp_path / "none", "/d").scoring()
     assert plain[1:3] == ["--data-dir=/d", "--save-hits"]
 
 
@@ -731,6 +755,8 @@ WORSE, SAME = BETTER[::-1], ([50, 51, 52, 53, 50, 51], [50.1, 50.9, 52.1, 52.9, 
     ("expected", "scores", "status"),
     [
         ("better", BETTER, "confirmed"),
+        ("better by 5.2", BETTER, "confirmed"),
+        ("better by 9", BETTER, "direction confirmed, size contradicted"),
         ("better", WORSE, "contradicted"),
         ("better", SAME, "undecided"),
         ("worse", WORSE, "confirmed"),
@@ -745,7 +771,8 @@ WORSE, SAME = BETTER[::-1], ([50, 51, 52, 53, 50, 51], [50.1, 50.9, 52.1, 52.9, 
 )
 def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, status):
     two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, primary=("b",))
-    claim = claims.Claim("000", "b is better", "two", "b", expected)
+    expected, _, points = expected.partition(" by ")
+    claim = claims.Claim("000", "b is better", "two", "b", expected, points=float(points) if points else None)
     assert claims.judge(claim, made(a=scores[0], b=scores[1]), two)[0] == status
 
 

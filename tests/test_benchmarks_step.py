@@ -95,6 +95,8 @@ def test_an_unavailable_variant_is_skipped_and_rows_are_written_one_by_one(tmp_p
     rows = records.load(tmp_path, "step")[6:]
     assert [row["variant"] for row in rows] == ["nchw", "batch 4"] and compared == [0, 2, 4, 6, 7, 7]
     assert rows[1]["base_batch_size"] == 8 and rows[1]["times_faster_than_default"] > 0
+    faster = 0.5 / rows[1]["times_project"]  # half the batch in so many times the time
+    assert rows[1]["times_faster_than_default"] == faster and rows[1]["default_images_per_second"] > 0
     assert "blurpool: skipped (--use-blurpool needs the antialiased-cnns package)" in capsys.readouterr().out
 
 
@@ -107,6 +109,7 @@ def test_the_ratios_are_medians_over_the_rounds():
     assert (row["milliseconds"], row["cpu_milliseconds"], row["images_per_second"]) == (3000, 3000, 8 / 3)
     assert row["times_bare"] == 2 and row["cpu_times_bare"] == 1.5 and "times_timm" not in row
     assert row["row"] == "resnet_tiny, 16 px, batch 8, fp32, project"
+    assert step.row_of("bare", TINY, timings, None)["times_project"] == 0.5
 
 
 def test_calls_are_counted_without_views_and_mixed_lists_are_found():

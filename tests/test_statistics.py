@@ -171,10 +171,27 @@ def test_power_is_the_published_sample_size():
 
 
 def test_power_is_what_a_simulation_counts():
-    difference = statistics.detectable(2.0, 8, comparisons=3)
-    drawn = RNG.normal(difference, 2.0, (4000, 8))
+    difference = statistics.detectable(2.0, 20, comparisons=3)
+    drawn = RNG.normal(difference, 2.0, (4000, 20))
     seen = (stats.ttest_1samp(drawn, 0, axis=1).pvalue < 0.05 / 3).mean()
     assert seen == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_power_of_six_pairs_is_that_all_have_the_same_sign():
+    # Six pairs decide only then; a t test would claim 80 % at 1.44 deviations.
+    assert statistics.t_power(1.44, 1, 6) == pytest.approx(0.8, abs=0.01)
+    assert statistics.power(1.44, 1, 6) == pytest.approx(stats.norm.cdf(1.44) ** 6, abs=0.05)
+    assert statistics.power(0, 1, 6) <= 0.05 and statistics.power(9, 1, 6) == 1
+    assert statistics.power(1.5, 1, 6, comparisons=5) < statistics.power(1.5, 1, 6)
+
+
+def test_the_detectable_difference_is_decided_four_times_in_five():
+    difference, wanted = statistics.detectable(2.0, 8, comparisons=3), 0
+    for _ in range(400):
+        scores = RNG.normal(0, 2.0 / 2**0.5, (4, 8))
+        scores[1] += difference
+        wanted += statistics.compare(scores[1:] - scores[0])[0].verdict == statistics.BETTER
+    assert wanted / 400 == pytest.approx(0.8, abs=0.06)
 
 
 def test_the_pooled_deviation_is_within_comparisons():
@@ -185,13 +202,13 @@ def test_the_pooled_deviation_is_within_comparisons():
 
 def test_an_a_a_test_finds_few_differences_and_a_blind_method_would_find_many(monkeypatch):
     scores = RNG.normal(60, 1, 24)
-    better, worse = statistics.false_verdicts(scores, 6, 200)
-    assert better + worse <= 20
-    assert statistics.false_verdicts(scores, 6, 200) == (better, worse)  # the same on every call
+    wrong = statistics.false_verdicts(scores, 6, 200)
+    assert wrong <= 20 and statistics.false_verdicts(scores, 6, 200, comparisons=3) <= 20
+    assert statistics.false_verdicts(scores, 6, 200) == wrong  # the same on every call
     monkeypatch.setattr(statistics, "MIN_PAIRS", 3)
     monkeypatch.setattr(statistics, "ALPHA", 0.3)
     monkeypatch.setattr(statistics, "LEVEL", 0.3)
-    assert sum(statistics.false_verdicts(scores, 6, 200)) > 40
+    assert statistics.false_verdicts(scores, 6, 200) > 40
 
 
 def test_holm_by_hand():
