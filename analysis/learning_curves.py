@@ -38,7 +38,7 @@ STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (f
 COMPARISONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("Validation top-1 (EMA weights if kept)", "top-1 accuracy (%)", lambda run: run.score),
     ("Validation loss (same weights)", "cross-entropy (nats)", lambda run: run.score.replace("top1", "loss")),
-    ("Loss of the training batches", "cross-entropy (nats)", lambda run: "train_loss"),
+    ("Loss of the training batches", "loss (nats)", lambda run: "train_loss"),
     ("Learning rate", "rate at the end of the epoch", lambda run: "lr"),
 )
 
@@ -70,23 +70,29 @@ def single(run: RunFiles, panel: Panel, title: str = "") -> Figure:
 
 def draw(ax, run: RunFiles, panel: Panel) -> None:
     """Draw a panel: its columns over the epochs, the phases and, in the accuracy, the best epoch."""
+    lines = []
     for column, label in panel.columns.items():
         epochs, values = series(run.rows, column)
         colour, dash = STYLES.get(column.split("_")[0], (figures.BLUE, "-"))
         if epochs:
             style = {"color": colour, "linestyle": dash, "markersize": 3}
             dots = "o" if len(epochs) <= MOST_DOTS else ""  # more would hide the dashes
-            ax.plot(epochs, values, label=label, marker=dots, **style)
+            own = ax
+            if column == "train_loss" and run.config.get("loss") == "bce":
+                # A sum over the classes: 693 at the start with 1,000 of them, beside a cross-entropy of 7.
+                own = ax.twinx()
+                own.set_ylabel("binary cross-entropy, summed over classes", color=colour)
+            lines += own.plot(epochs, values, label=label, marker=dots, **style)
     if panel is TOP1 and run.best:
         label = f"best: {run.best_top1:.2f} % at epoch {run.best['epoch']}"
         star = {"marker": "*", "color": figures.BLACK, "s": 120, "zorder": 5}
-        ax.scatter(run.best["epoch"], run.best_top1, **star, label=label)
+        lines.append(ax.scatter(run.best["epoch"], run.best_top1, **star, label=label))
     ax.set(title=panel.title, xlabel="epoch", ylabel=panel.unit)
     first, last = run.rows[0]["epoch"] - 0.5, run.rows[-1]["epoch"] + 0.5
     mark_phases(ax, [(epoch - 0.5, *what) for epoch, *what in phases(run.rows)], first, last)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    if len(panel.columns) > 1 and ax.get_legend_handles_labels()[1]:
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)  # below: it covers nothing there
+    if len(panel.columns) > 1 and lines:  # below, where the legend covers nothing
+        ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
 
 
 def mark_phases(

@@ -41,12 +41,18 @@ def main(argv: list[str] | None = None) -> int:
     ids = classifier.spread_ids(config.samples)
     images, labels = classifier.batch(classifier.val_pixels(ids)), classifier.index.val.labels[ids]
     steps = landscape_figures.steps_along(config.reach, config.points)
-    before = "random weights" if classifier.payload["config"]["init_from"] else "before training"
+    how = classifier.payload["config"]
+    before = "random weights" if how["init_from"] or how.get("pretrained") else "before training"
     initial = landscape_figures.initial_model(classifier.payload).to(classifier.device)
-    options = {"batch_statistics": config.batch_norm == "batch", "seed": config.seed}
+    # Untrained running statistics, 0 and 1, would show a plain: no input has them.
+    before += ", statistics of each batch" if config.batch_norm == "running" else ""
     losses = {}
-    for name, model in {before: initial, "after training": classifier.model}.items():
-        losses[name] = landscape_figures.landscape(model, images, labels, steps, title=name, **options)
+    for name, model, by_batch in (
+        (before, initial, True),
+        ("after training", classifier.model, config.batch_norm == "batch"),
+    ):
+        options = {"batch_statistics": by_batch, "seed": config.seed, "title": name}
+        losses[name] = landscape_figures.landscape(model, images, labels, steps, **options)
     title = f"Loss on {len(ids)} validation images around {classifier.title}\n{TREATMENTS[config.batch_norm]}"
     arguments.save(config, {"loss_landscape.png": landscape_figures.draw(losses, steps, title)})
     content = {

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     errors.doing(f"training {args.seeds} seeds with two loops each")
     from benchmarks import records
 
-    done = records.finished(args.out, "parity")
+    done = {row["row"] for row in of_today(args)}
     for seed in range(args.seeds):
         for loop in LOOPS:
             row = f"seed {seed}, {loop}"
@@ -61,9 +61,18 @@ def main(argv: list[str] | None = None) -> int:
             here = records.environment()
             records.append(args.out, {"benchmark": "parity", "row": row} | record | here)
             print(f"{row}: {top1:.2f} %, {record['seconds']:.0f} s", flush=True)
-    for line in summary(records.load(args.out, "parity")):
+    for line in summary(of_today(args)):
         print(line)
     return 0
+
+
+def of_today(args) -> list[dict]:
+    """Return the rows of this commit and this number of epochs."""
+    from benchmarks import records
+
+    done = records.finished(args.out, "parity")
+    rows = records.load(args.out, "parity") if done else []
+    return [row for row in rows if row["row"] in done and row["epochs"] == args.epochs]
 
 
 def project(args, shared: list[str]) -> float:

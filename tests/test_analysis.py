@@ -77,6 +77,15 @@ def test_curves_leave_out_unscored_epochs_and_mark_phases_and_the_best(tmp_path)
     assert [t.get_text() for t in top1.texts] == ["32 px\nbatch 64", "48 px\nbatch 32"]
 
 
+def test_a_training_loss_on_another_scale_has_its_own_axis(tmp_path):
+    folder = write_run(tmp_path / "run", [row(1, train_loss=690.0), row(2, train_loss=12.0)])
+    (folder / "config.json").write_text('{"loss": "bce"}')
+    scored, _, training = learning_curves.curves(runs.read_run(folder, "run")).axes
+    assert training.get_ylim()[1] > 600 and scored.get_ylim()[1] < 100
+    names = [text.get_text() for text in scored.get_legend().get_texts()]
+    assert names[:2] == ["training batches", "validation, raw weights"]
+
+
 def test_a_short_last_phase_keeps_its_label(tmp_path):
     rows = [row(epoch) for epoch in range(1, 30)] + [row(30, 48, 32)]
     fig = learning_curves.curves(runs.read_run(write_run(tmp_path / "run", rows), "run"))

@@ -5,6 +5,18 @@ from PIL import Image
 from benchmarks import parity, records
 
 
+def test_only_rows_of_the_same_length_and_commit_are_paired(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "project", lambda args, shared: 60.0 + ("--seed=1" in shared))
+    monkeypatch.setattr(parity, "plain_loop", lambda args, shared: 61.0)
+    arguments = ["--data-dir", "none", "--seeds", "2", "--out", str(tmp_path)]
+    assert parity.main([*arguments, "--epochs", "1"]) == 0
+    monkeypatch.setattr(parity, "project", lambda args, shared: 70.0 + ("--seed=1" in shared))
+    assert parity.main(arguments) == 0
+    assert "difference: +9.50 [" in capsys.readouterr().out
+    monkeypatch.setattr(parity, "project", None)  # nothing is trained again
+    assert parity.main(arguments) == 0
+
+
 @pytest.mark.slow
 def test_parity_trains_both_loops_with_each_seed_and_ends_with_their_difference(tmp_path, capsys):
     rng = np.random.default_rng(0)
