@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from base import process
 from base.device import Runtime
-from base.errors import DataError, ResourceError, UserError
+from base.errors import DataError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import crops, layouts, splits
@@ -218,6 +218,12 @@ class Batches(Dataset):
         raise NotImplementedError
 
 
+SKIP = (
+    "replace it with an intact image, or go on with --resume auto --on-bad-image skip --allow-change "
+    "on_bad_image; pack_dataset.py --verify lists all bad images"
+)
+
+
 @dataclass(eq=False)
 class BatchDataset(Batches):
     """Decodes and transforms the images of a batch.
@@ -251,7 +257,9 @@ class BatchDataset(Batches):
         """Return image `i`, transformed. If it is bad and may be skipped: a substitute, or None."""
         try:
             return self._transformed(i, data, epoch)
-        except BadImage:
+        except BadImage as error:
+            if self.on_bad_image == "fail" and self.augments:
+                raise BadImage(error.name, error.reason, SKIP) from None
             if self.on_bad_image == "fail":
                 raise
         bad.append(self.split.name(i))
@@ -404,15 +412,7 @@ class Loader:
         """Yield uint8 batches on the CPU; time the waiting and raise the workers' errors."""
         while True:
             started = time.perf_counter()
-            try:
-                item = next(iterator, None)
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise ResourceError(
-                    f"a loader worker died: {str(error).splitlines()[0]}",
-                    "give it more memory (and /dev/shm) or lower --num-workers, then use --resume auto",
-                ) from error
+            item = next(iterator, None)
             self.waited += time.perf_counter() - started
             if item is None:
                 return

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import time
 from collections import deque
@@ -356,7 +357,7 @@ def save_or_stop(run: Run) -> None:
     if due or stopping or run.stop_after_reached:
         save(run)
     if stopping or run.stop_after_reached:
-        command = f"python train.py --save-dir {run.save_dir} --resume auto"
+        command = f"python train.py --save-dir {shlex.quote(str(run.save_dir))} --resume auto"
         text = f"Stopped at step {run.state.step:,}. To continue: {command}"  # docs/slurm.sh looks for it
         raise Stopped(stopping, text) if stopping else StopAfterReached(text)
 

@@ -10,6 +10,7 @@ With --out equal to a packed --data-dir, only evaluation crops are added to it.
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -21,6 +22,8 @@ from base import errors, flags, process
 from base.errors import DataError, ResourceError, UsageError, doing
 from base.flags import Flag
 from base.progress import Progress
+
+REPLACE = "replace them (then pack into a new --out), or pack with --on-bad-image skip"
 
 
 def eval_sizes(text: str) -> tuple[int, ...]:
@@ -34,14 +37,15 @@ PACKING = (
          "training at 64, 128 and 224 px.",
          flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,..."),
     Flag("raw_sides", "files", "Short sides that are stored as pixels, not as JPEG: several times as large, "
-         "several times as fast. 96 takes 49 GB of ImageNet.",
+         "several times as fast. For ImageNet, 96 takes 49 GB.",
          flags.listing(flags.number(int, 8, 4096)), (), "PX,PX,..."),
     Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q"),
-    Flag("eval_sizes", "files", "Sizes in px at which validation images are stored as pixels, ready to be "
-         "scored; and so is the sample of train_top1. none for no sizes. By default 0.7 of each stored side, "
-         "cut to a multiple of 32 (64,128,224); none for data of one small size.",
+    Flag("eval_sizes", "files", "Sizes in px of the evaluation crops to store, for validation images and the "
+         "sample of train_top1; none stores none. By default 0.7 of each stored side, cut to a multiple of "
+         "32 (64,128,224); none for data of one small size.",
          eval_sizes, None, "PX,PX,..."),
-    Flag("eval_crop", "files", "Crop of these, as train.py's; by default 0.875.",
+    Flag("eval_crop", "files", "Share of the resized image in these crops, like --eval-crop of train.py; by "
+         "default 0.875.",
          flags.number(float, 0, 1, open_low=True), None, "F"),
     Flag("on_bad_image", "files", "fail lists bad images, leaves their shards unwritten and exits with 3; "
          "skip leaves only these images out.", ("fail", "skip"), "fail", "ACTION"),
@@ -60,9 +64,11 @@ def build_parser() -> flags.Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args, given = flags.parse(build_parser(), argv)
     if args.verify == bool(args.out):
         raise UsageError("give either --out or --verify", "--out DIR packs the dataset, --verify checks it")
+    adding = adds_crops(args)
+    check(args, given, adding)
     doing(f"reading the list of images in {args.data_dir}")
     index = open_index(args)
     for note in index.notes:
@@ -70,16 +76,48 @@ def main(argv: list[str] | None = None) -> int:
     if args.verify:
         return verify(index, args.workers)
     from sources import packing
-    from sources.packed import MANIFEST
 
-    crops = crop_settings(index, args)
-    if os.path.isfile(os.path.join(args.out, MANIFEST)) and os.path.samefile(args.data_dir, args.out):
+    sides = index.train.manifest["sides"] if adding else (*args.stored_sides, *args.raw_sides)
+    crops = crop_settings(index, args, sides)
+    if adding:
         with _locked(args.out):
             add_crops(args.out, crops, args.workers)
         return 0
     index = packing.as_begun(index, args.out)
     plan = packing.make_plan(index, args.stored_sides, args.quality, args.raw_sides)
     return pack(index, args.out, plan, args.workers, args.on_bad_image, crops)
+
+
+def adds_crops(args) -> bool:
+    """Return whether --out is the packed --data-dir, to which only evaluation crops are added."""
+    manifest = os.path.join(args.data_dir, "manifest.json")
+    same = os.path.realpath(args.data_dir) == os.path.realpath(args.out or ".")
+    return bool(args.out) and same and os.path.isfile(manifest)
+
+
+def check(args, given: flags.Given, adding: bool) -> None:
+    """Refuse flags that would do nothing. Raises UsageError."""
+    from sources.archives import tars
+
+    flags.refuse_idle(flags.SOURCE, args, given)
+    unused, why = (), ""
+    if args.verify:
+        unused, why = (
+            ("stored_sides", "raw_sides", "quality", "eval_sizes", "eval_crop", "on_bad_image"),
+            "--verify",
+        )
+    elif adding:
+        unused = ("stored_sides", "raw_sides", "quality", "on_bad_image")
+        why = f"{args.out} is packed already, and only evaluation crops are added to it"
+    elif args.eval_sizes == ():
+        unused, why = ("eval_crop",), "--eval-sizes none stores no crops"
+    if args.dataset == "imagenet" and tars.present(args.data_dir):
+        unused, why = (
+            (*unused, "class_list", "allow_class_mismatch"),
+            why or "tar files are packed with all classes",
+        )
+    if found := [flags.dashed(name) for name in unused if name in given]:
+        raise UsageError(f"{', '.join(found)} would do nothing: {why}", f"leave {', '.join(found)} out")
 
 
 def open_index(args):
@@ -93,14 +131,13 @@ def open_index(args):
     return open_dataset(args.dataset, args.data_dir, split=args.split, **options)
 
 
-def crop_settings(index, args) -> dict[int, float]:
+def crop_settings(index, args, stored_sides: Iterable[int]) -> dict[int, float]:
     """Return {size: crop} of the evaluation crops to store, the crop as a share of the resized image."""
     from sources.images import default_crop
 
     sizes = args.eval_sizes
     if sizes is None:
-        sides = () if index.native_size else (*args.stored_sides, *args.raw_sides)
-        sizes = map(default_eval_size, sides)
+        sizes = map(default_eval_size, () if index.native_size else stored_sides)
     return {size: args.eval_crop or default_crop(size, index.native_size) for size in sorted({*sizes})}
 
 
@@ -120,16 +157,18 @@ def pack(index, out: str, plan: dict, workers: int, on_bad_image: str, crops: di
     """
     from harness.pool import in_processes
     from sources import packing, splits
+    from sources.packed import MANIFEST
 
     os.makedirs(out, exist_ok=True)
     with _locked(out):
         if note := splits.write_down(index):
             print(note)
         records, groups = packing.start(out, plan), packing.groups_of(plan)
-        missing = [group for group in groups if (group.part, group.k) not in records]
+        missing, packed = [group for group in groups if (group.part, group.k) not in records], False
         if missing:
             needed = packing.estimate(index, plan, missing)
-            _check_disk(needed | crops_bytes(index, crops), out)
+            packed = os.path.isfile(os.path.join(out, MANIFEST))  # and lacks a shard
+            _check_disk(needed | ({} if packed else crops_bytes(index, crops)), out)
         images = sum(len(group.ids) for group in groups)
         done = images - sum(len(group.ids) for group in missing)
         write = partial(packing.write_group, index, plan, out=out, on_bad_image=on_bad_image)
@@ -142,11 +181,11 @@ def pack(index, out: str, plan: dict, workers: int, on_bad_image: str, crops: di
                     packing.add_record(out, record)
                     records[group.part, group.k] = record
                 progress.update(len(group.ids))
-        _refuse_bad(bad)
+        _refuse(bad, "bad image", REPLACE)
         manifest = packing.finish(out, index, plan, records)
         _print_summary(manifest)
-        add_crops(out, crops, workers, announced=bool(missing))
-    print(f"next: python train.py --data-dir {out}")
+        add_crops(out, crops, workers, announced=bool(missing) and not packed)
+    print(f"next: python train.py --data-dir {shlex.quote(out)}")
     return 0
 
 
@@ -232,7 +271,7 @@ def verify(index, workers: int) -> int:
     """Decode every stored copy of every image, and verify the checksums of packed shards."""
     from harness.pool import in_processes
     from sources import crops
-    from sources.packed import PackedSplit
+    from sources.packed import REPAIR, PackedSplit
 
     copies, bad = {"train": index.train, "val": index.val}, []
     if isinstance(index.train, PackedSplit):
@@ -241,6 +280,7 @@ def verify(index, workers: int) -> int:
             bad += [{"part": table, "name": path, "reason": why} for path, why in split.damaged_shards()]
         damaged = crops.damaged(index.train.root)
         bad += [{"part": "evaluation crops", "name": path, "reason": why} for path, why in damaged]
+        _refuse(bad, "damaged file", REPAIR)
     for name, split in copies.items():
         found, ids = [], range(len(split))
         with Progress(len(ids), f"verify {name}", unit="images") as progress:
@@ -249,7 +289,7 @@ def verify(index, workers: int) -> int:
                 found += [{"part": name, **image} for image in images]
                 progress.update(len(part))
         bad += sorted(found, key=lambda image: image["name"])
-    _refuse_bad(bad)
+    _refuse(bad, "bad image", REPLACE)
     print(f"all {len(index.train) + len(index.val):,} images decode")
     return 0
 
@@ -269,13 +309,12 @@ def _bad_images(split, ids: range) -> list[dict]:
     return bad
 
 
-def _refuse_bad(bad: list[dict]) -> None:
-    """Print all bad images, if any, and raise DataError."""
-    for image in bad:
-        print(errors.printable(f"{image['part']}: {image['name']}: {image['reason']}"))
+def _refuse(bad: list[dict], what: str, fix: str) -> None:
+    """Print all bad images or files, if any, and raise DataError."""
+    for found in bad:
+        print(errors.printable(f"{found['part']}: {found['name']}: {found['reason']}"))
     if bad:
-        fix = "replace them (then pack into a new --out), or pack with --on-bad-image skip"
-        raise DataError(f"{len(bad):,} bad images (listed above)", fix)
+        raise DataError(f"{len(bad):,} {what}{'s' * (len(bad) > 1)} (listed above)", fix)
 
 
 if __name__ == "__main__":

@@ -103,7 +103,16 @@ def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]
             paths.append(name)
             continue
         inside, others = [], []
-        for folder, subfolders, entries in os.walk(name):
+        seen = set()
+
+        def unreadable(error: OSError) -> None:
+            bad.append((os.fspath(error.filename), error.strerror or str(error)))
+
+        for folder, subfolders, entries in os.walk(name, followlinks=True, onerror=unreadable):
+            if (place := os.path.realpath(folder)) in seen:  # a link to a folder above would never end
+                subfolders.clear()
+                continue
+            seen.add(place)
             subfolders.sort()
             inside += [os.path.join(folder, e) for e in sorted(entries) if is_image(os.fsencode(e))]
             others += map(os.fsencode, entries)

@@ -100,10 +100,21 @@ class Classifier:
         mean, std = self.payload["eval"]["mean"], self.payload["eval"]["std"]
         return normalise(torch.from_numpy(pixels), mean, std, self.device)
 
-    def loader(self, source: Split | Sequence[str], batch_size: int = 64, num_workers: int = 0) -> Loader:
-        """Return batches, in order: (images, labels) of a split, or (images, positions) of image files."""
+    def loader(
+        self,
+        source: Split | Sequence[str],
+        batch_size: int = 64,
+        num_workers: int = 0,
+        *,
+        skips_bad: bool = False,
+    ) -> Loader:
+        """Return batches, in order: (images, labels) of a split, or (images, positions) of image files.
+
+        skips_bad: leave bad images out if the run's training did
+        """
         if isinstance(source, Split):
-            dataset = eval_dataset(source, self.image_size, self.crop, exif=self.exif)
+            on_bad = self.payload["config"].get("on_bad_image", "fail") if skips_bad else "fail"
+            dataset = eval_dataset(source, self.image_size, self.crop, on_bad, exif=self.exif)
         else:
             dataset = ImageFiles(source, self.transform)
         return Loader(
@@ -115,9 +126,11 @@ class Classifier:
             device=self.device,
         )
 
-    def batches(self, split: Split, title: str, batch_size: int = 64, num_workers: int = 0) -> Labelled:
+    def batches(
+        self, split: Split, title: str, batch_size: int = 64, num_workers: int = 0, *, skips_bad: bool = False
+    ) -> Labelled:
         """Yield the batches of a split, with a progress bar."""
-        loader = self.loader(split, batch_size, num_workers)
+        loader = self.loader(split, batch_size, num_workers, skips_bad=skips_bad)
         with Progress(len(loader), title, unit="batches") as bar:
             yield from bar.over(loader)
 

@@ -63,7 +63,8 @@ def score(
         if recalibration_images:
             images = recalibration_split(classifier.index.train, recalibration_images, batch_size)
             for name, model in classifier.models.items():
-                batches = classifier.batches(images, f"BatchNorm of {name} at {image_size} px", *loading)
+                title = f"BatchNorm of {name} at {image_size} px"
+                batches = classifier.batches(images, title, *loading, skips_bad=True)
                 models[f"{name} bn"] = predictions.recalibrate(model, batches, runtime)
         lookup = torch.as_tensor(labels, device=runtime.device)
         batches = classifier.batches(classifier.index.val, f"validation at {image_size} px", *loading)
@@ -75,9 +76,13 @@ def score(
 
 
 def recalibration_split(train: Split, count: int, batch_size: int) -> SubsetSplit:
-    """Draw training images of all classes, in whole batches so that each image counts the same."""
+    """Draw training images of all classes, in whole batches so that each image counts the same.
+
+    Shuffled: most data is stored by class, and batches of one class would lack the variance between classes.
+    """
     count = max(min(count, len(train)) // batch_size, 1) * batch_size
-    return SubsetSplit(train, balanced_subset(train.labels, min(count, len(train)), seed=2))
+    ids = balanced_subset(train.labels, min(count, len(train)), seed=2)
+    return SubsetSplit(train, np.random.Generator(np.random.Philox(2)).permutation(ids))
 
 
 def table_row(name: str, classifier: Classifier, found: Predictions, labels: list[int]) -> dict:

@@ -220,6 +220,9 @@ def resource_error(error: BaseException) -> ResourceError | None:
         known = ResourceError(f"out of memory{reason}", fix)
         known.rank = process.rank() or None  # each rank has memory of its own
         return known
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised wherever we are
+        fix = "free memory or lower --num-workers, then run the command again (train.py with --resume auto)"
+        return ResourceError(f"a loader worker died: {str(error).splitlines()[0]}", fix)
     if any(base.__name__ == "TorchDynamoException" for base in type(error).__mro__):
         cause = getattr(error, "inner_exception", error)
         reason = (str(cause).strip() or "no reason given").splitlines()[0]

@@ -101,7 +101,7 @@ SOURCE = (
 DATASET = (
     *SOURCE,
     Flag("classes", "plan", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
-    Flag("holdout", "plan", "Validate on training images held out of training; 0: on the official ones.",
+    Flag("holdout", "plan", "Hold out so many training images, or this share, and validate on them.",
          count_or_share, 0, "N|SHARE"),
     Flag("subset", "plan", "Use a fixed, class-balanced subset of the images.", Switch),
     Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many, or all of "
@@ -112,8 +112,8 @@ LOADING = (
          "or a file (.yaml, .json) that Albumentations saved.",
          augment_text, "full", "LIST",
          idle=lambda c: c.phase_augment and "--phase-augment sets that of every phase"),
-    Flag("on_bad_image", "trace", "What to do about an unreadable training image; skip counts it and uses "
-         "another of its class. An unreadable validation image always fails.",
+    Flag("on_bad_image", "trace", "What to do about a training image that cannot be decoded; skip counts it "
+         "and uses another of its class. Such a validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
     Flag("num_workers", "processes", "Loader processes per rank; at most one per core.",
          number(int, 0, 1024), 8, "N"),

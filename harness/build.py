@@ -272,7 +272,9 @@ def packing_hint(config, index: DatasetIndex) -> str:
     if not isinstance(index.train.whole, FileSplit):
         return ""
     data, packed = map(shlex.quote, (config.data_dir, f"{config.data_dir.rstrip('/')}-packed"))
-    command = f"python pack_dataset.py --data-dir {data} --dataset {config.dataset} --out {packed}"
+    chosen = {flag.name: getattr(config, flag.name) for flag in flags.SOURCE if flag.name != "data_dir"}
+    words = shlex.join(flags.to_argv({name: v for name, v in chosen.items() if v != flags.defaults()[name]}))
+    command = f"python pack_dataset.py --data-dir {data} {words + ' ' * bool(words)}--out {packed}"
     return f"A packed copy loads several times faster: {command}, then train with --data-dir {packed}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shlex
 import shutil
 
 from base.errors import ResourceError
@@ -34,6 +35,7 @@ def note(run: Run) -> str:
         return ""
     listed = ",".join(map(str, sizes))
     crop = f" --eval-crop {run.eval_crop:g}" if run.eval_crop else ""
+    packed = shlex.quote(packed)
     command = f"python pack_dataset.py --data-dir {packed} --out {packed} --eval-sizes {listed}{crop}"
     return f"note: scoring at {listed} px decodes images; to store them as they are scored: {command}"
 

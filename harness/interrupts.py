@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 
@@ -73,9 +75,11 @@ def left_to_parent() -> list[int]:
 
 
 def die_with_parent() -> None:
-    """On Linux, let the kernel kill this process when its parent dies: SIGKILL then leaves no orphans."""
+    """End this process when its parent dies, even by SIGKILL: by the kernel on Linux, else by a thread."""
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    elif parent := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

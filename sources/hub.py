@@ -51,6 +51,8 @@ def hub(dataset: str) -> DatasetIndex:
         what = f"{dataset} has no training split (it has {', '.join(tables)})"
         raise DataError(what, "choose another dataset")
     image, label = _columns(dataset, tables["train"].features)
+    if not getattr(tables["train"].features[label], "dtype", "").startswith(("int", "uint")):
+        raise DataError(f"the labels of {dataset} are not class numbers", "choose another dataset")
     parts = (part for part in VALIDATION if part in tables and min(tables[part][label], default=-1) >= 0)
     validation = next(parts, None)
     if validation is None:

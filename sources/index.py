@@ -65,6 +65,10 @@ class Split:
         """Return the name of sample `i` for messages and fingerprints: a relative path or a number."""
         return f"#{i}"
 
+    def names_of(self, ids: Sequence[int]) -> Iterable[str]:
+        """Return the names of the samples `ids`, in that order."""
+        return map(self.name, ids)
+
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
         """Return the samples `ids` in that order, each as an encoded file or as pixels (H, W, 3) uint8."""
         raise NotImplementedError
@@ -76,8 +80,8 @@ class Split:
     def digest(self) -> str:
         """Return a SHA-256 over names and labels: equal data has equal digests wherever it is stored."""
         sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
-        for i in range(len(self)):
-            sha.update(os.fsencode(self.name(i)) + b"\0")
+        for name in self.names_of(range(len(self))):
+            sha.update(os.fsencode(name) + b"\0")
         return sha.hexdigest()
 
     def content(self) -> str:
@@ -147,6 +151,9 @@ class SubsetSplit(Split):
 
     def name(self, i: int) -> str:
         return self.base.name(self.ids[i])
+
+    def names_of(self, ids: Sequence[int]) -> Iterable[str]:
+        return self.base.names_of(self.ids[np.asarray(ids, np.int64)])
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
         return self.base.read([self.ids[i] for i in ids])

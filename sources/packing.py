@@ -25,6 +25,7 @@ from sources.images import BadImage, decode
 from sources.index import DatasetIndex, Split, read_samples
 
 RECORDS = "packing.jsonl"
+BATCH_BYTES = 2**31  # that a column of a record batch can hold: its offsets are int32
 Records = dict[tuple[str, int], dict]  # (part, k) of a group -> its record
 
 
@@ -45,8 +46,9 @@ def make_plan(index: DatasetIndex, sides: Sequence[int], quality: int, raw_sides
 
     raw_sides: sides, among `sides` or not, that are stored as pixels, not as JPEG
     """
-    raw = {"raw_sides": sorted(raw_sides)} if raw_sides else {}  # plans of before had no such sides
-    exif = {"exif": True} if index.exif else {}  # nor did they turn images
+    # Older plans have neither of these.
+    raw = {"raw_sides": sorted(raw_sides)} if raw_sides else {}
+    exif = {"exif": True} if index.exif else {}
     return {
         "format": packed.FORMAT,
         "name": index.name,
@@ -202,6 +204,11 @@ def _encode(ending: str, pixels: np.ndarray, options: list[int]) -> bytes:
 
 
 def _record_batch(batch: dict[str, list], table: str, schema: pa.Schema) -> pa.RecordBatch:
+    if sum(map(len, batch[table])) >= BATCH_BYTES:
+        first, last = batch["path"][0], batch["path"][-1]
+        images = f"the {len(batch['path'])} images from {first} to {last}"
+        what = f"{images} take more than 2 GiB, too much for a batch"
+        raise DataError(what, "make these image files smaller")
     columns = [pa.array(batch[table], pa.binary()), pa.array(batch["path"], pa.string())]
     image = pa.StructArray.from_arrays(columns, fields=list(schema.field("image").type))
     return pa.record_batch([image, pa.array(batch["label"], pa.int64())], schema=schema)
@@ -232,6 +239,9 @@ def start(out: str, plan: dict) -> Records:
     elif os.path.isfile(os.path.join(out, packed.UNFINISHED)):
         known = packed.read_plan(out, packed.UNFINISHED)
         records = _read_records(out, known)
+        if not records:  # nothing is packed yet, perhaps because the disk was too small for these sides
+            known = plan
+            _write_json(os.path.join(out, packed.UNFINISHED), plan)
     elif set(os.listdir(out)) - {packed.UNFINISHED + ".partial"}:  # a killed process may have left it
         what = f"{os.path.abspath(out)} is neither empty nor a packed dataset"
         raise UsageError(what, "use an empty or new --out")
@@ -302,7 +312,11 @@ def finish(out: str, index: DatasetIndex, plan: dict, records: Records) -> dict:
     for part in ("train", "val"):
         ordered = [records[key] for key in sorted(records) if key[0] == part]
         skipped = [image for record in ordered for image in record["skipped"]]
-        labels = np.delete(getattr(index, part).labels, [image["id"] for image in skipped]).astype("<i4")
+        every = getattr(index, part).labels
+        labels = np.delete(every, [image["id"] for image in skipped]).astype("<i4")
+        if lost := sorted({*every.tolist()} - {*labels.tolist()}):
+            what = f"all {part} images of {', '.join(index.classes[k] for k in lost[:3])} are bad"
+            raise DataError(what, "replace them, then pack into a new --out")
         path = os.path.join(out, f"{part}-labels.npy")
         with files.durable(path) as file:
             np.save(file, labels)

@@ -182,7 +182,7 @@ def test_flipped_bits_are_found_by_verify(out, capsys):
         data = bytearray(path.read_bytes())
         data[300 if k else 10] ^= 4
         path.write_bytes(data)
-    with pytest.raises(DataError, match="2 bad"):
+    with pytest.raises(DataError, match="2 damaged files"):
         pack_dataset.main(["--data-dir", str(out), "--verify", "--workers", "1"])
     assert capsys.readouterr().out.count("00000.npy: its checksum is wrong") == 2
 

@@ -96,6 +96,14 @@ def test_exif_orientation_is_ignored_on_both_paths():
         assert np.array_equal(decode(data), images._decode_strictly(data, ""))
 
 
+def test_a_png_is_decoded_once_and_its_orientation_is_read_where_it_has_one(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert images.orientation(encoded(photo(), "PNG", exif=exif)) == 6
+    monkeypatch.setattr(images.Image, "open", None)
+    assert images.orientation(encoded(photo(), "PNG")) == 1
+
+
 def test_corrupt_exif_is_ignored():
     data = encoded(photo(), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(20))
     with warnings.catch_warnings():

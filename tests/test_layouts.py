@@ -737,6 +737,12 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     assert found.train.read([2, 0]) == [png(2), png(0)] and found.val.labels.tolist() == [0, 1]
     assert found.fingerprint() == open_dataset(f"hf:{tmp_path / 'pets'}", "").fingerprint()
     assert "cannot load" in refused(DataError, f"hf:{tmp_path / 'nothing'}", "").what
+    rows = {"label": ["cat", "dog"], "image": [{"bytes": png(1), "path": None}] * 2}
+    for part in ("train", "validation"):
+        features = datasets.Features({"label": datasets.Value("string"), "image": datasets.Image()})
+        put(tmp_path / "words" / f"{part}.parquet", b"")
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "words" / f"{part}.parquet")
+    assert "not class numbers" in refused(DataError, f"hf:{tmp_path / 'words'}", "").what
 
 
 def test_hf_without_the_package_says_how_to_install_it(monkeypatch):

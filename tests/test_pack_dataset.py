@@ -17,6 +17,7 @@ import pack_dataset
 from base.errors import DataError, ResourceError, UsageError
 from harness import pool
 from sources import packing
+from sources.archives import tars
 from sources.layouts import open_dataset
 from sources.packed import open_packed
 
@@ -174,6 +175,60 @@ def test_usage_errors(arguments):
         pack_dataset.main(["--data-dir", "nowhere", *arguments])
 
 
+@pytest.mark.parametrize(
+    ("arguments", "idle"),
+    [
+        (["--verify", "--quality", "80", "--stored-sides", "8"], "--stored-sides, --quality would"),
+        (["--out", "new", "--eval-sizes", "none", "--eval-crop", "0.9"], "--eval-crop would"),
+        (["--out", "new", "--split", "70-30"], "--split would"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(folders, arguments, idle):
+    with pytest.raises(UsageError, match=idle):
+        pack_dataset.main(["--data-dir", str(folders), *arguments])
+
+
+def test_flags_of_another_mode_are_refused(folders, tmp_path):
+    pack(folders, tmp_path / "out", "--eval-sizes", "none")
+    same = ["--data-dir", str(tmp_path / "out"), "--out", str(tmp_path / "out")]
+    for idle in (["--quality", "80"], ["--stored-sides", "8"], ["--allow-class-mismatch"]):
+        with pytest.raises(UsageError, match=f"{idle[0]} would do nothing"):
+            pack_dataset.main([*same, *idle])
+    assert pack_dataset.main(same) == 0  # crops for the sides that are stored, 16 and 32 px
+    assert sorted(p.name.split("-")[1] for p in (tmp_path / "out").glob("eval-*")) == ["16", "16", "8", "8"]
+
+
+def test_tar_files_are_packed_with_all_classes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tars, "present", lambda path: True)
+    listed = tmp_path / "list.txt"
+    listed.write_text("n01440764\n")
+    arguments = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "x"), "--class-list", str(listed)]
+    with pytest.raises(UsageError, match="--class-list would do nothing"):
+        pack_dataset.main([*arguments, "--dataset", "imagenet"])
+
+
+def test_data_without_a_directory_is_packed_again_without_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert (
+            pack_dataset.main(["--dataset", "synthetic:train=40,val=8,size=16,classes=2", "--out", "p"]) == 0
+        )
+
+
+def test_a_class_that_would_be_empty_is_refused(folders, tmp_path):
+    for path in (folders / "train" / "class 1").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="all train images of class 1 are bad"):
+        pack(folders, tmp_path / "out", "--on-bad-image", "skip")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_batch_too_large_for_arrow_is_explained(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "BATCH_BYTES", 1000)
+    with pytest.raises(DataError, match=r"images from val/class 0/\S+ to .* take more than 2 GiB"):
+        pack(folders, tmp_path / "out", "--workers", "1")
+
+
 # --- bad images ------------------------------------------------------------------------------------
 
 
@@ -215,6 +270,8 @@ def test_too_small_a_disk_is_refused_before_anything_is_packed(folders, tmp_path
     with pytest.raises(ResourceError, match="needs about"):
         pack(folders, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*/*.arrow"))
+    monkeypatch.undo()
+    assert pack(folders, tmp_path / "out", "--stored-sides", "16") == 0  # as its fix says
 
 
 def test_a_disk_that_fills_up_leaves_no_partial_folder(folders, tmp_path):

@@ -1,5 +1,6 @@
 """Packed datasets: what is stored, what is read back, and how damage is reported."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from base.files import file_crc32
 from base.flags import parse_augment
 from sources import packed, packing
 from sources.images import TrainTransform, decode
-from sources.index import ArraySplit, DatasetIndex
+from sources.index import ArraySplit, DatasetIndex, SubsetSplit
 from sources.layouts import open_dataset
 from sources.packed import open_packed
 
@@ -220,7 +221,7 @@ def test_raw_data_is_verified_and_its_settings_are_kept(folders, raw_once, tmp_p
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match="1 bad"):
+    with pytest.raises(DataError, match="1 damaged file "):
         pack_dataset.main(["--data-dir", str(out), "--verify", "--workers", "1"])
     assert "train-16/00000.arrow: its checksum is wrong" in capsys.readouterr().out
 
@@ -255,15 +256,30 @@ def test_a_missing_shard_is_named(out):
         open_packed(out)
 
 
-def test_flipped_bits_are_found_by_verify(out, capsys):
+def test_flipped_bits_are_found_by_verify_and_its_fix_works(folders, out, capsys):
     path = out / "train-16" / "00000.arrow"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0x40
     path.write_bytes(data)
     open_packed(out)  # sizes alone cannot tell
-    with pytest.raises(DataError, match="1 bad"):
+    with pytest.raises(DataError, match="1 damaged file ") as caught:
         pack_dataset.main(["--data-dir", str(out), "--verify", "--workers", "1"])
     assert "00000.arrow: its checksum is wrong" in capsys.readouterr().out
+    assert caught.value.fix.startswith("delete damaged files, then run pack_dataset.py again")
+    path.unlink()
+    assert pack_dataset.main(["--data-dir", str(folders), "--out", str(out), "--stored-sides", "16,32"]) == 0
+    assert pack_dataset.main(["--data-dir", str(out), "--verify", "--workers", "1"]) == 0
+
+
+def test_many_names_are_those_that_are_read_one_by_one(out):
+    train = open_packed(out).train
+    ids = np.random.default_rng(0).permutation(len(train))[:70]
+    part = SubsetSplit(train, ids)
+    assert [*part.names_of(range(70))] == [train.name(i) for i in ids] == [*map(part.name, range(70))]
+    sha = hashlib.sha256(part.labels.astype("<i8").tobytes())
+    for i in ids:
+        sha.update(train.name(i).encode() + b"\0")
+    assert part.digest() == sha.hexdigest()  # as in the checkpoints of earlier versions
 
 
 def test_a_damaged_shard_is_an_error_or_harmless_never_a_crash(out):

@@ -51,6 +51,13 @@ def test_files_folders_and_flags_in_any_order(photos, photo_run, capsys):
     assert found["bad"] == [] and found["image_size"] == 24 and found["weights"] == "ema"
 
 
+def test_linked_folders_are_searched_once(photos, photo_run, tmp_path, capsys):
+    (tmp_path / "linked").symlink_to(photos / "val")
+    (tmp_path / "again").symlink_to(tmp_path)
+    found = json.loads(asked(capsys, photo_run, tmp_path, "--json", "-"))
+    assert len(found["images"]) == 21 and found["bad"] == []
+
+
 def test_probabilities_sum_to_one_and_fall(photos, photo_run, capsys):
     rows = list(csv.DictReader(io.StringIO(asked(capsys, photo_run, photos / "val" / "dog", "--csv", "-"))))
     assert len(rows) == 7 * 3  # no more than there are classes

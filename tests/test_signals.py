@@ -5,12 +5,14 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from inprocess import TINY
 from runs import command, digest, environment, finish, payload, spawn
 
@@ -182,6 +184,66 @@ def test_a_signal_before_training_ends_the_run_quickly_with_nothing_written(numb
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code and out in ("", "loading the data and torch ...\n")
     assert not (tmp_path / "run").exists()
+
+
+ORPHAN = """
+import multiprocessing, os, sys, time
+from harness.interrupts import die_with_parent
+
+def work():
+    die_with_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    sys.platform = sys.argv[1]
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    time.sleep(1)
+    os._exit(9)
+"""
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_no_worker_outlives_its_parent(platform):
+    words = [sys.executable, "-c", ORPHAN, platform]
+    ended = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=30)
+    assert ended.returncode == 9  # run() returns once the worker, too, has closed its output
+    with pytest.raises(ProcessLookupError):
+        for _ in range(50):
+            os.kill(int(ended.stdout), 0)
+            time.sleep(0.1)
+
+
+KILLS_A_WORKER = """
+import multiprocessing, os, signal, sys, time
+import loop, train
+from base import errors
+
+step, steps = loop.train_step, iter(range(9))
+
+def killing(*args, **options):
+    if next(steps) == 6:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        time.sleep(20)  # torch's handler of SIGCHLD raises in here
+    return step(*args, **options)
+
+loop.train_step = killing
+sys.exit(errors.run(train.main))
+"""
+
+
+def test_a_killed_loader_worker_is_explained_and_the_run_resumes(straight, tmp_path):
+    """The kernel kills one when memory runs out; torch raises where the main process happens to be."""
+    words = [*TINY, "--num-workers", "1", "--save-dir", str(tmp_path)]
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLS_A_WORKER, *words],
+        capture_output=True, text=True, env=environment(), cwd=ROOT,
+    )  # fmt: skip
+    assert ended.returncode == errors.ResourceError.exit_code, ended.stderr
+    assert "a loader worker died: DataLoader worker" in ended.stderr and "Traceback" not in ended.stderr
+    assert "lower --num-workers" in ended.stderr
+    assert resumed(tmp_path) == straight
 
 
 @pytest.mark.slow

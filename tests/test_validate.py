@@ -14,7 +14,7 @@ from torch import nn
 
 import train
 import validate
-from analysis import figures, predictions, score_figures
+from analysis import figures, predictions, score_figures, validation
 from analysis.scores import calibration, confused_pairs, confusion, read_hits, write_hits
 from base import flags
 from base.device import Runtime
@@ -22,6 +22,7 @@ from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from dataloader import eval_loader
 from harness import checkpoint, rundir
 from sources import layouts
+from sources.index import ArraySplit
 
 CPU = Runtime(torch.device("cpu"))
 PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
@@ -181,6 +182,15 @@ def test_flip_averages_the_logits_of_both_pictures():
         -probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4
     )
     assert found["m"].confidence == pytest.approx(Colour()(images).softmax(1).max(1).values.numpy())
+
+
+def test_recalibration_mixes_the_classes_of_data_that_is_stored_by_class():
+    train = ArraySplit(np.zeros((400, 8, 8, 3), np.uint8), np.repeat(np.arange(20), 20))
+    part = validation.recalibration_split(train, 320, 64)
+    assert len(part) == 320 and np.bincount(part.labels).tolist() == [16] * 20
+    assert min(len({*part.labels[k : k + 64].tolist()}) for k in range(0, 320, 64)) >= 17
+    again = validation.recalibration_split(train, 320, 64)
+    assert np.array_equal(part.ids, again.ids)
 
 
 def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
