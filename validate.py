@@ -26,11 +26,12 @@ SCORES = (
     flags.Flag("crop", "trace", "Share of the image's short side to score, by default the checkpoint's.",
                flags.share, None, "F"),
     flags.Flag("tta", "trace", "Test-time augmentation: flip also averages the logits with those of the "
-               "mirror image; by default what the run did.", ("none", "flip"), None, "NAME"),
+               "mirror image; by default as in training.", ("none", "flip"), None, "NAME"),
     flags.Flag("average", "trace", "Average the raw weights and BatchNorm statistics of several checkpoints, "
                "and score only that."),
     flags.Flag("recalibrate_bn", "trace",
-               f"Also use BatchNorm statistics of {RECALIBRATION_IMAGES} training images."),
+               f"Also score with BatchNorm statistics re-estimated on {RECALIBRATION_IMAGES:,} training "
+               "images."),
     flags.Flag("save_hits", "files", "Also write hits.npz: which images each set of weights gets right."),
     flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint, with "
                "--average validation_average/ beside the last.", str, "", "DIR"),

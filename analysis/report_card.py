@@ -45,7 +45,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def card(runs: list, price: float | None) -> str:
-    """Return Markdown about `runs` (RunFiles), which differ in their seeds; `price` is that of a GPU hour."""
+    """Return Markdown about `runs` (RunFiles), which differ in their seeds; `price` is that of a GPU hour.
+
+    Raises UsageError if they differ in another flag: their mean would mean nothing.
+    """
+    trained = [
+        {k: v for k, v in run.config.items() if k not in flags.FREE_ON_RESUME | {"seed"}} for run in runs
+    ]
+    for other_run, own in zip(runs, trained, strict=True):
+        if other := [flags.dashed(name) for name in own if own[name] != trained[0].get(name)]:
+            what = f"{other_run.name} and {runs[0].name} differ in {', '.join(other)}"
+            raise UsageError(what, "give the runs of one training, which differ in --seed only")
     config, env = runs[0].config, runs[0].env
     rows = [row(run, price) for run in runs]
     cost = "not given" if price is None else f"{price:g} for a GPU hour"

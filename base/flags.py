@@ -473,7 +473,7 @@ def _check_phases(config: Any) -> None:
 def _check_weights(config: Any) -> None:
     if config.freeze_epochs > config.epochs:
         what = f"--freeze-epochs {config.freeze_epochs} is more than the {config.epochs} epochs"
-        raise UsageError(what, "give fewer; as many train the classifier alone")
+        raise UsageError(what, "give fewer, or exactly --epochs to train only the classifier")
     if config.freeze_epochs and not (config.pretrained or config.init_from):
         what = f"--freeze-epochs {config.freeze_epochs} would train a classifier on random layers"
         raise UsageError(what, "give their weights, with --pretrained or --init-from, or leave it out")

@@ -1,6 +1,7 @@
 """Errors name what was meant: a flag, a choice, a recipe, a path; and the command that a flag belongs to."""
 
 import importlib
+import shlex
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 import train
-from base import errors, parser, process
+from base import errors, flags, parser, process
 from base.errors import DataError, UserError, nearest_path
 from sources import layouts
 
@@ -53,6 +54,20 @@ def test_a_flag_of_train_py_alone_is_named_by_lr_finder():
     with pytest.raises(UserError) as caught:
         parser_of("lr_finder").given(["--dry-run"])
     assert caught.value.fix == "--dry-run is a flag of train.py"
+
+
+def test_the_hint_to_pack_keeps_the_choice_of_data(photos, tmp_path):
+    from harness import build
+
+    listed = tmp_path / "two classes.txt"
+    listed.write_text("cat\ndog\n")
+    words = [f"--data-dir={photos}", "--dataset=imagenet100", f"--class-list={listed}"]
+    config, _ = flags.parse(flags.train_parser(), words)
+    index = layouts.open_dataset("imagenet100", photos, class_list=str(listed))
+    command = shlex.split(build.packing_hint(config, index).split(": ")[1].split(", then")[0])
+    assert command[2:-2] == ["--data-dir", str(photos), "--dataset=imagenet100", f"--class-list={listed}"]
+    config, _ = flags.parse(flags.train_parser(), [f"--data-dir={photos}"])
+    assert f"--data-dir {photos} --out {photos}-packed," in build.packing_hint(config, index)
 
 
 def test_a_misspelt_step_key_or_name_is_found(tmp_path):

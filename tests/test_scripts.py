@@ -101,3 +101,7 @@ def test_a_card_of_seeds_has_their_mean(tmp_path):
     )
     with pytest.raises(UsageError, match="needs a file"):
         report_card.main([*map(str, dirs)])
+    config = json.loads((dirs[1] / "config.json").read_text())
+    (dirs[1] / "config.json").write_text(json.dumps(config | {"lr": 7.0, "seed": 3}))
+    with pytest.raises(UsageError, match="seed1 and seed0 differ in --lr\n"):
+        report_card.main([*map(str, dirs), "--out", str(out)])
