@@ -7,7 +7,6 @@ results/<study>/reading.md.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ from base import errors, files, flags
 
 ROOT = PUBLISHED.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "ablation_runs" / "README.md")
-MARKED = re.compile(r"(<!-- studies: (\w+) -->\n).*?(<!-- end of studies -->)", re.DOTALL)
 Published = list[tuple[Study, str, list[Result]]]  # study, preset, runs
 
 
@@ -49,7 +47,7 @@ def published(directory: Path = PUBLISHED) -> Published:
 
 def fill(text: str, found: Published) -> str:
     """Return `text` with every marked part made from the studies `found`."""
-    return MARKED.sub(lambda match: f"{match[1]}{PARTS[match[2]](found)}\n{match[3]}", text)
+    return files.fill_parts(text, "studies", lambda name: PARTS[name](found))
 
 
 def overview(found: Published) -> str:

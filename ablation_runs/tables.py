@@ -34,9 +34,7 @@ class Table:
         return Table(self.name, self.title, [self.header[k] for k in kept], rows)
 
     def markdown(self) -> str:
-        lines = (self.header, ["---"] * len(self.header), *self.rows)
-        escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+        table = files.markdown_table(self.header, self.rows)
         return f"{self.title}\n\n{table}" if self.title else table
 
     def csv(self) -> str:

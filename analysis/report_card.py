@@ -70,7 +70,7 @@ def card(runs: list, price: float | None) -> str:
     }
     parts = [
         f"# {config.get('arch', 'a network')} on {config.get('dataset', 'unknown data')}",
-        table(COLUMNS, rows + ([mean_of(rows)] if len(rows) > 1 else [])),
+        files.markdown_table(COLUMNS, rows + ([mean_of(rows)] if len(rows) > 1 else [])),
         NOTE.format(cost=cost),
         *filter(None, map(validated, runs)),
         "## How",
@@ -85,7 +85,7 @@ def row(run, price: float | None) -> list[str]:
     gpu_hours = run.hours * run.env.get("world_size", 1) if run.env.get("cuda") else 0.0
     top1 = [best.get(column) for column in ("val_top1", "ema_val_top1")]
     return [
-        run.name.replace("|", "\\|"),
+        run.name,
         str(config.get("seed", "?")),
         f"{len(run.rows)} of {config.get('epochs', '?')}",
         *("-" if value is None else f"{value:.2f}" for value in top1),
@@ -119,11 +119,8 @@ def validated(run) -> str:
         values = {key: line.get(key, "-") for key in SCORES}
         values |= {key: f"{values[key]:.2f}" for key in ("top1", "top5")} | {"loss": f"{values['loss']:.4f}"}
         rows.append([str(value) for value in values.values()])
-    return f"Validation of {run.name} by validate.py:\n\n{table(tuple(SCORES.values()), rows)}"
-
-
-def table(header: tuple[str, ...], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+    table = files.markdown_table(tuple(SCORES.values()), rows)
+    return f"Validation of {run.name} by validate.py:\n\n{table}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -88,6 +89,21 @@ def rewrite(paths: Iterable[Path], change: Callable[[str], str]) -> list[Path]:
     """Replace the text of each file by change(text); return the files that are different now."""
     texts = {path: path.read_text(encoding="utf-8") for path in paths}
     return [write(path, new) for path, text in texts.items() if (new := change(text)) != text]
+
+
+def fill_parts(text: str, kind: str, made: Callable[[str], str]) -> str:
+    """Replace what stands between `<!-- kind: NAME -->` and `<!-- end of kind -->` by made(NAME)."""
+    marked = re.compile(rf"(<!-- {kind}: ([\w-]+) -->\n).*?(<!-- end of {kind} -->)", re.DOTALL)
+    return marked.sub(lambda part: f"{part[1]}{made(part[2]).rstrip()}\n{part[3]}", text)
+
+
+def markdown_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool] | None = None
+) -> str:
+    """Return a table in Markdown. right: which columns are aligned to the right"""
+    rule = ["--:" if of_numbers else "---" for of_numbers in right or [False] * len(header)]
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, rule, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def write_json(path: str | os.PathLike, content: object, *, parents: bool = True) -> Path:

@@ -7,7 +7,6 @@ To publish results, copy the .jsonl files of an --out to benchmarks/results/<mac
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 from collections import Counter
@@ -21,7 +20,6 @@ from benchmarks.targets import targets
 
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 UNMEASURED = "*Not measured yet*: `python -m benchmarks.{command} --out DIR`{where}."
 IMAGENET = 1_281_167  # training images
 Rows = list[dict]
@@ -70,7 +68,7 @@ def of_gpus(rows: Rows) -> Rows:
 
 def fill(text: str, rows: Rows) -> str:
     """Return `text` with every marked table made from `rows`. Raises DataError for an unknown table."""
-    return MARKED.sub(lambda found: f"{found[1]}{filled(found[2], rows)}{found[3]}", text)
+    return files.fill_parts(text, "table", lambda name: filled(name, rows))
 
 
 def filled(name: str, rows: Rows) -> str:
@@ -85,10 +83,10 @@ def filled(name: str, rows: Rows) -> str:
         )
         return UNMEASURED.format(command=command, where=where) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
-    right = ["--:" if all(map(is_number, column)) else "---" for column in zip(*lines, strict=True)]
-    drawn = [f"| {' | '.join(line)} |" for line in (header, right, *lines)]
+    right = [all(map(is_number, column)) for column in zip(*lines, strict=True)]
     places = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in used)
-    return "\n".join([*drawn, "", *([f"{'; '.join(places)}.", ""] if used else [])])
+    drawn = files.markdown_table(header, lines, right)
+    return f"{drawn}\n\n{'; '.join(places)}.\n" if used else f"{drawn}\n"
 
 
 def shown(cell: object) -> str:
@@ -96,7 +94,7 @@ def shown(cell: object) -> str:
         return "-"
     if isinstance(cell, float):
         return f"{cell:,.0f}" if abs(cell) >= 100 else f"{cell:.3g}" if abs(cell) < 10 else f"{cell:.1f}"
-    return f"{cell:,}" if isinstance(cell, int) else str(cell).replace("|", "\\|")
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
 
 
 def is_number(cell: str) -> bool:
