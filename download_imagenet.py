@@ -23,13 +23,13 @@ No download needed: python train.py --dataset digits (real images) or --dataset 
 MANUAL = """\
 1. Register at https://image-net.org, accept the terms, and open "ILSVRC2012" under Download.
 2. Put these files into {data_dir}, with these names:
-     ILSVRC2012_img_train.tar        138 GB  "Training images (Task 1 & 2)"
-     ILSVRC2012_img_val.tar          6.3 GB  "Validation images (all tasks)"
+     ILSVRC2012_img_train.tar        148 GB  "Training images (Task 1 & 2)"
+     ILSVRC2012_img_val.tar          6.7 GB  "Validation images (all tasks)"
      ILSVRC2012_devkit_t12.tar.gz    2.5 MB  "Development kit (Task 1 & 2)": the validation labels
 3. Run this command again. It verifies the archives and unpacks them into
      train/<class>/*.JPEG            1,281,167 images
      val/<class>/*.JPEG              50,000 images
-   (another 145 GB; you may delete the archives afterwards.)
+   (another 155 GB; you may delete the archives afterwards.)
 For Kaggle's copy (imagenet-object-localization-challenge), unpack it and pass its folder as --data-dir."""
 TERMS = """\
 ImageNet is licensed to registered users for non-commercial research and education and may not be passed on,

@@ -99,6 +99,8 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
         f"--seeds {seeds}`: {len(runs)} runs, {minutes:,.0f} minutes in all. "
         f"[Report](results/{name}/summary.md)."
     )
+    if study.notes:
+        parts.append(f"*Notes.* {' '.join(study.notes.splitlines())}")
     parts.append(summary.variant_table(study, preset, runs).without_empty_columns().markdown())
     if comparison := summary.comparison_table(study, runs, study.metric):
         parts.append(comparison.without_empty_columns().markdown())

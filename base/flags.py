@@ -101,7 +101,8 @@ SOURCE = (
 DATASET = (
     *SOURCE,
     Flag("classes", "plan", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
-    Flag("holdout", "plan", "Hold out so many training images, or this share, and validate on them.",
+    Flag("holdout", "plan", "Validate on this number, or share, of the training images instead of the "
+         "official set.",
          count_or_share, 0, "N|SHARE"),
     Flag("subset", "plan", "Use a fixed, class-balanced subset of the images.", Switch),
     Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many, or all of "

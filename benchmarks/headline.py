@@ -30,7 +30,9 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.headline", description=__doc__.split("\n\n")[0])
     add, natural = parser.add_argument, flags.number(int, 0)
     add("dataset", choices=DATASETS, metavar="DATASET", help="cifar10 or cifar100.")
-    add("--data-dir", required=True, metavar="DIR", help="Its images as train/<class>/* and test/<class>/*.")
+    add(
+        "--data-dir", required=True, metavar="DIR", help="Its archive, or train/<class>/* and test/<class>/*."
+    )
     add("--seed", type=natural, default=0, metavar="N", help="Random seed.")
     add("--no-plain-loop", action="store_true", help="Train the project only.")
     add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/headline.jsonl.")

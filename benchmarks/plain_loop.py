@@ -1,8 +1,9 @@
 """A plain training loop of torch and torchvision: what the project is compared with.
 
-`python -m benchmarks.plain_loop DATA` trains on DATA/train/<class>/* and scores DATA/val or DATA/test once,
-at the end. Network, loss, optimizer, schedule and clipping are those of the project's flags with these names;
-loading, augmentation, order, loop and evaluation are as anyone would write them.
+`python -m benchmarks.plain_loop DATA` trains on DATA/train/<class>/*, or on an archive of CIFAR in DATA, and
+scores DATA/val, DATA/test or the archive's test images once, at the end. Network, loss, optimizer, schedule and
+clipping are those of the project's flags with these names; loading, augmentation, order, loop and evaluation are
+as anyone would write them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.plain_loop", description=__doc__.split("\n\n")[0])
     add, positive, rate = parser.add_argument, flags.number(int, 1), flags.number(float, 0, open_low=True)
-    add("data", metavar="DATA", help="Directory with train/<class>/* and val/ or test/.")
+    add("data", metavar="DATA", help="Directory of CIFAR, or with train/<class>/* and val/ or test/.")
     add("--epochs", type=positive, default=3, metavar="N", help="Epochs.")
     add("--batch-size", type=positive, default=128, metavar="N", help="Batch size.")
     add("--lr", type=rate, default=0.1, metavar="LR", help="Peak of OneCycleLR.")
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     import torch
     from torch import nn
     from torch.utils.data import DataLoader
-    from torchvision import datasets, transforms
+    from torchvision import transforms
 
     from models import build_model
 
@@ -46,10 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     fill = tuple(round(255 * value) for value in MEAN)
     crop, flip = transforms.RandomCrop(32, padding=4, fill=fill), transforms.RandomHorizontalFlip()
     pixels = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    root = Path(args.data)
-    held = root / "val" if (root / "val").is_dir() else root / "test"
-    train = datasets.ImageFolder(root / "train", transforms.Compose([crop, flip, *pixels]))
-    val = datasets.ImageFolder(held, transforms.Compose(pixels))
+    train, val = read(Path(args.data), transforms.Compose([crop, flip, *pixels]), transforms.Compose(pixels))
     loader = DataLoader(
         train, args.batch_size, shuffle=True, drop_last=True, num_workers=args.num_workers,
         persistent_workers=args.num_workers > 0,
@@ -85,6 +83,20 @@ def main(argv: list[str] | None = None) -> int:
     found = {"val_top1": 100 * correct / len(val), "seconds": round(seconds, 1)}
     print(json.dumps(found | {"last_epoch_seconds": round(epoch_seconds, 2)}))
     return 0
+
+
+def read(root: Path, train_transform, val_transform):
+    """Return torchvision's training and validation data: class folders, or the archives of CIFAR."""
+    from torchvision import datasets
+
+    for folder, archive in (
+        ("cifar-10-batches-py", datasets.CIFAR10),
+        ("cifar-100-python", datasets.CIFAR100),
+    ):
+        if (root / folder).is_dir():
+            return archive(root, True, train_transform), archive(root, False, val_transform)
+    held = root / "val" if (root / "val").is_dir() else root / "test"
+    return datasets.ImageFolder(root / "train", train_transform), datasets.ImageFolder(held, val_transform)
 
 
 def score(model, batches, bf16: bool) -> int:

@@ -4,8 +4,8 @@
 #   sbatch docs/slurm.sh --data-dir /data/imagenet --save-dir runs/r50
 #
 # Two minutes before the time limit SLURM sends USR1 to the job's steps: train.py finishes its step, saves and exits.
-# This script then requeues the job, and --resume auto continues at that step. Submit it from the repository. All
-# arguments go to train.py. Adapt the next lines to your cluster.
+# This script then requeues the job, and --resume auto continues at that step. Submit it from the repository, with
+# .venv/bin/activate sourced. All arguments go to train.py. Adapt the next lines to your cluster.
 
 #SBATCH --job-name=resnet50
 #SBATCH --nodes=2
@@ -18,7 +18,7 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
 
-log="slurm-$SLURM_JOB_ID.log"
+log="slurm-$SLURM_JOB_ID.log" # must be the --output above
 export HEAD="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):$((20000 + SLURM_JOB_ID % 20000))"
 stops() { grep -ci "^stopped at step" "$log"; } # a message of train.py (loop.py)
 before=$(stops)

@@ -9,4 +9,4 @@ case ${1:-} in
 esac
 if [ "$data" = digits ]; then sizes=32,40,48 recipe=digits; else sizes=32,40 recipe=cifar10_one_hour; fi
 export SIZES=${SIZES:-$sizes}
-exec scripts/overnight.sh "$data" "${RUN:-runs/$data}" --config "recipes/$recipe.yaml" "$@"
+exec "$(dirname "$0")/overnight.sh" "$data" "${RUN:-runs/$data}" --config "recipes/$recipe.yaml" "$@"

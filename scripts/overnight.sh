@@ -2,23 +2,33 @@
 # From data to a trained, scored and reported network in one night. After any stop, start it again with the same
 # words: it goes on where it was.
 #
-#   scripts/overnight.sh data/imagenet runs/night --config recipes/overnight.yaml
+#   PACK_FLAGS="--stored-sides 192,320 --eval-sizes 256 --eval-crop 0.95" SIZES=224,256 \
+#     scripts/overnight.sh data/imagenet runs/night --config recipes/overnight.yaml
 #   scripts/overnight.sh tiny-imagenet runs/tiny --arch resnet18 --resize-schedule 32,48,64 --epochs 30
 #
 # Start it in the repository, with DATA, RUN and flags of train.py. DATA is a folder (ImageNet's two tar files with
 # the development kit, class folders, or a packed copy) or the name of a dataset. Without --config and --lr,
-# lr_finder.py gets the flags first and chooses the rate. SIZES=192,224 in the environment are the sizes to score
-# at, GPU_PRICE=2.5 is the price of a GPU hour. Ctrl-C stops it; so does kill -TERM -- -PID, its process group.
+# lr_finder.py gets the flags first and chooses the rate. In the environment, PACK_FLAGS are flags of
+# pack_dataset.py, SIZES=192,224 the sizes to score at, and GPU_PRICE=2.5 the price of a GPU hour. Ctrl-C stops it;
+# so does kill -TERM -- -PID, its process group.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ -f train.py ] || { echo "error: $PWD has no train.py"$'\n'"fix: start this script in the repository" >&2; exit 2; }
 data=${1%/} run=${2%/} tries=0 && shift 2
-[ -x .venv/bin/python ] || make setup
+if [[ ! -d $data && $data == */* && $data != hf:* ]]; then
+  echo "error: there is no folder $data"$'\n'"fix: check the path, or name a dataset without a slash" >&2
+  exit 2
+fi
+make -s setup # which does nothing if it is up to date
 python() { command .venv/bin/python "$@"; }
 mkdir -p "$run" && exec 9> "$run/overnight.lock"
-if command -v flock > /dev/null; then flock 9; fi # wait for what a killed script left running
+if command -v flock > /dev/null && ! flock -n 9; then
+  echo "waiting for another run of this script in $run, or what a killed one left running" >&2
+  flock 9
+fi
 
 if [ -d "$data" ]; then
-  if [ ! -f "$data/manifest.json" ]; then python pack_dataset.py --data-dir "$data" --out "$data-packed"; data+=-packed; fi
+  if [ ! -f "$data/manifest.json" ]; then python pack_dataset.py --data-dir "$data" --out "$data-packed" ${PACK_FLAGS-}; data+=-packed; fi
   where=(--data-dir "$data")
 elif [[ $data == digits || $data == synthetic* ]]; then
   where=(--dataset "$data")
@@ -34,8 +44,12 @@ fi
 until python train.py "${where[@]}" "$@" --save-dir "$run" --resume auto; do
   code=$? # 134 to 139: killed, for its memory perhaps, or crashed
   [[ $code == 13[4-9] && $((++tries)) -lt 20 ]] || exit $code
+  echo "train.py was killed (exit code $code); starting it again, restart $tries of at most 19" >&2
+  sleep 1
 done
-best=("$run"/best_*.pt) sizes=$run/validation/sizes.txt # of the scores that are there
+best=("$run"/best_*.pt)
+[ -e "${best[0]}" ] || { echo "no epoch has been scored, so there is nothing to validate and report"; exit 0; }
+sizes=$run/validation/sizes.txt # of the scores that are there
 if [[ ! $run/validation/scores.json -nt ${best[0]} || $(cat "$sizes" 2> /dev/null) != "${SIZES-}" ]]; then
   python validate.py "${best[0]}" "${where[@]}" ${SIZES:+--image-sizes "$SIZES"}
   echo "${SIZES-}" > "$sizes"
