@@ -1,9 +1,9 @@
 """A plain training loop of torch and torchvision: what the project is compared with.
 
-`python -m benchmarks.plain_loop DATA` trains on DATA/train/<class>/*, or on an archive of CIFAR in DATA, and
-scores DATA/val, DATA/test or the archive's test images once, at the end. Network, loss, optimizer, schedule and
-clipping are those of the project's flags with these names; loading, augmentation, order, loop and evaluation are
-as anyone would write them.
+`python -m benchmarks.plain_loop DATA` trains on DATA/train/<class>/*, or on an archive of CIFAR in DATA. It
+scores DATA/val, DATA/test or the archive's test images once, at the end. Network, loss, optimizer, schedule
+and clipping are those of the project's flags with these names; loading, augmentation, order, loop and
+evaluation are as anyone would write them.
 """
 
 from __future__ import annotations
