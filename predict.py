@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, given)
     if config.json == config.csv == "-":
         raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
+    if config.json and config.json == config.csv:
+        raise UsageError(f"--json and --csv both write to {config.json}", "give them different names")
     from harness import rundir
 
     rundir.check_checkpoint(config.checkpoint)

@@ -16,7 +16,7 @@ from base.device import Runtime, seed_everything
 from dataloader import Loader
 from harness import build
 from loop import start_phase
-from sources.index import DatasetIndex
+from sources.index import DatasetIndex, short_names
 from train_utils import StepOptions, phase_of
 
 
@@ -27,7 +27,7 @@ def draw(config, index: DatasetIndex) -> Figure:
     run = build.build(config, index, Runtime(torch.device("cpu")), phases, Path(config.save_dir))
     loader, options = start_phase(run, phase)
     loader.order.seek(config.show_epoch)
-    names = [figures.shorten(str(name).split(",")[0], 16) for name in index.class_names or index.classes]
+    names = [figures.shorten(name, 16) for name in short_names(index.class_names or index.classes)]
     first_step = phase.step_before(config.show_epoch)
     rows, steps = [], []
     for step, images, targets in mixed(loader, options, first_step, config.show_steps):

@@ -152,10 +152,7 @@ def each_run(
 
 def validation(run: RunFiles) -> Markup:
     """Return what validate.py wrote beside the checkpoint, or the command that writes it."""
-    from base import schemas
-
-    folder = run.path / "validation"
-    scores = schemas.read_json(folder / "scores.json", schemas.Scores, "run validate.py again", missing={})
+    folder, scores = run.path / "validation", run.validation
     if not scores:
         command = tag("code", f"python validate.py {run.checkpoint() or 'CHECKPOINT'}")
         return tag("p", "No validation details yet: run ", command)
@@ -164,7 +161,8 @@ def validation(run: RunFiles) -> Markup:
         return f"{value:.3f}" if isinstance(value, float) else value
 
     rows = [[cell(line.get(key, "-")) for key in SCORE_KEYS] for line in scores["results"]]
-    parts = [table(SCORE_TITLES, rows), class_tables(scores)]
+    what = f"Of {scores.get('checkpoint', 'a checkpoint')}, epoch {scores.get('epoch', '?')}"
+    parts = [table(SCORE_TITLES, rows, what), class_tables(scores)]
     for name, caption in (("confusion.png", "Confusion matrix"), ("reliability.png", "Calibration")):
         if (folder / name).is_file():
             parts.append(image(folder / name, caption))

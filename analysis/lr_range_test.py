@@ -6,6 +6,7 @@ Both return what `write_results` prints, draws and writes as JSON.
 from __future__ import annotations
 
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -119,6 +120,7 @@ def compare_trainings(values: dict, lrs: list[float], epochs: int) -> dict:
         for k, lr in enumerate(lrs):
             row = train(values | {"lr": lr, "save_dir": f"{scratch}/{k}"})
             rows.append(row)
+            shutil.rmtree(f"{scratch}/{k}", ignore_errors=True)  # its checkpoints may take a gigabyte
             bar.update(1, f"lr {lr:.1e}  top-1 " + (f"{row['val_top1']:.2f} %" if row else "diverged"))
     accuracies = [row and row["val_top1"] for row in rows]
     trained = [k for k, accuracy in enumerate(accuracies) if accuracy is not None]

@@ -28,25 +28,29 @@ def main(argv: list[str] | None = None) -> int:
     config, given = arguments.parse(build_parser(), argv)
     from analysis import figures
     from analysis.predictions import load_with_data
+    from sources.index import safe_name
 
     classifier = load_with_data(config, given)
     predictions = classifier.predict_val()
     wrong, total = predictions.most_confident_errors(), len(predictions.labels)
+    name, of = "misclassified", ""
     if config.only:
         label = label_of(config.only, classifier.classes, classifier.names)
         wrong = wrong[predictions.labels[wrong] == label]
         total = int((predictions.labels == label).sum())
+        name, of = f"misclassified_{safe_name(classifier.classes[label])}", f" of {classifier.names[label]}"
     if len(wrong):
         title = f"The most confident mistakes of {classifier.title}"
-        title += f"\n{len(wrong)} of {total} validation images are misclassified"
+        title += f"\n{len(wrong)} of {total} validation images{of} are misclassified"
         shown, names = wrong[: config.count], [figures.shorten(name) for name in classifier.names]
         captions = [caption(predictions, i, names) for i in shown]
         fig = figures.gallery(classifier.val_pixels(shown), captions, title=title)
-        arguments.save(config, {"misclassified.png": fig})
+        arguments.save(config, {f"{name}.png": fig})
     else:
-        print(f"no mistakes in {total} validation images")
-    content = {"images": len(predictions.labels), "mistakes": mistakes(classifier, predictions, wrong)}
-    print(files.write_json(arguments.out_dir(config) / "misclassified.json", content))
+        print(f"no mistakes in {total} validation images{of}")
+        (arguments.out_dir(config) / f"{name}.png").unlink(missing_ok=True)  # of an earlier checkpoint
+    content = {"images": total, "mistakes": mistakes(classifier, predictions, wrong)}
+    print(files.write_json(arguments.out_dir(config) / f"{name}.json", content))
     return 0
 
 

@@ -73,8 +73,8 @@ def _embedded(data: bytes, kind: str, alt: str) -> Markup:
 
 def chart(fig) -> Markup:
     """Return a chart over epochs or steps as SVG; pointing at it shows its values. '' if it has no lines."""
-    (ax,) = fig.axes
-    lines = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    ax = fig.axes[0]  # a second one, with another scale, shares its x axis
+    lines = [line for each in fig.axes for line in each.get_lines() if not line.get_label().startswith("_")]
     if not lines:
         return Markup("")
     picture = _embedded(figures.to_svg(fig), "svg+xml", ax.get_title())  # this also computes the layout

@@ -26,7 +26,7 @@ from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalise
 from harness import checkpoint, rundir
 from sources import layouts
 from sources.images import BadImage, EvalTransform
-from sources.index import DatasetIndex, Names, Split
+from sources.index import DatasetIndex, Names, Split, short_names
 from train_utils import flipped_logits, logits_of
 
 Labelled = Iterable[tuple[Tensor, Tensor]]  # batches of images (n, 3, H, W) and labels (n,)
@@ -63,7 +63,7 @@ class Classifier:
     @property
     def names(self) -> list[str]:
         """Short readable class names, in label order."""
-        return [name.split(",")[0] for name in self.payload["eval"]["class_names"]]
+        return short_names(self.payload["eval"]["class_names"])
 
     @property
     def flip(self) -> bool:
@@ -136,7 +136,7 @@ class Classifier:
 
     def predict_val(self) -> Predictions:
         """Predict every validation image."""
-        batches = self.batches(self.index.val, "validation images")
+        batches = self.batches(self.index.val, "validation images", num_workers=process.cores())
         found = predict({self.weights: self.model}, batches, self.runtime, flip=self.flip)
         return found[f"{self.weights} flip" if self.flip else self.weights]
 

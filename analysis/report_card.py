@@ -108,10 +108,7 @@ def mean_of(rows: list[list[str]]) -> list[str]:
 
 def validated(run) -> str:
     """Return the table that validate.py wrote, which may hold several image sizes; '' without one."""
-    from base import schemas
-
-    path = run.path / "validation" / "scores.json"
-    scores = schemas.read_json(path, schemas.Scores, "run validate.py again", missing={})
+    scores = run.validation
     if not scores:
         return ""
     rows = []
@@ -120,7 +117,8 @@ def validated(run) -> str:
         values |= {key: f"{values[key]:.2f}" for key in ("top1", "top5")} | {"loss": f"{values['loss']:.4f}"}
         rows.append([str(value) for value in values.values()])
     table = files.markdown_table(tuple(SCORES.values()), rows)
-    return f"Validation of {run.name} by validate.py:\n\n{table}"
+    of = f"{scores.get('checkpoint', 'a checkpoint')} of {run.name}"
+    return f"Validation of {of} by validate.py:\n\n{table}"
 
 
 if __name__ == "__main__":

@@ -35,6 +35,16 @@ class RunFiles:
         return read_steps(self.path)
 
     @property
+    def validation(self) -> dict:
+        """The scores that validate.py left in this directory; empty without any, or if of another run."""
+        from base import schemas
+
+        path = self.path / "validation" / "scores.json"
+        found = schemas.read_json(path, schemas.Scores, "run validate.py again", missing={})
+        own, other = self.env.get("run"), found.get("run")
+        return {} if own and other and own != other else found
+
+    @property
     def complete(self) -> bool:
         """Whether the last epoch has ended. A run that stopped early counts as one that may go on."""
         return self.rows[-1]["epoch"] >= self.config.get("epochs", 0)

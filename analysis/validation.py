@@ -143,6 +143,7 @@ def write_scores(
     tables = write_tables(classifier, matrix, per_class, pairs, out)
     numbers = {
         "checkpoint": ", ".join(path.name for path in checkpoints),
+        "run": payload.get("run", ""),
         "model_args": payload["model_args"],
         "epoch": len(payload["rows"]),
         "dataset": index.name,
@@ -163,9 +164,9 @@ def write_scores(
 
 
 def table(rows: list[dict]) -> str:
-    header = "   px   crop  weights  BatchNorm     TTA    top-1   top-5    loss  macro F1  ECE %"
+    header = "   px   crop weights BatchNorm    TTA    top-1   top-5    loss  macro F1  ECE %"
     line = (
-        "{image_size:>5}  {crop:>5.3g}  {weights:<7}  {bn:<12}  {tta:<4}  {top1:>6.2f}  {top5:>6.2f}  "
+        "{image_size:>5}  {crop:>5.3g} {weights:<7} {bn:<12} {tta:<4}  {top1:>6.2f}  {top5:>6.2f}  "
         "{loss:>6.3f}  {macro_f1:>8.2f}  {ece:>5.1f}"
     )
     return "\n".join([header, *(line.format(**row) for row in rows)])

@@ -12,7 +12,7 @@ import pickle
 import shutil
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -236,16 +236,19 @@ def load(path: str | os.PathLike, *, values_only: bool = False) -> dict:
 
 
 def newest(
-    directory: Path, is_own: Callable[[Path, dict], bool] = lambda path, payload: True
+    directory: Path,
+    is_own: Callable[[Path, dict], bool] = lambda path, payload: True,
+    names: Sequence[str] = ("*.pt",),
 ) -> tuple[Path | None, dict | None, list[str]]:
     """Return path and content of the newest intact checkpoint in `directory`, and why others were skipped.
 
     is_own: called with the path and the content of a checkpoint; False excludes it
+    names: the patterns of the files to look at
     Returns (None, None, []) if there is none. Raises CheckpointError if all are damaged: a new run there
     would overwrite what may still be rescued. Only the chosen file is read completely.
     """
     candidates, skipped = [], []
-    for path in directory.glob("*.pt"):
+    for path in (path for name in names for path in directory.glob(name)):
         try:
             values = load(path, values_only=True)
             if is_own(path, values):
@@ -291,14 +294,16 @@ def load_model(path: str | os.PathLike, weights: str = "ema") -> tuple[nn.Module
 
     payload = load(path)
     try:
-        model = build_model(**payload["model_args"])
+        with torch.device("meta"):  # of which no memory is taken: the file may describe a network of any size
+            own = build_model(**payload["model_args"]).state_dict()
     except (UserError, RuntimeError, ValueError, TypeError) as error:
         reason = one_line(str(error).splitlines()[0])
         what = f"{path} describes a model that cannot be built: {reason}"
         raise CheckpointError(what, "use a checkpoint that train.py wrote") from error
-    own, averaged = model.state_dict(), payload["ema"].get("shadow")
+    averaged = payload["ema"].get("shadow")
     schemas.check_tensors(payload["model"], own, f"{path}: model")
     if averaged is not None:
         schemas.check_tensors(averaged, own, f"{path}: ema.shadow")
+    model = build_model(**payload["model_args"])
     model.load_state_dict(averaged if averaged is not None and weights == "ema" else payload["model"])
     return model.eval(), payload

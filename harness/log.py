@@ -144,7 +144,9 @@ class MetricLogger:
         command = [sys.executable, "-m", "analysis.plots", str(self.run_dir.resolve())]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            say(f"WARNING: no plots: {(done.stderr.strip() or 'no reason given').splitlines()[-1]}")
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
+            say(f"WARNING: no plots: {reason}")
 
     def close(self) -> None:
         self.steps.close()

@@ -173,7 +173,8 @@ def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
             say(f"skipping {path}: it belongs to another run")
         return own
 
-    path, payload, skipped = checkpoint.newest(save_dir.path, is_own)
+    names = [f"{kind}_*.pt" for kind in KINDS]  # not weights that someone keeps there
+    path, payload, skipped = checkpoint.newest(save_dir.path, is_own, names)
     for reason in skipped:
         say(f"skipping {reason}")
     if path:

@@ -28,7 +28,11 @@ if command -v flock > /dev/null && ! flock -n 9; then
 fi
 
 if [ -d "$data" ]; then
-  if [ ! -f "$data/manifest.json" ]; then python pack_dataset.py --data-dir "$data" --out "$data-packed" ${PACK_FLAGS-}; data+=-packed; fi
+  if [ ! -f "$data/manifest.json" ]; then
+    read -ra pack <<< "pack_dataset.py ${PACK_FLAGS-}"
+    python "${pack[@]}" --data-dir "$data" --out "$data-packed"
+    data+=-packed
+  fi
   where=(--data-dir "$data")
 elif [[ $data == digits || $data == synthetic* ]]; then
   where=(--dataset "$data")

@@ -24,6 +24,12 @@ NAME_BYTES = 100  # of a dataset's name, which is part of file names
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def short_names(names: Sequence[str]) -> list[str]:
+    """Return class names up to their first comma, "tench" for "tench, Tinca tinca", if they stay unique."""
+    short = [name.partition(",")[0] for name in names]
+    return short if len({*short}) == len(short) else list(names)
+
+
 def safe_name(path: str) -> str:
     """Return the last part of `path` as the name of a dataset: short, and safe in the names of files."""
     name = unicodedata.normalize("NFC", os.path.basename(os.path.abspath(path)))

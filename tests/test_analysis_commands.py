@@ -212,6 +212,12 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     confidences = [m["confidence"] for m in found["mistakes"]]
     assert found["images"] == 10 and confidences == sorted(confidences, reverse=True)
     assert all(m["truth"] != m["prediction"] for m in found["mistakes"])
+    kept = (tmp_path / "misclassified.png").read_bytes()
+    assert misclassified.main([str(trained), *out, "--only", found["mistakes"][0]["truth"]]) == 0
+    (own,) = tmp_path.glob("misclassified_*.json")
+    assert (
+        json.loads(own.read_text())["images"] < 10 and (tmp_path / "misclassified.png").read_bytes() == kept
+    )
 
 
 def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):

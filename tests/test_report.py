@@ -261,6 +261,25 @@ def test_a_chart_knows_where_its_epochs_are_and_is_the_same_file_every_time(run_
     assert gaps == pytest.approx([gaps[0]] * 3, abs=0.02)
 
 
+def test_a_loss_with_an_axis_of_its_own_is_in_the_page(run_dir, tmp_path):
+    config = json.loads((run_dir / "config.json").read_text()) | {"loss": "bce"}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    run = runs.read_run(run_dir, "a")
+    page_of_loss = page.chart(learning_curves.single(run, learning_curves.LOSS))
+    assert "training batches" in page_of_loss and "validation, raw weights" in page_of_loss
+    assert report.main([str(run_dir), "--no-pictures", "--out", str(tmp_path / "r.html")]) == 0
+
+
+def test_scores_of_another_run_are_not_shown(run_dir):
+    assert runs.read_run(run_dir, "a").validation
+    env = json.loads((run_dir / "env.json").read_text()) | {"run": "abcd"}
+    (run_dir / "env.json").write_text(json.dumps(env))
+    scores = json.loads((run_dir / "validation" / "scores.json").read_text())
+    for other, known in (("abcd", True), ("ef01", False)):
+        (run_dir / "validation" / "scores.json").write_text(json.dumps(scores | {"run": other}))
+        assert bool(runs.read_run(run_dir, "a").validation) is known
+
+
 def test_an_empty_chart_is_left_out(run_dir):
     run = runs.read_run(run_dir, "a")
     nothing = learning_curves.Panel("t", "u", {"unknown": "unknown"})

@@ -168,6 +168,12 @@ def test_a_foreign_best_is_not_carried_along(mine, other, tmp_path, capsys):
     assert "the best checkpoint (epoch 5) was not copied" in capsys.readouterr().out
 
 
+def test_weights_that_someone_keeps_in_an_empty_directory_do_not_stop_a_run(tmp_path, capsys):
+    (tmp_path / "resnet50.pt").write_bytes(b"weights of another program")
+    run(*TINY, "--save-dir", tmp_path, "--resume", "auto", "--stop-after", "1")
+    assert "skipping" not in capsys.readouterr().out and (tmp_path / f"last_{NAME}").is_file()
+
+
 def test_a_finished_run_is_complete_in_its_directory(mine, tmp_path, capsys):
     run("--save-dir", mine, "--resume", "auto")
     run("--save-dir", tmp_path / "fork", "--resume", mine / f"last_{NAME}")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from dataloader import eval_loader
 from harness import checkpoint, rundir
 from sources import layouts
-from sources.index import ArraySplit
+from sources.index import ArraySplit, short_names
 
 CPU = Runtime(torch.device("cpu"))
 PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
@@ -182,6 +183,21 @@ def test_flip_averages_the_logits_of_both_pictures():
         -probabilities[range(4), [0, 1, 2, 0]].log().numpy(), rel=1e-4
     )
     assert found["m"].confidence == pytest.approx(Colour()(images).softmax(1).max(1).values.numpy())
+
+
+def test_a_file_that_describes_a_huge_network_takes_no_memory(photo_run, tmp_path):
+    payload = checkpoint.load(photo_run)
+    payload["model_args"] = payload["model_args"] | {"arch": "resnet50", "width": 1024}  # 26 GB of weights
+    checkpoint.save(tmp_path / "last_x.pt", payload)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError):
+        checkpoint.load_model(tmp_path / "last_x.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
+
+
+def test_names_are_cut_at_their_comma_only_if_they_stay_unique():
+    assert short_names(["tench, Tinca tinca", "owl"]) == ["tench", "owl"]
+    assert short_names(["Paris, France", "Paris, Texas"]) == ["Paris, France", "Paris, Texas"]
 
 
 def test_recalibration_mixes_the_classes_of_data_that_is_stored_by_class():
