@@ -764,7 +764,7 @@ def test_manual_explains_what_to_do_and_arranges_existing_files(small, tmp_path,
     said = capsys.readouterr().out
     for words in (
         "image-net.org",
-        "138 GB",
+        "148 GB",
         "6.3 GB",
         "ILSVRC2012_img_train.tar",
         "ILSVRC2012_img_val.tar",
