@@ -765,7 +765,7 @@ def test_manual_explains_what_to_do_and_arranges_existing_files(small, tmp_path,
     for words in (
         "image-net.org",
         "148 GB",
-        "6.3 GB",
+        "6.7 GB",
         "ILSVRC2012_img_train.tar",
         "ILSVRC2012_img_val.tar",
         str(tmp_path),
