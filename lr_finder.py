@@ -13,8 +13,8 @@ import shlex
 import sys
 from pathlib import Path
 
-from base import flags, process
-from base.errors import ResourceError, UsageError, doing
+from base import files, flags, process
+from base.errors import UsageError, doing
 from base.errors import run as run_command
 
 EPILOG = """examples:
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(what, "run python train.py --dry-run to see the plan")
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)
-    out = make_directory(Path(config.out or config.save_dir))
+    out = files.make_directory(Path(config.out or config.save_dir))
     if config.mode == "accuracy":
         lrs = lr_range_test.geometric(low, high, config.trials)
         found = lr_range_test.compare_trainings(trial_flags(config, phase), lrs, config.trial_epochs)
@@ -121,16 +121,6 @@ def rate_limits(config) -> tuple[float, float]:
     if not low < high:
         raise UsageError(f"--start-lr {low:g} is not below --end-lr {high:g}", "give a lower --start-lr")
     return low, high
-
-
-def make_directory(out: Path) -> Path:
-    """Make the output directory before the test runs. Raises ResourceError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        what = f"cannot write to {out}: {error.strerror}"
-        raise ResourceError(what, "name a writable directory: --out") from None
-    return out
 
 
 def trial_flags(config, phase) -> dict:

@@ -69,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
+    folder = "validation_average" if config.average else "validation"
+    out = files.make_directory(Path(config.out) if config.out else checkpoints[-1].parent / folder)
     results = []
     for size in sizes:
         results += validation.score(
@@ -81,8 +83,6 @@ def main(argv: list[str] | None = None) -> int:
             flip=config.tta == "flip" if config.tta else classifier.flip,
             recalibration_images=RECALIBRATION_IMAGES if config.recalibrate_bn else 0,
         )
-    folder = "validation_average" if config.average else "validation"
-    out = Path(config.out) if config.out else checkpoints[-1].parent / folder
     numbers = validation.write_scores(classifier, checkpoints, results, labels, out, say)
     if config.save_hits:
         scores.write_hits(out / "hits.npz", validation.hits_of(results))

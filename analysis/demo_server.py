@@ -8,7 +8,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-from base.errors import UserError
+from base.errors import UserError, resource_error
 
 HOST = "127.0.0.1"
 LARGEST_BODY = 32 << 20  # bytes
@@ -78,6 +78,9 @@ class Handler(BaseHTTPRequestHandler):
                 found = self.server.answer(image, query)
         except UserError as error:
             return self.refuse(400, error.what)
+        except (OSError, RuntimeError, MemoryError) as error:  # a deleted example, too little memory
+            known = resource_error(error)
+            return self.refuse(500, known.what if known else f"the server failed: {type(error).__name__}")
         return self.reply(200, "application/json", json.dumps(found).encode())
 
     def refuse(self, status: int, reason: str = "") -> None:

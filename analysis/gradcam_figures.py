@@ -26,7 +26,9 @@ def draw(
     layer_name = layer_name or last_map(model, images[:1])
     layer = module_named(model, layer_name)
     with torch.no_grad(), recorded({"layer": layer}) as outputs:
-        confidence, predicted = model(images).float().softmax(1).max(1)
+        model(images)
+    # Of both views, if training scored mirror images as well; the maps are of the image as it is.
+    confidence, predicted = classifier.logits(images).softmax(1).max(1)
     names = [figures.shorten(name) for name in classifier.names]
     sure = zip(predicted.tolist(), confidence.tolist(), strict=True)
     captions = [f"prediction: {names[k]}\n{100 * p:.0f} % sure" for k, p in sure]

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -83,6 +84,17 @@ def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:
     with replacing(path, parents=parents) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     return Path(path)
+
+
+def make_directory(path: Path) -> Path:
+    """Make an output directory before the work that fills it, and try it. Raises ResourceError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        what = f"cannot write to {path}: {error.strerror}"
+        raise ResourceError(what, "name a writable directory: --out") from None
+    return path
 
 
 def rewrite(paths: Iterable[Path], change: Callable[[str], str]) -> list[Path]:

@@ -124,8 +124,12 @@ class MetricLogger:
         """Append the row of an epoch that ended with `step`."""
         if not self.enabled:
             return
-        with self.path.open("a", encoding="utf-8") as file:  # closed after each row: a crash loses none
-            file.write(_line(row))
+        try:
+            with self.path.open("a", encoding="utf-8") as file:  # closed after each row: a crash loses none
+                file.write(_line(row))
+        except OSError as error:  # on a full disk, Python does not say where
+            error.filename = os.fspath(self.path)
+            raise
         if self.board:
             for name, value in _numbers(row).items():
                 self.board.add_scalar(name, value, row["epoch"])

@@ -89,6 +89,15 @@ def test_what_is_no_image_is_said_on_the_page(server, body):
     assert status == 400 and found["error"].startswith("This file cannot be used: ")
 
 
+def test_a_fault_of_the_machine_is_said_on_the_page(server, shown, photos, monkeypatch):
+    def vanished(ids):
+        raise FileNotFoundError(2, "No such file or directory", "owl.jpg")
+
+    monkeypatch.setattr(shown.classifier.index.val, "read", vanished)
+    status, _, found = ask(server, path="/answer?example=0")
+    assert status == 500 and "owl.jpg" in found["error"]
+
+
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(server):
     bomb = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(bomb, "PNG")

@@ -232,6 +232,16 @@ def step(log: StepLog, sums: dict, number: int) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_an_epochs_row_on_a_full_disk_names_the_file(tmp_path):
+    logger = MetricLogger.__new__(MetricLogger)
+    logger.enabled, logger.path = True, tmp_path / "metrics.jsonl"
+    logger.path.symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        logger.log({"epoch": 1}, 1)
+    assert caught.value.filename == str(logger.path)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_ends_the_rows_and_not_the_run(tmp_path, capsys):
     log, sums = StepLog(tmp_path / "steps.jsonl", 1), {}
     log.open(0)

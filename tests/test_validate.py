@@ -195,6 +195,13 @@ def test_a_file_that_describes_a_huge_network_takes_no_memory(photo_run, tmp_pat
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19  # KiB
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_scoring(photo_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(validation, "score", None)
+    with pytest.raises(ResourceError, match="cannot write to"):
+        validate.main([str(photo_run), "--device", "cpu", "--out", str(tmp_path / "file" / "out")])
+
+
 def test_names_are_cut_at_their_comma_only_if_they_stay_unique():
     assert short_names(["tench, Tinca tinca", "owl"]) == ["tench", "owl"]
     assert short_names(["Paris, France", "Paris, Texas"]) == ["Paris, France", "Paris, Texas"]
