@@ -56,6 +56,8 @@ def card(runs: list, price: float | None) -> str:
         if other := [flags.dashed(name) for name in own if own[name] != trained[0].get(name)]:
             what = f"{other_run.name} and {runs[0].name} differ in {', '.join(other)}"
             raise UsageError(what, "give the runs of one training, which differ in --seed only")
+    from analysis.runs import command
+
     config, env = runs[0].config, runs[0].env
     rows = [row(run, price) for run in runs]
     cost = "not given" if price is None else f"{price:g} for a GPU hour"
@@ -75,7 +77,7 @@ def card(runs: list, price: float | None) -> str:
         *filter(None, map(validated, runs)),
         "## How",
         "\n".join(f"- {name}: {value}" for name, value in how.items()),
-        *(f"```\n{run.env.get('command', '')}\n```" for run in runs),
+        *(f"```\n{command(run.config)}\n```" for run in runs),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -5,6 +5,7 @@ Plain values for plots, tables and the report; torch is not needed.
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,6 +167,14 @@ def listing(runs: Sequence[RunFiles]) -> str:
         rows.append([*run.scores(), " ".join(flags.to_argv(unusual))])
     widths = [max(len(row[k]) for row in rows) for k in range(len(SCORE_COLUMNS))]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
+
+
+def command(config: dict) -> str:
+    """Return the command that repeats a run, also one whose last start was --resume."""
+    started_with = {"data_dir", "init_from", "reset_head"} & config.keys()  # free to change on resume
+    names = [name for name in started_with if config[name] != flags.defaults()[name]]
+    values = {name: config[name] for name in (*names, *changed_flags(config))}
+    return shlex.join(["python", "train.py", *flags.to_argv(values)])
 
 
 def changed_flags(config: dict) -> dict[str, tuple[str, str]]:

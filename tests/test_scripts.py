@@ -80,7 +80,7 @@ def test_a_card_says_what_a_run_reached_and_cost(tmp_path):
         "4 x H100, bf16",
         "abc1234",
         "1,281,167",
-        "train.py --lr 1",
+        "python train.py --dataset=owl --arch=resnet18 --epochs=4 --lr=0.1",  # not the command of a resume
         "2.5 for a GPU hour",
     ):
         assert expected in text, expected
