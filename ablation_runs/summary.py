@@ -158,10 +158,11 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
             sentences.append(f"**{variant}** is {d.verdict} than {first} by {size} ({evidence}).")
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
+    others = named(found, EXPLORATORY) if study.primary else []
     for sentence, names in (
         (f"Undecided, because not all three tests see a difference to {first}", named(found, UNDECIDED)),
         (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
-        ("Not among the primary comparisons, so without a verdict", named(found, EXPLORATORY)),
+        ("Not among the primary comparisons, so without a verdict", others),
     ):
         sentences += [f"{sentence}: {listed(names)}."] if names else []
     return sentences
