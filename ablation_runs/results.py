@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -255,9 +256,12 @@ def false_verdicts(runs: list[Result], study: Study) -> list[FalseVerdicts]:
         return []
     found = []
     for pairs, comparisons in dict.fromkeys([(fewest, 1), (n // 2, 1), (fewest, n // fewest - 1)]):
-        wrong = statistics.false_verdicts(scores, pairs, PAIRINGS, one_image(runs), comparisons)
+        wrong = _count_false_verdicts(tuple(scores), pairs, PAIRINGS, one_image(runs), comparisons)
         found.append(FalseVerdicts(n, pairs, comparisons, PAIRINGS, wrong))
     return found
+
+
+_count_false_verdicts = cache(statistics.false_verdicts)  # a second; a report asks several times
 
 
 def grid_scores(runs: list[Result], study: Study, column: str) -> np.ma.MaskedArray:
