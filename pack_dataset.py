@@ -30,25 +30,47 @@ def eval_sizes(text: str) -> tuple[int, ...]:
     return () if text == "none" else flags.listing(flags.number(int, 8, 4096))(text)
 
 
+def adds_crops(args) -> bool:
+    """Return whether --out is the packed --data-dir, to which only evaluation crops are added."""
+    manifest = os.path.join(args.data_dir, "manifest.json")
+    same = os.path.realpath(args.data_dir) == os.path.realpath(args.out or ".")
+    return bool(args.out) and same and os.path.isfile(manifest)
+
+
+def verifies(args) -> flags.Reason:
+    return args.verify and "--verify packs nothing"
+
+
+def packs_nothing(args) -> flags.Reason:
+    adding = f"{args.out} is packed already, and only evaluation crops are added to it"
+    return verifies(args) or (adds_crops(args) and adding)
+
+
+def stores_no_crops(args) -> flags.Reason:
+    return verifies(args) or (args.eval_sizes == () and "--eval-sizes none stores no crops")
+
+
 # fmt: off
 PACKING = (
     Flag("out", "files", "Output directory; required unless --verify is given.", str, "", "DIR"),
     Flag("stored_sides", "files", "Short sides in px of the stored training images; the default suits "
          "training at 64, 128 and 224 px.",
-         flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,..."),
+         flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,...", idle=packs_nothing),
     Flag("raw_sides", "files", "Short sides that are stored as pixels, not as JPEG: several times as large, "
          "several times as fast. For ImageNet, 96 takes 49 GB.",
-         flags.listing(flags.number(int, 8, 4096)), (), "PX,PX,..."),
-    Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q"),
+         flags.listing(flags.number(int, 8, 4096)), (), "PX,PX,...", idle=packs_nothing),
+    Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q",
+         idle=packs_nothing),
     Flag("eval_sizes", "files", "Sizes in px of the evaluation crops to store, for validation images and the "
          "sample of train_top1; none stores none. By default 0.7 of each stored side, cut to a multiple of "
          "32 (64,128,224); none for data of one small size.",
-         eval_sizes, None, "PX,PX,..."),
+         eval_sizes, None, "PX,PX,...", idle=verifies),
     Flag("eval_crop", "files", "Share of the resized image in these crops, like --eval-crop of train.py; by "
          "default 0.875.",
-         flags.number(float, 0, 1, open_low=True), None, "F"),
+         flags.number(float, 0, 1, open_low=True), None, "F", idle=stores_no_crops),
     Flag("on_bad_image", "files", "fail lists bad images, leaves their shards unwritten and exits with 3; "
-         "skip leaves only these images out.", ("fail", "skip"), "fail", "ACTION"),
+         "skip leaves only these images out.", ("fail", "skip"), "fail", "ACTION",
+         idle=packs_nothing),
     Flag("workers", "processes", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
     Flag("verify", "output", "Decode all images, check packed shards, and write nothing."),
     flags.DEBUG,
@@ -67,11 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     args, given = flags.parse(build_parser(), argv)
     if args.verify == bool(args.out):
         raise UsageError("give either --out or --verify", "--out DIR packs the dataset, --verify checks it")
-    adding = adds_crops(args)
-    check(args, given, adding)
+    notes, adding = check(args, given), adds_crops(args)
     doing(f"reading the list of images in {args.data_dir}")
     index = open_index(args)
-    for note in index.notes:
+    for note in (*notes, *index.notes):
         print(note)
     if args.verify:
         return verify(index, args.workers)
@@ -88,36 +109,18 @@ def main(argv: list[str] | None = None) -> int:
     return pack(index, args.out, plan, args.workers, args.on_bad_image, crops)
 
 
-def adds_crops(args) -> bool:
-    """Return whether --out is the packed --data-dir, to which only evaluation crops are added."""
-    manifest = os.path.join(args.data_dir, "manifest.json")
-    same = os.path.realpath(args.data_dir) == os.path.realpath(args.out or ".")
-    return bool(args.out) and same and os.path.isfile(manifest)
-
-
-def check(args, given: flags.Given, adding: bool) -> None:
-    """Refuse flags that would do nothing. Raises UsageError."""
+def check(args, given: flags.Given) -> list[str]:
+    """Return notes about flags. Raises UsageError for those that would do nothing."""
     from sources.archives import tars
 
-    flags.refuse_idle(flags.SOURCE, args, given)
-    unused, why = (), ""
-    if args.verify:
-        unused, why = (
-            ("stored_sides", "raw_sides", "quality", "eval_sizes", "eval_crop", "on_bad_image"),
-            "--verify",
+    notes = flags.refuse_idle((*flags.SOURCE, *PACKING), args, given)
+    whole = {"class_list", "allow_class_mismatch"} & given
+    if whole and args.dataset == "imagenet" and tars.present(args.data_dir):
+        found = ", ".join(map(flags.dashed, sorted(whole)))
+        raise UsageError(
+            f"{found} would do nothing: tar files are packed with all classes", f"leave {found} out"
         )
-    elif adding:
-        unused = ("stored_sides", "raw_sides", "quality", "on_bad_image")
-        why = f"{args.out} is packed already, and only evaluation crops are added to it"
-    elif args.eval_sizes == ():
-        unused, why = ("eval_crop",), "--eval-sizes none stores no crops"
-    if args.dataset == "imagenet" and tars.present(args.data_dir):
-        unused, why = (
-            (*unused, "class_list", "allow_class_mismatch"),
-            why or "tar files are packed with all classes",
-        )
-    if found := [flags.dashed(name) for name in unused if name in given]:
-        raise UsageError(f"{', '.join(found)} would do nothing: {why}", f"leave {', '.join(found)} out")
+    return notes
 
 
 def open_index(args):

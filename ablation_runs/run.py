@@ -29,8 +29,7 @@ TRAIN, SCORE = ROOT / "train.py", ROOT / "validate.py"
 RUNS = "./checkpoints/ablation"
 train_parser = cache(flags.train_parser)
 SCORED_WITH = ("device", "amp", "num_workers")  # flags that validate.py shares with the run
-# Flags that do not affect training. A study's variants may differ in the three that are taken out.
-FREE = flags.FREE_ON_RESUME - {"init_from", "reset_head", "data_dir"}
+FREE = flags.FREE_ON_RESUME - flags.OF_A_START  # flags that do not affect training
 DIVERGED = errors.DivergedError.exit_code
 EPILOG = """examples:
   python -m ablation_runs.run --list

@@ -80,7 +80,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(400, error.what)
         except (OSError, RuntimeError, MemoryError) as error:  # a deleted example, too little memory
             known = resource_error(error)
-            return self.refuse(500, known.what if known else f"the server failed: {type(error).__name__}")
+            self.refuse(500, known.what if known else f"the server failed: {type(error).__name__}")
+            if known is None:
+                raise  # a bug: the terminal shows where
+            return None
         return self.reply(200, "application/json", json.dumps(found).encode())
 
     def refuse(self, status: int, reason: str = "") -> None:

@@ -171,9 +171,8 @@ def listing(runs: Sequence[RunFiles]) -> str:
 
 def command(config: dict) -> str:
     """Return the command that repeats a run, also one whose last start was --resume."""
-    started_with = {"data_dir", "init_from", "reset_head"} & config.keys()  # free to change on resume
-    names = [name for name in started_with if config[name] != flags.defaults()[name]]
-    values = {name: config[name] for name in (*names, *changed_flags(config))}
+    start = [name for name in flags.OF_A_START & config.keys() if config[name] != flags.defaults()[name]]
+    values = {name: config[name] for name in (*start, *changed_flags(config))}
     return shlex.join(["python", "train.py", *flags.to_argv(values)])
 
 

@@ -54,6 +54,8 @@ FREE_ON_RESUME = frozenset({
     "plot", "debug", "device", "compile", "cuda_graphs", "tensorboard", "wandb", "trackio", "log_every",
     "config", "dry_run", "summary", "init_from", "reset_head", "allow_class_mismatch", "cache_eval",
 })  # fmt: skip
+# Of these, the ones that decide what a new run learns.
+OF_A_START = frozenset({"data_dir", "init_from", "reset_head"})
 
 
 @dataclass(frozen=True)
