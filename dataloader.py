@@ -219,8 +219,8 @@ class Batches(Dataset):
 
 
 SKIP = (
-    "replace it with an intact image, or go on with --resume auto --on-bad-image skip --allow-change "
-    "on_bad_image; pack_dataset.py --verify lists all bad images"
+    "replace it with an intact image, or add --resume auto --on-bad-image skip --allow-change on_bad_image "
+    "to the command; pack_dataset.py --verify lists all bad images"
 )
 
 

@@ -307,7 +307,10 @@ def test_loss_landscape_command(trained, tmp_path):
     written = json.loads((tmp_path / "loss_landscape.json").read_text())
     before, after = written["losses"]
     assert (before, after) == ("before training, statistics of each batch", "after training")
-    assert np.ptp(written["losses"][before]) > 0.01  # with BatchNorm's first statistics it would be a plain
+    assert loss_landscape.main([str(trained), *few, "--batch-norm", "batch"]) == 0
+    by_batch = json.loads((tmp_path / "loss_landscape.json").read_text())["losses"]
+    assert written["losses"][before] == by_batch["before training"]  # not with BatchNorm's first statistics
+    assert written["losses"][after] != by_batch[after]
     assert is_png(tmp_path / "loss_landscape.png")
 
 

@@ -100,8 +100,9 @@ def test_a_png_is_decoded_once_and_its_orientation_is_read_where_it_has_one(monk
     exif = Image.Exif()
     exif[0x0112] = 6
     assert images.orientation(encoded(photo(), "PNG", exif=exif)) == 6
-    monkeypatch.setattr(images.Image, "open", None)
-    assert images.orientation(encoded(photo(), "PNG")) == 1
+    plain, opened = encoded(photo(), "PNG"), []
+    monkeypatch.setattr(images.Image, "open", lambda *_, **options: opened.append(options))
+    assert images.orientation(plain) == 1 and not opened
 
 
 def test_corrupt_exif_is_ignored():
