@@ -64,7 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     else:
         classifier = predictions.load(config.checkpoints[0], "both", runtime)
     sizes = config.image_sizes or (classifier.image_size,)
-    check_architecture(classifier.payload["model_args"]["arch"], classifier.image_size, sizes, config)
+    for size in sizes:
+        classifier.at_size(size)
+    check_architecture(classifier.payload["model_args"]["arch"], config)
     classifier = predictions.open_data(classifier, config, given, say)
     if note := flags.workers_note(config, given):
         say(note)
@@ -112,10 +114,8 @@ def check(config, given: flags.Given) -> None:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
 
 
-def check_architecture(arch: str, trained_at: int, sizes: tuple[int, ...], config) -> None:
+def check_architecture(arch: str, config) -> None:
     """Raise UsageError for what the architecture cannot do."""
-    if arch == "vit_b_16" and set(sizes) != {trained_at}:
-        raise UsageError(f"vit_b_16 works at {trained_at} px only", "leave --image-sizes out")
     if config.recalibrate_bn and arch in idle.NO_BATCH_NORM:
         raise UsageError(f"--recalibrate-bn would do nothing: {arch} has no BatchNorm", "leave it out")
 

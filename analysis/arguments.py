@@ -10,6 +10,8 @@ from pathlib import Path
 from base import flags
 from base.errors import doing
 
+MOST_PICTURES = 200  # in one file: matplotlib draws at most 65,535 pixels a side
+
 
 def checkpoint_parser(name: str, description: str, epilog: str, *, writes: bool = True) -> flags.Parser:
     """Return a parser for `python -m analysis.NAME CHECKPOINT`; the command adds flags of its own."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from analysis import arguments
@@ -19,8 +18,9 @@ EPILOG = """examples:
 def build_parser() -> flags.Parser:
     description = "Show where a model sees the evidence for a class."
     parser = arguments.checkpoint_parser("gradcam", description, EPILOG)
+    few = flags.number(int, 1, arguments.MOST_PICTURES)
     add, images = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
-    add("--count", type=flags.positive, default=8, metavar="N", help="Number of validation images.")
+    add("--count", type=few, default=8, metavar="N", help="Number of validation images.")
     images("--misclassified", action="store_true", help="Explain the most confident mistakes.")
     ids, names = flags.listing(flags.natural), flags.listing(str)
     images("--ids", type=ids, default=(), metavar="N,...", help="Explain these validation images.")
@@ -35,12 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     config, given = arguments.parse(build_parser(), argv)
     if "count" in given and (config.ids or config.files):
         raise UsageError("--count has no effect with --ids and --files", "leave --count out")
+    if (asked := len(config.ids or config.files)) > arguments.MOST_PICTURES:
+        raise UsageError(
+            f"{asked} images do not fit into a picture", f"name {arguments.MOST_PICTURES} at most"
+        )
     from analysis import gradcam_figures
     from analysis.predictions import load_with_data
 
     classifier = load_with_data(config, given, needs_data=not config.files)
     if config.image_size:
-        classifier = replace(classifier, image_size=config.image_size)
+        classifier = classifier.at_size(config.image_size)
     pixels, labels = choose_images(classifier, config)
     name = "gradcam_misclassified.png" if config.misclassified else "gradcam.png"
     arguments.save(config, {name: gradcam_figures.draw(classifier, pixels, labels, config.layer)})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import matplotlib
 import numpy as np
 import torch
@@ -13,6 +16,9 @@ from analysis import figures
 from analysis.feature_maps import as_map, last_map, module_named, recorded
 from analysis.predictions import Classifier
 from base.errors import UsageError
+
+BATCH = 32  # images explained at a time: their activations must fit into the memory
+COLUMNS = 8
 
 
 def draw(
@@ -26,26 +32,37 @@ def draw(
     layer_name = layer_name or last_map(model, images[:1])
     layer = module_named(model, layer_name)
     with torch.no_grad(), recorded({"layer": layer}) as outputs:
-        model(images)
+        model(images[:1])
     # Of both views, if training scored mirror images as well; the maps are of the image as it is.
-    confidence, predicted = classifier.logits(images).softmax(1).max(1)
+    confidence, predicted = in_batches(classifier.logits, images).softmax(1).max(1)
     names = [figures.shorten(name) for name in classifier.names]
     sure = zip(predicted.tolist(), confidence.tolist(), strict=True)
     captions = [f"prediction: {names[k]}\n{100 * p:.0f} % sure" for k, p in sure]
-    rows = [(overlay(pixels, grad_cam(model, layer, images, predicted)), captions)]
+    explain = partial(grad_cam, model, layer)
+    rows = [(overlay(pixels, in_batches(explain, images, predicted)), captions)]
     above = [""] * len(pixels)
     if labels is not None:
         above = [f"truth: {names[k]}" for k in labels]
         truth = torch.as_tensor(labels, device=images.device)
         if (truth != predicted).any():
             captions = [f"truth: {names[k]}" for k in labels]
-            rows.append((overlay(pixels, grad_cam(model, layer, images, truth)), captions))
+            rows.append((overlay(pixels, in_batches(explain, images, truth)), captions))
     height, width = as_map(outputs["layer"]).shape[2:]
     title = (
         f"Grad-CAM of {layer_name} ({height} x {width} map): {classifier.title}\n"
         "bright: evidence for the class below, relative to the strongest in the image"
     )
-    return figures.strips([(pixels, above), *rows], title=title)
+    strips = [
+        (images[start : start + COLUMNS], captions[start : start + COLUMNS])
+        for start in range(0, len(pixels), COLUMNS)
+        for images, captions in [(pixels, above), *rows]
+    ]
+    return figures.strips(strips, title=title)
+
+
+def in_batches(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    parts = zip(*(tensor.split(BATCH) for tensor in tensors), strict=True)
+    return torch.cat([function(*part) for part in parts])
 
 
 def grad_cam(model: nn.Module, layer: nn.Module, images: Tensor, classes: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ def build_parser() -> flags.Parser:
     description = "Show the most confident mistakes of a model."
     parser = arguments.checkpoint_parser("misclassified", description, EPILOG)
     add = parser.add_argument
-    add("--count", type=flags.positive, default=24, metavar="N", help="Number of images in the picture.")
+    few = flags.number(int, 1, arguments.MOST_PICTURES)
+    add("--count", type=few, default=24, metavar="N", help="Number of images in the picture.")
     add("--only", default="", metavar="CLASS", help="Show mistakes on this class only (folder or name).")
     return parser
 

@@ -86,6 +86,13 @@ class Classifier:
     def transform(self) -> EvalTransform:
         return EvalTransform(self.image_size, self.crop, self.exif)
 
+    def at_size(self, image_size: int) -> Classifier:
+        """Return it for another image size (px). Raises UsageError if the architecture has only one."""
+        if self.payload["model_args"]["arch"] == "vit_b_16" and image_size != self.image_size:
+            what = f"vit_b_16 works at {self.image_size} px only, not at {image_size}"
+            raise UsageError(what, "leave the image size out")
+        return replace(self, image_size=image_size)
+
     def pixels(self, images: Sequence[bytes | np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Return images as (n, S, S, 3) uint8, resized and cropped as in validation. Raises BadImage."""
         return np.stack([self.transform(image, name) for image, name in zip(images, names, strict=True)])

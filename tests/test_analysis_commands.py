@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import numpy as np
@@ -22,7 +23,9 @@ from analysis import (
     landscape_figures,
     loss_landscape,
     misclassified,
+    predictions,
 )
+from base.device import Runtime
 from base.errors import CheckpointError, DataError, UsageError
 from models import build_model
 
@@ -39,6 +42,7 @@ TINY = [
     "0",
 ]
 TINY += ["--amp", "off"]
+CPU = Runtime(torch.device("cpu"))
 PLAIN = ["--augment", "none", "--drop-path-rate", "0", "--mixup-alpha", "0", "--cutmix-alpha", "0"]
 TRAIN = [*TINY, *PLAIN, "--stem", "small", "--epochs", "2", "--lr", "1e-3"]
 
@@ -234,9 +238,27 @@ def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
         gradcam.main([str(trained), *out, "--ids", "1", "--misclassified"])
     with pytest.raises(UsageError, match="no effect"):
         gradcam.main([str(trained), *out, "--ids", "1", "--count", "4"])
+    with pytest.raises(UsageError, match="from 1 to 200"):
+        gradcam.main([str(trained), *out, "--count", "201"])
+    with pytest.raises(UsageError, match="201 images do not fit"):
+        gradcam.main([str(trained), *out, "--ids", ",".join(map(str, range(201)))])
     with pytest.raises(UsageError, match="no such class"):
         misclassified.main([str(trained), *out, "--only", "unicorn"])
     assert not list(tmp_path.iterdir())
+
+
+def test_many_images_are_explained_in_parts_and_drawn_in_rows(trained, tmp_path, monkeypatch):
+    classifier = predictions.load(str(trained), "ema", CPU)
+    images = classifier.batch(np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8))
+    layer = feature_maps.module_named(classifier.model, feature_maps.last_map(classifier.model, images[:1]))
+    classes = torch.arange(10)
+    whole = gradcam_figures.grad_cam(classifier.model, layer, images, classes)
+    monkeypatch.setattr(gradcam_figures, "BATCH", 3)
+    explain = functools.partial(gradcam_figures.grad_cam, classifier.model, layer)
+    torch.testing.assert_close(gradcam_figures.in_batches(explain, images, classes), whole)
+    pixels = np.zeros((10, 64, 64, 3), np.uint8)
+    fig = gradcam_figures.draw(classifier, pixels, None)
+    assert len(fig.axes) == 2 * 2 * gradcam_figures.COLUMNS  # images and maps of eight, then of two
 
 
 def test_gradcam_of_files_needs_no_dataset(trained, tmp_path, photos):

@@ -137,11 +137,12 @@ def test_wrong_input(photos, photo_run, tmp_path):
         validate.main([])
     with pytest.raises(UsageError, match="--image-sizes"):
         validate.main([str(photo_run), "--image-sizes", "224,4"])
-    config = SimpleNamespace(recalibrate_bn=False)
-    with pytest.raises(UsageError, match="224 px only"):
-        validate.check_architecture("vit_b_16", 224, (224, 256), config)
+    vit = predictions.Classifier({}, {"model_args": {"arch": "vit_b_16"}}, CPU, image_size=224, crop=0.875)
+    assert vit.at_size(224) == vit
+    with pytest.raises(UsageError, match="224 px only, not at 256"):
+        vit.at_size(256)
     with pytest.raises(UsageError, match="swin_t has no BatchNorm"):
-        validate.check_architecture("swin_t", 224, (224,), SimpleNamespace(recalibrate_bn=True))
+        validate.check_architecture("swin_t", SimpleNamespace(recalibrate_bn=True))
 
 
 def test_running_out_of_memory_is_an_error_with_a_fix(photo_run, tmp_path, monkeypatch):
