@@ -203,8 +203,13 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
 
 
 def with_saved_data(config, typed: frozenset[str], saved: dict):
-    """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`."""
+    """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`.
+
+    --split and --class-list belong to the saved dataset: with another --dataset they keep their defaults.
+    """
     saved = parse_saved_flags(saved)
+    if "dataset" in typed and config.dataset != saved["dataset"]:
+        saved |= {name: defaults()[name] for name in ("split", "class_list")}
     return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
 
 

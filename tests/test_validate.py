@@ -164,6 +164,13 @@ def test_data_flags_come_from_the_checkpoint_unless_typed():
     assert (found.subset_size, found.allow_class_mismatch) == (30, True)
 
 
+def test_the_split_of_a_dataset_does_not_go_to_another():
+    saved = {"dataset": "tiny-imagenet", "split": "70-30", "class_list": "some.txt", "data_dir": "there"}
+    for typed, expected in ((["--dataset", "cifar10"], ("official", "")), ([], ("70-30", "some.txt"))):
+        found = rundir.with_saved_data(*flags.parse(validate.build_parser(), ["x.pt", *typed]), saved)
+        assert (found.split, found.class_list) == expected
+
+
 # --- predicting ---
 
 
