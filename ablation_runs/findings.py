@@ -1,9 +1,4 @@
-"""Write what the published studies found into README.md and ablation_runs/README.md, between marked lines.
-
-`python -m ablation_runs.findings` makes everything between `<!-- studies: NAME -->` and
-`<!-- end of studies -->` from ablation_runs/results/. What was learned, in words, is in a study's
-results/<study>/reading.md.
-"""
+"""Draw what the published studies found, and write it into README.md and ablation_runs/README.md."""
 
 from __future__ import annotations
 
@@ -11,15 +6,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ablation_runs import claims, results, statistics, studies, summary
+from ablation_runs import claims, plots, results, statistics, studies, summary
 from ablation_runs.report import PUBLISHED
 from ablation_runs.results import Result
 from ablation_runs.study import Study
 from ablation_runs.tables import Table
+from analysis import figures
 from base import errors, files, flags
 
 ROOT = PUBLISHED.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "ablation_runs" / "README.md")
+PICTURE = PUBLISHED.parent / "overview.png"
 Published = list[tuple[Study, str, list[Result]]]  # study, preset, runs
 
 
@@ -30,6 +27,7 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     build_parser().parse_args(argv)
     found = published()
+    print(figures.save(plots.overview([(study, runs) for study, _, runs in found]), PICTURE))
     for page in files.rewrite(PAGES, lambda text: fill(text, found)):
         print(f"{page.relative_to(ROOT)}: written")
     return 0
@@ -60,15 +58,15 @@ def overview(found: Published) -> str:
 
 
 def short(study: Study, runs: list[Result]) -> str:
-    """Return the decided differences in a few words."""
-    words = []
+    """Return the verdicts in a few words."""
     compared = {} if study.grid else results.compare(runs, study, study.metric)
-    for variant, d in compared.items():
-        if d.verdict in (statistics.BETTER, statistics.WORSE):
-            than = "" if words else f" than {next(iter(study.variants))} in {summary.METRICS[study.metric]}"
-            words.append(f"{variant} {d.verdict}{than}: {interval(d)}")
-    if undecided := summary.named(compared, statistics.UNDECIDED):
-        words.append(f"undecided: {', '.join(undecided)}")
+    words = []
+    for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED):
+        if named := summary.named(compared, verdict):
+            than = (
+                "" if words else f" (than {next(iter(study.variants))}, in {summary.METRICS[study.metric]})"
+            )
+            words.append(f"{verdict}{than}: {', '.join(named)}")
     for f in results.false_verdicts(runs, study)[:1]:
         words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
     return "; ".join(words) or summary.conclusion(study, runs)

@@ -12,7 +12,7 @@ import numpy as np
 
 from ablation_runs import results
 from ablation_runs.results import Result
-from ablation_runs.statistics import ALPHA, BETTER, WORSE, p_value
+from ablation_runs.statistics import ALPHA, BETTER, EXPLORATORY, WORSE, p_value
 from ablation_runs.study import Study
 from analysis import figures
 from base.flags import dashed
@@ -149,6 +149,38 @@ def differences(runs: list[Result], study: Study, title: str):
     axis.set_xlabel(
         f"difference to {next(iter(study.variants))}, points of {LABELS[study.metric].replace(' (%)', '')}\n"
         "thick: 95 % interval over seeds; thin: over seeds and images; filled: better or worse",
+        fontsize=9,
+    )
+    return fig
+
+
+def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
+    """Draw the differences of all studies to their baselines, on one scale that ends at ± `reach` points."""
+    found = [(study, results.compare(runs, study, study.metric)) for study, runs in studies if study.primary]
+    fig = figures.figure(8, 1.2 + 0.24 * sum(len(compared) + 1.4 for _, compared in found))
+    axis, place, variants = figures.axes(fig, 1, 1)[0, 0], 0.0, {}
+    for study, compared in found:
+        heading = f" {study.name}: difference to {next(iter(study.variants))}"
+        axis.text(-reach, place, heading, weight="bold", fontsize=9, va="center")
+        for variant, d in compared.items():
+            place += 1
+            variants[place] = variant
+            color = {BETTER: figures.GREEN, WORSE: figures.VERMILLION}.get(d.verdict, "0.6")
+            low, mean, high = np.clip([d.interval[0], d.mean, d.interval[1]], -reach, reach)
+            axis.plot([low, high], [place, place], color=color, lw=3.5, solid_capstyle="butt")
+            mark = "o" if mean == d.mean else "<" if d.mean < 0 else ">"
+            fill = "white" if d.verdict == EXPLORATORY else color
+            axis.plot(mean, place, mark, color=color, markerfacecolor=fill, markersize=6, clip_on=False)
+            text = {"transform": axis.get_yaxis_transform(), "fontsize": 9, "va": "center"}
+            axis.text(1.02, place, f"{d.mean:+.1f}", **text)
+        place += 1.4
+    axis.axvline(0, color=figures.BLACK, lw=1)
+    axis.set_yticks([*variants], [*variants.values()], fontsize=9)
+    axis.set(xlim=(-reach, reach), ylim=(place - 0.8, -0.8))
+    axis.grid(False, axis="y")
+    axis.set_xlabel(
+        "difference of the top-1 accuracies, in points, with 95 % interval over seeds\n"
+        "green: better; red: worse; grey: undecided; hollow: not a planned comparison; arrow: farther away",
         fontsize=9,
     )
     return fig

@@ -70,7 +70,9 @@ class Result:
     @property
     def command(self) -> str:
         """What repeats the run and its score by hand, in the root of the repository, to the bit."""
-        words, dataset = self.record.get("flags", []), self.env.get("dataset", "imagenet")
+        words = self.record.get("flags", [])
+        named = [word.removeprefix("--dataset=") for word in words if word.startswith("--dataset=")]
+        dataset = named[0] if named else "imagenet"
         data = data_flags(words, dataset, f"data/{dataset}")
         commands = [["train.py", *data, *(word for word in words if not word.startswith("--data-dir="))]]
         if self.hits:

@@ -22,6 +22,7 @@ import validate
 from ablation_runs import claims, findings, plots, report, results, run, statistics, studies, study, summary
 from ablation_runs.study import Study
 from ablation_runs.tables import Table
+from analysis import figures
 from base import flags
 from base.errors import DataError, UsageError, UserError
 from harness.log import read_metrics
@@ -690,6 +691,17 @@ def test_pictures_come_in_the_formats_that_are_asked_for(tmp_path):
         report.main(["ema", "--formats", "bmp"])
 
 
+def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_its_verdict():
+    grid, alone = Study("grid", "?", TWO.variants, grid=("lr",)), Study("alone", "?", TWO.variants)
+    runs = made(a=SIX, b=CLEAR, c=NOISY)
+    axis = plots.overview([(TWO, runs), (grid, runs), (alone, runs)], reach=8).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "c"]
+    means = [line for line in axis.lines if len(line.get_xdata()) == 1]
+    assert [line.get_color() for line in means] == [figures.GREEN, "0.6"]
+    assert [line.get_marker() for line in means] == [">", "o"] and float(means[0].get_xdata()[0]) == 8
+    assert [text.get_text() for text in axis.texts] == [" two: difference to a", "+10.1", "+0.2"]
+
+
 # --- what is committed ---
 
 
@@ -723,6 +735,9 @@ def test_published_results_are_complete_and_their_report_is_what_they_give_today
     pictures = [f"{name}.png" for name in plots.NAMES if (folder / f"{name}.png").is_file()]
     text = summary.markdown(which, preset, found, pictures)
     assert (folder / "summary.md").read_text(encoding="utf-8") == text + "\n"
+    assert (folder / "summary.csv").read_text(encoding="utf-8") == summary.csv_table(found)
+    for table in summary.tables(which, preset, found):
+        assert (folder / f"{table.name}.csv").read_text(encoding="utf-8") == table.csv()
 
 
 def test_published_results_hold_no_path_and_are_small():
