@@ -1,4 +1,9 @@
-"""Draw what the published studies found, and write it into README.md and ablation_runs/README.md."""
+"""Draw what the published studies found, and write it into README.md and ablation_runs/README.md.
+
+`python -m ablation_runs.findings` draws overview.png, and makes everything between `<!-- studies: NAME -->`
+and `<!-- end of studies -->` from ablation_runs/results/. What was learned, in words, is in a study's
+results/<study>/reading.md.
+"""
 
 from __future__ import annotations
 
