@@ -163,7 +163,10 @@ def test_every_flag_has_a_row_and_a_test():
     assert {row.changes for row in flags.TABLE} == changes
 
 
-@pytest.mark.parametrize(("name", "mode"), IDLE)
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [pytest.param(*case, marks=pytest.mark.slow) if "vit" in case[1] else case for case in IDLE],
+)
 def test_an_idle_flag_is_refused(name, mode, recipe):
     assert judge(recipe, name, mode)
 
