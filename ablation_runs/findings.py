@@ -112,7 +112,7 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
     if reading.is_file():
         parts.append(f"*Reading.* {reading.read_text(encoding='utf-8').strip()}")
     pictures = [
-        p for p in ("differences.png", "heatmaps.png", "curves.png") if (PUBLISHED / name / p).is_file()
+        p for p in ("differences.png", "heat_maps.png", "curves.png") if (PUBLISHED / name / p).is_file()
     ]
     parts += [f"![{study.name}](results/{name}/{picture})" for picture in pictures[:1]]
     return "\n\n".join(parts)

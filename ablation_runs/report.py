@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -37,10 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     study = studies.find(args.study)
     if unknown := set(args.formats) - {*FORMATS}:
         raise UsageError(f"--formats {', '.join(sorted(unknown))}", f"choose from {', '.join(FORMATS)}")
+    if not args.formats:
+        raise UsageError("--formats is empty", f"choose from {', '.join(FORMATS)}")
+    if args.publish and args.out:
+        raise UsageError(
+            "--out would do nothing: --publish has a directory of its own", "leave one of them out"
+        )
     directory = Path(args.runs) / study.directory(args.preset)
     errors.doing(f"reading the runs in {directory}")
     out = PUBLISHED / study.directory(args.preset) if args.publish else Path(args.out or directory)
-    print(write(study, args.preset, directory, out, args.formats))
+    formats = tuple(sorted(args.formats, key=FORMATS.index))  # summary.md shows the first
+    print(write(study, args.preset, directory, out, formats))
     if args.publish:
         publish(directory, out, study)
     errors.tell(f"wrote summary.md, tables (csv, tex) and pictures to {out}")
@@ -57,7 +66,7 @@ def write(study: Study, preset: str, directory: Path, out: Path, formats: tuple[
     runs = results.load(directory, study)
     if not runs:
         scaled = "" if preset == "full" else f" --preset {preset}"
-        fix = f"python -m ablation_runs.run {study.name}{scaled}"
+        fix = f"python -m ablation_runs.run {study.name}{scaled} --out {shlex.quote(str(directory.parent))}"
         raise DataError(f"no runs of {study.name} in {directory}", fix)
     pictures = plots.draw(runs, study, preset, out, formats)
     text = summary.markdown(study, preset, runs, [path.name for path in pictures])
@@ -78,7 +87,10 @@ def publish(directory: Path, out: Path, study: Study) -> None:
     for run in results.load(directory, study):
         target = out / run.directory.name
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "run.json", f"{FINAL}/hits.npz"):
+        record = schemas.read_json(run.directory / "run.json", schemas.StudyRun, fix, missing={})
+        record["flags"] = [re.sub(r"=/.*/", "=", word) for word in record.get("flags", ())]
+        files.write_json(target / "run.json", record)
+        for name in ("metrics.jsonl", f"{FINAL}/hits.npz"):
             if (run.directory / name).is_file():
                 (target / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run.directory / name, target / name)

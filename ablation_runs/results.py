@@ -49,10 +49,16 @@ class Result:
             train, val = self.logged("train_top1"), self.score("val_top1")
             return train - val if train is not None and val is not None else None
         if self.status == "diverged" and column in HITS:
-            return chance([self])  # its weights are worth no more
+            return chance([self]) if self.scores(column) else None  # its weights are worth no more
         if self.status == "done" and HITS.get(column) in self.hits:
             return 100 * float(self.hits[HITS[column]].mean())
         return self.logged(column)
+
+    def scores(self, column: str) -> bool:
+        """Return whether a run with these flags has scores of that kind."""
+        if column.startswith("ema_bn") and "--recalibrate-bn" not in self.record.get("scoring", ()):
+            return False
+        return not column.startswith("ema") or "--no-ema" not in self.record.get("flags", ())
 
     def logged(self, column: str) -> float | None:
         """Return the last epoch's value of a column: with --holdout, on the held-out images."""
@@ -216,7 +222,8 @@ def ema_gains(runs: list[Result], study: Study) -> dict[str, Difference]:
 
 def one_image(runs: list[Result]) -> float:
     """Return the points that one validation image is worth; 0 if the number of images is unknown."""
-    counts = [run.num_val for run in runs if run.num_val]
+    scored = [run for run in runs if run.hits] or runs  # a diverged run has not been scored
+    counts = [run.num_val for run in scored if run.num_val]
     return 100 / min(counts) if counts else 0.0
 
 

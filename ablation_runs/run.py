@@ -24,6 +24,7 @@ from ablation_runs.study import FINAL, PRESETS, Flags, Run, data_flags
 from base import errors, files, flags, process
 from base.errors import UsageError, did_you_mean
 from base.process import ROOT
+from harness.interrupts import STOP_SIGNALS
 
 TRAIN, SCORE = ROOT / "train.py", ROOT / "validate.py"
 RUNS = "./checkpoints/ablation"
@@ -220,7 +221,8 @@ def launch(script: Path, arguments: list[str], log, stopping: Stopping) -> int:
 def run_all(jobs: list[Job], at_once: int, keep: str) -> int:
     """Run all jobs. Return 0, or the exit code of the first failure or of the stop signal."""
     stopping = Stopping()
-    before = {number: signal.signal(number, stopping) for number in (signal.SIGINT, signal.SIGTERM)}
+    caught = [n for n in STOP_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # by nohup
+    before = {number: signal.signal(number, stopping) for number in caught}
     try:
         if at_once == 1:
             codes = [run_one(job, stopping, keep) for job in jobs]
@@ -254,6 +256,8 @@ def run_one(job: Job, stopping: Stopping, keep: str) -> int:
     started, load = time.monotonic(), os.getloadavg()[0]
     job.directory.mkdir(parents=True, exist_ok=True)
     print(f"{job.run.name}: {job.command()}", flush=True)
+    if not job.read_record():  # whatever ends this process, the next one knows with which flags the run began
+        job.record("started", 0, 0.0, load)
     with open(job.directory / "log.txt", "a", encoding="utf-8") as log:
         code = launch(TRAIN, job.arguments, log, stopping)
         if code == 0 and not stopping.signal:

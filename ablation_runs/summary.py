@@ -37,11 +37,22 @@ def markdown(study: Study, preset: str, runs: list[Result], pictures: list[str])
     parts = [f"# {study.title(preset)}", study.question, f"**Conclusion.** {conclusion(study, runs)}"]
     if study.published:
         parts.append(f"**Published result** (document `{study.source}`, one seed): {study.published}")
+    parts.append(other_flags(study, preset, runs))
     parts += [table.markdown() for table in tables(study, preset, runs)]
     parts += [f"![{Path(name).stem}]({name})" for name in pictures]
     notes = [*study.notes.splitlines(), *HOW_TO_READ.splitlines(), *run_notes(study, runs)]
     parts.append("\n".join(f"- {note}" for note in notes))
     return "\n\n".join(filter(None, parts))
+
+
+def other_flags(study: Study, preset: str, runs: list[Result]) -> str:
+    """Name the runs that were started with other flags than the study's; '' if there are none."""
+    found = []
+    for run in (run for run in runs if run.record.get("flags")):
+        own = set(flags.to_argv(study.flags_of(run.variant, preset) | {"seed": run.seed}))
+        if other := [word for word in run.record["flags"] if word not in own]:
+            found.append(f"{run.variant}-seed{run.seed} (`{' '.join(other)}`)")
+    return f"**Not all runs have the flags of the study:** {', '.join(found)}." if found else ""
 
 
 def tables(study: Study, preset: str, runs: list[Result]) -> list[Table]:
@@ -176,12 +187,12 @@ def power_line(study: Study, power: Power, pilot: Power) -> str:
     """Say how many seeds the question needs, and what these can see."""
     share = f" in one of {power.comparisons} comparisons" if power.comparisons > 1 else ""
     text = f"Power: between seeds, a difference varies by {power.deviation:.2f} points (standard deviation)."
+    often = f"{100 * statistics.POWER:.0f} % of the time"
     if power.seeds >= MIN_PAIRS:
-        text += (
-            f" If there is a difference of {power.sees:.1f} points{share}, {power.seeds} seeds find it "
-            f"{100 * statistics.POWER:.0f} % of the time."
-        )
-    text += f" To find {study.worth:g} points as often takes {power.needed} seeds"
+        text += f" If there is a difference of {power.sees:.1f} points{share}, {power.seeds} seeds find it "
+        text += f"{often}. To find {study.worth:g} points as often takes {power.needed} seeds"
+    else:
+        text += f" To find {study.worth:g} points{share} {often} takes {power.needed} seeds"
     return text + (f" (by the two seeds of the pilot: {pilot.needed})." if pilot != power else ".")
 
 

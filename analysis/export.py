@@ -27,7 +27,7 @@ from models.convert import to_torchvision
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 if all are smaller
 SHOWN = (
-    "dataset", "epochs", "resize_schedule", "batch_size", "optimizer", "lr", "weight_decay", "schedule",
+    "epochs", "resize_schedule", "batch_size", "optimizer", "lr", "weight_decay", "schedule",
     "augment", "phase_augment", "mixup_alpha", "cutmix_alpha", "label_smoothing", "drop_path_rate",
     "ema_decay", "seed",
 )  # fmt: skip

@@ -52,7 +52,8 @@ def charts(runs: Sequence[RunFiles]) -> list[Figure]:
 
 def curves(run: RunFiles) -> Figure:
     """Draw the loss and the accuracy of a run side by side."""
-    subject = " on ".join(shown(run.config[key]) for key in ("arch", "dataset") if key in run.config)
+    described = run.config | {key: run.env[key] for key in ("dataset",) if key in run.env}  # not the flag's
+    subject = " on ".join(shown(described[key]) for key in ("arch", "dataset") if key in described)
     fig = figures.figure(
         11, 4.9, f"Learning curves of {figures.shorten(run.name, 60)} {subject and f'({subject})'}"
     )

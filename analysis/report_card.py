@@ -15,6 +15,7 @@ EPILOG = """examples:
   python -m analysis.report_card runs/seed0 runs/seed1 runs/seed2 --out report_card.md"""
 NOTE = """Accuracy of the best epoch, in validation during training. Time of all epochs with their validation,
 without start-up and without the steps that a kill lost; price: {cost}."""
+DATA = ("dataset", "num_train", "num_val", "num_classes")  # in env.json
 COLUMNS = ("run", "seed", "epochs", "raw top-1 %", "EMA top-1 %", "time", "GPU hours", "price")
 SCORES = {"image_size": "px", "weights": "weights", "bn": "BatchNorm", "tta": "TTA", "crop": "crop",
           "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}  # fmt: skip
@@ -49,13 +50,16 @@ def card(runs: list, price: float | None) -> str:
 
     Raises UsageError if they differ in another flag: their mean would mean nothing.
     """
-    trained = [
-        {k: v for k, v in run.config.items() if k not in flags.FREE_ON_RESUME | {"seed"}} for run in runs
-    ]
-    for other_run, own in zip(runs, trained, strict=True):
-        if other := [flags.dashed(name) for name in own if own[name] != trained[0].get(name)]:
-            what = f"{other_run.name} and {runs[0].name} differ in {', '.join(other)}"
+    for other in runs[1:]:
+        names = sorted((runs[0].config.keys() | other.config.keys()) - flags.SAME_TRAINING - {"seed"})
+        differ = [flags.dashed(name) for name in names if runs[0].config.get(name) != other.config.get(name)]
+        differ += [name for name in DATA if runs[0].env.get(name) != other.env.get(name)]
+        if differ:
+            what = f"{other.name} and {runs[0].name} differ in {', '.join(differ)}"
             raise UsageError(what, "give the runs of one training, which differ in --seed only")
+    seeds = [run.config["seed"] for run in runs if "seed" in run.config]
+    if len(set(seeds)) < len(seeds):
+        raise UsageError("two of the runs have the same --seed", "give runs of one training with other seeds")
     from analysis.runs import command
 
     config, env = runs[0].config, runs[0].env
@@ -71,7 +75,7 @@ def card(runs: list, price: float | None) -> str:
         "classes": f"{env.get('num_classes', 0):,}",
     }
     parts = [
-        f"# {config.get('arch', 'a network')} on {config.get('dataset', 'unknown data')}",
+        f"# {config.get('arch', 'a network')} on {env.get('dataset', config.get('dataset', 'unknown data'))}",
         files.markdown_table(COLUMNS, rows + ([mean_of(rows)] if len(rows) > 1 else [])),
         NOTE.format(cost=cost),
         *filter(None, map(validated, runs)),
@@ -116,7 +120,10 @@ def validated(run) -> str:
     rows = []
     for line in scores["results"]:
         values = {key: line.get(key, "-") for key in SCORES}
-        values |= {key: f"{values[key]:.2f}" for key in ("top1", "top5")} | {"loss": f"{values['loss']:.4f}"}
+        digits = {"top1": 2, "top5": 2, "loss": 4}
+        for key in digits.keys() & values.keys():
+            known = isinstance(values[key], int | float)  # validate.py writes null for a loss of NaN
+            values[key] = f"{values[key]:.{digits[key]}f}" if known else "-"
         rows.append([str(value) for value in values.values()])
     table = files.markdown_table(tuple(SCORES.values()), rows)
     of = f"{scores.get('checkpoint', 'a checkpoint')} of {run.name}"

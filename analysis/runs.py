@@ -143,7 +143,7 @@ def shown(value: object) -> str:
 
 def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
     """Return the flags that affect training and are not the same in all `runs` that know them."""
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in flags.FREE_ON_RESUME)
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in flags.SAME_TRAINING)
     return [name for name in names if len({shown(r.config[name]) for r in runs if name in r.config}) > 1]
 
 

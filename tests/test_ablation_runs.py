@@ -275,6 +275,35 @@ def test_a_diverged_run_scores_as_chance_does():
     assert "A diverged run scores as random predictions do." in summary.markdown(TWO, "full", runs, [])
 
 
+def test_a_diverged_run_has_no_scores_of_a_kind_that_its_flags_do_not_make():
+    runs = made(a=SIX, b=CLEAR, c=NOISY)
+    for r in runs:
+        r.env["num_classes"], r.record = 20, {"flags": ["--no-ema"]}
+    runs[6].status = "diverged"
+    assert runs[6].score("val_top1") == 5
+    assert runs[6].score("ema_val_top1") is None and runs[6].score("ema_bn_val_top1") is None
+    assert "EMA" not in summary.markdown(TWO, "full", runs, [])
+
+
+def test_the_images_are_counted_where_they_were_scored():
+    runs = made(a=SIX, b=CLEAR)
+    assert results.one_image(runs) == 0.5  # of 200 held-out images
+    runs[0].hits = {"raw": np.ones(1000, bool)}
+    assert results.one_image(runs) == 0.1
+
+
+def test_runs_with_other_flags_than_the_studys_are_named():
+    runs = made(a=SIX, b=CLEAR)
+    for r in runs:
+        own = TWO.flags_of(r.variant) | {"seed": r.seed}
+        r.record = {"flags": flags.to_argv(own)}
+    assert "Not all runs" not in summary.markdown(TWO, "full", runs, [])
+    runs[7].record["flags"].append("--l1=0.5")
+    assert "**Not all runs have the flags of the study:** b-seed1 (`--l1=0.5`)." in summary.markdown(
+        TWO, "full", runs, []
+    )
+
+
 def test_one_seed_and_failed_runs_conclude_nothing():
     runs = made(a=(50,), b=(90,), c=(10,))
     runs[2].status = "diverged"
@@ -291,6 +320,8 @@ def test_the_power_line_says_how_many_seeds_are_needed_and_what_these_see():
     said = summary.conclusion(TWO, runs)
     assert f"a difference of {power.sees:.1f} points, 6 seeds find it 80 % of the time" in said
     pilot = statistics.pairs_needed(0.5, np.std(gaps[:2], ddof=1))
+    few = summary.power_line(TWO, results.power(runs, TWO, most=2), power)
+    assert f" To find 0.5 points 80 % of the time takes {pilot} seeds" in few
     assert said.endswith(f"takes {power.needed} seeds (by the two seeds of the pilot: {pilot}).")
 
 
@@ -689,6 +720,21 @@ def test_pictures_come_in_the_formats_that_are_asked_for(tmp_path):
         assert (tmp_path / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     with pytest.raises(UsageError, match="--formats bmp"):
         report.main(["ema", "--formats", "bmp"])
+    with pytest.raises(UsageError, match="--formats is empty"):
+        report.main(["ema", "--formats", ""])
+    with pytest.raises(UsageError, match="--out would do nothing"):
+        report.main(["ema", "--publish", "--out", str(tmp_path)])
+
+
+def test_published_files_have_no_paths(tmp_path):
+    one = tmp_path / "runs" / "a-seed0"
+    one.mkdir(parents=True)
+    record = {"status": "done", "flags": ["--class-list=/home/me/list.txt", "--lr=1"]}
+    (one / "run.json").write_text(json.dumps(record))
+    (one / "metrics.jsonl").write_text('{"epoch": 1}\n')
+    report.publish(tmp_path / "runs", tmp_path / "out", TWO)
+    published = json.loads((tmp_path / "out" / "a-seed0" / "run.json").read_text())
+    assert published == {"status": "done", "flags": ["--class-list=list.txt", "--lr=1"]}
 
 
 def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_its_verdict():

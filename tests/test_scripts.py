@@ -70,11 +70,15 @@ def test_a_card_says_what_a_run_reached_and_cost(tmp_path):
     run = make_run(tmp_path / "a|b")
     env = {"cuda": "13.0", "world_size": 4, "device": "H100", "precision": "bf16", "commit": "abc1234"}
     (run / "env.json").write_text(json.dumps(env | {"num_train": 1281167, "command": "train.py --lr 1"}))
+    scores = json.loads((run / "validation" / "scores.json").read_text())
+    scores["results"].append(scores["results"][0] | {"loss": None, "tta": "flip"})  # NaN
+    (run / "validation" / "scores.json").write_text(json.dumps(scores))
     assert report_card.main([str(run), "--gpu-price", "2.5"]) == 0
     text = (run / "report_card.md").read_text(encoding="utf-8")
     # The best epoch of four, each of half an hour, on four GPUs.
     assert "| a\\|b | ? | 4 of 4 | 43.00 | 44.25 | 2h00m | 8.00 | 20.00 |" in text
     assert "| 48 | ema | trained | none | - | 44.25 | 81.00 | 1.4000 |" in text
+    assert "| flip | - | 44.25 | 81.00 | - |" in text
     for expected in (
         "# resnet18 on owl",
         "4 x H100, bf16",
@@ -102,6 +106,20 @@ def test_a_card_of_seeds_has_their_mean(tmp_path):
     with pytest.raises(UsageError, match="needs a file"):
         report_card.main([*map(str, dirs)])
     config = json.loads((dirs[1] / "config.json").read_text())
-    (dirs[1] / "config.json").write_text(json.dumps(config | {"lr": 7.0, "seed": 3}))
-    with pytest.raises(UsageError, match="seed1 and seed0 differ in --lr\n"):
+    for changed, words in (
+        ({"lr": 7.0, "seed": 3}, "seed1 and seed0 differ in --lr\n"),
+        ({"init_from": "weights.pt", "seed": 3}, "seed1 and seed0 differ in --init-from\n"),
+        ({"data_dir": "a copy", "seed": 3}, None),
+    ):
+        (dirs[1] / "config.json").write_text(json.dumps(config | changed))
+        for order in (dirs, dirs[::-1]) if words else ():
+            with pytest.raises(UsageError, match=words.split(" differ")[1]):
+                report_card.main([*map(str, order), "--out", str(out)])
+    (dirs[1] / "env.json").write_text(json.dumps({"dataset": "other photos"}))
+    with pytest.raises(UsageError, match="differ in dataset"):
+        report_card.main([*map(str, dirs), "--out", str(out)])
+    (dirs[1] / "env.json").unlink()
+    for run in dirs:
+        (run / "config.json").write_text(json.dumps(config | {"seed": 3}))
+    with pytest.raises(UsageError, match="the same --seed"):
         report_card.main([*map(str, dirs), "--out", str(out)])
