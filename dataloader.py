@@ -116,12 +116,16 @@ def get_dataloaders(
 ) -> tuple[Loader, Loader]:
     """Return (train_loader, val_loader) of normalised images (N, 3, H, W) float32 and labels (N,) int64.
 
-    Uses at most as many workers as cores. Raises DataError if `data_path` does not hold the dataset.
+    Uses at most as many workers as cores. Raises DataError if `data_path` does not hold the dataset,
+    or fewer training images than a batch.
     """
     index, cores = layouts.open_dataset(dataset, data_path), process.cores()
     splits.write_down(index)
     if num_workers > cores:
         warnings.warn(f"{num_workers} loader workers requested, {cores} cores: using {cores}", stacklevel=2)
+    if len(index.train) < batch_size:
+        what = f"a batch of {batch_size} is larger than the {len(index.train)} training images"
+        raise DataError(what, "ask for smaller batches: the last partial one of an epoch is left out")
     common = {
         "image_size": image_size,
         "batch_size": batch_size,
@@ -219,8 +223,9 @@ class Batches(Dataset):
 
 
 SKIP = (
-    "replace it with an intact image, or add --resume auto --on-bad-image skip --allow-change on_bad_image "
-    "to the command; pack_dataset.py --verify lists all bad images"
+    "replace it with an intact image, or add --on-bad-image skip to the command (and, if a training began, "
+    "--resume auto --allow-change on_bad_image instead of --overwrite); "
+    "pack_dataset.py --verify lists all bad images"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,7 +187,7 @@ def arrange_imagenet(data_dir: Path, urls: dict[Archive, str | None]) -> None:
         unpack(archive, data_dir / "train", ilsvrc.train_place, train_images, ilsvrc.train_members)
     ilsvrc.check_counts(data_dir, train_images, val_images, classes)
     print(f"{train_images:,} + {val_images:,} images of {classes:,} classes. ", end="")
-    print(f"Next: python train.py --data-dir {data_dir}")
+    print(f"Next: python train.py --data-dir {shlex.quote(str(data_dir))}")
 
 
 def val_labels(data_dir: Path, devkit_url: str | None) -> dict[bytes, bytes]:
@@ -230,7 +231,7 @@ def download_simple(dataset: str, data_dir: Path) -> None:
         folder, (all_train, all_val) = data_dir / simple.folder, simple.images
         problem = f"{folder} has {train:,} + {val:,} images, not {all_train:,} + {all_val:,}"
         raise DataError(problem, f"delete {folder} and run the same command again")
-    where = f" --data-dir {data_dir}" if simple else ""
+    where = f" --data-dir {shlex.quote(str(data_dir))}" if simple else ""
     print(f"{train:,} + {val:,} images of {len(found.classes):,} classes. ", end="")
     print(f"Next: python train.py --dataset {dataset}{where}")
 

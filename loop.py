@@ -476,7 +476,8 @@ def is_best(run: Run, row: dict) -> bool:
     """
     score, best, epoch = row[run.best_by], run.state.best, row["epoch"]
     late = run.early.patience is not None or 3 * epoch > 2 * run.epochs
-    if score is None or epoch < run.phases[-1].first_epoch or not late:
+    earlier = [p.last_epoch for p in run.phases if p.image_size != run.phases[-1].image_size]
+    if score is None or epoch <= max(earlier, default=0) or not late:
         return False
     if math.isfinite(score) and score > best["score"]:
         run.state.best = {"score": score, "epoch": epoch, "waited": 0}

@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         notes.append(f"{', '.join(later)}: left to the training")
     if process.world_size() > 1:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
-    from sources import layouts
+    from sources import folders, layouts
     from sources.archives import pretrained
 
     doing("loading the data and torch")
@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError(what, "run python train.py --dry-run to see the plan")
     phase = phases[config.phase - 1]
     runtime = build.open_runtime(config)
+    folders.check_outside(index, config.out or config.save_dir, "--out")
     out = files.make_directory(Path(config.out or config.save_dir))
     if config.mode == "accuracy":
         lrs = lr_range_test.geometric(low, high, config.trials)

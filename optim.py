@@ -452,9 +452,12 @@ def _cosine(step: int, schedule: Schedule) -> float:
 def _restarts(step: int, schedule: Schedule) -> float:
     """torch's CosineAnnealingWarmRestarts (https://arxiv.org/abs/1608.03983) with cycles of equal length.
 
-    Their length is rounded up, so that no short cycle is left at the end.
+    Their length is rounded up to whole steps, unless that leaves less than half of a cycle for the last one.
     """
-    length = math.ceil(schedule.total_steps / schedule.cycles)
+    exact = schedule.total_steps / schedule.cycles
+    length = math.ceil(exact)
+    if schedule.total_steps < (schedule.cycles - 0.5) * length:
+        length = exact
     return _cosine_between(1.0, 0.0, step % length / length)
 
 

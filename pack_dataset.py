@@ -96,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         print(note)
     if args.verify:
         return verify(index, args.workers)
-    from sources import packing
+    from sources import folders, packing
+
+    folders.check_outside(index, args.out, "--out")
 
     sides = index.train.manifest["sides"] if adding else (*args.stored_sides, *args.raw_sides)
     crops = crop_settings(index, args, sides)
@@ -114,6 +116,8 @@ def check(args, given: flags.Given) -> list[str]:
     from sources.archives import tars
 
     notes = flags.refuse_idle((*flags.SOURCE, *PACKING), args, given)
+    if not (args.stored_sides or args.raw_sides):
+        raise UsageError("no sides to store", "give --stored-sides, --raw-sides, or both")
     whole = {"class_list", "allow_class_mismatch"} & given
     if whole and args.dataset == "imagenet" and tars.present(args.data_dir):
         found = ", ".join(map(flags.dashed, sorted(whole)))
@@ -264,7 +268,7 @@ def _print_summary(manifest: dict) -> None:
         images, size = sum(shard["rows"] for shard in shards), sum(shard["bytes"] for shard in shards)
         print(f"{table:>12}  {images:>9,} images  {len(shards):>4} shards  {_bytes(size):>10}")
     if skipped := sum(len(part["skipped"]) for part in manifest["parts"].values()):
-        print(f"{skipped} bad images left out; manifest.json names them")
+        print(f"{skipped} bad image{'s' * (skipped > 1)} left out; manifest.json names them")
 
 
 # --- verifying -----------------------------------------------------------------------------------

@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
 
     say = tell if "-" in (config.json, config.csv) else process.say
     classifier = predictions.load(config.checkpoint, config.weights, init_runtime(config.device, config.amp))
+    if config.amp == "auto":
+        classifier = classifier.in_its_precision()
     found = []
     if paths:
         if len(paths) > config.batch_size and (note := flags.workers_note(config, given)):

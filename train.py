@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import signal
 import sys
 
 from base import flags
-from base.errors import doing
+from base.errors import Stopped, doing
 from base.errors import run as run_command
 from base.process import is_main, say
 
@@ -29,6 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     Usage, paths and the data layout are checked first, before torch is imported or a file is written.
     """
     config, typed = flags.parse(build_parser(), argv)
+    try:
+        return start(config, typed)
+    except BrokenPipeError:  # `| head`; once training has begun, the loop saves and stops
+        if config.summary or config.dry_run:
+            raise
+        raise Stopped(signal.SIGPIPE, "the output was closed before training began") from None
+
+
+def start(config, typed: flags.Given) -> int:
     config, index, directory, saved = check(config, typed)
     if config.summary or config.dry_run:
         return preview(config, index)
@@ -53,15 +63,18 @@ def check(config, typed: flags.Given):
     """Check everything that can be checked without torch.
 
     Return the config, the `DatasetIndex`, the `SaveDir`, and the checkpoint to resume from or None.
-    A resumed run takes the flags that were not typed from its checkpoint.
+    A resumed run takes the flags that were not typed from its checkpoint, or from its config.json.
     """
     from harness import rundir
     from harness.log import check_trackers
-    from sources import layouts
+    from sources import folders, layouts
     from sources.archives import pretrained
 
     directory = rundir.scan(config.save_dir)
     saved = rundir.find_checkpoint(config.resume, directory)
+    restarted = config.resume == "auto" and not saved and directory.flags
+    if restarted:
+        config = rundir.restarted_config(config, typed, directory)
     if saved:
         config = rundir.resumed_config(config, typed, saved["config"])
     notes = flags.check_train(config, typed)
@@ -72,11 +85,12 @@ def check(config, typed: flags.Given):
     else:
         if not config.summary:
             index = pretrained.prepare(index, **flags.weights_args(config))
-        config, fitted = flags.fit(config, typed, len(index.train))
+        config, fitted = (config, "") if restarted else flags.fit(config, typed, len(index.train))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes, fitted):
         say(note)
     if is_main() and not (config.summary or config.dry_run):
+        folders.check_outside(index, config.save_dir, "--save-dir")
         rundir.check(directory, resuming=bool(config.resume), overwrite=config.overwrite)
     return config, index, directory, saved
 

@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         classifier = predictions.load_average(config.checkpoints, runtime)
     else:
         classifier = predictions.load(config.checkpoints[0], "both", runtime)
+    if config.amp == "auto":
+        classifier = classifier.in_its_precision()
     sizes = config.image_sizes or (classifier.image_size,)
     for size in sizes:
         classifier.at_size(size)

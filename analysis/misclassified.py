@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         label = label_of(config.only, classifier.classes, classifier.names)
         wrong = wrong[predictions.labels[wrong] == label]
         total = int((predictions.labels == label).sum())
-        name, of = f"misclassified_{safe_name(classifier.classes[label])}", f" of {classifier.names[label]}"
+        name = f"misclassified_{safe_name(classifier.classes[label])}"
+        of = f" of {figures.shorten(classifier.names[label], 60)}"
     if len(wrong):
         title = f"The most confident mistakes of {classifier.title}"
         title += f"\n{len(wrong)} of {total} validation images{of} are misclassified"

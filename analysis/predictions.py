@@ -93,6 +93,12 @@ class Classifier:
             raise UsageError(what, "leave the image size out")
         return replace(self, image_size=image_size)
 
+    def in_its_precision(self) -> Classifier:
+        """Return it for scoring in fp32 if it was trained in fp32, so that scores are those of training."""
+        if self.payload["precision"] != "fp32":
+            return self
+        return replace(self, runtime=replace(self.runtime, amp_dtype=None))
+
     def pixels(self, images: Sequence[bytes | np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Return images as (n, S, S, 3) uint8, resized and cropped as in validation. Raises BadImage."""
         return np.stack([self.transform(image, name) for image, name in zip(images, names, strict=True)])

@@ -59,7 +59,7 @@ def per_class(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[int])
     """labels (n,), predicted (n,) -> the scores of each of `classes`."""
     columns = precision_recall_fscore_support(labels, predicted, labels=list(classes), zero_division=0)
     rows = zip(classes, *(column.tolist() for column in columns), strict=True)
-    return [ClassScore(*row) for row in rows]
+    return [ClassScore(*shares, support=int(support)) for *shares, support in rows]
 
 
 @dataclass(frozen=True)

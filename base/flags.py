@@ -27,6 +27,7 @@ from base.parser import (
     count_or_share,
     dashed,
     listing,
+    mixing_alpha,
     number,
     on_off,
     parse_augment,
@@ -56,6 +57,9 @@ FREE_ON_RESUME = frozenset({
 })  # fmt: skip
 # Of these, the ones that decide what a new run learns.
 OF_A_START = frozenset({"data_dir", "init_from", "reset_head"})
+# What does not tell two runs apart: their data, not the path of it, does.
+SAME_TRAINING = FREE_ON_RESUME - OF_A_START | {"data_dir"}
+PHASE_LISTS = ("phase_epochs", "phase_batch_sizes", "phase_mix", "phase_augment")  # an entry for each size
 
 
 @dataclass(frozen=True)
@@ -205,9 +209,9 @@ REGULARIZATION = (
     Flag("l1", "trace", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
     Flag("label_smoothing", "trace", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",
          idle=idle.no_smoothing),
-    Flag("mixup_alpha", "trace", "MixUp with weights from Beta(A, A); 0 disables it.", from_zero, 0.2, "A",
+    Flag("mixup_alpha", "trace", "MixUp with weights from Beta(A, A); 0 disables it.", mixing_alpha, 0.2, "A",
          idle=idle.nothing_mixed),
-    Flag("cutmix_alpha", "trace", "CutMix with areas from Beta(A, A); 0 disables it.", from_zero, 1.0, "A",
+    Flag("cutmix_alpha", "trace", "CutMix with areas from Beta(A, A); 0 disables it.", mixing_alpha, 1.0, "A",
          idle=idle.nothing_mixed),
 )
 AVERAGE = (
@@ -354,7 +358,13 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
     recipe = read_recipe(parser, by_hand["config"], defaults()) if by_hand.get("config") else {}
     if by_hand.get("init_from"):
         recipe.pop("pretrained", None)
+    sizes = by_hand.get("resize_schedule")
+    unfit = [
+        n for n in PHASE_LISTS if sizes and n not in by_hand and len(recipe.get(n) or sizes) != len(sizes)
+    ]
+    recipe = {name: value for name, value in recipe.items() if name not in unfit}
     given = Given(recipe | by_hand)
+    given.unfit = tuple(unfit)
     given.by_hand = frozenset(by_hand)
     given.file = make_config(defaults() | parser.defaults() | recipe)
     given.finetunes = bool(by_hand.get("pretrained")) and not recipe
@@ -443,18 +453,20 @@ def check_train(config: Any, given: Given) -> list[str]:
         )
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
-    return [*notes, *filter(None, [workers_note(config, given)])]
+    unfit = ", ".join(map(dashed, given.unfit))
+    unfit = unfit and f"note: {unfit} of the file left out: not an entry for each typed size"
+    return [*notes, *filter(None, [unfit, workers_note(config, given)])]
 
 
 def _check_phases(config: Any) -> None:
     sizes = config.resize_schedule
     if not sizes:
         raise UsageError("--resize-schedule is empty", "give at least one size: --resize-schedule 224")
-    for name in ("phase_epochs", "phase_batch_sizes", "phase_mix", "phase_augment"):
+    for name in PHASE_LISTS:
         value = getattr(config, name)
         if value is not None and len(value) != len(sizes):
             raise UsageError(
-                f"{dashed(name)} has {len(value)} entries, but there are {len(sizes)} phases",
+                f"{dashed(name)} has {len(value)} entries; --resize-schedule has {len(sizes)}",
                 "give one entry for each size of --resize-schedule",
             )
     flag = "--phase-augment" if config.phase_augment else "--augment"

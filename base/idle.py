@@ -26,6 +26,7 @@ class Given(frozenset):
 
     by_hand: frozenset[str] = frozenset()
     file: Any = None  # the config of the file alone, without the command line
+    unfit: tuple[str, ...] = ()  # lists of the file that do not fit the sizes of the command line
     finetunes: bool = False  # whether the defaults are those of --pretrained
 
 

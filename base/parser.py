@@ -184,6 +184,17 @@ def number(
     return parse
 
 
+def mixing_alpha(text: str) -> float:
+    """Parse an alpha of MixUp or CutMix. Below 0.01, torch's Beta would round most draws to 1/2."""
+    value = number(float, 0)(text)
+    if 0 < value < 0.01:
+        raise argparse.ArgumentTypeError(f"must be a number, 0 or at least 0.01; got {text}")
+    return value
+
+
+mixing_alpha.range = "0, or at least 0.01"
+
+
 def count_or_share(text: str) -> int | float:
     """Parse "5000", a count, or "0.1", a share below 1."""
     kind = float if "." in text else int

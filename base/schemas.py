@@ -210,6 +210,7 @@ Checkpoint = exactly(
     precision=Annotated[str, Field(pattern=r"^[a-z0-9]{1,8}$")],
     total_steps=Positive,
     **optional(commit=Text, run=RunId, row_sums=Annotated[RowSums, AfterValidator(_all_plain)]),
+    **optional(files=dict[Text, Crc32]),
 )
 
 

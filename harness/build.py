@@ -22,6 +22,7 @@ import optim
 from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
 from base.errors import CheckpointError, UsageError
+from base.files import file_crc32
 from base.parser import parse_augment
 from data_utils import LOSSES, BatchMixer, balanced_weights
 from harness import checkpoint, rundir
@@ -207,7 +208,8 @@ def metadata(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase,
     """Return what every checkpoint holds besides the training state."""
     size = config.eval_size or phases[-1].image_size
     crop = config.eval_crop or default_crop(size, index.native_size)
-    return {
+    files = {name: file_crc32(path) for name, path in rundir.files_of_flags(config).items()}
+    return ({"files": files} if files else {}) | {
         "model_args": model_args(config, index),
         "config": flags.plain(config),
         "precision": runtime.precision,

@@ -34,7 +34,7 @@ def note(run: Run) -> str:
     if not packed or not sizes or run.crop_root or held_out:
         return ""
     listed = ",".join(map(str, sizes))
-    crop = f" --eval-crop {run.eval_crop:g}" if run.eval_crop else ""
+    crop = f" --eval-crop {run.eval_crop!r}" if run.eval_crop else ""
     packed = shlex.quote(packed)
     command = f"python pack_dataset.py --data-dir {packed} --out {packed} --eval-sizes {listed}{crop}"
     return f"note: scoring at {listed} px decodes images; to store them as they are scored: {command}"

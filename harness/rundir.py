@@ -23,6 +23,7 @@ from base.config_file import from_file
 from base.errors import CheckpointError, ResourceError, UsageError, did_you_mean, doing, nearest_path
 from base.files import replacing
 from base.flags import FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
+from base.parser import parse_augment
 from base.process import say
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", 
 # Of flags that are missing in a checkpoint of an earlier version, because there was one behaviour, which is
 # not the default now.
 OLD_VALUES = {"eval_crop": 0.875}
+# These decide which step belongs to which epoch.
+PLAN_FLAGS = ("epochs", "batch_size", "resize_schedule", "phase_epochs", "phase_batch_sizes")
 # These decide the weights' shapes.
 MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem", "width")
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
@@ -63,6 +66,7 @@ class SaveDir:
     files: tuple[Path, ...]  # of the recorded run: what --overwrite deletes, in this order
     checkpoints: tuple[Path, ...]  # of the recorded run; without one, all that are named like a run's
     signature: tuple  # changes when a run writes here
+    flags: dict  # of the recorded run, from its config.json; empty without one
 
     def __bool__(self) -> bool:
         return bool(self.files or self.checkpoints)
@@ -100,7 +104,8 @@ def scan(save_dir: str) -> SaveDir:
     entries = [(p.name, _lstat(p)) for p in (*checkpoints, *(path / name for name in FILES))]
     signature = tuple((name, e.st_ino, e.st_size, e.st_mtime_ns) for name, e in entries if e)
     run_id, parent = (str(env.get(key) or "") for key in ("run", "parent"))
-    return SaveDir(path, run_id, parent, tuple(files), tuple(checkpoints), signature)
+    recorded = config if has_config else {}
+    return SaveDir(path, run_id, parent, tuple(files), tuple(checkpoints), signature, recorded)
 
 
 def checkpoint_name(arch: str, dataset: str) -> str:
@@ -202,6 +207,16 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     return make_config(saved | {name: given[name] for name in START_FLAGS | typed})
 
 
+def restarted_config(config, typed: frozenset[str], save_dir: SaveDir):
+    """Return the config of a run that was stopped before its first checkpoint: its flags, but those `typed`.
+
+    Nothing was learned yet, so each of them may change.
+    """
+    say(f"no checkpoint in {save_dir.path} yet: its run starts again, with the flags of its config.json")
+    saved = parse_saved_flags(save_dir.flags)
+    return make_config(saved | {name: plain(config)[name] for name in START_FLAGS | typed})
+
+
 def with_saved_data(config, typed: frozenset[str], saved: dict):
     """Return `config`, with the data flags that were not typed taken from the checkpoint's flags `saved`.
 
@@ -232,8 +247,8 @@ def parse_saved_flags(saved: dict) -> dict:
     try:
         values = defaults() | OLD_VALUES | from_file(train_parser(), saved, exact=True)
     except UsageError as error:
-        fix = "use a checkpoint that train.py wrote; if it is newer than this code, update the code"
-        raise CheckpointError(f"malformed flags in the checkpoint: {error.what}", fix) from None
+        fix = "use what train.py wrote; if it is newer than this code, update the code"
+        raise CheckpointError(f"malformed flags of the saved run: {error.what}", fix) from None
     return plain(make_config(values))
 
 
@@ -304,13 +319,16 @@ def restore(run, saved: dict, config) -> None:
         what = f"the run was trained in {saved['precision']} and would continue in {run.runtime.precision}"
         raise CheckpointError(what, "set --amp as before, or accept the change with --allow-change amp")
     _check_data(saved["fingerprint"], metadata["fingerprint"], allowed)
+    _check_files(saved.get("files", {}), metadata.get("files", {}), allowed)
     then, now = saved["model_args"], metadata["model_args"]
     if changed := [
         f"{k} {then.get(k)} then, {now.get(k)} now" for k in MODEL_ARGS if then.get(k) != now.get(k)
     ]:
-        fix = "start a new run from its weights with --init-from and --reset-head"
+        fix = "leave these flags out, or start a new run in another --save-dir"
         raise CheckpointError(f"the checkpoint holds another model: {', '.join(changed)}", fix)
+    planned = parse_saved_flags(saved["config"])
     same_plan = saved["total_steps"] == metadata["total_steps"]
+    same_plan &= all(planned[name] == plain(config)[name] for name in PLAN_FLAGS)
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
     before = (saved["config"].get("optimizer"), saved["config"].get("momentum"))
@@ -333,9 +351,32 @@ def _check_data(saved: dict, current: dict, allowed: tuple[str, ...]) -> None:
             changes.append(f"the {words} ({saved.get(count)} then, {current[count]} now)")
     if changes and not ("data" in allowed and saved.get("num_classes") == current["num_classes"]):
         what = f"this is not the data that the run was trained on; changed: {', '.join(changes)}"
-        raise CheckpointError(what, "use the same data, or accept the change with --allow-change data")
+        accept = "accept the change with --allow-change data"
+        if saved.get("num_classes") != current["num_classes"]:
+            accept = "start a new run from its weights: --init-from CHECKPOINT --reset-head"
+        raise CheckpointError(what, f"use the same data, or {accept}")
     if changes:
         say(f"note: the data changed: {', '.join(changes)}")
+
+
+def files_of_flags(config) -> dict[str, str]:
+    """Return the files that decide what a run learns, besides its images: {flag, perhaps numbered: path}."""
+    flag, texts = ("phase_augment" if config.phase_augment else "augment"), config.phase_augment
+    steps = [step for text in texts or [config.augment] for step in parse_augment(text)]
+    paths = [path for name, path in steps if name == "pipeline"]
+    found = {f"{flag} {k}": path for k, path in enumerate(paths, 1)}
+    if config.loss == "ce" and config.class_weights not in ("", "balanced"):
+        found["class_weights"] = config.class_weights
+    return found
+
+
+def _check_files(saved: dict[str, int], current: dict[str, int], allowed: tuple[str, ...]) -> None:
+    """Compare checksums of `files_of_flags`. Raises CheckpointError for a change that is not `allowed`."""
+    for name in saved.keys() & current.keys():
+        flag = name.split()[0]
+        if saved[name] != current[name] and flag not in allowed:
+            what = f"the file of {dashed(flag)} has changed since the run began"
+            raise CheckpointError(what, f"restore it, or accept the change with --allow-change {flag}")
 
 
 def _check_position(run) -> None:

@@ -86,7 +86,10 @@ def describe(state: Mapping[str, Tensor]) -> str:
     head, stem = head_of(state), _stem_of(state)
     stem = "" if stem == "imagenet" else f"{stem} stem"
     classes = f"{state[f'{head}.weight'].shape[0]} classes" if head else "no classifier"
-    return ", ".join(filter(None, (_arch_of(state), stem, classes)))
+    arch, first = _arch_of(state), state.get("layer1.0.conv1.weight")  # of a ResNet
+    usual = first is None or first.shape[0] == (8 if arch == "resnet_tiny" else 64)
+    width = "" if usual else f"width {first.shape[0]}"
+    return ", ".join(filter(None, (arch, width, stem, classes)))
 
 
 def head_of(state: Mapping[str, Tensor]) -> str:
@@ -168,5 +171,6 @@ def _mismatch(state: dict, wanted: dict, wrong: list[str], head: str) -> Checkpo
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return CheckpointError(
         f"{what} (differ in {', '.join(wrong[:3])}{more})",
-        "use the checkpoint's --arch, --stem and image size; if only the classes differ, add --reset-head",
+        "use the checkpoint's --arch, --width, --stem and image size; if only the classes differ, add "
+        "--reset-head",
     )

@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import pickletools
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def _find(data_dir: str, which: Cifar) -> Path:
         if (folder / which.meta).is_file():
             return folder
     what = f"no {which.folder}/ with a file {which.meta} in {os.path.abspath(data_dir)}"
-    raise DataError(what, f"{DOWNLOAD} {which.name} --data-dir {data_dir}")
+    raise DataError(what, f"{DOWNLOAD} {which.name} --data-dir {shlex.quote(data_dir)}")
 
 
 def _load(path: Path, which: Cifar) -> dict:

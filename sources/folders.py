@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from base.errors import DataError, printable
+from base.errors import DataError, UsageError, printable
 from sources.index import DatasetIndex, FileSplit
 
 IMAGE_EXTENSIONS = (b".jpeg", b".jpg", b".png", b".webp", b".bmp")
@@ -31,6 +31,19 @@ ACCEPTED = (
 def is_image(name: bytes) -> bool:
     """Return whether a file's name is that of an image. macOS leaves metadata as `._x.JPEG` beside x.JPEG."""
     return name[-5:].lower().endswith(IMAGE_EXTENSIONS) and name[:2] != b"._"
+
+
+def check_outside(index: DatasetIndex, out: str | os.PathLike, flag: str) -> None:
+    """Raise UsageError if `out` is inside the class folders: what is written there would become a class."""
+    if not isinstance(index.train.whole, FileSplit):
+        return
+    root = os.fsdecode(index.train.whole.root)
+    parts = [root] if index.split_file else [os.path.join(root, part) for part in ("train", "val")]
+    real = os.path.realpath(out)
+    for part in parts:
+        if real.startswith(os.path.join(os.path.realpath(part), "")) or real == os.path.realpath(part):
+            what = f"{flag} {out} is inside the images, {part}: it would become a class"
+            raise UsageError(what, f"use a directory elsewhere: {flag} DIR")
 
 
 def passed_over(names: Iterable[bytes]) -> str:
@@ -177,7 +190,9 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
     prefix = os.path.join(folder, b"")
     for entry in scan(os.path.join(listing.root, folder)):
         kind = _kind(entry)
-        if kind == "folder":
+        if kind == "folder" and entry.name.startswith(b"."):  # thumbnails, .ipynb_checkpoints
+            listing.others.append(prefix + entry.name)
+        elif kind == "folder":
             folders.append(entry)
         elif not is_image(entry.name):
             listing.others.append(prefix + entry.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -76,7 +77,8 @@ def tiny_imagenet(
     if root is None or not os.path.isdir(f"{root}/val"):
         raise DataError(
             f"no Tiny ImageNet in {os.path.abspath(data_dir)} (train/ and val/, or tiny-imagenet-200/)",
-            f"python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir {data_dir}",
+            "python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir "
+            + shlex.quote(os.fspath(data_dir)),
         )
     wanted = read_class_list(class_list) if class_list else None
     train = _listed(root, ["train"], wanted)
@@ -110,9 +112,8 @@ def _index(
         if not os.path.isdir(os.path.join(root, folder)):
             fix = folders.ACCEPTED
             if folder == "val" and splits.lacks_parts(os.path.join(root, "train")):
-                fix = (
-                    f"add it, or let a fifth of each class validate: --data-dir {os.path.join(root, 'train')}"
-                )
+                only = shlex.quote(os.path.join(root, "train"))
+                fix = f"add it, or let a fifth of each class validate: --data-dir {only}"
             raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", fix)
     train = _listed(root, parts["train"], wanted)
     if any(folders.class_names(os.path.join(root, folder)) for folder in parts["val"]):
@@ -240,7 +241,7 @@ def devkit_labels(data: Path) -> Labels:
 def read_class_list(path: str | os.PathLike) -> set[bytes]:
     """Read class folder names, one per line. `#` starts a comment; words after a WordNet id are ignored."""
     try:
-        lines = Path(path).read_text("utf-8", "surrogateescape").splitlines()
+        lines = Path(path).read_text("utf-8-sig", "surrogateescape").splitlines()
     except OSError as error:
         what = f"cannot read the class list {path}: {error.strerror}"
         raise DataError(what, "check --class-list") from error

@@ -306,7 +306,7 @@ def read_class_weights(path: str | os.PathLike, classes: Sequence[str]) -> list[
     Raises DataError.
     """
     try:
-        lines = Path(path).read_text("utf-8", "surrogateescape").splitlines()
+        lines = Path(path).read_text("utf-8-sig", "surrogateescape").splitlines()
     except OSError as error:
         what = f"cannot read the class weights {path}: {error.strerror}"
         raise DataError(what, "check --class-weights: balanced, or a file") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -128,5 +129,6 @@ def _recognise(dataset: str, data_dir: Path) -> str | None:
         if other != dataset and any((data_dir / path).exists() for path in paths):
             return f"this looks like --dataset {other}"
     if any(data_dir.glob("ILSVRC2012_img_*.tar")):
-        return f"unpack the archives: python download_imagenet.py --method manual --data-dir {data_dir}"
+        where = shlex.quote(os.fspath(data_dir))
+        return f"unpack the archives: python download_imagenet.py --method manual --data-dir {where}"
     return None

@@ -161,11 +161,12 @@ def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterato
         for i, data in zip(ids, read_samples(split, ids), strict=True):
             try:
                 pixels = decode(data, split.name(i), thorough=True, exif="exif" in plan)
+                stored_as = {table: stored(data, pixels, side, plan) for table, side in tables.items()}
             except BadImage as error:
-                bad.append({"id": i, "name": error.name, "reason": error.reason})
+                bad.append({"id": i, "name": split.name(i), "reason": error.reason})
                 continue
-            for table, side in tables.items():
-                batch[table].append(stored(data, pixels, side, plan))
+            for table, content in stored_as.items():
+                batch[table].append(content)
             batch["path"].append(_utf8(split.name(i)))
             batch["label"].append(int(split.labels[i]))
             if len(batch["label"]) == packed.BATCH_ROWS:
@@ -179,7 +180,7 @@ def stored(data: bytes | np.ndarray, pixels: np.ndarray, side: int | None, plan:
     """Return the image with short side `side` px (None: unchanged) as a file: JPEG, or PPM for a raw side.
 
     No image is enlarged: one that is small enough keeps its file, or becomes a PNG if it had none, so that
-    nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded.
+    nothing is lost. `pixels` (H, W, 3) uint8 are `data` decoded. Raises BadImage if the format is too small.
     """
     small = pixels if side is None else resized(pixels, side)
     if side in plan.get("raw_sides", ()):
@@ -200,7 +201,11 @@ def resized(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def _encode(ending: str, pixels: np.ndarray, options: list[int]) -> bytes:
-    return cv2.imencode(ending, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)[1].tobytes()
+    done, content = cv2.imencode(ending, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), options)
+    if not done:  # JPEG ends at 65,500 px
+        width, height = pixels.shape[1::-1]
+        raise BadImage("", f"{width:,} x {height:,} px do not fit into a {ending[1:].upper()}")
+    return content.tobytes()
 
 
 def _record_batch(batch: dict[str, list], table: str, schema: pa.Schema) -> pa.RecordBatch:

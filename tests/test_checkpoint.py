@@ -387,6 +387,7 @@ def test_weights_alone_start_a_run_but_do_not_resume_one(wrapped, run_dir, tmp_p
     (("--use-blurpool",), "--use-blurpool was False, now True"),
     (("--lr", "0.5", "--seed", "9"), "--lr was .*; --seed was"),
     (("--arch", "resnet18", "--allow-change", "arch"), "another model: arch resnet_tiny then, resnet18 now"),
+    (("--width", "16", "--allow-change", "width"), "another model: width None then, 16 now"),
     (("--subset-size", "30", "--allow-change", "subset_size"), "not the data that the run was trained on"),
     (("--epochs", "4"), "--epochs was 3, now 4"),
 ])  # fmt: skip
@@ -395,6 +396,30 @@ def test_a_checkpoint_of_another_run_is_refused_and_left_alone(flags, words, run
     with pytest.raises(CheckpointError, match=words):
         main("--resume", "auto", "--save-dir", run_dir, *flags)
     assert {p.name: p.read_bytes() for p in run_dir.glob("*.*")} == before
+
+
+def test_another_plan_with_as_many_steps_starts_at_the_next_epoch(tmp_path):
+    plan = ("--epochs", "4", "--resize-schedule", "8,16", "--phase-batch-sizes")
+    where = ("--save-dir", tmp_path)
+    main(*TINY, *where, *plan, "5,10", "--stop-after", "1")
+    epoch = checkpoint.load(last(tmp_path))["total_steps"] // 6  # of 2, 2, 1 and 1 such parts
+    main("--resume", "auto", *where, "--stop-after", 2 * epoch + 1)
+    main("--resume", "auto", *where, "--phase-batch-sizes", "10,5", "--allow-change", "phase_batch_sizes")
+    found = checkpoint.load(last(tmp_path))
+    assert found["step"] == 6 * epoch and len(found["rows"]) == 4
+
+
+def test_a_file_of_a_flag_that_changed_is_noticed(tmp_path):
+    weights, out = tmp_path / "weights.txt", tmp_path / "run"
+    weights.write_text("\n".join(f"{k} 1" for k in range(10)))
+    main(*TINY, "--class-weights", weights, "--save-dir", out, "--stop-after", "1")
+    weights.write_text("\n".join(f"{k} {k}" for k in range(10)))
+    with pytest.raises(CheckpointError, match="the file of --class-weights has changed") as caught:
+        main("--resume", "auto", "--save-dir", out, "--stop-after", "2")
+    assert "--allow-change class_weights" in caught.value.fix
+    assert not main(
+        "--resume", "auto", "--save-dir", out, "--allow-change", "class_weights", "--stop-after", 2
+    )
 
 
 class OnDevice(torch.Tensor):

@@ -117,6 +117,11 @@ def test_ranks_share_the_batches_of_one_rank(data):
     assert equal(whole, joined)
 
 
+def test_get_dataloaders_refuses_a_batch_that_no_epoch_fills(photos):
+    with pytest.raises(DataError, match="a batch of 999 is larger than the"):
+        get_dataloaders(data_path=str(photos), batch_size=999, image_size=32, num_workers=0)
+
+
 def test_get_dataloaders_gives_what_the_documents_show(photos):
     train, val = get_dataloaders(data_path=str(photos), batch_size=8, image_size=32, num_workers=0)
     images, labels = next(iter(train))

@@ -282,7 +282,7 @@ def test_an_unreadable_folder_is_an_error_not_fewer_samples():
 def test_class_lists(tmp_path):
     make_folders(tmp_path)
     wanted = tmp_path / "list.txt"
-    wanted.write_text(f"# two of them\n{IDS[2]} great white shark\n\n{IDS[0]}\n")
+    wanted.write_text(f"{IDS[2]} great white shark\n\n# two of them\n{IDS[0]}\n", "utf-8-sig")  # Notepad
     for dataset in ("imagenet", "imagenet100"):
         found = open_dataset(dataset, tmp_path, class_list=wanted)
         assert found.classes == (IDS[0], IDS[2])

@@ -1,5 +1,6 @@
 """The training loop: what is saved when, what is scored, which epoch is the best, and when to stop."""
 
+import dataclasses
 import math
 import shutil
 
@@ -105,6 +106,17 @@ def judged(run, scores: dict[int, float]) -> list[int]:
         found += [epoch] if loop.is_best(run, row) else []
         run.state.rows.append(row)
     return found
+
+
+def test_epochs_that_train_the_classifier_alone_count_for_early_stopping(tmp_path):
+    run = tiny_run(
+        tmp_path, "--epochs", 9, "--resize-schedule", 16, "--phase-batch-sizes", 8, "--early-stop-patience", 3
+    )
+    first = run.phases[0]
+    head = dataclasses.replace(first, last_epoch=4, head_only=True)
+    run.phases = (head, dataclasses.replace(first, first_epoch=5, first_step=head.steps))
+    assert judged(run, dict(enumerate([50, 60, 55, 54, 53, 99], 1))) == [1, 2]
+    assert len(run.state.rows) == 5 and run.finished
 
 
 @pytest.mark.parametrize(

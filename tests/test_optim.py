@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import warnings
+from itertools import pairwise
 
 import pytest
 import torch
@@ -479,6 +480,14 @@ def test_schedule_state_is_plain():
     schedule = Schedule(an_optimizer(), "plateau", peak_lr=1.0, total_steps=6)
     schedule.observe(torch.tensor(0.5))
     assert all(type(value) in (int, float) for value in schedule.state_dict().values())
+
+
+@pytest.mark.parametrize(("steps", "cycles"), [(50, 7), (10, 4), (20, 6), (1120, 3)])
+def test_restarts_end_low_with_as_many_cycles_as_asked_for(steps, cycles):
+    schedule = Schedule(an_optimizer(), "restarts", peak_lr=1.0, total_steps=steps, cycles=cycles)
+    rates = [schedule.lr_at(step) for step in range(steps)]
+    ups = sum(after > before for before, after in pairwise(rates))
+    assert ups == cycles - 1 and rates[-1] < 0.51
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,8 @@ def test_init_from_takes_the_weights_and_nothing_else(tmp_path):
 
 def test_class_weights_come_from_a_file_or_from_the_counts(tmp_path):
     file, weights = tmp_path / "weights.txt", [0.5 + k for k in range(10)]
-    file.write_text("\n".join(f"{k} {weights[k]}" for k in reversed(range(10))) + "\n\n")
+    # Notepad begins a file with a byte-order mark.
+    file.write_text("\n".join(f"{k} {weights[k]}" for k in reversed(range(10))) + "\n\n", "utf-8-sig")
     run = built(config_of("--class-weights", file), tmp_path)
     assert run.options.loss.keywords["weights"].tolist() == weights
     run = built(config_of("--class-weights", "balanced", "--subset-size", 44), tmp_path)
@@ -235,7 +236,7 @@ def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
 ])  # fmt: skip
 def test_a_flag_of_a_wrong_type_in_a_checkpoint_is_refused_and_named(name, value):
     with pytest.raises(
-        CheckpointError, match="malformed flags in the checkpoint: .*" + name.replace("_", "[-_]")
+        CheckpointError, match="malformed flags of the saved run: .*" + name.replace("_", "[-_]")
     ):
         rundir.parse_saved_flags(flags.plain(config_of()) | {name: value})
 
@@ -253,7 +254,7 @@ def test_a_checkpoint_of_another_version_lacks_flags_or_has_some_that_are_named(
     assert rundir.parse_saved_flags(saved) == saved
     older = {name: value for name, value in saved.items() if name not in ("l1", "cycles")}
     assert rundir.parse_saved_flags(older) == saved  # at their defaults
-    with pytest.raises(CheckpointError, match=r"flags in the checkpoint.*5, warp") as caught:
+    with pytest.raises(CheckpointError, match=r"flags of the saved run.*5, warp") as caught:
         rundir.resumed_config(config_of(), frozenset(), saved | {"warp": 9, 5: 5})
     assert caught.value.exit_code == 4
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from runs import digest, payload
 
+import lr_finder
 import pack_dataset
 import predict
 import train
@@ -65,6 +66,29 @@ def trained(data, out, *more) -> int:
 
 
 # --- the split ---
+
+
+def test_nothing_is_written_among_the_images(flat, tmp_path):
+    for out in (flat / "run", flat / "ant" / "run", flat):
+        with pytest.raises(UsageError, match=r"--save-dir .* is inside the images"):
+            trained(flat, out)
+        with pytest.raises(UsageError, match=r"--out .* is inside the images"):
+            pack_dataset.main(["--data-dir", str(flat), "--out", str(out), "--stored-sides", "16"])
+    with pytest.raises(UsageError, match=r"--out .* is inside the images"):
+        lr_finder.main([*SMALL[:2], "--data-dir", str(flat), "--out", str(flat / "lr")])
+    assert sorted(p.name for p in flat.iterdir()) == sorted(COUNTS)
+    shutil.copytree(flat, tmp_path / "parts" / "train")
+    shutil.copytree(flat, tmp_path / "parts" / "val")
+    index = open_dataset("imagenet", tmp_path / "parts")
+    folders.check_outside(index, tmp_path / "parts" / "runs", "--save-dir")  # no class would come of it
+    with pytest.raises(UsageError, match="is inside the images"):
+        folders.check_outside(index, tmp_path / "parts" / "val" / "runs", "--save-dir")
+
+
+def test_hidden_folders_are_not_read(flat):
+    before = parts_of(open_dataset("imagenet", flat))
+    shutil.copytree(flat / "ant", flat / "ant" / ".thumbnails")
+    assert parts_of(open_dataset("imagenet", flat)) == before
 
 
 def test_a_fifth_of_every_class_is_for_validation(flat):

@@ -11,6 +11,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_packed import make_folders
 
 import pack_dataset
@@ -239,16 +240,20 @@ def test_bad_images_are_all_listed_and_nothing_is_lost(folders, tmp_path, capsys
     cut = folders / "train" / "class 0" / "train_05.JPEG"
     cut.write_bytes(cut.read_bytes()[:200])
     (folders / "val" / "class 2" / "val_01.JPEG").write_text("<html>")
+    Image.new("RGB", (85_000, 20)).save(folders / "train" / "class 1" / "wide.png")  # 68,000 px at 16 px
     out = tmp_path / "out"
-    with pytest.raises(DataError, match="2 bad images"):
+    with pytest.raises(DataError, match="3 bad images"):
         pack(folders, out)
     listed = capsys.readouterr().out
-    assert "train_05.JPEG" in listed and "val_01.JPEG" in listed and not (out / "manifest.json").exists()
+    assert (
+        all(name in listed for name in ("train_05.JPEG", "val_01.JPEG", "wide.png"))
+        and not (out / "manifest.json").exists()
+    )
 
     assert pack(folders, out, "--on-bad-image", "skip") == 0
     copy = open_packed(out)
     assert len(copy.train) == 239 and len(copy.val) == 11
-    assert "2 bad images left out" in capsys.readouterr().out
+    assert "3 bad images left out" in capsys.readouterr().out
     names = [copy.train.name(i) for i in range(239)]
     assert not any("class 0/train_05" in name for name in names)
     assert [int(name.split("class ")[1][0]) for name in names] == copy.train.labels.tolist()

@@ -100,6 +100,19 @@ def test_the_documents_recipe_is_the_defaults():
     assert plan_of(recipe) == plan_of(defaults)
 
 
+def test_typed_sizes_leave_out_the_lists_of_a_file_that_are_for_others():
+    path = RECIPES[0].parent / "cifar10_one_hour.yaml"  # with three sizes
+    config, given = parsed("--config", path, "--resize-schedule", "32")
+    assert (config.phase_epochs, config.phase_batch_sizes, config.phase_augment) == (None, None, None)
+    (note,) = [note for note in flags.check_train(config, given) if "left out" in note]
+    assert "--phase-epochs, --phase-batch-sizes, --phase-augment of the file" in note
+    config, given = parsed("--config", path, "--resize-schedule", "16,24,32")
+    assert config.phase_epochs and not given.unfit
+    config, given = parsed("--config", path, "--resize-schedule", "32", "--phase-epochs", "1,2")
+    with pytest.raises(UsageError, match="--phase-epochs has 2 entries; --resize-schedule has 1"):
+        flags.check_train(config, given)
+
+
 def test_the_command_line_wins_over_the_recipe(tmp_path):
     config, typed = parsed("--config", RECIPES[0].parent / "cifar100_resnet34.yaml", "--epochs", "3")
     assert (config.epochs, config.lr, config.optimizer) == (3, 0.01, "adam")

@@ -99,6 +99,18 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_id(mine):
     assert env(mine)["run"] != before
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_with_its_flags(mine, capsys):
+    for path in mine.glob("*.pt"):
+        path.unlink()
+    recorded = json.loads((mine / "config.json").read_text())
+    assert run("--save-dir", mine, "--resume", "auto", "--seed", "5", "--stop-after", "1") == 0
+    assert "no checkpoint" in capsys.readouterr().out
+    again = json.loads((mine / "config.json").read_text())
+    changed = {name for name in recorded if recorded[name] != again[name]}
+    assert again["seed"] == 5 and again["arch"] == recorded["arch"] != "resnet50"
+    assert changed <= {"seed", "resume", "stop_after", "save_dir"}
+
+
 def test_a_run_resumed_in_an_empty_directory_takes_its_best_along_and_ends_in_the_same_bits(mine, tmp_path):
     parent, fork = env(mine)["run"], tmp_path / "fork"
     best = digest(mine, "best")

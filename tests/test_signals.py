@@ -18,7 +18,7 @@ from runs import command, digest, environment, finish, payload, spawn
 
 import train
 from base import errors
-from harness import checkpoint, interrupts
+from harness import checkpoint, interrupts, session
 
 INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
 # The call before which the signal arrives -> the step that is then saved.
@@ -288,6 +288,16 @@ def test_a_closed_pipe_stops_the_run_saved(straight, tmp_path):
     assert process.wait(60) in (0, 143) and "Traceback" not in err and "Exception ignored" not in err, err
     if list(tmp_path.glob("*.pt")):
         assert resumed(tmp_path) == straight
+
+
+def test_a_pipe_closed_before_training_begins_is_no_success(tmp_path, monkeypatch):
+    def closed(*args):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(session, "introduction", closed)
+    with pytest.raises(errors.Stopped, match="before training began") as stopped:
+        train.main([*TINY, "--save-dir", str(tmp_path)])
+    assert stopped.value.exit_code == 143
 
 
 def test_help_into_a_closed_pipe_is_quiet():

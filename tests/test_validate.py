@@ -164,6 +164,13 @@ def test_data_flags_come_from_the_checkpoint_unless_typed():
     assert (found.subset_size, found.allow_class_mismatch) == (30, True)
 
 
+def test_a_run_in_fp32_is_scored_in_fp32():
+    bf16 = Runtime(torch.device("cpu"), amp_dtype=torch.bfloat16)
+    for precision, expected in (("fp32", None), ("bf16", torch.bfloat16)):
+        classifier = predictions.Classifier({}, {"precision": precision}, bf16, image_size=16, crop=1.0)
+        assert classifier.in_its_precision().runtime.amp_dtype == expected
+
+
 def test_the_split_of_a_dataset_does_not_go_to_another():
     saved = {"dataset": "tiny-imagenet", "split": "70-30", "class_list": "some.txt", "data_dir": "there"}
     for typed, expected in ((["--dataset", "cifar10"], ("official", "")), ([], ("70-30", "some.txt"))):

@@ -62,6 +62,7 @@ WRONG_NUMBERS += [
     ("--seed", "-1"),
     ("--label-smoothing", "1"),
 ]
+WRONG_NUMBERS += [("--mixup-alpha", "0.001"), ("--cutmix-alpha", "0.009")]
 WRONG_NUMBERS += [("--phase-epochs", "0"), ("--eval-every", "0"), ("--early-stop-patience", "0")]
 
 
@@ -83,7 +84,7 @@ ARGUMENTS = [
     (("--augment", "randaugment:11"), 2, ["from 0 to 10"]),
     (("--augment", "none.yaml"), 2, ["none.yaml: there is no such file"]),
     (("--phase-augment", "padcrop:16"), 2, ["--phase-augment padcrop:16 leaves nothing", "16 px"]),
-    (("--phase-augment", "full/full"), 2, ["--phase-augment has 2 entries", "1 phases"]),
+    (("--phase-augment", "full/full"), 2, ["--phase-augment has 2 entries", "--resize-schedule has 1"]),
     (("--augment", "jitter:101"), 2, ["from 1 to 100", "got 101"]),
     (("--ema-half-life", "1e308"), 2, ["--ema-half-life", "at most 1,000,000"]),  # a decay of 1
     (("--epochs", "9" * 5000), 2, ["--epochs", "1,000,000,000"]),
@@ -95,7 +96,7 @@ ARGUMENTS = [
     (("--data-dir", "a\0b"), 2, ["--data-dir 'a\\x00b' contains a NUL"]),
     (("--init-from", "a\udcff"), 2, ["--init-from 'a\\udcff' contains a NUL or bytes"]),
     (("--resize-schedule", ","), 2, ["empty"]),
-    (("--phase-batch-sizes", "8,8"), 2, ["2 entries", "1 phases"]),
+    (("--phase-batch-sizes", "8,8"), 2, ["2 entries", "--resize-schedule has 1"]),
     (("--subset-size", "20"), 2, ["--subset-size would do nothing", "--subset"]),
     (("--reset-head",), 2, ["--reset-head would do nothing"]),
     (("--nesterov",), 2, ["--nesterov would do nothing"]),
