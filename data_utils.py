@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LEAST_ALPHA = 0.01  # below it, the two gamma variates behind torch's Beta underflow to a ratio of 1/2
+from base.parser import LEAST_ALPHA
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:

@@ -45,7 +45,7 @@ def start(config, typed: flags.Given) -> int:
 
     from base.device import explain_lost_ranks
     from harness import build, session
-    from loop import fit
+    from loop import fit, say_or_stop
 
     runtime = build.open_runtime(config)
     with explain_lost_ranks(runtime):
@@ -55,7 +55,7 @@ def start(config, typed: flags.Given) -> int:
         with session.protected(run, config, directory, saved, identity) as log:
             say(session.introduction(run, config))
             fit(run, log)
-            say(session.conclusion(run, config))
+            say_or_stop(run, session.conclusion(run, config))
     return 0
 
 

@@ -65,13 +65,10 @@ def overview(found: Published) -> str:
 def short(study: Study, runs: list[Result]) -> str:
     """Return the verdicts in a few words."""
     compared = {} if study.grid else results.compare(runs, study, study.metric)
-    words = []
+    words, than = [], f" (than {next(iter(study.variants))}, in {summary.METRICS[study.metric]})"
     for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED):
         if named := summary.named(compared, verdict):
-            than = (
-                "" if words else f" (than {next(iter(study.variants))}, in {summary.METRICS[study.metric]})"
-            )
-            words.append(f"{verdict}{than}: {', '.join(named)}")
+            words.append(f"{verdict}{'' if words else than}: {', '.join(named)}")
     for f in results.false_verdicts(runs, study)[:1]:
         words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
     return "; ".join(words) or summary.conclusion(study, runs)

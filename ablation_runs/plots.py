@@ -166,7 +166,8 @@ def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
             place += 1
             variants[place] = variant
             color = {BETTER: figures.GREEN, WORSE: figures.VERMILLION}.get(d.verdict, "0.6")
-            low, mean, high = np.clip([d.interval[0], d.mean, d.interval[1]], -reach, reach)
+            first, last = d.interval or (d.mean, d.mean)
+            low, mean, high = np.clip([first, d.mean, last], -reach, reach)
             axis.plot([low, high], [place, place], color=color, lw=3.5, solid_capstyle="butt")
             mark = "o" if mean == d.mean else "<" if d.mean < 0 else ">"
             fill = "white" if d.verdict == EXPLORATORY else color

@@ -88,7 +88,7 @@ def publish(directory: Path, out: Path, study: Study) -> None:
         target = out / run.directory.name
         target.mkdir(parents=True, exist_ok=True)
         record = schemas.read_json(run.directory / "run.json", schemas.StudyRun, fix, missing={})
-        record["flags"] = [re.sub(r"=/.*/", "=", word) for word in record.get("flags", ())]
+        record["flags"] = [re.sub(r"(?<=[=,])/[^,]*/", "", word) for word in record.get("flags", ())]
         files.write_json(target / "run.json", record)
         for name in ("metrics.jsonl", f"{FINAL}/hits.npz"):
             if (run.directory / name).is_file():

@@ -49,13 +49,13 @@ class Result:
             train, val = self.logged("train_top1"), self.score("val_top1")
             return train - val if train is not None and val is not None else None
         if self.status == "diverged" and column in HITS:
-            return chance([self]) if self.scores(column) else None  # its weights are worth no more
+            return chance([self]) if self.has_scores(column) else None  # its weights are worth no more
         if self.status == "done" and HITS.get(column) in self.hits:
             return 100 * float(self.hits[HITS[column]].mean())
         return self.logged(column)
 
-    def scores(self, column: str) -> bool:
-        """Return whether a run with these flags has scores of that kind."""
+    def has_scores(self, column: str) -> bool:
+        """Return whether a run with these flags is scored in `column`."""
         if column.startswith("ema_bn") and "--recalibrate-bn" not in self.record.get("scoring", ()):
             return False
         return not column.startswith("ema") or "--no-ema" not in self.record.get("flags", ())

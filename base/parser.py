@@ -184,15 +184,18 @@ def number(
     return parse
 
 
+LEAST_ALPHA = 0.01  # below it, the two gamma variates behind torch's Beta underflow to a ratio of 1/2
+
+
 def mixing_alpha(text: str) -> float:
-    """Parse an alpha of MixUp or CutMix. Below 0.01, torch's Beta would round most draws to 1/2."""
+    """Parse an alpha of MixUp or CutMix."""
     value = number(float, 0)(text)
-    if 0 < value < 0.01:
-        raise argparse.ArgumentTypeError(f"must be a number, 0 or at least 0.01; got {text}")
+    if 0 < value < LEAST_ALPHA:
+        raise argparse.ArgumentTypeError(f"must be a number, {mixing_alpha.range}; got {text}")
     return value
 
 
-mixing_alpha.range = "0, or at least 0.01"
+mixing_alpha.range = f"0 or at least {LEAST_ALPHA}"
 
 
 def count_or_share(text: str) -> int | float:

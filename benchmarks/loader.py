@@ -236,16 +236,16 @@ def draw(rows: list[dict], path: Path) -> None:
     keys = ("augmentation", "size", "loader")
     panels, sizes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
     figure = figures.figure(1.2 + 3.4 * len(panels), 3.4, "CPU time of an image, best pass")
-    width = 0.85 / len(names)
+    width, drawn = 0.85 / len(names), {}
     for axis, panel in zip(figures.axes(figure, 1, len(panels), sharey=True)[0], panels, strict=True):
         for k, name in enumerate(names):
             shown = [row for row in rows if (row["augmentation"], row["loader"]) == (panel, name)]
             places = [sizes.index(row["size"]) + (k - (len(names) - 1) / 2) * width for row in shown]
-            axis.bar(places, [row["cpu_us"] for row in shown], width, color=f"C{k}", label=name)
+            bars = axis.bar(places, [row["cpu_us"] for row in shown], width, color=f"C{k}")
+            drawn.update({name: bars} if shown else {})
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
         axis.set(title=panel, ylabel="CPU us / image", yscale="log")
-    handles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, fontsize=7)
     print(f"picture: {figures.save(figure, path)}")
 
 

@@ -212,8 +212,12 @@ def restarted_config(config, typed: frozenset[str], save_dir: SaveDir):
 
     Nothing was learned yet, so each of them may change.
     """
+    try:
+        saved = parse_saved_flags(save_dir.flags)
+    except CheckpointError as error:
+        fix = "repair its config.json, or start anew with --overwrite instead of --resume"
+        raise CheckpointError(f"no checkpoint in {save_dir.path}, and {error.what}", fix) from None
     say(f"no checkpoint in {save_dir.path} yet: its run starts again, with the flags of its config.json")
-    saved = parse_saved_flags(save_dir.flags)
     return make_config(saved | {name: plain(config)[name] for name in START_FLAGS | typed})
 
 
@@ -365,7 +369,7 @@ def files_of_flags(config) -> dict[str, str]:
     steps = [step for text in texts or [config.augment] for step in parse_augment(text)]
     paths = [path for name, path in steps if name == "pipeline"]
     found = {f"{flag} {k}": path for k, path in enumerate(paths, 1)}
-    if config.loss == "ce" and config.class_weights not in ("", "balanced"):
+    if config.loss == "ce" and os.path.isfile(config.class_weights):  # not a pipe, which is read once
         found["class_weights"] = config.class_weights
     return found
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import shlex
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -546,6 +548,20 @@ def test_a_stop_signal_reaches_a_run_that_is_just_starting(tmp_path, monkeypatch
         assert run.launch(run.TRAIN, [], log, stopping) == -signal.SIGTERM
 
 
+def test_a_run_says_what_it_is_before_it_starts_and_a_closed_terminal_stops_the_study(fake, monkeypatch):
+    before = []
+
+    def hang_up(script, arguments, log, stopping):
+        (record,) = (path for path in (Path(fake[-1]) / "fake").glob("*/run.json"))
+        before.append(json.loads(record.read_text()))
+        os.kill(os.getpid(), signal.SIGHUP)
+        return 143
+
+    monkeypatch.setattr(run, "launch", hang_up)
+    assert run.main(fake) == 128 + signal.SIGHUP
+    assert [(record["status"], "--lr=1" in record["flags"]) for record in before] == [("started", True)]
+
+
 def test_list_names_every_study(capsys):
     assert run.main(["--list"]) == 0
     said = capsys.readouterr().out
@@ -729,12 +745,12 @@ def test_pictures_come_in_the_formats_that_are_asked_for(tmp_path):
 def test_published_files_have_no_paths(tmp_path):
     one = tmp_path / "runs" / "a-seed0"
     one.mkdir(parents=True)
-    record = {"status": "done", "flags": ["--class-list=/home/me/list.txt", "--lr=1"]}
+    record = {"status": "done", "flags": ["--class-list=/home/me/list.txt", "--augment=flip,/home/me/a.yaml"]}
     (one / "run.json").write_text(json.dumps(record))
     (one / "metrics.jsonl").write_text('{"epoch": 1}\n')
     report.publish(tmp_path / "runs", tmp_path / "out", TWO)
     published = json.loads((tmp_path / "out" / "a-seed0" / "run.json").read_text())
-    assert published == {"status": "done", "flags": ["--class-list=list.txt", "--lr=1"]}
+    assert published == {"status": "done", "flags": ["--class-list=list.txt", "--augment=flip,a.yaml"]}
 
 
 def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_its_verdict():
@@ -746,6 +762,10 @@ def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_i
     assert [line.get_color() for line in means] == [figures.GREEN, "0.6"]
     assert [line.get_marker() for line in means] == [">", "o"] and float(means[0].get_xdata()[0]) == 8
     assert [text.get_text() for text in axis.texts] == [" two: difference to a", "+10.1", "+0.2"]
+    assert plots.overview([(TWO, made(a=(50,), b=(52,), c=(51,)))])  # no intervals
+    planned = Study("two", "?", TWO.variants, primary=("b",))
+    lines = plots.overview([(planned, runs)]).axes[0].lines
+    assert [m.get_markerfacecolor() for m in lines if len(m.get_xdata()) == 1] == [figures.GREEN, "white"]
 
 
 # --- what is committed ---

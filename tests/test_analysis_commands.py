@@ -224,6 +224,15 @@ def test_gradcam_and_misclassified_commands(trained, tmp_path):
     )
 
 
+def test_dollars_in_a_class_name_are_no_mathematics(trained, tmp_path, monkeypatch):
+    names = [f"$5_to_$1{k}" for k in range(10)]
+    monkeypatch.setattr(predictions.Classifier, "names", property(lambda self: names))
+    out = ["--out", str(tmp_path), "--device", "cpu"]
+    assert misclassified.main([str(trained), *out]) == 0
+    for mistake in json.loads((tmp_path / "misclassified.json").read_text())["mistakes"]:
+        assert misclassified.main([str(trained), *out, "--only", mistake["truth"]]) == 0
+
+
 def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
     out = ["--out", str(tmp_path), "--device", "cpu"]
     with pytest.raises(DataError, match="10 classes, the data has 3"):

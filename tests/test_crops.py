@@ -341,11 +341,11 @@ def test_packed_data_without_crops_says_how_to_store_them(packed, tmp_path, caps
     more = ["--resize-schedule", "8,24,24", "--epochs", "3"]
     train_run(packed / "with", tmp_path / "a", *more)
     assert "decodes images" not in capsys.readouterr().out
-    train_run(packed / "without", tmp_path / "b", *more, "--eval-crop", "0.95")
+    train_run(packed / "without", tmp_path / "b", *more, "--eval-crop", "0.9655172")
     (said,) = [line for line in capsys.readouterr().out.splitlines() if "decodes images" in line]
     where = packed / "without"
     assert said.endswith(
-        f"python pack_dataset.py --data-dir {where} --out {where} --eval-sizes 8,24 --eval-crop 0.95"
+        f"python pack_dataset.py --data-dir {where} --out {where} --eval-sizes 8,24 --eval-crop 0.9655172"
     )
 
 

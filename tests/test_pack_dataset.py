@@ -260,6 +260,12 @@ def test_bad_images_are_all_listed_and_nothing_is_lost(folders, tmp_path, capsys
     assert pack(folders, out, "--on-bad-image", "skip") == 0  # and again: complete
 
 
+def test_packing_without_sides_is_refused(folders, tmp_path):
+    with pytest.raises(UsageError, match="no sides to store"):
+        pack(folders, tmp_path / "out", "--stored-sides", "")
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_lists_every_bad_image(folders, capsys):
     assert pack_dataset.main(["--data-dir", str(folders), "--verify", "--workers", "1"]) == 0
     assert "all 252 images decode" in capsys.readouterr().out

@@ -17,7 +17,7 @@ from runs import ROOT, digest, environment, finish, payload, spawn
 import loop
 import train
 from base import errors, flags
-from base.errors import ResourceError, UsageError, UserError
+from base.errors import CheckpointError, ResourceError, UsageError, UserError
 from harness import build, checkpoint, log, preflight, rundir, session
 
 NAME = "resnet_tiny_digits.pt"
@@ -109,6 +109,12 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again_with_its
     changed = {name for name in recorded if recorded[name] != again[name]}
     assert again["seed"] == 5 and again["arch"] == recorded["arch"] != "resnet50"
     assert changed <= {"seed", "resume", "stop_after", "save_dir"}
+    for path in mine.glob("*.pt"):
+        path.unlink()
+    (mine / "config.json").write_text(json.dumps(recorded | {"lr": "fast"}))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .*, and malformed flags") as caught:
+        run("--save-dir", mine, "--resume", "auto")
+    assert "--overwrite" in caught.value.fix
 
 
 def test_a_run_resumed_in_an_empty_directory_takes_its_best_along_and_ends_in_the_same_bits(mine, tmp_path):
