@@ -316,7 +316,15 @@ def train_groups(leave_out: Collection[str] = ()) -> dict[str, list[Flag]]:
 TRAIN_GROUPS = train_groups()
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
 BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
-INFERENCE = (*DEVICE_AND_PRECISION, BATCH, LOADING[-1], DEBUG)  # of commands that only run a model
+_SCORING_AMP = "Mixed precision; auto enables it where it is faster, unless the run was trained in fp32."
+# Of commands that only run a model.
+INFERENCE = (
+    DEVICE_AND_PRECISION[0],
+    dataclasses.replace(DEVICE_AND_PRECISION[1], help=_SCORING_AMP),
+    BATCH,
+    LOADING[-1],
+    DEBUG,
+)
 SAVED_DATA = tuple(dataclasses.replace(flag, default=None) for flag in DATASET)
 SAVED_DATA_NOTE = "Flags that are not given come from the checkpoint."
 
