@@ -152,6 +152,7 @@ def fit(run: Run, log: MetricLogger) -> None:
     if best_is_lost(run):
         save(run)
         name_best(run)
+    save_or_stop(run)  # a signal may have arrived already, and --stop-after may be behind a resumed run
     for phase in run.phases:
         epochs = range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1)
         if run.finished or not epochs:

@@ -62,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
     if config.json and config.json == config.csv:
         raise UsageError(f"--json and --csv both write to {config.json}", "give them different names")
+    for flag in ("json", "csv"):
+        if (path := getattr(config, flag)) not in ("", "-"):
+            files.check_output(path, f"--{flag}")
     from harness import rundir
 
     rundir.check_checkpoint(config.checkpoint)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.figure import Figure  # pyplot would keep every figure in memory
 
 from base import files
@@ -22,9 +23,12 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 LINES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 MAP = "cividis"
+# Classes may have names in any script: letters that the first font lacks come from the next one installed.
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans GB", "Arial Unicode MS")
 GREY = np.array([0.299, 0.587, 0.114])  # brightness of red, green and blue
 matplotlib.rcParams.update(
     {
+        "font.family": sorted(set(FONTS) & set(font_manager.get_font_names()), key=FONTS.index),
         "font.size": 10,
         "axes.titlesize": 11,
         "axes.grid": True,

@@ -86,15 +86,23 @@ def write(path: str | os.PathLike, text: str, *, parents: bool = True) -> Path:
     return Path(path)
 
 
-def make_directory(path: Path) -> Path:
+def make_directory(path: Path, flag: str = "--out") -> Path:
     """Make an output directory before the work that fills it, and try it. Raises ResourceError."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         what = f"cannot write to {path}: {error.strerror}"
-        raise ResourceError(what, "name a writable directory: --out") from None
+        raise ResourceError(what, f"name a writable place with {flag}") from None
     return path
+
+
+def check_output(path: str, flag: str) -> None:
+    """Raise ResourceError if `write` could not write the file, before the work whose result it will hold."""
+    if os.path.isdir(path):
+        raise ResourceError(f"cannot write {path}: it is a directory", f"name a file with {flag}")
+    if os.path.isfile(path) or not os.path.exists(path):  # not a pipe or a device
+        make_directory(Path(path).parent, flag)
 
 
 def rewrite(paths: Iterable[Path], change: Callable[[str], str]) -> list[Path]:

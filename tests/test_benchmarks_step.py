@@ -1,7 +1,6 @@
 """benchmarks.step: the loops train as described and take turns, and the rows hold what was measured."""
 
 import sys
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -171,8 +170,6 @@ def absent(setting):
     raise ImportError("No module named 'timm'")
 
 
-def test_a_wrong_number_of_batch_sizes_is_refused_before_any_import():
-    started = time.perf_counter()
+def test_a_wrong_number_of_batch_sizes_is_refused():
     with pytest.raises(step.UsageError, match="1 --batch-sizes for 2 --sizes"):
         step.main(["--sizes", "16", "24", "--batch-sizes", "8"])
-    assert time.perf_counter() - started < 1

@@ -174,12 +174,12 @@ def test_the_eta_is_what_is_left_of_the_plan(eval_size, eval_every):
 def test_a_full_plan_is_described_quickly():
     """The default run has 1,151,020 steps, which must not be gone through one by one."""
     phases = train_phases()
-    started = time.perf_counter()
+    started = time.process_time()
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = Schedule(optimizer, "onecycle", peak_lr=3e-4, total_steps=sum(p.steps for p in phases))
     low, high = dryrun.lr_range(schedule, phases[-1])
     assert high == pytest.approx(3e-4, rel=1e-3) and low == pytest.approx(3e-4 / 25e4)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def train_phases() -> tuple[Phase, ...]:

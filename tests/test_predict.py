@@ -11,7 +11,7 @@ import torch
 import predict
 from analysis import predictions
 from base.device import Runtime
-from base.errors import CheckpointError, DataError, UsageError
+from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from dataloader import eval_loader
 from sources import layouts
 
@@ -115,6 +115,18 @@ def test_predictions_do_not_depend_on_workers(photos, photo_run, tmp_path, capsy
             predict.main([str(photo_run), str(tmp_path), str(photos / "val"), *PLAIN, *more])
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and json.loads(outputs[0])["bad"][0]["reason"] == "the file is empty"
+
+
+@pytest.mark.parametrize("flag", ["--csv", "--json"])
+@pytest.mark.parametrize("place", [".", "file/out"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(
+    flag, place, photos, photo_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("analysis.predictions.load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ResourceError, match="cannot write") as error:
+        predict.main([str(photo_run), str(photos / "val"), *PLAIN, flag, str(tmp_path / place)])
+    assert flag in error.value.fix
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
