@@ -30,19 +30,19 @@ def no_trials(config) -> str | bool:
 
 # fmt: off
 FINDER = (
-    flags.Flag("mode", "trace", "What to measure at each rate.", ("loss", "accuracy"), "loss", "NAME"),
-    flags.Flag("phase", "trace", "Test the image size, batch size and mixing of this phase.",
+    flags.Flag("mode", "What to measure at each rate.", ("loss", "accuracy"), "loss", "NAME"),
+    flags.Flag("phase", "Test the image size, batch size and mixing of this phase.",
                flags.positive, 1, "K"),
-    flags.Flag("num_iter", "trace", "Steps of --mode loss.", flags.number(int, MIN_STEPS), 200, "N",
+    flags.Flag("num_iter", "Steps of --mode loss.", flags.number(int, MIN_STEPS), 200, "N",
                idle=lambda c: c.mode == "accuracy" and "--mode accuracy takes --trials and --trial-epochs"),
-    flags.Flag("start_lr", "trace", "Lowest rate; by default 1e-7, or 1e-4 with --mode accuracy.",
+    flags.Flag("start_lr", "Lowest rate; by default 1e-7, or 1e-4 with --mode accuracy.",
                flags.above_zero, None, "LR"),
-    flags.Flag("end_lr", "trace", "Highest rate; by default 10, or 0.1 with --mode accuracy.",
+    flags.Flag("end_lr", "Highest rate; by default 10, or 0.1 with --mode accuracy.",
                flags.above_zero, None, "LR"),
-    flags.Flag("trials", "trace", "Trainings of --mode accuracy.", flags.number(int, 2), 7, "N",
+    flags.Flag("trials", "Trainings of --mode accuracy.", flags.number(int, 2), 7, "N",
                idle=no_trials),
-    flags.Flag("trial_epochs", "trace", "Epochs of each training.", flags.positive, 2, "N", idle=no_trials),
-    flags.Flag("out", "files", "Output directory; by default --save-dir.", str, "", "DIR"),
+    flags.Flag("trial_epochs", "Epochs of each training.", flags.positive, 2, "N", idle=no_trials),
+    flags.Flag("out", "Output directory; by default --save-dir.", str, "", "DIR"),
 )
 # fmt: on
 # Flags that matter to the training only: they are taken into its command, so that a run's flags fit both.

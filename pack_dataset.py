@@ -52,27 +52,27 @@ def stores_no_crops(args) -> flags.Reason:
 
 # fmt: off
 PACKING = (
-    Flag("out", "files", "Output directory; required unless --verify is given.", str, "", "DIR"),
-    Flag("stored_sides", "files", "Short sides in px of the stored training images; the default suits "
+    Flag("out", "Output directory; required unless --verify is given.", str, "", "DIR"),
+    Flag("stored_sides", "Short sides in px of the stored training images; the default suits "
          "training at 64, 128 and 224 px.",
          flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,...", idle=packs_nothing),
-    Flag("raw_sides", "files", "Short sides that are stored as pixels, not as JPEG: several times as large, "
+    Flag("raw_sides", "Short sides that are stored as pixels, not as JPEG: several times as large, "
          "several times as fast. For ImageNet, 96 takes 49 GB.",
          flags.listing(flags.number(int, 8, 4096)), (), "PX,PX,...", idle=packs_nothing),
-    Flag("quality", "files", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q",
+    Flag("quality", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q",
          idle=packs_nothing),
-    Flag("eval_sizes", "files", "Sizes in px of the evaluation crops to store, for validation images and the "
+    Flag("eval_sizes", "Sizes in px of the evaluation crops to store, for validation images and the "
          "sample of train_top1; none stores none. By default 0.7 of each stored side, cut to a multiple of "
          "32 (64,128,224); none for data of one small size.",
          eval_sizes, None, "PX,PX,...", idle=verifies),
-    Flag("eval_crop", "files", "Share of the resized image in these crops, like --eval-crop of train.py; by "
+    Flag("eval_crop", "Share of the resized image in these crops, like --eval-crop of train.py; by "
          "default 0.875.",
          flags.number(float, 0, 1, open_low=True), None, "F", idle=stores_no_crops),
-    Flag("on_bad_image", "files", "fail lists bad images, leaves their shards unwritten and exits with 3; "
+    Flag("on_bad_image", "fail lists bad images, leaves their shards unwritten and exits with 3; "
          "skip leaves only these images out.", ("fail", "skip"), "fail", "ACTION",
          idle=packs_nothing),
-    Flag("workers", "processes", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
-    Flag("verify", "output", "Decode all images, check packed shards, and write nothing."),
+    Flag("workers", "Number of processes.", flags.number(int, 1, 1024), process.cores(), "N"),
+    Flag("verify", "Decode all images, check packed shards, and write nothing."),
     flags.DEBUG,
 )
 # fmt: on

@@ -24,21 +24,21 @@ def no_images(config) -> str | bool:
 
 # fmt: off
 PREDICTIONS = (
-    flags.Flag("weights", "trace", "Weights to use; falls back to raw if there is no EMA.",
+    flags.Flag("weights", "Weights to use; falls back to raw if there is no EMA.",
                ("ema", "raw"), "ema", "NAME"),
-    flags.Flag("top", "output", "Classes per image.", flags.positive, 5, "K", idle=no_images),
-    flags.Flag("json", "output", "Write predictions as JSON; '-' is standard output.", str, "", "FILE",
+    flags.Flag("top", "Classes per image.", flags.positive, 5, "K", idle=no_images),
+    flags.Flag("json", "Write predictions as JSON; '-' is standard output.", str, "", "FILE",
                idle=no_images),
-    flags.Flag("csv", "output", "Write predictions as CSV; '-' is standard output.", str, "", "FILE",
+    flags.Flag("csv", "Write predictions as CSV; '-' is standard output.", str, "", "FILE",
                idle=no_images),
 )
 EXPORT = (
-    flags.Flag("export", "files", "Write the model in this format, with a model card.",
+    flags.Flag("export", "Write the model in this format, with a model card.",
                ("", "onnx", "safetensors", "torchvision"), "", "FORMAT"),
-    flags.Flag("out", "files", "Output directory of the export; by default beside the checkpoint.",
+    flags.Flag("out", "Output directory of the export; by default beside the checkpoint.",
                str, "", "DIR", idle=lambda c: not c.export and "it needs --export"),
 )
-LOADING = [flags.Flag(name, "processes", idle=no_images) for name in ("batch_size", "num_workers")]
+LOADING = [flags.Flag(name, idle=no_images) for name in ("batch_size", "num_workers")]
 # fmt: on
 
 

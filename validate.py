@@ -21,21 +21,21 @@ RECALIBRATION_IMAGES = 4096  # enough for a mean, and seconds on a GPU
 
 # fmt: off
 SCORES = (
-    flags.Flag("image_sizes", "trace", "Image sizes to test, by default the checkpoint's.",
+    flags.Flag("image_sizes", "Image sizes to test, by default the checkpoint's.",
                flags.listing(flags.pixels), (), "PX,PX,..."),
-    flags.Flag("crop", "trace", "Share of the image's short side to score, by default the checkpoint's.",
+    flags.Flag("crop", "Share of the image's short side to score, by default the checkpoint's.",
                flags.share, None, "F"),
-    flags.Flag("tta", "trace", "Test-time augmentation: flip also averages the logits with those of the "
+    flags.Flag("tta", "Test-time augmentation: flip also averages the logits with those of the "
                "mirror image; by default as in training.", ("none", "flip"), None, "NAME"),
-    flags.Flag("average", "trace", "Average the raw weights and BatchNorm statistics of several checkpoints, "
+    flags.Flag("average", "Average the raw weights and BatchNorm statistics of several checkpoints, "
                "and score only that."),
-    flags.Flag("recalibrate_bn", "trace",
+    flags.Flag("recalibrate_bn",
                f"Also score with BatchNorm statistics re-estimated on {RECALIBRATION_IMAGES:,} training "
                "images."),
-    flags.Flag("save_hits", "files", "Also write hits.npz: which images each set of weights gets right."),
-    flags.Flag("out", "files", "Output directory; by default validation/ beside the checkpoint, with "
+    flags.Flag("save_hits", "Also write hits.npz: which images each set of weights gets right."),
+    flags.Flag("out", "Output directory; by default validation/ beside the checkpoint, with "
                "--average validation_average/ beside the last.", str, "", "DIR"),
-    flags.Flag("json", "output", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
+    flags.Flag("json", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
 )
 # fmt: on
 

@@ -31,12 +31,9 @@ def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dic
         key, keys = unknown[0].replace("_", "-")[:80], (name.replace("_", "-") for name in known)
         raise UsageError(f"--config {path}: unknown key {key!r}", did_you_mean(key, keys) + KEYS)
     try:
-        values = from_file(parser, {name: value for name, value in texts.items() if name in known})
+        return from_file(parser, {name: value for name, value in texts.items() if name in known})
     except UsageError as error:
         raise UsageError(f"--config {path}: {error.what}", "write the value as you would type it") from None
-    # `plot: false` is as if the flag had not been given: there is no --no-plot.
-    one_way = {name for name, action in parser.flags.items() if isinstance(action, argparse._StoreTrueAction)}
-    return {name: value for name, value in values.items() if value or name not in one_way}
 
 
 def find_recipe(name: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from base import idle, process
 from base.config_file import RECIPES, read_recipe
 from base.errors import UsageError, nearest_path
-from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle, why_idle
+from base.idle import NO_DROP_PATH, Given, Reason, never, refuse_idle
 from base.parser import (
     AUGMENTS,
     LARGEST,
@@ -67,9 +67,8 @@ class Flag:
     """A flag: a row of the table."""
 
     name: str
-    changes: str  # where its effect shows, see base/idle.py
     help: str = ""
-    kind: Any = bool  # an argparse type, a tuple of choices, bool for --x, Switch for --x and --no-x
+    kind: Any = Switch  # --x and --no-x; or an argparse type, or a tuple of choices
     default: Any = False
     metavar: str | None = None
     const: Any = None  # the value of a flag given without one; None: it needs one
@@ -78,9 +77,7 @@ class Flag:
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         options = {"default": self.default, "help": self.help}
-        if self.kind is bool:
-            options["action"] = "store_true"
-        elif self.kind is Switch:
+        if self.kind is Switch:
             options["action"] = Switch
         else:
             options["metavar"] = self.metavar
@@ -91,195 +88,194 @@ class Flag:
 
 # fmt: off
 SOURCE = (
-    Flag("data_dir", "plan", "Dataset directory, or a packed copy of one.", str, "./data/imagenet", "DIR",
+    Flag("data_dir", "Dataset directory, or a packed copy of one.", str, "./data/imagenet", "DIR",
          unused=lambda c: idle.dataset_kind(c) in idle.NO_FILES and f"{c.dataset} needs no directory"),
-    Flag("dataset", "plan", f"Dataset: {DATASETS}. Your own class folders are imagenet.",
+    Flag("dataset", f"Dataset: {DATASETS}. Your own class folders are imagenet.",
          str, "imagenet", "NAME"),
-    Flag("split", "plan", "Split of tiny-imagenet; 70-30 pools train and val.",
+    Flag("split", "Split of tiny-imagenet; 70-30 pools train and val.",
          ("official", "70-30"), "official", "NAME",
          idle=idle.no_split),
-    Flag("class_list", "plan", "Use only the classes in this file (imagenet, imagenet100, tiny-imagenet).",
+    Flag("class_list", "Use only the classes in this file (imagenet, imagenet100, tiny-imagenet).",
          str, "", "FILE",
          idle=idle.no_class_list),
-    Flag("allow_class_mismatch", "plan", "Accept a validation set that lacks some classes.",
+    Flag("allow_class_mismatch", "Accept a validation set that lacks some classes.",
          idle=idle.classes_known),
 )
 DATASET = (
     *SOURCE,
-    Flag("classes", "plan", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
-    Flag("holdout", "plan", "Validate on this number, or share, of the training images instead of the "
+    Flag("classes", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
+    Flag("holdout", "Validate on this number, or share, of the training images instead of the "
          "official set.",
          count_or_share, 0, "N|SHARE"),
-    Flag("subset", "plan", "Use a fixed, class-balanced subset of the images.", Switch),
-    Flag("subset_size", "plan", "Training images in the subset; validation uses a tenth as many, or all of "
+    Flag("subset", "Use a fixed, class-balanced subset of the images."),
+    Flag("subset_size", "Training images in the subset; validation uses a tenth as many, or all of "
          "--holdout.", positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
 )
 LOADING = (
-    Flag("augment", "trace", f"Augmentation: full, basic, none, or steps in order: {STEPS}, "
+    Flag("augment", f"Augmentation: full, basic, none, or steps in order: {STEPS}, "
          "or a file (.yaml, .json) that Albumentations saved.",
          augment_text, "full", "LIST",
          idle=lambda c: c.phase_augment and "--phase-augment sets that of every phase"),
-    Flag("on_bad_image", "trace", "What to do about a training image that cannot be decoded; skip counts it "
+    Flag("on_bad_image", "What to do about a training image that cannot be decoded; skip counts it "
          "and uses another of its class. Such a validation image always fails.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
-    Flag("num_workers", "processes", "Loader processes per rank; at most one per core.",
+    Flag("num_workers", "Loader processes per rank; at most one per core.",
          number(int, 0, 1024), 8, "N"),
 )
 MODEL = (
-    Flag("arch", "model", "Architecture.", ARCHS, "resnet50", "NAME"),
-    Flag("drop_path_rate", "trace", "Stochastic depth rate of the last block; it grows linearly from 0.",
+    Flag("arch", "Architecture.", ARCHS, "resnet50", "NAME"),
+    Flag("drop_path_rate", "Stochastic depth rate of the last block; it grows linearly from 0.",
          fraction, 0.2, "P",
          idle=lambda c: c.arch not in NO_DROP_PATH and idle.mix_off(c),
          unused=lambda c: c.arch in NO_DROP_PATH and f"{c.arch} has no branches to drop"),
-    Flag("use_blurpool", "model", "Antialiased downsampling (CC BY-NC-SA package, 1.26x the compute).",
+    Flag("use_blurpool", "Antialiased downsampling (CC BY-NC-SA package, 1.26x the compute).",
          idle=idle.torchvision_arch),
-    Flag("head", "model", "Classifier: 1x1 convolution or linear layer.", ("conv", "linear"), "conv", "NAME",
+    Flag("head", "Classifier: 1x1 convolution or linear layer.", ("conv", "linear"), "conv", "NAME",
          idle=idle.torchvision_arch),
-    Flag("stem", "model", "First layers: small is one 3x3 convolution, for 32 px images; d is ResNet-D's.",
+    Flag("stem", "First layers: small is one 3x3 convolution, for 32 px images; d is ResNet-D's.",
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
-    Flag("width", "model", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
+    Flag("width", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
          "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
-    Flag("pretrained", "trace", "Start from torchvision's weights for ImageNet, the best or those of this "
+    Flag("pretrained", "Start from torchvision's weights for ImageNet, the best or those of this "
          "name, with a new classifier for other classes. Without --config, the other flags' defaults are "
          "those of recipes/finetune.yaml.", str, "", "NAME|FILE", const="DEFAULT",
          idle=idle.weights_resumed),
-    Flag("init_from", "trace", "Start from these weights (ours or torchvision's).", str, "", "FILE",
+    Flag("init_from", "Start from these weights (ours or torchvision's).", str, "", "FILE",
          idle=idle.weights_resumed),
-    Flag("reset_head", "trace", "With --init-from: new classifier, for other classes.",
+    Flag("reset_head", "With --init-from: new classifier, for other classes.",
          idle=lambda c: (not c.init_from and "it needs --init-from") or idle.weights_resumed(c)),
-    Flag("freeze_epochs", "trace", "Train the classifier alone for the first N epochs; the layers below it "
+    Flag("freeze_epochs", "Train the classifier alone for the first N epochs; the layers below it "
          "keep their weights and BatchNorm statistics.", natural, 0, "N"),
 )
 PHASES = (
-    Flag("epochs", "plan", "Number of epochs, over all phases.", positive, 90, "N"),
-    Flag("batch_size", "plan", "Global batch size of the first phase, halved from phase to phase; unless "
+    Flag("epochs", "Number of epochs, over all phases.", positive, 90, "N"),
+    Flag("batch_size", "Global batch size of the first phase, halved from phase to phase; unless "
          "given, fitted to fewer than 1,024 images.",
          positive, 256, "N",
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
-    Flag("resize_schedule", "plan", "Image size of each phase.",
+    Flag("resize_schedule", "Image size of each phase.",
          listing(pixels), (64, 128, 224), "PX,PX,..."),
-    Flag("phase_epochs", "plan", "Epochs of each phase, scaled to add up to --epochs; by default 30,20,40 "
+    Flag("phase_epochs", "Epochs of each phase, scaled to add up to --epochs; by default 30,20,40 "
          "for three phases, else equal parts.",
          listing(positive), None, "N,N,...",
          idle=lambda c: idle.one_phase(c) or (c.epochs == 1 and "the last phase gets the only epoch")),
-    Flag("phase_batch_sizes", "plan", "Global batch size of each phase.", listing(positive), None, "N,N,..."),
-    Flag("phase_mix", "trace", "Whether each phase uses MixUp, CutMix and drop-path.",
+    Flag("phase_batch_sizes", "Global batch size of each phase.", listing(positive), None, "N,N,..."),
+    Flag("phase_mix", "Whether each phase uses MixUp, CutMix and drop-path.",
          listing(on_off), None, "on|off,...", idle=idle.nothing_to_mix),
-    Flag("phase_augment", "trace", "Augmentation of each phase, instead of --augment: basic/full/full, for "
+    Flag("phase_augment", "Augmentation of each phase, instead of --augment: basic/full/full, for "
          "instance.", listing(augment_text, "/"), None, "LIST/LIST/..."),
-    Flag("accumulate", "trace", "Split each global batch into K pieces.", positive, 1, "K",
+    Flag("accumulate", "Split each global batch into K pieces.", positive, 1, "K",
          idle=idle.single_images),
 )
 OPTIMIZATION = (
-    Flag("optimizer", "trace", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
+    Flag("optimizer", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
          "others.", OPTIMIZERS, "adamw", "NAME"),
-    Flag("lr", "trace", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
-    Flag("backbone_lr", "trace", "Factor of the learning rate for all layers below the classifier.",
+    Flag("lr", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
+    Flag("backbone_lr", "Factor of the learning rate for all layers below the classifier.",
          above_zero, 1.0, "F"),
-    Flag("momentum", "trace", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
+    Flag("momentum", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
          unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and "it is for sgd and rmsprop"),
-    Flag("nesterov", "trace", "Nesterov momentum, with --optimizer sgd.",
+    Flag("nesterov", "Nesterov momentum, with --optimizer sgd.",
          idle=lambda c: c.optimizer != "sgd" and "it needs --optimizer sgd"),
-    Flag("weight_decay", "trace", "Weight decay; biases and normalization layers are excluded.",
+    Flag("weight_decay", "Weight decay; biases and normalization layers are excluded.",
          from_zero, 1e-4, "W"),
-    Flag("schedule", "trace", "Learning-rate schedule.", SCHEDULES, "onecycle", "NAME"),
-    Flag("warmup_epochs", "trace", "Epochs of linear warm-up, with --schedule cosine; unless given, at most "
+    Flag("schedule", "Learning-rate schedule.", SCHEDULES, "onecycle", "NAME"),
+    Flag("warmup_epochs", "Epochs of linear warm-up, with --schedule cosine; unless given, at most "
          "half of all.", from_zero, 5.0, "N",
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
-    Flag("cycles", "trace", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
+    Flag("cycles", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
-    Flag("plateau_patience", "trace", "Divide the learning rate of any schedule by 10 after more than N "
+    Flag("plateau_patience", "Divide the learning rate of any schedule by 10 after more than N "
          "validations in a row without a lower loss; by default only --schedule plateau does, with 4.",
          natural, None, "N", idle=idle.no_plateau),
-    Flag("lr_scale", "trace", "How the learning rate follows the batch size of a phase.",
+    Flag("lr_scale", "How the learning rate follows the batch size of a phase.",
          ("none", "sqrt", "linear"), "none", "RULE", idle=idle.one_batch_size),
-    Flag("clip_norm", "trace", "Largest gradient norm (or value, see --clip-mode); 0 disables clipping.",
+    Flag("clip_norm", "Largest gradient norm (or value, see --clip-mode); 0 disables clipping.",
          from_zero, 1.0, "G"),
-    Flag("clip_mode", "trace", "What --clip-norm limits.", ("norm", "value"), "norm", "MODE",
+    Flag("clip_mode", "What --clip-norm limits.", ("norm", "value"), "norm", "MODE",
          idle=lambda c: not c.clip_norm and "--clip-norm 0 clips nothing"),
 )
 REGULARIZATION = (
-    Flag("loss", "trace", "Cross-entropy, or binary cross-entropy summed over the classes.", ("ce", "bce"),
+    Flag("loss", "Cross-entropy, or binary cross-entropy summed over the classes.", ("ce", "bce"),
          "ce", "NAME"),
-    Flag("bce_threshold", "trace", "With --loss bce: mixed targets above F become 1, and others 0.",
+    Flag("bce_threshold", "With --loss bce: mixed targets above F become 1, and others 0.",
          fraction, None, "F", idle=idle.no_threshold),
-    Flag("class_weights", "trace", "Weight of each class in --loss ce: balanced is inversely proportional to "
+    Flag("class_weights", "Weight of each class in --loss ce: balanced is inversely proportional to "
          "its training images; a file has a line with class and weight for every class.",
          str, "", "balanced|FILE", idle=lambda c: c.loss != "ce" and "it needs --loss ce"),
-    Flag("l1", "trace", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
-    Flag("label_smoothing", "trace", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",
+    Flag("l1", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
+    Flag("label_smoothing", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",
          idle=idle.no_smoothing),
-    Flag("mixup_alpha", "trace", "MixUp with weights from Beta(A, A); 0 disables it.", mixing_alpha, 0.2, "A",
+    Flag("mixup_alpha", "MixUp with weights from Beta(A, A); 0 disables it.", mixing_alpha, 0.2, "A",
          idle=idle.nothing_mixed),
-    Flag("cutmix_alpha", "trace", "CutMix with areas from Beta(A, A); 0 disables it.", mixing_alpha, 1.0, "A",
+    Flag("cutmix_alpha", "CutMix with areas from Beta(A, A); 0 disables it.", mixing_alpha, 1.0, "A",
          idle=idle.nothing_mixed),
 )
 AVERAGE = (
-    Flag("ema", "trace", "Keep and score an exponential moving average of the weights.", Switch, True),
-    Flag("ema_decay", "trace", "Decay of the average per step.", fraction, 0.9999, "D",
+    Flag("ema", "Keep and score an exponential moving average of the weights.", Switch, True),
+    Flag("ema_decay", "Decay of the average per step.", fraction, 0.9999, "D",
          idle=idle.decay_unread),
-    Flag("ema_ramp", "trace", "Let the decay grow with the step n as (1 + n) / (10 + n).", Switch, True,
+    Flag("ema_ramp", "Let the decay grow with the step n as (1 + n) / (10 + n).", Switch, True,
          idle=idle.decay_unread),
-    Flag("ema_half_life", "trace", "Half-life of the average in epochs; sets --ema-decay.",
+    Flag("ema_half_life", "Half-life of the average in epochs; sets --ema-decay.",
          number(float, 0, 10**6, open_low=True), None, "EPOCHS", idle=idle.no_ema),
 )
 DEVICE_AND_PRECISION = (
-    Flag("device", "processes", "Device: auto, cpu, cuda, cuda:1 or mps.", str, "auto", "NAME"),
-    Flag("amp", "trace", "Mixed precision; auto enables it where it is faster.",
+    Flag("device", "Device: auto, cpu, cuda, cuda:1 or mps.", str, "auto", "NAME"),
+    Flag("amp", "Mixed precision; auto enables it where it is faster.",
          ("auto", "bf16", "fp16", "off"), "auto", "TYPE"),
 )
 DEVICE = (
     *DEVICE_AND_PRECISION,
-    Flag("seed", "trace", "Random seed.", number(int, 0, 2**32 - 1), 0, "N"),
-    Flag("compile", "processes", "Compile the training forward and backward passes with torch.compile.",
-         Switch, unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
-    Flag("cuda_graphs", "processes", "Compile, and launch each pass as one CUDA graph: faster where kernels "
-         "run shorter than their launches, as at small sizes. One GPU.", Switch),
-    Flag("deterministic", "processes", "Use deterministic kernels only."),
-    Flag("sync_bn", "processes", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
+    Flag("seed", "Random seed.", number(int, 0, 2**32 - 1), 0, "N"),
+    Flag("compile", "Compile the training forward and backward passes with torch.compile.",
+         unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
+    Flag("cuda_graphs", "Compile, and launch each pass as one CUDA graph: faster where kernels "
+         "run shorter than their launches, as at small sizes. One GPU."),
+    Flag("deterministic", "Use deterministic kernels only."),
+    Flag("sync_bn", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )
-DEBUG = Flag("debug", "output", "Show the traceback of an error.")
+DEBUG = Flag("debug", "Show the traceback of an error.")
 SAVING = (
-    Flag("save_dir", "output", "Output directory.", str, "./checkpoints", "DIR",
-         idle=lambda c: c.summary and c.resume != "auto" and "--summary writes nothing"),
-    Flag("resume", "resume", "Resume from a checkpoint; auto picks the newest intact one.",
+    Flag("save_dir", "Output directory.", str, "./checkpoints", "DIR"),
+    Flag("resume", "Resume from a checkpoint; auto picks the newest intact one.",
          str, "", "PATH|auto"),
-    Flag("allow_change", "resume", "Flags that may differ from those of the resumed run.",
+    Flag("allow_change", "Flags that may differ from those of the resumed run.",
          listing(str), (), "FLAG,...", idle=lambda c: not c.resume and "it needs --resume"),
-    Flag("overwrite", "files", "Delete the run that --save-dir holds."),
-    Flag("save_every", "files", "Save every N epochs; or after N minutes or seconds, and after every epoch.",
+    Flag("overwrite", "Delete the run that --save-dir holds."),
+    Flag("save_every", "Save every N epochs; or after N minutes or seconds, and after every epoch.",
          save_interval, (1, "ep"), "N|Nmin|Ns",
          idle=lambda c: c.epochs == 1 and c.save_every[1] == "ep" and "the only epoch is saved anyway"),
-    Flag("stop_after", "files", "Save and stop after this step, as a stop signal would.",
+    Flag("stop_after", "Save and stop after this step, as a stop signal would.",
          positive, None, "STEP"),
 )
 SCORING = (
-    Flag("eval_every", "trace", "Validate every N epochs.", positive, 1, "N",
+    Flag("eval_every", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
-    Flag("cache_eval", "files", "Decode the images to be scored only once: keep their crops in --save-dir "
+    Flag("cache_eval", "Decode the images to be scored only once: keep their crops in --save-dir "
          "until the run is complete. Prints the disk space first."),
-    Flag("eval_size", "trace", "Image size to score at in every epoch, instead of that of the phase.",
+    Flag("eval_size", "Image size to score at in every epoch, instead of that of the phase.",
          pixels, None, "PX"),
-    Flag("eval_crop", "trace", "Share of the short side that is scored, and trained on without a random "
+    Flag("eval_crop", "Share of the short side that is scored, and trained on without a random "
          "crop; by default 0.875, or 1 for data at its native size, such as CIFAR at 32 px.",
          share, None, "F"),
-    Flag("eval_flip", "trace", "Score the mean logits of each image and its mirror image."),
-    Flag("early_stop_patience", "files", "Stop after N validations at the last size without a better score.",
+    Flag("eval_flip", "Score the mean logits of each image and its mirror image."),
+    Flag("early_stop_patience", "Stop after N validations at the last size without a better score.",
          positive, None, "N", idle=lambda c: used_epochs(c)[-1] == 1 and "the last size has one epoch"),
 )
 LOGGING = (
-    Flag("plot", "files", "Draw learning curves into --save-dir/plots during training."),
-    Flag("log_every", "files", "Log loss, gradient norm, learning rate and speed every N steps; 0: never.",
+    Flag("plot", "Draw learning curves into --save-dir/plots during training."),
+    Flag("log_every", "Log loss, gradient norm, learning rate and speed every N steps; 0: never.",
          natural, 20, "N"),
-    Flag("tensorboard", "files", "Log to --save-dir/tensorboard as well."),
-    Flag("wandb", "files", "Log to Weights & Biases as well.", str, "", "PROJECT"),
-    Flag("trackio", "files", "Log to Trackio, on this machine, as well.", str, "", "PROJECT"),
+    Flag("tensorboard", "Log to --save-dir/tensorboard as well."),
+    Flag("wandb", "Log to Weights & Biases as well.", str, "", "PROJECT"),
+    Flag("trackio", "Log to Trackio, on this machine, as well.", str, "", "PROJECT"),
 )
 COMMAND = (
-    Flag("summary", "output", "Print the layers at every size, then exit."),
-    Flag("dry_run", "output", "Print the plan, try a few steps at every size, then exit.",
+    Flag("summary", "Print the layers at every size, then exit."),
+    Flag("dry_run", "Print the plan, try a few steps at every size, then exit.",
          idle=lambda c: c.summary and "--summary only prints the layers"),
-    Flag("config", "output", "YAML file of flags, or the name of one in recipes/; the command line wins.",
+    Flag("config", "YAML file of flags, or the name of one in recipes/; the command line wins.",
          str, "", "FILE"),
     DEBUG,
 )
@@ -315,7 +311,7 @@ def train_groups(leave_out: Collection[str] = ()) -> dict[str, list[Flag]]:
 
 TRAIN_GROUPS = train_groups()
 TABLE = tuple(flag for group in TRAIN_GROUPS.values() for flag in group)
-BATCH = Flag("batch_size", "processes", "Images per batch.", positive, 64, "N")
+BATCH = Flag("batch_size", "Images per batch.", positive, 64, "N")
 _SCORING_AMP = "Mixed precision; auto enables it where it is faster, unless the run was trained in fp32."
 # Of commands that only run a model.
 INFERENCE = (
@@ -371,15 +367,29 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
         n for n in PHASE_LISTS if sizes and n not in by_hand and len(recipe.get(n) or sizes) != len(sizes)
     ]
     recipe = {name: value for name, value in recipe.items() if name not in unfit}
+    finetunes = bool(by_hand.get("pretrained")) and not recipe
+    usual = parser.defaults() | (finetuning(parser, by_hand) if finetunes else {})
+    without_use = made_idle(usual, recipe, by_hand)
+    recipe = {name: value for name, value in recipe.items() if name not in without_use}
     given = Given(recipe | by_hand)
-    given.unfit = tuple(unfit)
-    given.by_hand = frozenset(by_hand)
-    given.file = make_config(defaults() | parser.defaults() | recipe)
-    given.finetunes = bool(by_hand.get("pretrained")) and not recipe
-    values = parser.defaults() | (finetuning(parser, by_hand) if given.finetunes else {}) | recipe | by_hand
+    given.by_hand, given.unfit, given.finetunes = frozenset(by_hand), tuple(unfit), finetunes
+    values = usual | recipe | by_hand
     if values.get("schedule") == "cosine" and "warmup_epochs" not in given:
         values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
     return make_config(values), given
+
+
+def made_idle(usual: Mapping[str, Any], recipe: Mapping[str, Any], by_hand: Mapping[str, Any]) -> set[str]:
+    """Return the flags of a file, over the `usual` values, that a typed flag leaves without effect.
+
+    They are left out: `--config cifar10_one_hour --optimizer adamw` has no use for `nesterov: true`.
+    """
+    file = make_config(defaults() | usual | recipe)
+    config = make_config(vars(file) | by_hand)
+    if not (file.resize_schedule and config.resize_schedule):
+        return set()  # `check_train` refuses it
+    chosen = [flag for flag in TABLE if flag.name in recipe and flag.name not in by_hand]
+    return {flag.name for flag in chosen if flag.idle(config) and not flag.idle(file)}
 
 
 def finetuning(parser: Parser, by_hand: Mapping[str, Any]) -> dict[str, Any]:
@@ -431,7 +441,7 @@ def to_argv(values: Mapping[str, Any]) -> list[str]:
         value = values.get(flag.name)
         if flag.kind is Switch and value is False:
             argv.append("--no-" + dashed(flag.name).removeprefix("--"))
-        elif flag.kind in (bool, Switch):
+        elif flag.kind is Switch:
             argv += [dashed(flag.name)] * bool(value)
         elif value not in (None, "", ()):
             argv.append(f"{dashed(flag.name)}={typed_text(value, getattr(flag.kind, 'separator', ','))}")
@@ -526,7 +536,7 @@ def _check_cuda_graphs(config: Any) -> None:
 
 def idle_flags(config: Any) -> set[str]:
     """Return the names of the flags that would have no effect under `config`."""
-    return {flag.name for flag in TABLE if why_idle(flag, config)}
+    return {flag.name for flag in TABLE if flag.idle(config)}
 
 
 def workers_note(config: Any, given: Given) -> str:

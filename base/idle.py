@@ -1,11 +1,4 @@
-"""Flags that would have no effect under a config are refused; this module knows which and why.
-
-`Flag.changes` in base/flags.py says where the effect of a flag shows:
-  plan    the data and the steps              trace      what a step computes
-  model   the layers that --summary prints    processes  on what device and in how many processes
-  output  what is printed                     files      what --save-dir holds, and when
-  resume  which run is resumed
-"""
+"""Flags that would have no effect under a config are refused; this module knows which and why."""
 
 from __future__ import annotations
 
@@ -25,7 +18,6 @@ class Given(frozenset):
     """The names of the flags that were given, on the command line (`by_hand`) or in a --config file."""
 
     by_hand: frozenset[str] = frozenset()
-    file: Any = None  # the config of the file alone, without the command line
     unfit: tuple[str, ...] = ()  # lists of the file that do not fit the sizes of the command line
     finetunes: bool = False  # whether the defaults are those of --pretrained
 
@@ -37,37 +29,24 @@ def never(config: Any) -> Reason:
 def refuse_idle(flags: Iterable[Any], config: Any, given: Given) -> list[str]:
     """Return notes about given flags that are unused. Raises UsageError for given flags that are idle.
 
-    flags: the `Flag`s to check
-    A flag from a file is refused only if it is idle under the file alone: the command line may override
-    what it depends on.
+    flags: the `Flag`s to check. A switch that is off by default and left off asks for nothing.
     """
     by_hand, by_file, notes = {}, {}, []
     for flag in flags:
-        if flag.name not in given:
+        if flag.name not in given or (getattr(config, flag.name) is flag.default is False):
             continue
         if reason := flag.unused(config):
             notes.append(f"note: {dashed(flag.name)} is not used: {reason}")
-        if reason := why_idle(flag, config):
+        if reason := flag.idle(config):
             if flag.name in given.by_hand:
                 by_hand[dashed(flag.name)] = reason
-            elif why_idle(flag, given.file):
+            else:
                 by_file[dashed(flag.name).removeprefix("--")] = reason
     for found, where in ((by_hand, ""), (by_file, f"--config {getattr(config, 'config', '')}: ")):
         if found:
             what = "; ".join(f"{name} would do nothing: {reason}" for name, reason in found.items())
             raise UsageError(where + what, f"leave {', '.join(found)} out")
     return notes
-
-
-def why_idle(flag: Any, config: Any) -> Reason:
-    """Return why `flag` would have no effect under `config`; false if it has one."""
-    if getattr(config, "summary", False) and flag.changes in ("trace", "processes"):
-        return "--summary runs no step"
-    if flag.changes == "files":
-        for name in ("summary", "dry_run"):
-            if getattr(config, name, False):
-                return f"{dashed(name)} writes nothing"
-    return flag.idle(config)
 
 
 # --- reasons used by several flags, or longer than a line --------------------------------------------

@@ -40,12 +40,20 @@ def dashed(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def shown(action: argparse.Action) -> list[str]:
+    """Return how an argument is written; of a switch that is off by default, --no-x only undoes a file's x."""
+    return action.option_strings[: 1 if isinstance(action, Switch) and not action.default else None]
+
+
 class _Formatter(argparse.RawDescriptionHelpFormatter):
     """Help texts with range, choices and default; the usage line shows only positional arguments."""
 
     def add_usage(self, usage, actions, groups, prefix=None):
         self._prog = f"python {self._prog.removeprefix('python ')} [flags]"
         super().add_usage(usage, [action for action in actions if not action.option_strings], [], prefix)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return shown(action)[0] if len(shown(action)) == 1 else super()._format_action_invocation(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = (action.help or "").removesuffix(" (default: %(default)s)")  # BooleanOptionalAction adds it
@@ -112,7 +120,7 @@ class Parser(argparse.ArgumentParser):
             return
         word, known = unknown[0].partition("=")[0], self._option_string_actions.keys()
         others = {name for name, ours in OTHER_NAMES.items() if ours in known}
-        near = closest(word, known | others)
+        near = closest(word, {name for action in self._actions for name in shown(action)} | others)
         hint = f"did you mean {OTHER_NAMES.get(near, near)}?" if near else ""
         if "--data-dir" in known and os.path.isdir(word):
             hint = f"did you mean --data-dir {word}?"
