@@ -37,7 +37,7 @@ from sources.images import BadImage, EvalTransform, Steps, TrainTransform, defau
 from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready, unless they are large
-QUEUE = 2**32  # bytes of a rank's batches in waiting; on a GPU, pinned copies take as much again
+QUEUE = 2**32  # bytes of prefetched batches per rank; on a GPU, pinned copies take as much again
 CPU = Runtime(torch.device("cpu"))
 
 
@@ -137,7 +137,7 @@ def get_dataloaders(
 
 
 class Batch(NamedTuple):
-    """What the sampler asks a worker for. All that changes is in here, so the dataset can be immutable."""
+    """What the sampler asks a worker for. Everything random follows from it."""
 
     epoch: int
     step: int  # within the epoch

@@ -117,13 +117,8 @@ class NoEMA:
     """The stand-in for `EMA` in a run without one: its methods do nothing, and `module` is None."""
 
     module = None
-    num_updates = 0
 
     def update(self, finite: Tensor | None = None) -> None: ...
-
-    def apply_shadow(self) -> None: ...
-
-    def restore(self) -> None: ...
 
     def state_dict(self) -> dict:
         return {}

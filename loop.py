@@ -31,7 +31,6 @@ from harness.log import MetricLogger, Table
 from models import set_drop_path_rate, train_mode
 from sources.index import DatasetIndex, Split
 from train_utils import (
-    EarlyStopping,
     EvalResult,
     Phase,
     RunningStep,
@@ -72,7 +71,7 @@ class Run:
     save_dir: Path
     checkpoint_name: str  # file names are last_<checkpoint_name> and best_<checkpoint_name>
     metadata: dict  # what every checkpoint holds besides the state: config, model_args, eval, ...
-    early: EarlyStopping
+    patience: int | None = None  # --early-stop-patience
     eval_every: int = 1  # epochs
     eval_size: int | None = None  # px; None: the size of the phase
     eval_crop: float | None = None  # None: `sources.images.default_crop`
@@ -84,7 +83,7 @@ class Run:
     head_only: bool = False  # what `options.forward` was made for, see `Phase.head_only`
     bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
-    read_steps: Callable[[], bool] = bool  # `Meter.read` within an epoch: counts the steps still running
+    read_steps: Callable[[], bool] = lambda: False  # `Meter.read`: counts the running steps of an epoch
 
     def __post_init__(self):
         self.eta = Eta(self.phases, len(self.index.val), self.eval_size, self.eval_every)
@@ -97,7 +96,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return len(self.state.rows) >= self.epochs or self.early.should_stop(self.state.best["waited"])
+        gave_up = self.patience is not None and self.state.best["waited"] >= self.patience
+        return gave_up or len(self.state.rows) >= self.epochs
 
     @property
     def scoring(self) -> str:
@@ -260,7 +260,7 @@ class Meter:
         return self
 
     def __exit__(self, *exception) -> None:
-        self.run.read_steps = bool
+        self.run.read_steps = lambda: False
         self.bar.close()
         if self.overflows and exception[0] is None:
             say_or_stop(
@@ -374,7 +374,6 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         "train_loss": sums["loss"] / sums["images"] if sums["images"] else None,
         "train_top1": None,
         **{f"{kind}_{name}": None for kind in ("val", "ema_val") for name in ("loss", "top1", "top5")},
-        "better": None,
     }
     left_out = 0
     if run.is_scored(epoch):
@@ -407,8 +406,6 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
     row = {"train_top1": train["train"].top1 if train["train"].num_samples else None}
     for kind, result in results.items():
         row |= {f"{kind}_{name}": getattr(result, name) for name in ("loss", "top1", "top5")}
-    if "ema_val" in results:
-        row["better"] = "ema" if row["ema_val_top1"] > row["val_top1"] else "raw"
     return row, len(bad)
 
 
@@ -476,7 +473,7 @@ def is_best(run: Run, row: dict) -> bool:
     A tie keeps the earlier epoch.
     """
     score, best, epoch = row[run.best_by], run.state.best, row["epoch"]
-    late = run.early.patience is not None or 3 * epoch > 2 * run.epochs
+    late = run.patience is not None or 3 * epoch > 2 * run.epochs
     earlier = [p.last_epoch for p in run.phases if p.image_size != run.phases[-1].image_size]
     if score is None or epoch <= max(earlier, default=0) or not late:
         return False

@@ -27,7 +27,7 @@ REPLACE = "replace them (then pack into a new --out), or pack with --on-bad-imag
 
 
 def eval_sizes(text: str) -> tuple[int, ...]:
-    return () if text == "none" else flags.listing(flags.number(int, 8, 4096))(text)
+    return () if text == "none" else flags.listing(flags.pixels)(text)
 
 
 def adds_crops(args) -> bool:
@@ -55,10 +55,10 @@ PACKING = (
     Flag("out", "Output directory; required unless --verify is given.", str, "", "DIR"),
     Flag("stored_sides", "Short sides in px of the stored training images; the default suits "
          "training at 64, 128 and 224 px.",
-         flags.listing(flags.number(int, 8, 4096)), (96, 192, 320), "PX,PX,...", idle=packs_nothing),
+         flags.listing(flags.pixels), (96, 192, 320), "PX,PX,...", idle=packs_nothing),
     Flag("raw_sides", "Short sides that are stored as pixels, not as JPEG: several times as large, "
          "several times as fast. For ImageNet, 96 takes 49 GB.",
-         flags.listing(flags.number(int, 8, 4096)), (), "PX,PX,...", idle=packs_nothing),
+         flags.listing(flags.pixels), (), "PX,PX,...", idle=packs_nothing),
     Flag("quality", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q",
          idle=packs_nothing),
     Flag("eval_sizes", "Sizes in px of the evaluation crops to store, for validation images and the "

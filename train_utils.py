@@ -237,12 +237,6 @@ class BatchNormBuffers:
             copy.copy_(flat)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Undo what happened since `take`."""
-        for copy, flat in zip(self.copies, self.flats, strict=True):
-            flat.copy_(copy)
-
-    @torch.no_grad()
     def restore_unless(self, finite: Tensor) -> None:
         """Undo what happened since `take` if the bool `finite`, () on the device, is False."""
         for copy, flat in zip(self.copies, self.flats, strict=True):
@@ -414,35 +408,30 @@ def evaluate(
 ) -> dict[str, EvalResult]:
     """Score every model on every sample of `batches`, over all ranks, in one pass over the data.
 
-    models:  {name: model}, put into eval mode meanwhile
+    models:  {name: model}, which are left in eval mode
     batches: this rank's images (N, 3, H, W) and labels (N,), on the device; N may be 0
     flip:    score each image together with its mirror image, see `flipped_logits`
 
     Every sample counts once: sums are divided at the end. A mean of batch means, or of rank means,
     would give the samples of a short last batch too much weight.
     """
-    was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     # Loss, top-1, top-5. float64 counts exactly (MPS has none: float32 does up to 2**24).
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
     sums, samples = {name: torch.zeros(3, device=runtime.device, dtype=dtype) for name in models}, 0
-    try:
-        for images, labels in batches:
-            for name, model in models.items() if len(labels) else ():
-                logits = logits_of(model, images, runtime)
-                if flip:
-                    logits = flipped_logits(model, images, logits, runtime)
-                loss = F.cross_entropy(logits, labels, reduction="sum")
-                sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0)]).to(dtype)
-            samples += len(labels)
-            after_batch()
-    finally:
-        for name, model in models.items():
-            model.train(was_training[name])
+    for images, labels in batches:
+        for name, model in models.items() if len(labels) else ():
+            logits = logits_of(model, images, runtime)
+            if flip:
+                logits = flipped_logits(model, images, logits, runtime)
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            sums[name] += torch.cat([loss[None], hits(logits, labels).sum(0)]).to(dtype)
+        samples += len(labels)
+        after_batch()
     counts = torch.full((len(models), 1), samples, device=runtime.device, dtype=dtype)
     totals = torch.cat([torch.stack(list(sums.values())), counts], 1)
-    totals = runtime.sum_over_ranks(totals).tolist()  # the only host read: a GPU is never waited for before
+    totals = runtime.sum_over_ranks(totals).tolist()  # the only host read of this function
     return {name: _result(*total) for name, total in zip(models, totals, strict=True)}
 
 
@@ -464,13 +453,3 @@ def flipped_logits(model: nn.Module, images: Tensor, logits: Tensor, runtime: Ru
 def _result(loss: float, top1: float, top5: float, samples: float) -> EvalResult:
     n = samples or math.nan  # all images may be bad and left out
     return EvalResult(loss / n, 100 * top1 / n, 100 * top5 / n, int(samples))
-
-
-class EarlyStopping:
-    """Stop when `patience` validations at the last size in a row have not improved the best score."""
-
-    def __init__(self, patience: int | None):
-        self.patience = patience
-
-    def should_stop(self, validations_since_best: int) -> bool:
-        return self.patience is not None and validations_since_best >= self.patience

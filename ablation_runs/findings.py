@@ -18,8 +18,8 @@ from ablation_runs.study import Study
 from ablation_runs.tables import Table
 from analysis import figures
 from base import errors, files, flags
+from base.process import ROOT
 
-ROOT = PUBLISHED.parent.parent
 PAGES = (ROOT / "README.md", ROOT / "ablation_runs" / "README.md")
 PICTURE = PUBLISHED.parent / "overview.png"
 Published = list[tuple[Study, str, list[Result]]]  # study, preset, runs
@@ -69,6 +69,8 @@ def short(study: Study, runs: list[Result]) -> str:
     for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED):
         if named := summary.named(compared, verdict):
             words.append(f"{verdict}{'' if words else than}: {', '.join(named)}")
+    if others := [f"{name} {d.mean:+.1f}" for name, d in compared.items() if name not in study.primary]:
+        words.append(f"not planned, in points: {', '.join(others)}")
     for f in results.false_verdicts(runs, study)[:1]:
         words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
     return "; ".join(words) or summary.conclusion(study, runs)

@@ -37,7 +37,7 @@ class Difference:
 
 
 def compare(differences: np.ndarray, floor: float = 0.0) -> list[Difference]:
-    """Return the `Difference` of each row of `differences` (k, n); its verdict needs three witnesses.
+    """Return the `Difference` of each row of `differences` (k, n); its verdict needs three tests that agree.
 
     A row is BETTER or WORSE if it has MIN_PAIRS pairs, its adjusted p is at most ALPHA, and both intervals
     exclude zero. floor: the smallest standard deviation that is believed, one validation image.

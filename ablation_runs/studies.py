@@ -261,7 +261,7 @@ AUGMENTATION = Study(
 OPTIMIZERS = Study(
     name="optimizers",
     source="004",
-    question="Which optimizer trains ResNet-34 on CIFAR-100 best, each at a usual learning rate?",
+    question="Which optimizer trains ResNet-34 on CIFAR-100 best, each at one usual, untuned setting?",
     variants={
         "adam": {},
         "sgd": SGD | {"weight_decay": 5e-4},

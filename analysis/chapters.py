@@ -125,7 +125,7 @@ def steps(runs: Sequence[RunFiles]) -> list[Section]:
 
 
 def epochs_table(run: RunFiles) -> Markup:
-    columns = [name for name in run.rows[0] if name not in ("better", "best")]
+    columns = [name for name in run.rows[0] if name != "best"]
 
     def cell(name: str, value: object) -> str:
         if not isinstance(value, float):

@@ -338,13 +338,10 @@ def recalibrate(model: nn.Module, batches: Labelled, runtime: Runtime) -> nn.Mod
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     if not norms:
         raise UsageError("--recalibrate-bn: this architecture has no BatchNorm", "leave it out")
-    momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches
         norm.train()
     for images, _ in batches:
         logits_of(model, images, runtime)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
     return model.eval()

@@ -57,7 +57,7 @@ FREE_ON_RESUME = frozenset({
 })  # fmt: skip
 # Of these, the ones that decide what a new run learns.
 OF_A_START = frozenset({"data_dir", "init_from", "reset_head"})
-# What does not tell two runs apart: their data, not the path of it, does.
+# Flags that do not distinguish two runs. Their data do, the path to it does not.
 SAME_TRAINING = FREE_ON_RESUME - OF_A_START | {"data_dir"}
 PHASE_LISTS = ("phase_epochs", "phase_batch_sizes", "phase_mix", "phase_augment")  # an entry for each size
 
@@ -132,7 +132,8 @@ MODEL = (
          idle=idle.torchvision_arch),
     Flag("head", "Classifier: 1x1 convolution or linear layer.", ("conv", "linear"), "conv", "NAME",
          idle=idle.torchvision_arch),
-    Flag("stem", "First layers: small is one 3x3 convolution, for 32 px images; d is ResNet-D's.",
+    Flag("stem", "First layers: small is one 3x3 convolution, for 32 px images; d is that of ResNet-D, with "
+         "its average pools in the shortcuts.",
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
     Flag("width", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
          "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
@@ -171,7 +172,7 @@ OPTIMIZATION = (
     Flag("optimizer", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
          "others.", OPTIMIZERS, "adamw", "NAME"),
     Flag("lr", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
-    Flag("backbone_lr", "Factor of the learning rate for all layers below the classifier.",
+    Flag("backbone_lr", "Multiply the learning rate of all layers below the classifier by F.",
          above_zero, 1.0, "F"),
     Flag("momentum", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
          unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and "it is for sgd and rmsprop"),
@@ -222,7 +223,8 @@ AVERAGE = (
 )
 DEVICE_AND_PRECISION = (
     Flag("device", "Device: auto, cpu, cuda, cuda:1 or mps.", str, "auto", "NAME"),
-    Flag("amp", "Mixed precision; auto enables it where it is faster.",
+    Flag("amp", "Mixed precision; auto enables it where it is faster. off is float32, on NVIDIA GPUs with "
+         "TF32.",
          ("auto", "bf16", "fp16", "off"), "auto", "TYPE"),
 )
 DEVICE = (
@@ -230,8 +232,8 @@ DEVICE = (
     Flag("seed", "Random seed.", number(int, 0, 2**32 - 1), 0, "N"),
     Flag("compile", "Compile the training forward and backward passes with torch.compile.",
          unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
-    Flag("cuda_graphs", "Compile, and launch each pass as one CUDA graph: faster where kernels "
-         "run shorter than their launches, as at small sizes. One GPU."),
+    Flag("cuda_graphs", "Compile, and launch each pass as one CUDA graph: faster where launching "
+         "a kernel takes longer than running it, as at small sizes. One GPU."),
     Flag("deterministic", "Use deterministic kernels only."),
     Flag("sync_bn", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )
@@ -243,7 +245,8 @@ SAVING = (
     Flag("allow_change", "Flags that may differ from those of the resumed run.",
          listing(str), (), "FLAG,...", idle=lambda c: not c.resume and "it needs --resume"),
     Flag("overwrite", "Delete the run that --save-dir holds."),
-    Flag("save_every", "Save every N epochs; or after N minutes or seconds, and after every epoch.",
+    Flag("save_every", "Save every N epochs. Nmin or Ns: after every epoch, and whenever so many "
+         "minutes or seconds have passed.",
          save_interval, (1, "ep"), "N|Nmin|Ns",
          idle=lambda c: c.epochs == 1 and c.save_every[1] == "ep" and "the only epoch is saved anyway"),
     Flag("stop_after", "Save and stop after this step, as a stop signal would.",
@@ -252,12 +255,12 @@ SAVING = (
 SCORING = (
     Flag("eval_every", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
-    Flag("cache_eval", "Decode the images to be scored only once: keep their crops in --save-dir "
-         "until the run is complete. Prints the disk space first."),
+    Flag("cache_eval", "Decode each validation image once, and keep its crop in --save-dir until "
+         "the run is complete. Prints the disk space first."),
     Flag("eval_size", "Image size to score at in every epoch, instead of that of the phase.",
          pixels, None, "PX"),
-    Flag("eval_crop", "Share of the short side that is scored, and trained on without a random "
-         "crop; by default 0.875, or 1 for data at its native size, such as CIFAR at 32 px.",
+    Flag("eval_crop", "Share of the short side that is scored; training without rrc or padcrop "
+         "uses it too. By default 0.875, or 1 for data at its native size, such as CIFAR at 32 px.",
          share, None, "F"),
     Flag("eval_flip", "Score the mean logits of each image and its mirror image."),
     Flag("early_stop_patience", "Stop after N validations at the last size without a better score.",
@@ -472,7 +475,7 @@ def check_train(config: Any, given: Given) -> list[str]:
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
     unfit = ", ".join(map(dashed, given.unfit))
-    unfit = unfit and f"note: {unfit} of the file left out: not an entry for each typed size"
+    unfit = unfit and f"note: {unfit} of the file is ignored: it needs one entry for each image size"
     return [*notes, *filter(None, [unfit, workers_note(config, given)])]
 
 

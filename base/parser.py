@@ -41,7 +41,7 @@ def dashed(name: str) -> str:
 
 
 def shown(action: argparse.Action) -> list[str]:
-    """Return how an argument is written; of a switch that is off by default, --no-x only undoes a file's x."""
+    """Return how an argument is written. Of a switch that is off by default, only --x: --no-x is rare."""
     return action.option_strings[: 1 if isinstance(action, Switch) and not action.default else None]
 
 

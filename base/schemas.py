@@ -127,7 +127,7 @@ COLUMNS = {  # of metrics.jsonl
     "train_loss": float | None, "train_top1": Percent | None,
     "val_loss": float | None, "val_top1": Percent | None, "val_top5": Percent | None,
     "ema_val_loss": float | None, "ema_val_top1": Percent | None, "ema_val_top5": Percent | None,
-    "better": Literal["ema", "raw"] | None, "images_per_second": NotNegative | None,
+    "images_per_second": NotNegative | None,
     "data_wait_percent": NotNegative | None, "seconds": NotNegative | None, "bad_steps": Count | None,
     "bad_images": Count | None, "best": bool | None,
 }  # fmt: skip

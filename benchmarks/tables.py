@@ -7,6 +7,7 @@ To publish results, copy the .jsonl files of an --out to benchmarks/results/<mac
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 from collections import Counter
@@ -121,7 +122,8 @@ def gpu_tests(rows: Rows) -> tuple[Table, Rows]:
     return columns(used, {name: name for name in ("passed", "failed", "skipped")})
 
 
-STEP = {"px": "size", "batch": "batch_size", "loop": "name", "images/s": "images_per_second"}
+STEP = {"px": "size", "batch": "batch_size"}
+SPEED = {"images/s": "images_per_second"}
 COMPARED = {"x bare": "times_bare", "x timm": "times_timm"}
 
 
@@ -131,21 +133,24 @@ def step(rows: Rows) -> tuple[Table, Rows]:
     used.sort(key=lambda row: row["size"])  # stable: the loops stay in their order
     counted = {"kernels": "kernels", "GPU busy %": "busy_percent", "waits": "waits"}
     eager = {"x eager's speed": "times_faster_than_default"}
-    return columns(used, STEP | {"ms": "milliseconds"} | COMPARED | eager | counted)
+    # Only ratios can be compared between visits, which were to different machines of one kind.
+    speed = SPEED | {"ms": "milliseconds"} if len({row["commit"] for row in used}) == 1 else {}
+    return columns(used, STEP | {"loop": "name"} | speed | COMPARED | eager | counted)
 
 
 def large_batches(rows: Rows) -> tuple[Table, Rows]:
     used = [r for r in rows if r["benchmark"] == "step" and (r["loop"], r["variant"]) == ("project", "")]
+    used = [row for row in used if not is_documents(row)]
     full = [row for row in of_part(rows, "large-batches") if not row["fits"]]
     used += [row | {"images_per_second": "does not fit"} for row in full]
     used.sort(key=lambda row: (row["size"], row["batch_size"]))
-    cells = STEP | COMPARED | {"memory, MiB": "memory_mib"}
-    return columns(used, {heading: key for heading, key in cells.items() if heading != "loop"})
+    return columns(used, STEP | SPEED | COMPARED | {"memory, MiB": "memory_mib"})
 
 
 def syncs(rows: Rows) -> tuple[Table, Rows]:
-    cells = {"run": "run", "from": "place", "waits": "count", "steps": "steps", "a step": "per_step"}
-    return columns(of_part(rows, "syncs"), cells)
+    cells = {"run": "run", "from": "where", "waits": "count", "steps": "steps", "a step": "per_step"}
+    used = of_part(rows, "syncs")  # lines move from commit to commit
+    return columns([row | {"where": re.sub(r":\d+", "", row["place"])} for row in used], cells)
 
 
 def loader(rows: Rows) -> tuple[Table, Rows]:
@@ -163,23 +168,18 @@ def loader(rows: Rows) -> tuple[Table, Rows]:
 
 
 def whole_run(rows: Rows) -> tuple[Table, Rows]:
-    """train.py as a whole beside the step alone, and what its rate means for the documents' 90 epochs."""
+    """train.py as a whole, and what its rate means for the documents' 90 epochs."""
     used = of_part(rows, "whole-run")
-    alone = {}
-    for row in rows:
-        if row["benchmark"] == "step" and (row["loop"], row["variant"]) == ("project", ""):
-            alone[row["size"], row["batch_size"]] = row["images_per_second"]
     lines, hours = [], Counter()
     for row in used:
         name, size, batch_size, rate = (
             row[key] for key in ("run", "size", "batch_size", "images_per_second")
         )
-        step_alone = alone.get((size, batch_size)) if name == "defaults" else None
         took = row["epochs_of_90"] * IMAGENET / rate / 3600
         hours[name] += took
-        cells = [size, batch_size, rate, step_alone, row["data_wait_percent"], row["epochs_of_90"], took]
+        cells = [size, batch_size, rate, row["data_wait_percent"], row["epochs_of_90"], took]
         lines.append([name, *cells, hours[name]])
-    header = ["run", "px", "batch", "images/s", "the step alone", "waits for data, %", "of 90 epochs"]
+    header = ["run", "px", "batch", "images/s", "waits for data, %", "of 90 epochs"]
     return [[*header, "hours of ImageNet", "hours so far"], *lines], used
 
 

@@ -34,7 +34,7 @@ from sources.archives import pretrained
 from sources.imagenet import ilsvrc_names
 from sources.images import TrainTransform, default_crop
 from sources.index import DatasetIndex, FileSplit, read_class_weights, training_sample
-from train_utils import BatchNormBuffers, EarlyStopping, Phase, StepOptions, TrainState, plan, smallest_piece
+from train_utils import BatchNormBuffers, Phase, StepOptions, TrainState, plan, smallest_piece
 
 
 def open_runtime(config) -> Runtime:
@@ -119,7 +119,7 @@ def build(
         save_dir=save_dir,
         checkpoint_name=rundir.checkpoint_name(config.arch, index.name),
         metadata=metadata(config, index, runtime, phases) | ({"run": run_id} if run_id else {}),
-        early=EarlyStopping(config.early_stop_patience),
+        patience=config.early_stop_patience,
         eval_every=config.eval_every,
         eval_size=config.eval_size,
         eval_crop=config.eval_crop,

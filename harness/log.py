@@ -100,7 +100,7 @@ class MetricLogger:
         plot: bool = False,
     ):
         self.run_dir, self.path, self.enabled = run_dir, run_dir / "metrics.jsonl", enabled
-        self.plot, self.plotted = plot and enabled, -math.inf
+        self.plot, self.plotted, self.drawing = plot and enabled, -math.inf, None
         self.steps = StepLog(run_dir / "steps.jsonl", log_every if enabled else 0)
         self.board, self.trackers = None, []
         if not enabled:
@@ -140,19 +140,31 @@ class MetricLogger:
     def draw(self, now: bool = False) -> None:
         """Draw the learning curves if --plot was given: at most once a minute, unless `now`.
 
-        Runs in another process, so that a failing plot cannot end the run.
+        Runs in another process meanwhile, so that a plot can neither delay nor end the run.
         """
         if not self.plot or not (now or time.monotonic() - self.plotted >= 60):
             return
+        self._finish_drawing()  # that of a minute ago
         self.plotted = time.monotonic()
         command = [sys.executable, "-m", "analysis.plots", str(self.run_dir.resolve())]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["no reason given"]
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        # In its own session, it does not get the Ctrl-C that stops the run.
+        self.drawing = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **silent)
+        if now:
+            self._finish_drawing()
+
+    def _finish_drawing(self) -> None:
+        if self.drawing is None:
+            return
+        _, errors = self.drawing.communicate()
+        if self.drawing.returncode:
+            lines = errors.strip().splitlines() or ["no reason given"]
             reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
             say(f"WARNING: no plots: {reason}")
+        self.drawing = None
 
     def close(self) -> None:
+        self._finish_drawing()
         self.steps.close()
         _close(self.board)
         for tracker in self.trackers:

@@ -189,7 +189,7 @@ def try_step(
     run: Run, options: StepOptions, phase: Phase, images: int, forward: Callable[[Tensor], Tensor]
 ) -> None:
     """Run `forward` and backward on `images` blank images in training mode, and restore everything."""
-    model, device, was_training = run.state.model, run.runtime.device, run.state.model.training
+    model, device = run.state.model, run.runtime.device
     side, classes = phase.image_size, len(run.index.classes)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -204,7 +204,6 @@ def try_step(
             run.state.optimizer.zero_grad(set_to_none=True)
             for buffer, before in buffers:
                 buffer.copy_(before)
-            model.train(was_training)
 
 
 def largest_fitting(images: int, attempt: Callable[[int], None]) -> int:

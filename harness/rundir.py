@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from base.config_file import from_file
 from base.errors import CheckpointError, ResourceError, UsageError, did_you_mean, doing, nearest_path
 from base.files import replacing
-from base.flags import FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
+from base.flags import DATASET, FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
 from base.parser import parse_augment
 from base.process import say
 
@@ -38,13 +38,10 @@ OLD_PARTIALS = ("config", "env", "metrics")  # earlier versions wrote config.par
 EVAL_CROPS = "eval_crops"  # the folder of --cache-eval
 PLOTS = ("curves", "steps", "lr", "batch", "gradcam", "gradcam_misclassified", "misclassified", "kernels",
          "filtered", "feature_maps", "stride_padding", "loss_landscape")  # fmt: skip
-DATA_FLAGS = ("data_dir", "dataset", "split", "class_list", "allow_class_mismatch", "classes",
-              "holdout", "subset", "subset_size")  # fmt: skip
 # Flags about a single start of a run: never taken from a checkpoint.
 START_FLAGS = {"resume", "overwrite", "allow_change", "save_dir", "stop_after", "dry_run", "summary", "debug",
                "config"}  # fmt: skip
-# Of flags that are missing in a checkpoint of an earlier version, because there was one behaviour, which is
-# not the default now.
+# Values of flags that old checkpoints lack, where the default is another one now.
 OLD_VALUES = {"eval_crop": 0.875}
 # These decide which step belongs to which epoch.
 PLAN_FLAGS = ("epochs", "batch_size", "resize_schedule", "phase_epochs", "phase_batch_sizes")
@@ -229,7 +226,8 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
     saved = parse_saved_flags(saved)
     if "dataset" in typed and config.dataset != saved["dataset"]:
         saved |= {name: defaults()[name] for name in ("split", "class_list")}
-    return make_config(plain(config) | {name: saved[name] for name in DATA_FLAGS if name not in typed})
+    names = {flag.name for flag in DATASET} - typed
+    return make_config(plain(config) | {name: saved[name] for name in names})
 
 
 def as_trained(index: DatasetIndex, saved: dict) -> DatasetIndex:
@@ -424,7 +422,7 @@ def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
         if same_best and found.get("run") == saved.get("run"):
             checkpoint.save(target, found | {"run": run_id})
             return
-    say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: it is not beside {resume}")
+    say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: {resume} has none beside it")
 
 
 def copy_steps(saved: dict, resume: str, target: Path) -> None:
@@ -556,7 +554,7 @@ def _lock(directory: Path) -> FileLock:
 
 
 def _sign(lock: FileLock) -> None:
-    """Write who holds the lock into it, for the error of a second run. (On Windows this is not possible.)"""
+    """Write who holds the lock into it, for the error of a second run."""
     flags = os.O_WRONLY | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     with suppress(OSError), open(os.open(lock.lock_file, flags), "w") as file:
         file.write(f"pid {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M')}")

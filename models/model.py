@@ -27,7 +27,7 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool):
+    def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool, pooled: bool):
         super().__init__()
         blurred = use_blurpool and stride > 1
         # The first convolution strides; with BlurPool, the blur after it does.
@@ -36,7 +36,7 @@ class BasicBlock(nn.Module):
         self.blur = Blur(width) if blurred else nn.Identity()
         self.conv2 = conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
-        self.downsample = downsample(in_channels, width, stride, blurred)
+        self.downsample = downsample(in_channels, width, stride, blurred, pooled)
         self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool):
+    def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool, pooled: bool):
         super().__init__()
         blurred = use_blurpool and stride > 1
         self.conv1 = conv(in_channels, width, 1)
@@ -63,7 +63,7 @@ class Bottleneck(nn.Module):
         self.blur = Blur(width) if blurred else nn.Identity()
         self.conv3 = conv(width, width * self.expansion, 1)
         self.bn3 = nn.BatchNorm2d(width * self.expansion)
-        self.downsample = downsample(in_channels, width * self.expansion, stride, blurred)
+        self.downsample = downsample(in_channels, width * self.expansion, stride, blurred, pooled)
         self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class PreActBottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool):
+    def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool, pooled: bool):
         super().__init__()
         blurred = use_blurpool and stride > 1
         self.bn1 = nn.BatchNorm2d(in_channels)
@@ -94,7 +94,8 @@ class PreActBottleneck(nn.Module):
         self.bn3 = nn.BatchNorm2d(width)
         self.blur = Blur(width) if blurred else nn.Identity()
         self.conv3 = conv(width, width * self.expansion, 1)
-        self.downsample = downsample(in_channels, width * self.expansion, stride, blurred, norm=False)
+        out_channels = width * self.expansion
+        self.downsample = downsample(in_channels, out_channels, stride, blurred, pooled, norm=False)
         self.drop_path = DropPath()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,15 +109,20 @@ class PreActBottleneck(nn.Module):
 
 
 def downsample(
-    in_channels: int, out_channels: int, stride: int, blurred: bool, norm: bool = True
+    in_channels: int, out_channels: int, stride: int, blurred: bool, pooled: bool, norm: bool = True
 ) -> nn.Module:
-    """Return the shortcut of a block: the identity if the shapes agree, else a 1x1 projection."""
+    """Return the shortcut of a block: the identity if the shapes agree, else a 1x1 projection.
+
+    A strided one drops three quarters of its input, unless it is `blurred`, or `pooled` as in ResNet-D.
+    """
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     layers = OrderedDict()
     if blurred:
         layers["blur"] = Blur(in_channels)  # named, so that the other keys stay torchvision's
-    layers["0"] = conv(in_channels, out_channels, 1, 1 if blurred else stride)
+    elif pooled and stride > 1:
+        layers["pool"] = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+    layers["0"] = conv(in_channels, out_channels, 1, 1 if blurred or pooled else stride)
     if norm:
         layers["1"] = nn.BatchNorm2d(out_channels)
     return nn.Sequential(layers)
@@ -131,7 +137,8 @@ class ResNet(nn.Module):
     use_blurpool:   low-pass filter before every subsampling, see `layers.Blur`
     head:           "conv" (1x1 convolution) or "linear"; their weights differ only in shape
     stem:           "imagenet" (7x7 stride 2, pool), "small" (3x3, no pool; for images of about 32 px) or
-                    "d" (three 3x3 instead of the 7x7, https://arxiv.org/abs/1812.01187)
+                    "d" for a ResNet-D: three 3x3 instead of the 7x7, and average pools in the shortcuts
+                    (https://arxiv.org/abs/1812.01187)
     base_width:     channels of the first stage's convolutions; each later stage doubles them
     """
 
@@ -156,7 +163,7 @@ class ResNet(nn.Module):
             strides = [1 if stage == 0 else 2] + [1] * (depth - 1)
             blocks = []
             for stride in strides:
-                blocks.append(block(channels, width, stride, use_blurpool))
+                blocks.append(block(channels, width, stride, use_blurpool, pooled=stem == "d"))
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self._init_weights(block)

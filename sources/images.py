@@ -147,7 +147,7 @@ def _refuse_truncated(data: bytes, name: str) -> None:
     except Exception:  # as in _decode_strictly; Pillow detects some kinds of missing data itself
         whole = False
     if not whole:
-        raise BadImage(name, "the picture is not whole: its data end early")
+        raise BadImage(name, "the image is truncated")
 
 
 def _outline(data: bytes) -> bytes:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 from base.errors import DataError, UsageError, did_you_mean, nearest_path
 from base.flags import DATASETS
-from base.idle import WITH_CLASS_LIST
+from base.idle import NO_FILES, WITH_CLASS_LIST
 from sources import folders
 from sources.index import DatasetIndex, first_classes, hold_out, take_subset
 
 ON_DISK = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10")
-ELSEWHERE = ("digits", "synthetic", "hf")
 WITH_ARGUMENT = ("synthetic", "hf")  # written after a colon: hf:<name>
 NO_DATA = (
     "name your images with --data-dir; or try python train.py --config digits (--dataset digits needs no "
@@ -54,9 +53,9 @@ def open_dataset(
     Raises UsageError for unknown or impossible values, and DataError for missing, damaged or unexpected data.
     """
     kind, colon, _ = dataset.partition(":")
-    if kind not in ON_DISK + ELSEWHERE or (colon and kind not in WITH_ARGUMENT):
+    if kind not in ON_DISK + NO_FILES or (colon and kind not in WITH_ARGUMENT):
         hint = f"--data-dir {dataset}? " if os.path.isdir(dataset) else ""
-        hint = f"did you mean {hint}" if hint else did_you_mean(dataset, ON_DISK + ELSEWHERE)
+        hint = f"did you mean {hint}" if hint else did_you_mean(dataset, ON_DISK + NO_FILES)
         raise UsageError(f"--dataset {dataset}: unknown dataset", f"{hint}use one of {DATASETS}")
     if split != "official" and dataset != "tiny-imagenet":
         what = f"--split {split} does not apply to --dataset {dataset}"

@@ -53,7 +53,7 @@ def look(make_config: Callable) -> tuple:
         deterministic = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(False)
     scoring = (run.eval_every, run.eval_size, run.eval_crop, run.eval_flip)
-    values = (scoring, run.early.patience, run.save_every, run.stop_after, run.runtime, deterministic)
+    values = (scoring, run.patience, run.save_every, run.stop_after, run.runtime, deterministic)
     steps = trace(run, run.phases[0])
     for _ in range(6):  # enough for plateau: a loss that is best, and five that are no better
         run.state.schedule.observe(1.0)

@@ -149,6 +149,25 @@ def test_it_trains_in_bf16_and_channels_last(blur):
     assert model.conv1.weight.grad.abs().max() > 0 and model.fc.weight.grad.abs().max() > 0
 
 
+def test_stem_d_is_resnet_d():
+    """timm's resnet50d has as many parameters, and https://arxiv.org/abs/1812.01187 the same shortcuts."""
+    model = resnet50(1000, head="linear", stem="d")
+    assert sum(p.numel() for p in model.parameters()) == 25_576_264
+    assert resnet50(1000, stem="d").state_dict().keys() - resnet50(1000).state_dict().keys() == {
+        f"conv1.{key}" for key in model.conv1.state_dict()
+    }
+    shortcut, maps = model.layer2[0].downsample.eval().double(), torch.randn(2, 256, 6, 7).double()
+    pooled = torch.empty(2, 256, 3, 4).double()
+    for i in range(3):
+        for j in range(4):  # the last column has one pixel of two
+            pooled[:, :, i, j] = maps[:, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2].mean((2, 3))
+    projected = torch.einsum("ok,nkij->noij", shortcut[1].weight[:, :, 0, 0], pooled)
+    norm = shortcut[2]
+    torch.testing.assert_close(shortcut(maps), projected / (1 + norm.eps) ** 0.5, rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(m, nn.AvgPool2d) for m in resnet50(1000).modules())
+    assert not any(isinstance(m, nn.AvgPool2d) for m in resnet50(2, 0.0, True, stem="d").modules())
+
+
 def test_heads_and_stems_that_do_not_exist_are_named():
     with pytest.raises(UsageError, match="no head 'mlp'"):
         resnet18(3, head="mlp")

@@ -259,19 +259,24 @@ def test_a_checkpoint_of_another_version_lacks_flags_or_has_some_that_are_named(
     assert caught.value.exit_code == 4
 
 
-def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, monkeypatch):
-    drawn, real = [], subprocess.run
+def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, monkeypatch, capsys):
+    drawn, real, instead = [], subprocess.Popen, ["true"]
 
-    def run(command, **options):
-        if "analysis.plots" not in command:
-            return real(command, **options)
-        drawn.append(command[-1])
-        return subprocess.CompletedProcess(command, 0)
+    class Popen(real):
+        def __init__(self, command, **options):
+            if "analysis.plots" in command:
+                drawn.append(command[-1])
+                command = instead
+            super().__init__(command, **options)
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
     arguments = [*TINY, "--save-dir", str(tmp_path)]
     assert train.main(arguments) == 0 and drawn == []
     assert train.main([*arguments, "--overwrite", "--plot"]) == 0 and drawn == [str(tmp_path)] * 2
+    assert "WARNING" not in capsys.readouterr().out
+    instead[:] = ["sh", "-c", "echo error: no ink >&2; exit 3"]
+    assert train.main([*arguments, "--overwrite", "--plot"]) == 0
+    assert capsys.readouterr().out.count("WARNING: no plots: error: no ink") == 2
 
 
 def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
