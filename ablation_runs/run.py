@@ -108,7 +108,8 @@ def chosen_runs(args, extra: Flags) -> list[Run]:
         raise UsageError(what, f"{hint}choose from {', '.join(study.variants)}")
     part, parts = args.shard
     variants = args.variants or study.variants
-    runs = study.runs(args.preset, study.seeds[:2] if args.pilot else args.seeds, extra)
+    seeds = study.seeds[:2] if args.pilot else tuple(dict.fromkeys(args.seeds))
+    runs = study.runs(args.preset, seeds, extra)
     return [run for run in runs if run.variant in variants][part - 1 :: parts]
 
 
