@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 
-from base import errors, flags, process
+from base import errors, flags, idle, process
 from base.errors import DataError, ResourceError, UsageError, doing
 from base.flags import Flag
 from base.progress import Progress
@@ -34,7 +34,8 @@ def adds_crops(args) -> bool:
     """Return whether --out is the packed --data-dir, to which only evaluation crops are added."""
     manifest = os.path.join(args.data_dir, "manifest.json")
     same = os.path.realpath(args.data_dir) == os.path.realpath(args.out or ".")
-    return bool(args.out) and same and os.path.isfile(manifest)
+    on_disk = idle.dataset_kind(args) not in idle.NO_FILES
+    return bool(args.out) and same and on_disk and os.path.isfile(manifest)
 
 
 def verifies(args) -> flags.Reason:
@@ -46,8 +47,18 @@ def packs_nothing(args) -> flags.Reason:
     return verifies(args) or (adds_crops(args) and adding)
 
 
+def resizes_nothing(args) -> flags.Reason:
+    all_raw = {*args.stored_sides} <= {*args.raw_sides}
+    return packs_nothing(args) or (all_raw and "every side is stored as pixels")
+
+
 def stores_no_crops(args) -> flags.Reason:
     return verifies(args) or (args.eval_sizes == () and "--eval-sizes none stores no crops")
+
+
+def adds_nothing(args) -> flags.Reason:
+    nothing = adds_crops(args) and args.eval_sizes == ()
+    return verifies(args) or (nothing and f"{args.out} is packed already, and only crops can be added to it")
 
 
 # fmt: off
@@ -60,11 +71,12 @@ PACKING = (
          "several times as fast. For ImageNet, 96 takes 49 GB.",
          flags.listing(flags.pixels), (), "PX,PX,...", idle=packs_nothing),
     Flag("quality", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q",
-         idle=packs_nothing),
+         idle=resizes_nothing),
     Flag("eval_sizes", "Sizes in px of the evaluation crops to store, for validation images and the "
          "sample of train_top1; none stores none. By default 0.7 of each stored side, cut to a multiple of "
          "32 (64,128,224); none for data of one small size.",
-         eval_sizes, None, "PX,PX,...", idle=verifies),
+         eval_sizes, None, "PX,PX,...",
+         idle=adds_nothing),
     Flag("eval_crop", "Share of the resized image in these crops, like --eval-crop of train.py; by "
          "default 0.875.",
          flags.number(float, 0, 1, open_low=True), None, "F", idle=stores_no_crops),
@@ -90,7 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.verify == bool(args.out):
         raise UsageError("give either --out or --verify", "--out DIR packs the dataset, --verify checks it")
     notes, adding = check(args, given), adds_crops(args)
-    doing(f"reading the list of images in {args.data_dir}")
+    generated = idle.dataset_kind(args) in idle.NO_FILES
+    doing(f"reading the list of images {'of ' + args.dataset if generated else 'in ' + args.data_dir}")
     index = open_index(args)
     for note in (*notes, *index.notes):
         print(note)
@@ -101,7 +114,18 @@ def main(argv: list[str] | None = None) -> int:
     folders.check_outside(index, args.out, "--out")
 
     sides = index.train.manifest["sides"] if adding else (*args.stored_sides, *args.raw_sides)
+    largest = (
+        0 if adding or index.native_size else max(getattr(index.train, "manifest", {}).get("sides", [0]))
+    )
+    if small := [side for side in sides if 0 < largest < side]:
+        wanted = ",".join(map(str, small))
+        print(
+            f"note: {args.data_dir} has copies of {largest} px at most, so those of {wanted} px are no larger"
+        )
     crops = crop_settings(index, args, sides)
+    if args.eval_crop and not crops:
+        what = "--eval-crop would do nothing: by default, data of one small size gets no evaluation crops"
+        raise UsageError(what, "name their sizes: --eval-sizes PX,PX")
     if adding:
         with _locked(args.out):
             add_crops(args.out, crops, args.workers)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from base import files, flags, process
-from base.errors import DataError, UsageError, doing, printable, run, tell
+from base.errors import DataError, UsageError, doing, one_line, run, tell
 
 EPILOG = """examples:
   python predict.py checkpoints/best_resnet50_imagenet_1k.pt cat.jpg photos/
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"written and checked: {path}, described in {card}")
     if bad:
         for path, reason in bad:
-            tell(f"bad image {path}: {reason}")
+            tell(f"bad image {one_line(path)}: {reason}")
         raise DataError(
             f"{len(bad)} of {len(found) + len(bad)} images could not be used, see above",
             "replace them or leave them out; all others have predictions",
@@ -120,7 +120,9 @@ def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]
                 subfolders.clear()
                 continue
             seen.add(place)
-            subfolders.sort()
+            # As in training: hidden folders are not read, and of two names for one, the link comes last.
+            visible = [sub for sub in subfolders if not sub.startswith(".")]
+            subfolders[:] = sorted(visible, key=lambda sub: (os.path.islink(os.path.join(folder, sub)), sub))
             inside += [os.path.join(folder, e) for e in sorted(entries) if is_image(os.fsencode(e))]
             others += map(os.fsencode, entries)
         paths += inside
@@ -160,12 +162,12 @@ def write_predictions(classifier, found: list[dict], bad: list, config, say) -> 
 
 
 def print_table(found: list[dict]) -> None:
-    width = max((len(printable(image["file"])) for image in found), default=0)
+    width = max((len(one_line(image["file"])) for image in found), default=0)
     for image in found:
-        file = printable(image["file"])
+        file = one_line(image["file"])
         for each in image["predictions"]:
-            folder = "" if each["name"] == each["class"] else f"  ({each['class']})"
-            print(f"{file:<{width}}  {100 * each['probability']:>6.2f} %  {each['name']}{folder}")
+            folder = "" if each["name"] == each["class"] else f"  ({one_line(each['class'])})"
+            print(f"{file:<{width}}  {100 * each['probability']:>6.2f} %  {one_line(each['name'])}{folder}")
             file = ""
 
 

@@ -33,7 +33,8 @@ SCORES = (
                f"Also score with BatchNorm statistics re-estimated on {RECALIBRATION_IMAGES:,} training "
                "images."),
     flags.Flag("save_hits", "Also write hits.npz: which images each set of weights gets right."),
-    flags.Flag("out", "Output directory; by default validation/ beside the checkpoint, with "
+    flags.Flag("out", "Output directory; by default validation/ beside the checkpoint, for other data "
+               "validation_other_data/, with "
                "--average validation_average/ beside the last.", str, "", "DIR"),
     flags.Flag("json", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
 )
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     doing(f"loading torch and {', '.join(config.checkpoints)}")
     from analysis import predictions, scores, validation
     from base.device import init_runtime
+    from sources import folders
 
     say = tell if config.json == "-" else process.say
     runtime, checkpoints = init_runtime(config.device, config.amp), [Path(p) for p in config.checkpoints]
@@ -73,8 +75,13 @@ def main(argv: list[str] | None = None) -> int:
     if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
-    folder = "validation_average" if config.average else "validation"
-    out = files.make_directory(Path(config.out) if config.out else checkpoints[-1].parent / folder)
+    own = predictions.has_own_data(classifier)
+    if not own:
+        say("note: the run was validated on other images; it may have been trained on some of these")
+    folder = "validation" + "_average" * config.average + "_other_data" * (not own)
+    out = Path(config.out) if config.out else checkpoints[-1].parent / folder
+    folders.check_outside(classifier.index, out, "--out")
+    files.make_directory(out)
     results = []
     for size in sizes:
         results += validation.score(
@@ -110,6 +117,8 @@ def check(config, given: flags.Given) -> None:
         )
     for path in config.checkpoints:
         rundir.check_checkpoint(path)
+    if config.json not in ("", "-"):
+        files.check_output(config.json, "--json")
     if "data_dir" in given:
         layouts.check_dir(config.data_dir)
     if process.world_size() > 1:

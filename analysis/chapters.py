@@ -9,7 +9,15 @@ from pathlib import Path
 from analysis import learning_curves, step_curves
 from analysis.markdown import to_html
 from analysis.page import Markup, Section, chart, details, facts, image, join, page, section, table, tag
-from analysis.runs import SCORE_COLUMNS, RunFiles, changed_flags, differing_flags, phases, shown
+from analysis.runs import (
+    SCORE_COLUMNS,
+    RunFiles,
+    changed_flags,
+    differing_data,
+    differing_flags,
+    phases,
+    shown,
+)
 from base import flags
 from base.progress import duration
 
@@ -71,10 +79,13 @@ def overview(runs: Sequence[RunFiles]) -> Section:
     for name in differing_flags(runs):
         values = [shown(run.config[name]) if name in run.config else "?" for run in runs]
         rows.append([flag(name), *values])
+    rows += [[name, *(run.env.get(name, "?") for run in runs)] for name in differing_data(runs)]
     if rows:
-        content += [tag("h3", "Flags that differ"), table(["flag", *(run.name for run in runs)], rows)]
+        content += [tag("h3", "What differs"), table(["flag or data", *(run.name for run in runs)], rows)]
     else:
-        content.append(tag("p", "All flags that affect training are the same."))
+        content.append(
+            tag("p", "All flags that affect training are the same, and so is the number of images.")
+        )
     return section("Summary", "summary", *content)
 
 

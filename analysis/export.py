@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 
 from analysis.predictions import Classifier
-from base import files
+from base import files, flags
 from base.errors import UsageError, UserError, optional, printable
-from base.parser import dashed, typed_text
 from harness import checkpoint
 from models import build_model, describe_args
 from models.convert import to_torchvision
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 if all are smaller
 SHOWN = (
-    "epochs", "resize_schedule", "batch_size", "optimizer", "lr", "weight_decay", "schedule",
-    "augment", "phase_augment", "mixup_alpha", "cutmix_alpha", "label_smoothing", "drop_path_rate",
-    "ema_decay", "seed",
+    "pretrained", "init_from", "freeze_epochs", "epochs", "resize_schedule", "phase_epochs", "batch_size",
+    "phase_batch_sizes", "optimizer", "lr", "backbone_lr", "weight_decay", "schedule", "augment",
+    "phase_augment", "loss", "mixup_alpha", "cutmix_alpha", "label_smoothing", "drop_path_rate", "ema",
+    "ema_decay", "ema_half_life", "seed",
 )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ BLURPOOL = (
 def model_card(kind: str, name: str, classifier: Classifier, difference: float) -> str:
     """Return Markdown: what the model is, how to use it, its scores, and how it was trained."""
     payload, weights = classifier.payload, classifier.weights
-    data, args, flags = payload["eval"], payload["model_args"], payload["config"]
+    data, args = payload["eval"], payload["model_args"]
     size = data["image_size"]
     more = f", image_size={size}" if args["arch"].startswith("vit") else ""
     rows = enumerate(zip(data["classes"], data["class_names"], strict=True))
@@ -193,12 +193,18 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
         difference=difference,
         scores=_scores(payload, "ema_val" if weights == "ema" else "val"),
         flags="\n".join(
-            f"- `{dashed(name)} {typed_text(flags[name])}`" for name in SHOWN if flags.get(name) is not None
+            f"- `{word.replace('=', ' ', 1)}`" for word in flags.to_argv(settings(payload["config"]))
         ),
         commit=payload.get("commit") or "unknown",
         license=BLURPOOL if args.get("use_blurpool") else "",
         classes="\n".join(f"| {k} | {_cell(folder)} | {_cell(human)} |" for k, (folder, human) in rows),
     )
+
+
+def settings(saved: dict) -> dict:
+    """Return the flags of the training, `SHOWN` in this order, that had an effect."""
+    config = flags.make_config(flags.defaults() | saved)
+    return {name: getattr(config, name) for name in SHOWN if name not in flags.idle_flags(config)}
 
 
 def _scores(payload: dict, column: str) -> str:

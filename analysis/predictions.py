@@ -24,7 +24,7 @@ from base.progress import Progress
 from data_utils import hits
 from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalise
 from harness import checkpoint, rundir
-from sources import layouts
+from sources import folders, layouts
 from sources.images import BadImage, EvalTransform
 from sources.index import DatasetIndex, Names, Split, short_names
 from train_utils import flipped_logits, logits_of
@@ -203,6 +203,7 @@ def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Class
     if not needs_data:
         return classifier
     classifier = open_data(classifier, config, given)
+    folders.check_outside(classifier.index, getattr(config, "out", ""), "--out")
     known, found = list(classifier.classes), list(classifier.index.classes)
     if known != found:
         what = f"the model has {len(known)} classes, the data has {len(found)} (or others)"
@@ -218,6 +219,11 @@ def open_data(classifier: Classifier, config, given: flags.Given, say=process.sa
     for note in (*notes, *index.notes):
         say(note)
     return replace(classifier, index=index)
+
+
+def has_own_data(classifier: Classifier) -> bool:
+    """Return whether the classifier's data has the images that its run was validated on."""
+    return classifier.index.fingerprint()["val"] == classifier.payload["fingerprint"]["val"]
 
 
 def load(path: str, weights: str, runtime: Runtime) -> Classifier:

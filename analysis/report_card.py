@@ -15,7 +15,6 @@ EPILOG = """examples:
   python -m analysis.report_card runs/seed0 runs/seed1 runs/seed2 --out report_card.md"""
 NOTE = """Accuracy of the best epoch, in validation during training. Time of all epochs with their validation,
 without start-up and without the steps that a kill lost; price: {cost}."""
-DATA = ("dataset", "num_train", "num_val", "num_classes")  # in env.json
 COLUMNS = ("run", "seed", "epochs", "raw top-1 %", "EMA top-1 %", "time", "GPU hours", "price")
 SCORES = {"image_size": "px", "weights": "weights", "bn": "BatchNorm", "tta": "TTA", "crop": "crop",
           "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}  # fmt: skip
@@ -50,18 +49,18 @@ def card(runs: list, price: float | None) -> str:
 
     Raises UsageError if they differ in another flag: their mean would mean nothing.
     """
+    from analysis.runs import command, differing_data
+
     for other in runs[1:]:
         names = sorted((runs[0].config.keys() | other.config.keys()) - flags.SAME_TRAINING - {"seed"})
         differ = [flags.dashed(name) for name in names if runs[0].config.get(name) != other.config.get(name)]
-        differ += [name for name in DATA if runs[0].env.get(name) != other.env.get(name)]
+        differ += differing_data([runs[0], other])
         if differ:
             what = f"{other.name} and {runs[0].name} differ in {', '.join(differ)}"
             raise UsageError(what, "give the runs of one training, which differ in --seed only")
     seeds = [run.config["seed"] for run in runs if "seed" in run.config]
     if len(set(seeds)) < len(seeds):
         raise UsageError("two of the runs have the same --seed", "give runs of one training with other seeds")
-    from analysis.runs import command
-
     config, env = runs[0].config, runs[0].env
     rows = [row(run, price) for run in runs]
     cost = "not given" if price is None else f"{price:g} for a GPU hour"

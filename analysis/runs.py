@@ -17,6 +17,7 @@ from base import flags
 from base.errors import DataError
 from harness.log import read_metrics, read_steps
 
+DATA = ("dataset", "num_train", "num_val", "num_classes")  # in env.json
 SCORE_COLUMNS = ("run", "epochs", "best top-1 %", "at epoch", "hours")  # of `RunFiles.scores`
 
 
@@ -147,6 +148,11 @@ def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
     return [name for name in names if len({shown(r.config[name]) for r in runs if name in r.config}) > 1]
 
 
+def differing_data(runs: Sequence[RunFiles]) -> list[str]:
+    """Return the keys of env.json by which the runs did not have the same data."""
+    return [key for key in DATA if len({run.env[key] for run in runs if key in run.env}) > 1]
+
+
 def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
     """Return, for each run, the differing flags with a value that most other runs do not have."""
     unusual = [{} for _ in runs]
@@ -162,9 +168,11 @@ def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:
 
 def listing(runs: Sequence[RunFiles]) -> str:
     """Return the runs as an aligned text table, with the flags that set each of them apart."""
-    rows = [[*SCORE_COLUMNS, "flags that differ"]]
+    rows = [[*SCORE_COLUMNS, "what differs"]]
+    data = differing_data(runs)
     for run, unusual in zip(runs, unusual_flags(runs), strict=True):
-        rows.append([*run.scores(), " ".join(flags.to_argv(unusual))])
+        words = flags.to_argv(unusual) + [f"{key}={run.env.get(key, '?')}" for key in data]
+        rows.append([*run.scores(), " ".join(words)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(SCORE_COLUMNS))]
     return "\n".join("  ".join([*map(str.ljust, row, widths), row[-1]]).rstrip() for row in rows)
 

@@ -27,7 +27,8 @@ def model_labels(classifier: Classifier, say: Callable[[str], None]) -> list[int
     classes = classifier.index.classes
     if unknown := [name for name in classes if name not in known]:
         names = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
-        trained_on = f"{classifier.payload['eval']['dataset']}: {', '.join(classifier.classes[:5])}, ..."
+        trained_on = f"{classifier.payload['eval']['dataset']}: {', '.join(classifier.classes[:5])}"
+        trained_on += ", ..." * (len(classifier.classes) > 5)
         raise DataError(
             f"the model does not know {len(unknown)} of the data's {len(classes)} classes: {names} "
             f"(it was trained on {trained_on})",

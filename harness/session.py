@@ -122,12 +122,20 @@ def introduction(run: Run, config) -> str:
     lines += notes(config.use_blurpool)
     for p in run.phases:
         notes_of = ("" if p.mix else "  no mixing, no drop-path") + "  head only" * p.head_only
+        notes_of += enlarged(index, p.image_size)
         lines.append(
             f"epochs {p.first_epoch:>3}-{p.last_epoch:<3} {p.image_size:>4} px  batch {p.batch_size:>4}  "
             f"{p.steps:>9,} steps{notes_of}"
         )
     lines += filter(None, [run.scoring, crop_cache.note(run)])
     return "\n".join([*lines, run.table.heading()])
+
+
+def enlarged(index: DatasetIndex, image_size: int) -> str:
+    """Return a note if training at `image_size` px reads smaller copies than that of larger images, or ''."""
+    side = getattr(index.train.whole.for_size(image_size), "side", None)  # of packed data
+    small = side is not None and side < image_size and not index.native_size
+    return f"  from copies of {side} px" if small else ""
 
 
 def conclusion(run: Run, config) -> str:

@@ -27,6 +27,7 @@ Parts = dict[str, list[str]]  # "train" and "val" -> the folders that hold its c
 PARTS: Parts = {"train": ["train"], "val": ["val"]}
 WORDNET_ID = re.compile(r"n\d{8}\b")
 HERE = Path(__file__).parent
+OTHER_VALS = ("valid", "validation", "Val", "test")  # what others call val/
 XML_BYTES = 1 << 20  # limit of what is read of an annotation; real ones have a few hundred bytes
 NUM_TRAIN, NUM_VAL, NUM_CLASSES = 1_281_167, 50_000, 1000
 LABEL_PLACES = "LOC_val_solution.csv, Annotations/CLS-LOC/val/*.xml or ILSVRC2012_devkit_t12/data/"
@@ -114,6 +115,13 @@ def _index(
             if folder == "val" and splits.lacks_parts(os.path.join(root, "train")):
                 only = shlex.quote(os.path.join(root, "train"))
                 fix = f"add it, or let a fifth of each class validate: --data-dir {only}"
+            others = [
+                o
+                for o in OTHER_VALS
+                if os.path.isdir(path := os.path.join(root, o)) and folders.class_names(path)
+            ]
+            if folder == "val" and others:
+                fix = f"rename {others[0]}/ to val/"
             raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", fix)
     train = _listed(root, parts["train"], wanted)
     if any(folders.class_names(os.path.join(root, folder)) for folder in parts["val"]):

@@ -442,6 +442,12 @@ def test_finished_runs_are_skipped_and_their_checkpoints_deleted(fake, tmp_path,
     assert set(starts(tmp_path).values()) == {1}
 
 
+def test_a_seed_that_is_named_twice_runs_once(fake, tmp_path, capsys):
+    assert run.main([*fake, "--seeds", "0,0", "--jobs", "2"]) == 0
+    assert starts(tmp_path) == {"low-seed0": 1, "mid-seed0": 1, "high-seed0": 1}
+    assert "3 of 3 runs are done" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("lr", "status", "code"), [(13, "failed", 3), (666, "diverged", 0)])
 def test_a_failing_variant_is_reported_and_the_others_run(
     fake, tmp_path, monkeypatch, capsys, lr, status, code

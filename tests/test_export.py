@@ -7,6 +7,7 @@ import torch
 
 import predict
 from analysis import export, predictions
+from base import flags
 from base.device import Runtime
 from base.errors import ResourceError, UsageError, UserError
 from harness import checkpoint
@@ -122,3 +123,21 @@ def test_the_export_command(photo_run, tmp_path, capsys):
     assert "written and checked" in capsys.readouterr().out
     (card,) = tmp_path.glob("*.md")
     assert "weights of its last step" in card.read_text()
+
+
+def test_the_card_names_the_flags_that_had_an_effect(classifier):
+    changed = {
+        "phase_batch_sizes": [8],
+        "phase_augment": ["basic"],
+        "ema_half_life": 0.5,
+        "resize_schedule": [32],
+    }
+    changed |= {"init_from": "a.pt", "freeze_epochs": 1, "backbone_lr": 0.1, "batch_size": 256, "epochs": 2}
+    words = flags.to_argv(export.settings(classifier.payload["config"] | changed))
+    assert {"--init-from=a.pt", "--phase-batch-sizes=8", "--phase-augment=basic", "--ema-half-life=0.5"} <= {
+        *words
+    }
+    assert {"--freeze-epochs=1", "--backbone-lr=0.1", "--epochs=2", "--ema"} <= {*words}
+    assert not {word.partition("=")[0] for word in words} & {"--batch-size", "--augment", "--ema-decay"}
+    words = flags.to_argv(export.settings(classifier.payload["config"] | {"ema": False}))
+    assert "--no-ema" in words and not any(word.startswith("--ema-decay") for word in words)

@@ -170,6 +170,14 @@ def refused(kind, *args, **options):
     return caught.value
 
 
+@pytest.mark.parametrize("name", ["valid", "validation", "Val", "test"])
+def test_a_validation_folder_with_another_name_is_found(name, tmp_path):
+    for part in ("train", name):
+        for key in ("cat", "dog"):
+            put(tmp_path / part / key / "a.jpg")
+    assert refused(DataError, "imagenet", tmp_path).fix == f"rename {name}/ to val/"
+
+
 def test_a_missing_or_empty_directory_names_the_path_and_the_accepted_layouts(tmp_path):
     error = refused(DataError, "imagenet", tmp_path)
     assert str(tmp_path) in error.what and "train/<class>" in error.fix and "val/<class>" in error.fix

@@ -73,7 +73,7 @@ def test_a_truncated_last_line_is_skipped_and_a_missing_file_is_named(tmp_path):
     (b'{"epoch": 2, "best": 1}', "best"), (b'{"epoch": 2, "image_size": -5}', "image_size"),
     (b'{"epoch": 2, "val_top1": "5"}', "val_top1"), (b'{"epoch": 2, "val_top1": 101}', "val_top1"),
     (b'{"epoch": 2, "seconds": 1e999}', "seconds"), (b'{"epoch": 2, "new": {"deep": []}}', "plain"),
-    (b'{"epoch": 2, "better": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
+    (b'{"epoch": 2, "best": "\\u001b[31m"}', r"not '\\x1b\[31m'"),
     (b'{"epoch": ' + b"9" * 5000 + b"}", "unreadable"),
 ])  # fmt: skip
 def test_an_invalid_row_is_named(tmp_path, line, words):

@@ -16,6 +16,7 @@ from PIL import Image
 from test_packed import make_folders
 
 import pack_dataset
+import train
 from base.errors import DataError, ResourceError, UsageError
 from harness import pool
 from sources import packing
@@ -186,6 +187,8 @@ def test_usage_errors(arguments):
         ),
         (["--out", "new", "--eval-sizes", "none", "--eval-crop", "0.9"], "--eval-crop would"),
         (["--out", "new", "--split", "70-30"], "--split would"),
+        (["--out", "new", "--stored-sides", "8", "--raw-sides", "8", "--quality", "50"], "--quality would"),
+        (["--out", "new", "--dataset", "digits", "--eval-crop", "0.9"], "--eval-crop would"),
     ],
 )
 def test_flags_that_would_do_nothing_are_refused(folders, arguments, idle):
@@ -196,11 +199,42 @@ def test_flags_that_would_do_nothing_are_refused(folders, arguments, idle):
 def test_flags_of_another_mode_are_refused(folders, tmp_path):
     pack(folders, tmp_path / "out", "--eval-sizes", "none")
     same = ["--data-dir", str(tmp_path / "out"), "--out", str(tmp_path / "out")]
-    for idle in (["--quality", "80"], ["--stored-sides", "8"], ["--allow-class-mismatch"]):
+    for idle in (
+        ["--quality", "80"],
+        ["--stored-sides", "8"],
+        ["--allow-class-mismatch"],
+        ["--eval-sizes", "none"],
+    ):
         with pytest.raises(UsageError, match=f"{idle[0]} would do nothing"):
             pack_dataset.main([*same, *idle])
     assert pack_dataset.main(same) == 0  # crops for the sides that are stored, 16 and 32 px
     assert sorted(p.name.split("-")[1] for p in (tmp_path / "out").glob("eval-*")) == ["16", "16", "8", "8"]
+
+
+def test_a_generated_dataset_is_not_taken_for_the_packed_directory(folders, tmp_path):
+    pack(folders, tmp_path / "out", "--eval-sizes", "none")
+    with pytest.raises(DataError, match="the source has changed"):
+        pack_dataset.main(
+            ["--dataset", "digits", "--data-dir", str(tmp_path / "out"), "--out", str(tmp_path / "out")]
+        )
+
+
+def test_small_copies_are_named_where_larger_ones_are_asked_for(folders, tmp_path, capsys):
+    small = ["--stored-sides", "12", "--eval-sizes", "none"]
+    assert pack_dataset.main(["--data-dir", str(folders), "--out", str(tmp_path / "small"), *small]) == 0
+    larger = ["--stored-sides", "8,20", "--eval-sizes", "none"]
+    assert (
+        pack_dataset.main(["--data-dir", str(tmp_path / "small"), "--out", str(tmp_path / "large"), *larger])
+        == 0
+    )
+    assert "has copies of 12 px at most, so those of 20 px are no larger" in capsys.readouterr().out
+    training = ["--arch", "resnet_tiny", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]
+    training += ["--resize-schedule", "12,16", "--save-dir", str(tmp_path / "run"), "--stop-after", "1"]
+    assert train.main(["--data-dir", str(tmp_path / "small"), *training]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [" from copies of 12 px" in line for line in said if line.startswith("epochs")] == [True]
+    assert train.main(["--data-dir", str(folders), *training, "--overwrite"]) == 0
+    assert "from copies" not in capsys.readouterr().out
 
 
 def test_tar_files_are_packed_with_all_classes(tmp_path, monkeypatch):

@@ -58,6 +58,17 @@ def test_linked_folders_are_searched_once(photos, photo_run, tmp_path, capsys):
     assert len(found["images"]) == 21 and found["bad"] == []
 
 
+def test_folders_are_read_as_in_training(photos, photo_run, tmp_path, capsys):
+    for folder in (".thumbnails", "b", "line\nbreak"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(photos / "val" / "cat" / "cat_0.JPEG", tmp_path / folder / "x.jpg")
+    (tmp_path / "a").symlink_to(tmp_path / "b")  # of two names for a folder, the link comes last
+    found = json.loads(asked(capsys, photo_run, tmp_path, "--json", "-"))["images"]
+    assert [image["file"] for image in found] == [str(tmp_path / d / "x.jpg") for d in ("b", "line\nbreak")]
+    table = asked(capsys, photo_run, tmp_path, "--top", "1").splitlines()
+    assert len(table) == 2 and "line\\nbreak/x.jpg" in table[1]
+
+
 def test_probabilities_sum_to_one_and_fall(photos, photo_run, capsys):
     rows = list(csv.DictReader(io.StringIO(asked(capsys, photo_run, photos / "val" / "dog", "--csv", "-"))))
     assert len(rows) == 7 * 3  # no more than there are classes

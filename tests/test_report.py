@@ -167,9 +167,23 @@ def test_several_runs_are_set_side_by_side_with_the_flags_that_differ(run_dir, t
     other = make_run(tmp_path / "second", lr=0.5)
     reader = Reader(written(run_dir, other, out=tmp_path / "r.html"))
     words = " ".join(" ".join(reader.text).split())
-    assert "Flags that differ" in words and "--lr 0.1 0.5" in words and "--arch" in words
+    assert "What differs" in words and "--lr 0.1 0.5" in words and "--arch" in words
     charts = [json.loads(value) for name, value in reader.attributes if name == "data-chart"]
     assert [s["name"] for s in charts[0]["series"]] == ["first (best 44.25 %)", "second (best 44.25 %)"]
+
+
+def test_runs_on_other_data_are_not_called_the_same(run_dir, tmp_path, capsys):
+    other = make_run(tmp_path / "second")
+    for path, images in ((run_dir, 20), (other, 19)):
+        env = json.loads((path / "env.json").read_text()) if (path / "env.json").exists() else {}
+        (path / "env.json").write_text(json.dumps(env | {"num_train": images}))
+    words = " ".join(" ".join(Reader(written(run_dir, other, out=tmp_path / "r.html")).text).split())
+    assert "num_train 20 19" in words and "are the same" not in words
+    assert report.main(["--list", str(tmp_path)]) == 0
+    assert [line.split()[-1] for line in capsys.readouterr().out.splitlines()[-2:]] == [
+        "num_train=20",
+        "num_train=19",
+    ]
 
 
 def test_a_run_with_empty_columns_is_still_reported(tmp_path):

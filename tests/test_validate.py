@@ -15,7 +15,7 @@ from torch import nn
 
 import train
 import validate
-from analysis import figures, predictions, score_figures, validation
+from analysis import figures, misclassified, predictions, score_figures, validation
 from analysis.scores import calibration, confused_pairs, confusion, read_hits, write_hits
 from base import flags
 from base.device import Runtime
@@ -108,6 +108,16 @@ def test_fewer_classes_keep_their_labels(photos, photo_run, tmp_path, capsys):
     models = predictions.load(str(photo_run), "ema", CPU).models
     whole = predictions.predict(models, batches_of(photos, [1, 2]), CPU)["ema"]
     assert numbers["details_of"]["top1"] == pytest.approx(100 * whole.hits[:, 0].mean())
+
+
+def test_scores_of_other_images_than_the_runs_are_kept_apart(photos, photo_run, tmp_path, capsys):
+    checkpoint_file = tmp_path / photo_run.name
+    shutil.copy(photo_run, checkpoint_file)
+    assert validate.main([str(checkpoint_file), *PLAIN, "--data-dir", str(photos), "--holdout", "0.2"]) == 0
+    assert "may have been trained on some of these" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"validation_other_data"}
+    assert validate.main([str(checkpoint_file), *PLAIN, "--data-dir", str(photos)]) == 0
+    assert "trained on some" not in capsys.readouterr().out and (tmp_path / "validation").is_dir()
 
 
 def batches_of(photos, classes):
@@ -215,6 +225,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_scoring(photo_ru
     monkeypatch.setattr(validation, "score", None)
     with pytest.raises(ResourceError, match="cannot write to"):
         validate.main([str(photo_run), "--device", "cpu", "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(ResourceError, match="it is a directory"):
+        validate.main([str(photo_run), "--device", "cpu", "--json", str(tmp_path)])
+
+
+def test_what_is_written_does_not_become_a_class(photos, photo_run):
+    for command in (validate.main, misclassified.main):
+        with pytest.raises(UsageError, match="would become a class"):
+            command([str(photo_run), "--device", "cpu", "--out", str(photos / "train" / "plots")])
+    assert not (photos / "train" / "plots").exists()
 
 
 def test_names_are_cut_at_their_comma_only_if_they_stay_unique():
