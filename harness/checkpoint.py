@@ -56,14 +56,10 @@ def _save(path: Path, content: dict) -> None:
 
 
 def _write_and_prove(partial: Path, content: dict) -> None:
-    crash_point("before_open")
     with open(partial, "wb") as file:
-        crash_point("after_open")
         torch.save(_on_cpu(content), file)
-        crash_point("before_flush")
         file.flush()
         os.fsync(file.fileno())
-    crash_point("after_fsync")
     if damage := find_damage(partial):
         raise OSError(errno.EIO, f"the file did not read back: {damage}")
 
@@ -82,19 +78,21 @@ def _on_cpu(value):
 
 
 def _move_into_place(partial: Path, path: Path) -> None:
-    crash_point("before_rename")
     # A damaged file must not replace an intact prev_*: the run may have been resumed from that one.
     if path.exists() and not find_damage(path):
         _keep_as(path, path.with_name("prev_" + path.name))
-    crash_point("between_renames")
     os.replace(partial, path)
     partial.unlink(missing_ok=True)  # os.replace does nothing if both names are the same file
-    crash_point("after_rename")
-    directory = os.open(path.parent, os.O_RDONLY)
+    _sync(path.parent)
+
+
+def _sync(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(directory)  # makes the renames survive a power cut
+        os.fsync(descriptor)
     finally:
-        os.close(directory)
+        os.close(descriptor)
 
 
 def _keep_as(path: Path, older: Path) -> None:
@@ -119,24 +117,21 @@ def link(source: Path, target: Path) -> None:
     """
     partial = target.with_name(target.name + ".partial")
     try:
-        partial.unlink(missing_ok=True)
-        try:
-            os.link(source, partial)
-        except OSError:  # a filesystem without hard links
-            shutil.copyfile(source, partial)
-            with open(partial, "rb") as file:
-                os.fsync(file.fileno())
-        crash_point("between_link_and_rename")
+        _second_name(source, partial)
         _move_into_place(partial, target)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise _write_failed(target, error) from error
 
 
-def crash_point(name: str) -> None:
-    """Kill the process if the environment variable CRASH_POINT is `name`. For tests."""
-    if os.environ.get("CRASH_POINT") == name:
-        os.kill(os.getpid(), 9)
+def _second_name(source: Path, name: Path) -> None:
+    name.unlink(missing_ok=True)
+    try:
+        os.link(source, name)
+    except OSError:  # a filesystem without hard links
+        shutil.copyfile(source, name)
+        with open(name, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _is_io_error(error: Exception) -> bool:

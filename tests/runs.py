@@ -87,7 +87,7 @@ SERVER.set_forkserver_preload(
 
 
 def _at(where: str, act) -> None:
-    """Call `act` just before the nth call of a function; `where` is 'module.name:n'."""
+    """Call `act` just before the nth call of a function, or after it; `where` is 'module.name:n' or ':n+'."""
     (place, _, nth), calls = where.partition(":"), []
     owner, _, name = place.rpartition(".")
     owner = pkgutil.resolve_name(owner)
@@ -95,9 +95,13 @@ def _at(where: str, act) -> None:
 
     def wrapped(*args, **kwargs):
         calls.append(1)
-        if len(calls) == int(nth):
+        now, late = len(calls) == int(nth.rstrip("+")), nth.endswith("+")
+        if now and not late:
             act()
-        return real(*args, **kwargs)
+        result = real(*args, **kwargs)
+        if now and late:
+            act()
+        return result
 
     setattr(owner, name, wrapped)
 

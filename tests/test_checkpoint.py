@@ -23,8 +23,15 @@ from base.errors import CheckpointError, ResourceError
 from harness import checkpoint, rundir
 from harness.log import read_metrics
 
-CRASH_POINTS = ("before_open", "after_open", "before_flush", "after_fsync", "before_rename",
-                "between_renames", "after_rename", "between_link_and_rename")  # fmt: skip
+CRASHES = {
+    "before the file is opened": "_write_and_prove:1",
+    "when it is open": "_on_cpu:1",
+    "before it is flushed": "torch.save:1+",
+    "before the renames": "_move_into_place:1",
+    "between the renames": "_keep_as:1+",
+    "after the renames": "_sync:1",
+    "between a second name and its rename": "_second_name:1+",
+}
 
 
 def main(*arguments) -> int:
@@ -578,19 +585,15 @@ def test_a_run_resumed_elsewhere_takes_its_best_checkpoint_along(run_dir, tmp_pa
 # --- killed while saving, through the command line ---
 
 
-FAST_POINTS = ("between_renames", "between_link_and_rename")
-SLOW_POINTS = [pytest.param(p, marks=pytest.mark.torture) for p in CRASH_POINTS if p not in FAST_POINTS]
-
-
-@pytest.mark.parametrize("point", [*FAST_POINTS, *SLOW_POINTS])
-def test_a_run_killed_while_saving_and_resumed_ends_in_the_same_bits(point, tmp_path):
+@pytest.mark.parametrize(
+    "when", [w if "between" in w else pytest.param(w, marks=pytest.mark.torture) for w in CRASHES]
+)
+def test_a_run_killed_while_saving_and_resumed_ends_in_the_same_bits(when, tmp_path):
     straight, killed, log = tmp_path / "straight", tmp_path / "killed", tmp_path / "log"
     main(*TINY, "--save-dir", straight)
     main(*TINY, "--save-dir", killed, "--stop-after", 4)
-    assert (
-        finish(spawn("--resume", "auto", "--save-dir", killed, output=log, CRASH_POINT=point))
-        == -signal.SIGKILL
-    )
+    kill = {"AT": f"harness.checkpoint.{CRASHES[when]}", "SIGNALS": str(signal.SIGKILL.value)}
+    assert finish(spawn("--resume", "auto", "--save-dir", killed, output=log, **kill)) == -signal.SIGKILL
     assert finish(spawn("--resume", "auto", "--save-dir", killed, output=log)) == 0, log.read_text()
     for kind in ("last", "best"):
         assert digest(killed, kind) == digest(straight, kind)
