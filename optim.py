@@ -523,7 +523,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, head: Iterable
     if saved["state"].keys() not in (set(range(len(params))), of_head):
         what = f"it has state for {len(saved['state'])} parameters that are not this run's {len(params)}"
         raise _misfit(what)
-    examples = {id(group): _example_state(optimizer, group) for group in optimizer.param_groups}
+    examples = {id(group): example_state(optimizer, group) for group in optimizer.param_groups}
     state = {
         k: _checked_state(saved["state"][k], examples[id(group)], param, f"parameter {k}")
         for k, (param, group) in enumerate(params)
@@ -532,7 +532,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, head: Iterable
     optimizer.load_state_dict(own | {"state": state})
 
 
-def _example_state(optimizer: torch.optim.Optimizer, group: dict) -> dict:
+def example_state(optimizer: torch.optim.Optimizer, group: dict) -> dict:
     """Return the state that the optimizer keeps for a parameter, found by a step on a single number."""
     param = torch.zeros(1, requires_grad=True)
     param.grad = torch.zeros(1)

@@ -22,6 +22,7 @@ from base.process import say
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
 from models import train_mode
+from optim import example_state
 from train_utils import Phase, StepOptions, evaluate, phase_of, smallest_piece
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
@@ -67,13 +68,11 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the size of the optimizer's state; before the first step, the size it will have."""
     if optimizer.state:
         return sum(tensor_bytes(state.values()) for state in optimizer.state.values())
-    weights = tensor_bytes(p for group in optimizer.param_groups for p in group["params"])
-    if isinstance(optimizer, torch.optim.SGD):
-        return weights if optimizer.defaults["momentum"] else 0
-    hidden = tensor_bytes(
-        p for group in optimizer.param_groups if group.get("hidden") for p in group["params"]
-    )
-    return 2 * weights - hidden  # Muon keeps one tensor where the others keep two
+    size = 0
+    for group in optimizer.param_groups:
+        kept = [v for v in example_state(optimizer, group).values() if isinstance(v, Tensor) and v.ndim]
+        size += len(kept) * tensor_bytes(group["params"])
+    return size
 
 
 def tensor_bytes(tensors: Iterable) -> int:

@@ -28,9 +28,12 @@ def grab(images: int, limit: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-@pytest.mark.parametrize("optimizer, slots", [("adamw", 2), ("sgd", 1), ("lamb", 2)])
+@pytest.mark.parametrize("optimizer, slots", [
+    ("adamw", 2), ("sgd", 1), ("lamb", 2), ("rmsprop", 2), ("rmsprop --momentum 0", 1),
+    ("sgd --momentum 0", 0), ("muon", 1.05),  # AdamW, with two, trains the rest
+])  # fmt: skip
 def test_the_checkpoint_size_is_known_before_the_first_step(tmp_path, optimizer, slots):
-    run = tiny_run(tmp_path, "--optimizer", optimizer)
+    run = tiny_run(tmp_path, "--optimizer", *optimizer.split())
     predicted = preflight.checkpoint_bytes(run)
     weights = sum(p.numel() for p in run.state.model.parameters()) * 4
     assert predicted == pytest.approx((2 + slots) * weights, rel=0.01)
