@@ -69,7 +69,8 @@ def short(study: Study, runs: list[Result]) -> str:
     for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED):
         if named := summary.named(compared, verdict):
             words.append(f"{verdict}{'' if words else than}: {', '.join(named)}")
-    if others := [f"{name} {d.mean:+.1f}" for name, d in compared.items() if name not in study.primary]:
+    others = [f"{name} {d.mean:+.1f}" for name, d in compared.items() if name not in study.primary]
+    if words and others:
         words.append(f"not planned, in points: {', '.join(others)}")
     for f in results.false_verdicts(runs, study)[:1]:
         words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
