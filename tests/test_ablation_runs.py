@@ -252,6 +252,12 @@ def test_only_primary_comparisons_get_a_verdict():
     assert "Not among the primary comparisons, so without a verdict: b." in text
 
 
+def test_a_control_is_named_beside_the_verdicts_it_puts_into_proportion():
+    runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, primary=("c",))
+    assert findings.short(which, runs) == "undecided (than a, in top-1): c; not planned, in points: b +10.1"
+    assert "not planned" not in findings.short(TWO, runs)
+
+
 def test_only_seeds_that_both_have_are_paired():
     runs = [*made(a=(1, 2, 3, 4), b=(2, 4)), finished("b", 7, val_top1=99.0), finished("c", 7)]
     variants, found = results.differences(runs, TWO, "val_top1")
