@@ -53,7 +53,9 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().add_usage(usage, [action for action in actions if not action.option_strings], [], prefix)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        return shown(action)[0] if len(shown(action)) == 1 else super()._format_action_invocation(action)
+        if isinstance(action, Switch):
+            return ", ".join(shown(action))
+        return super()._format_action_invocation(action)
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = (action.help or "").removesuffix(" (default: %(default)s)")  # BooleanOptionalAction adds it

@@ -340,6 +340,8 @@ def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
     ):
         assert words in " ".join(said.split())
     assert "None" not in said and "SUPPRESS" not in said
+    assert "--lr LR " in said and "--arch NAME " in said and "--resume PATH|auto " in said
+    assert "--ema, --no-ema " in said and "--plot " in said and "--no-plot" not in said
 
 
 def test_an_error_is_two_lines_on_stderr_without_a_traceback(tmp_path):
