@@ -353,8 +353,8 @@ def save_or_stop(run: Run) -> None:
 
     Called between two steps or two validation batches, on all ranks at the same place.
     """
-    due = run.runtime.any_rank(int(is_save_due(run)))
-    stopping = run.runtime.any_rank(run.stop.received)
+    due = run.runtime.max_over_ranks(int(is_save_due(run)))
+    stopping = run.runtime.max_over_ranks(run.stop.received)
     if due or stopping or run.stop_after_reached:
         save(run)
     if stopping or run.stop_after_reached:
@@ -415,7 +415,7 @@ def evaluate_split(
     """Score `models`; return the results and the names of bad images left out."""
 
     def stop_if_asked() -> None:
-        if run.runtime.any_rank(run.stop.received):
+        if run.runtime.max_over_ranks(run.stop.received):
             save_or_stop(run)
 
     loader = eval_batches(run, split, phase)

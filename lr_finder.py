@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
     index = pretrained.prepare(index, **flags.weights_args(config))
-    config, fitted = flags.fit(config, given, len(index.train))
+    config, fitted = flags.fit_to_data(config, given, len(index.train))
     for note in (*notes, *index.notes, fitted):
         process.say(note)
 

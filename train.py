@@ -85,7 +85,7 @@ def check(config, typed: flags.Given):
     else:
         if not config.summary:
             index = pretrained.prepare(index, **flags.weights_args(config))
-        config, fitted = (config, "") if restarted else flags.fit(config, typed, len(index.train))
+        config, fitted = (config, "") if restarted else flags.fit_to_data(config, typed, len(index.train))
     check_trackers(tensorboard=config.tensorboard, wandb=bool(config.wandb), trackio=bool(config.trackio))
     for note in (*notes, *index.notes, fitted):
         say(note)

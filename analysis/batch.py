@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
 
     doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
-    config, _ = flags.fit(config, given, len(index.train))
+    config, _ = flags.fit_to_data(config, given, len(index.train))
 
     from analysis import batch_figures, figures
 

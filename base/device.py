@@ -55,13 +55,13 @@ class Runtime:
             dist.all_reduce(values)
         return values
 
-    def any_rank(self, flag: int) -> int:
-        """Return the largest `flag` of any rank, so that all ranks act on it at the same step."""
+    def max_over_ranks(self, value: int) -> int:
+        """Return the largest `value` of any rank, so that all ranks act on it at the same step."""
         if self.world_size == 1:
-            return flag
-        value = torch.tensor(flag, device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return int(value)
+            return value
+        largest = torch.tensor(value, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     def barrier(self) -> None:
         if self.world_size > 1:

@@ -402,7 +402,7 @@ def finetuning(parser: Parser, by_hand: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"freeze_epochs": min(values["freeze_epochs"], epochs // 4)}
 
 
-def fit(config: Any, given: Given, images: int) -> tuple[Any, str]:
+def fit_to_data(config: Any, given: Given, images: int) -> tuple[Any, str]:
     """Return a new run's config with defaults that fit `images` training images, and what to say about them.
 
     A value that was given is never changed. What is chosen is saved with the run, so it is kept on resume.

@@ -177,7 +177,7 @@ def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> It
         rate.seconds += time.perf_counter() - started
         rate.waited += started - asked
         late = k > 0 and rate.seconds + rate.waited >= seconds
-        if runtime.any_rank(int(late)):  # together: steps are collective
+        if runtime.max_over_ranks(int(late)):  # together: steps are collective
             return
 
 

@@ -269,7 +269,7 @@ class RunIdentity(NamedTuple):
 def check_ranks(runtime, saved: dict | None) -> None:
     """Raise CheckpointError on every rank if they found different checkpoints, or if only some found one."""
     step = saved["step"] if saved else -1
-    if runtime.any_rank(step) != -runtime.any_rank(-step):  # the largest and the smallest step
+    if runtime.max_over_ranks(step) != -runtime.max_over_ranks(-step):  # the largest and the smallest step
         raise CheckpointError("the ranks found different checkpoints", "give all ranks the same --save-dir")
 
 

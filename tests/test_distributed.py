@@ -128,7 +128,7 @@ def test_each_rank_notices_that_the_ranks_found_different_checkpoints(own, other
     there = -1 if other is None else other
     others = {False: there, True: -there}  # what the other rank sends: its step, then its negative
     asked = iter((False, True))
-    monkeypatch.setattr(Runtime, "any_rank", lambda self, flag: max(flag, others[next(asked)]))
+    monkeypatch.setattr(Runtime, "max_over_ranks", lambda self, flag: max(flag, others[next(asked)]))
     with nullcontext() if agree else pytest.raises(CheckpointError, match="different checkpoints"):
         rundir.check_ranks(
             Runtime(torch.device("cpu"), rank=1, world_size=2), None if own is None else {"step": own}

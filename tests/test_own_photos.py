@@ -455,7 +455,7 @@ def test_fitted_batches_work_in_every_phase(ranks):
 )
 def test_a_default_batch_follows_the_number_of_images(images_, batch):
     config, given = flags.parse(train.build_parser(), ["--num-workers", "0"])
-    fitted, line = flags.fit(config, given, images_)
+    fitted, line = flags.fit_to_data(config, given, images_)
     assert fitted.batch_size == batch
     assert line == ("" if batch == 256 else f"batch size {batch}: fitted to {images_:,} images")
     assert dataclasses.replace(fitted, batch_size=256) == config
@@ -464,7 +464,7 @@ def test_a_default_batch_follows_the_number_of_images(images_, batch):
 def test_a_line_names_all_that_was_fitted(monkeypatch):
     monkeypatch.setattr(process, "cores", lambda: 2)
     config, given = flags.parse(train.build_parser(), ["--schedule", "cosine", "--epochs", "1"])
-    fitted, line = flags.fit(config, given, 160)
+    fitted, line = flags.fit_to_data(config, given, 160)
     assert (fitted.batch_size, fitted.warmup_epochs, fitted.num_workers) == (32, 0.5, 8)
     assert line == "batch size 32, warm-up 0.5 epochs, 2 workers: fitted to 160 images, 1 epoch, 2 cores"
 
@@ -512,7 +512,7 @@ def test_ranks_share_a_fitted_batch(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
     config, given = flags.parse(train.build_parser(), [])
-    fitted, line = flags.fit(config, given, 10_000)
+    fitted, line = flags.fit_to_data(config, given, 10_000)
     assert fitted.batch_size == 192 and "batch size 192" in line and "10,000 images and 3 ranks" in line
     index = open_dataset("synthetic:train=10000,val=10,size=8", "")
     assert [phase.batch_size for phase in build.make_plan(fitted, index, 3)] == [192, 96, 48]

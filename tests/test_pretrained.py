@@ -261,7 +261,7 @@ def test_other_flags_get_their_defaults_from_the_recipe():
     config, given = parsed("--pretrained")
     differ = {name for name, value in flags.plain(config).items() if flags.plain(recipe)[name] != value}
     assert differ == {"config"} and given == {"pretrained"}
-    assert "recipes/finetune.yaml" in flags.fit(config, given, 1000)[1]  # also beside --resume auto
+    assert "recipes/finetune.yaml" in flags.fit_to_data(config, given, 1000)[1]  # also beside --resume auto
     typed, _ = parsed("--pretrained", "--lr", "0.5", "--mixup-alpha", "1", "--epochs", "3")
     assert (typed.lr, typed.mixup_alpha, typed.epochs, typed.freeze_epochs) == (0.5, 1, 3, 0)
     assert typed.backbone_lr == recipe.backbone_lr
