@@ -29,7 +29,7 @@ def draw(
     runs: list[Result], study: Study, preset: str, out: Path, formats: Sequence[str] = ("png",)
 ) -> list[Path]:
     """Write those pictures for which there are enough runs, in each format; return the paths of the first."""
-    title = textwrap.fill(study.title(preset).replace("`", ""), 72)
+    title = textwrap.fill(study.title(preset).replace("`", ""), 80)
     pictures = {"curves": curves(runs, study, study.metric, title)}
     if any({"lr", "schedule"} & flags.keys() for flags in study.variants.values()):
         pictures["learning_rates"] = curves(runs, study, "lr", title)
