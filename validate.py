@@ -75,7 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
-    own = predictions.has_own_data(classifier)
+    # After --holdout, the official images are as unseen as those that were held out.
+    official = classifier.payload["config"].get("holdout") and config.holdout == 0
+    own = official or predictions.has_own_data(classifier)
     if not own:
         say("note: the run was validated on other images; it may have been trained on some of these")
     folder = "validation" + "_average" * config.average + "_other_data" * (not own)

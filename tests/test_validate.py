@@ -402,7 +402,7 @@ def test_damaged_hits_are_refused(content, tmp_path):
         read_hits(tmp_path / "hits.npz")
 
 
-def test_a_run_with_held_out_images_resumes_and_is_scored_on_the_official_ones_on_request(tmp_path):
+def test_a_run_with_held_out_images_resumes_and_is_scored_on_the_official_ones_on_request(tmp_path, capsys):
     """Training and validate.py see the held-out images; `--holdout 0` chooses the official ones."""
     run = "--dataset digits --arch resnet_tiny --width 4 --classes 6 --holdout 0.1 --epochs 2 --batch-size 64"
     run += " --resize-schedule 16 --augment none --num-workers 0 --device cpu --amp off --save-dir"
@@ -422,5 +422,7 @@ def test_a_run_with_held_out_images_resumes_and_is_scored_on_the_official_ones_o
     assert counts["official"]["num_samples"] == len(index.val)
     row = checkpoint.load(checkpoint_path)["rows"][-1]
     assert counts["held"]["top1"] == pytest.approx(row["val_top1"])
+    assert validate.main([checkpoint_path, *PLAIN, "--holdout", "0"]) == 0
+    assert (tmp_path / "whole" / "validation").is_dir() and "other images" not in capsys.readouterr().out
     with pytest.raises(CheckpointError, match=r"--holdout was 0\.1, now 0"):
         train.main(["--save-dir", whole, "--resume", "auto", "--holdout", "0"])
