@@ -122,6 +122,15 @@ class Run:
         average = self.state.ema.module
         return {"val": self.state.model} | ({} if average is None else {"ema_val": average})
 
+    def may_be_best(self, epoch: int) -> bool:
+        """Return whether `epoch` is at the last size and past two thirds of the run.
+
+        With --early-stop-patience all epochs at the last size may be, because any of them may be the last.
+        """
+        late = self.patience is not None or 3 * epoch > 2 * self.epochs
+        earlier = [p.last_epoch for p in self.phases if p.image_size != self.phases[-1].image_size]
+        return late and epoch > max(earlier, default=0)
+
     def path(self, kind: str) -> Path:
         return self.save_dir / f"{kind}_{self.checkpoint_name}"
 
@@ -468,14 +477,10 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
 def is_best(run: Run, row: dict) -> bool:
     """Return whether this epoch has the best score so far, and count the validations since the best.
 
-    Only epochs at the last size, past two thirds of the run, can be the best. With
-    --early-stop-patience all epochs at the last size can, because any of them may be the last.
     A tie keeps the earlier epoch.
     """
     score, best, epoch = row[run.best_by], run.state.best, row["epoch"]
-    late = run.patience is not None or 3 * epoch > 2 * run.epochs
-    earlier = [p.last_epoch for p in run.phases if p.image_size != run.phases[-1].image_size]
-    if score is None or epoch <= max(earlier, default=0) or not late:
+    if score is None or not run.may_be_best(epoch):
         return False
     if math.isfinite(score) and score > best["score"]:
         run.state.best = {"score": score, "epoch": epoch, "waited": 0}

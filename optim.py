@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -414,6 +415,8 @@ class Schedule:
             )
         for name in self._STATE:
             setattr(self, name, state[name])
+        if self.patience is None:  # the run may have had one
+            self.drops, self.best, self.bad_evaluations = 0, math.inf, 0
         self._set(self.last_lr)  # for a finished run, which has no next step
         self.seek(self.position)
 
@@ -454,10 +457,10 @@ def _restarts(step: int, schedule: Schedule) -> float:
 
     Their length is rounded up to whole steps, unless that leaves less than half of a cycle for the last one.
     """
-    exact = schedule.total_steps / schedule.cycles
-    length = math.ceil(exact)
-    if schedule.total_steps < (schedule.cycles - 0.5) * length:
-        length = exact
+    total, cycles = schedule.total_steps, schedule.cycles
+    length = math.ceil(total / cycles)
+    if total < (cycles - 0.5) * length:  # in whole numbers: a rounded quotient ends a cycle a step late
+        return _cosine_between(1.0, 0.0, step * cycles % total / total)
     return _cosine_between(1.0, 0.0, step % length / length)
 
 
@@ -498,9 +501,14 @@ SCHEDULES: dict[str, Callable[[int, Schedule], float]] = {
 # --- the optimizer's state in a checkpoint -----------------------------------------------------------
 
 
-def same_state(name: str, momentum: float, other: str, other_momentum: float) -> bool:
-    """Return whether two optimizers keep the same state, so that one can continue from the other's."""
-    return name == other and (not OPTIMIZERS[name][1] or bool(momentum) == bool(other_momentum))
+def same_state(flags: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Return whether the optimizers that two sets of flags describe can continue from each other's state.
+
+    Momentum of 0 keeps none, and a `backbone_lr` other than 1 puts the parameters into other groups.
+    """
+    name = flags["optimizer"]
+    same = name == others["optimizer"] and (flags["backbone_lr"] == 1) == (others["backbone_lr"] == 1)
+    return same and (not OPTIMIZERS[name][1] or bool(flags["momentum"]) == bool(others["momentum"]))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, head: Iterable[Tensor] = ()) -> None:
@@ -512,11 +520,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict, head: Iterable
     another dtype trains silently. So every value is compared with what this optimizer would keep.
     Raises CheckpointError.
     """
+    if not saved["state"]:  # saved before the first step, or by another optimizer
+        return
     own = optimizer.state_dict()
     if [g["params"] for g in saved["param_groups"]] != [g["params"] for g in own["param_groups"]]:
         raise _misfit("its parameter groups differ")
-    if not saved["state"]:  # saved before the first step
-        return
     params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
     trained_first = {id(p) for p in head}
     of_head = {k for k, (param, _) in enumerate(params) if id(param) in trained_first}

@@ -25,6 +25,7 @@ from models import classifier_of
 from optim import Schedule, clip_gradients, load_optimizer, step_if
 
 MAX_BAD_STEPS = 10  # in a row; then the run ends
+NO_BEST = {"score": -1.0, "epoch": 0, "waited": 0}
 
 
 # --- the plan ---------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ class TrainState:
     epoch_sums: dict = field(default_factory=dict)  # of the current epoch
     row_sums: dict = field(default_factory=dict)  # since the last row of steps.jsonl, see `log.StepLog`
     bad_in_a_row: int = 0  # non-finite steps, except fp16 overflows that lowered the loss scale
-    best: dict = field(default_factory=lambda: {"score": -1.0, "epoch": 0, "waited": 0})
+    best: dict = field(default_factory=lambda: dict(NO_BEST))
     rows: list = field(default_factory=list)
 
     PARTS = ("model", "optimizer", "schedule", "scaler", "ema")
@@ -144,6 +145,9 @@ class TrainState:
     def __post_init__(self):
         self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
         self.start_epoch()
+
+    def forget_best(self) -> None:
+        self.best = dict(NO_BEST)
 
     def start_epoch(self) -> None:
         self.epoch_sums = dict(loss=0.0, images=0, seconds=0.0, waited=0.0, bad_steps=0, bad_images=0)

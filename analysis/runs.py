@@ -150,7 +150,7 @@ def differing_flags(runs: Sequence[RunFiles]) -> list[str]:
 
 def differing_data(runs: Sequence[RunFiles]) -> list[str]:
     """Return the keys of env.json by which the runs did not have the same data."""
-    return [key for key in DATA if len({run.env[key] for run in runs if key in run.env}) > 1]
+    return [key for key in DATA if len({run.env.get(key) for run in runs}) > 1]
 
 
 def unusual_flags(runs: Sequence[RunFiles]) -> list[dict]:

@@ -75,7 +75,11 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
     Raises ResourceError for a device that is missing, UsageError for an unknown one or for fp16 on a CPU.
     """
     rank, world_size = process.rank(), process.world_size()
-    chosen = _choose_device(device, process.local_rank(), world_size)
+    try:
+        chosen = _choose_device(device, process.local_rank(), world_size)
+    except ResourceError as error:
+        error.rank = rank or None  # each rank has a device of its own
+        raise
     if world_size > 1 and not dist.is_initialized():
         try:
             dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)

@@ -118,9 +118,10 @@ def exit_at_once(number: int, frame) -> None:
 
 
 def report(error: UserError) -> None:
-    """Print an error as two lines on stderr, from the main process or from rank `error.rank`."""
-    where = "error" if error.rank is None else f"error on rank {error.rank}"
-    if process.is_main() or error.rank is not None:
+    """Print an error as two lines on stderr: on the first rank of each node, and on rank `error.rank`."""
+    rank = process.rank() if error.rank is None and not process.is_main() else error.rank
+    where = "error" if rank is None else f"error on rank {rank}"
+    if process.is_main() or process.local_rank() == 0 or error.rank is not None:
         tell(f"{where}: {one_line(error.what)}\nfix: {error.fix}")
 
 
@@ -213,13 +214,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def resource_error(error: BaseException) -> ResourceError | None:
-    """Return a ResourceError for a fault of the machine, or None for a bug of ours."""
+    """Return a ResourceError for a fault of the machine, which other ranks may not meet; None for a bug."""
+    known = _resource_error(error)
+    if known:
+        known.rank = process.rank() or None
+    return known
+
+
+def _resource_error(error: BaseException) -> ResourceError | None:
     if is_out_of_memory(error):
         reason = f": {str(error).splitlines()[0]}" if str(error) else ""
         fix = "free memory, or ask for less: smaller batches, fewer --num-workers"
-        known = ResourceError(f"out of memory{reason}", fix)
-        known.rank = process.rank() or None  # each rank has memory of its own
-        return known
+        return ResourceError(f"out of memory{reason}", fix)
     if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):  # raised wherever we are
         fix = "free memory or lower --num-workers, then run the command again (train.py with --resume auto)"
         return ResourceError(f"a loader worker died: {str(error).splitlines()[0]}", fix)

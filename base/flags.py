@@ -218,7 +218,7 @@ AVERAGE = (
          idle=idle.decay_unread),
     Flag("ema_ramp", "Let the decay grow with the step n as (1 + n) / (10 + n).", Switch, True,
          idle=idle.decay_unread),
-    Flag("ema_half_life", "Half-life of the average in epochs; sets --ema-decay.",
+    Flag("ema_half_life", "Half-life of the average in epochs, of the run's mean length; sets --ema-decay.",
          number(float, 0, 10**6, open_low=True), None, "EPOCHS", idle=idle.no_ema),
 )
 DEVICE_AND_PRECISION = (
@@ -376,10 +376,14 @@ def parse(parser: Parser, argv: list[str] | None) -> tuple[Any, Given]:
     recipe = {name: value for name, value in recipe.items() if name not in without_use}
     given = Given(recipe | by_hand)
     given.by_hand, given.unfit, given.finetunes = frozenset(by_hand), tuple(unfit), finetunes
-    values = usual | recipe | by_hand
-    if values.get("schedule") == "cosine" and "warmup_epochs" not in given:
-        values["warmup_epochs"] = min(values["warmup_epochs"], values["epochs"] / 2)
-    return make_config(values), given
+    return make_config(with_short_warmup(usual | recipe | by_hand, given)), given
+
+
+def with_short_warmup(values: dict[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Return `values` with at most half of the epochs for the warm-up, unless its length is among `given`."""
+    if values.get("schedule") != "cosine" or "warmup_epochs" in given:
+        return values
+    return values | {"warmup_epochs": min(values["warmup_epochs"], values["epochs"] / 2)}
 
 
 def made_idle(usual: Mapping[str, Any], recipe: Mapping[str, Any], by_hand: Mapping[str, Any]) -> set[str]:
@@ -475,7 +479,7 @@ def check_train(config: Any, given: Given) -> list[str]:
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
     unfit = ", ".join(map(dashed, given.unfit))
-    unfit = unfit and f"note: {unfit} of the file is ignored: it needs one entry for each image size"
+    unfit = unfit and f"note: ignored in the file, because the sizes were typed: {unfit}"
     return [*notes, *filter(None, [unfit, workers_note(config, given)])]
 
 

@@ -243,7 +243,11 @@ def save_interval(text: str) -> tuple[float, str]:
     for unit, minutes in (("min", 1), ("s", 1 / 60)):
         if text.endswith(unit):
             return above_zero(text.removesuffix(unit)) * minutes, "min"
-    return positive(text.removesuffix("ep")), "ep"
+    epochs = text.removesuffix("ep")
+    if not epochs.lstrip("+-").replace("_", "").isdecimal():
+        what = "is neither a number of epochs nor minutes or seconds: write 2, 15min or 30s"
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {what}")
+    return positive(epochs), "ep"
 
 
 save_interval.separator = ""

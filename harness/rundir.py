@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from base.config_file import from_file
 from base.errors import CheckpointError, ResourceError, UsageError, did_you_mean, doing, nearest_path
 from base.files import replacing
-from base.flags import DATASET, FREE_ON_RESUME, dashed, defaults, make_config, plain, train_parser
+from base.flags import (
+    DATASET,
+    FREE_ON_RESUME,
+    dashed,
+    defaults,
+    make_config,
+    plain,
+    train_parser,
+    with_short_warmup,
+)
 from base.parser import parse_augment
 from base.process import say
 
@@ -201,7 +210,7 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
         values = [f"{dashed(name)} was {_shown(saved[name])}, now {_shown(given[name])}" for name in changed]
         fix = f"leave them out, or accept the change with --allow-change {','.join(changed)}"
         raise CheckpointError(f"these flags would change the resumed run: {'; '.join(values)}", fix)
-    return make_config(saved | {name: given[name] for name in START_FLAGS | typed})
+    return _overridden(saved, config, typed)
 
 
 def restarted_config(config, typed: frozenset[str], save_dir: SaveDir):
@@ -215,7 +224,15 @@ def restarted_config(config, typed: frozenset[str], save_dir: SaveDir):
         fix = "repair its config.json, or start anew with --overwrite instead of --resume"
         raise CheckpointError(f"no checkpoint in {save_dir.path}, and {error.what}", fix) from None
     say(f"no checkpoint in {save_dir.path} yet: its run starts again, with the flags of its config.json")
-    return make_config(saved | {name: plain(config)[name] for name in START_FLAGS | typed})
+    return _overridden(saved, config, typed)
+
+
+def _overridden(saved: dict, config, typed: frozenset[str]):
+    """Return the config of the flags `saved`, with those `typed` in their place."""
+    values = saved | {name: plain(config)[name] for name in START_FLAGS | typed}
+    if any(values[name] != saved[name] for name in ("schedule", "epochs")):
+        values = with_short_warmup(values, typed)
+    return make_config(values)
 
 
 def with_saved_data(config, typed: frozenset[str], saved: dict):
@@ -333,9 +350,8 @@ def restore(run, saved: dict, config) -> None:
     same_plan &= all(planned[name] == plain(config)[name] for name in PLAN_FLAGS)
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    before = (saved["config"].get("optimizer"), saved["config"].get("momentum"))
-    if not optim.same_state(config.optimizer, config.momentum, *before):
-        say("note: the optimizer differs from the checkpoint's and starts without its state")
+    if not optim.same_state(plain(config), planned):
+        say("note: the optimizer or its groups differ from the checkpoint's: it starts without a state")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
     if same_plan:
@@ -396,6 +412,10 @@ def _start_next_epoch(run) -> None:
     run.state.step = _steps_before(run.phases, len(run.state.rows) + 1)
     run.state.start_epoch()
     run.state.schedule.seek(run.state.step)
+    best, last_size = run.state.best["epoch"], run.phases[-1].image_size
+    if best and not (run.may_be_best(best) and run.state.rows[best - 1]["image_size"] == last_size):
+        say(f"note: epoch {best}, the best so far, does not count under the new plan")
+        run.state.forget_best()
 
 
 def _steps_before(phases, epoch: int) -> int:

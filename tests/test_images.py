@@ -135,7 +135,7 @@ def cut(data: bytes, keep: float) -> bytes:
 def test_a_jpeg_cut_before_its_end_mark_is_an_error(options, keep):
     for seed in range(5):
         data = encoded(photo(100 + seed, 150, seed), **options)
-        with pytest.raises(BadImage, match=r"not whole|Truncated"):
+        with pytest.raises(BadImage, match=r"truncated|Truncated"):
             decode(cut(data, keep), "cut.JPEG")
         decode(data, thorough=True)
 

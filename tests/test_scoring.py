@@ -291,7 +291,6 @@ def test_a_model_card_says_how_the_model_was_scored(run, last):
     ("--eval-crop nan", "got nan"), ("--eval-crop -0.5", "--eval-crop"), ("--eval-size 4", "--eval-size"),
     ("--eval-size 0", "--eval-size"), ("--eval-size 5000", "--eval-size"),
     ("--arch vit_b_16 --resize-schedule 32 --eval-size 48", "vit_b_16 works at one image size only: 32 px"),
-    ("--summary --eval-flip", "--eval-flip would do nothing"),
 ])  # fmt: skip
 def test_what_cannot_work_is_a_usage_error(typed, message):
     with pytest.raises(UsageError, match=message):
