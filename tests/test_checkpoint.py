@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from inprocess import TINY, tiny_run
+from inprocess import TINY, config_of, tiny_run
 from malice import PAYLOADS, SENTINEL, whole, write
 from runs import ROOT, digest, exact, finish, spawn
 
 import loop
 import train
-from base import errors, schemas
+from base import errors, flags, schemas
 from base.errors import CheckpointError, ResourceError
 from harness import checkpoint, rundir
 from harness.log import read_metrics
@@ -414,6 +414,64 @@ def test_another_plan_with_as_many_steps_starts_at_the_next_epoch(tmp_path):
     main("--resume", "auto", *where, "--phase-batch-sizes", "10,5", "--allow-change", "phase_batch_sizes")
     found = checkpoint.load(last(tmp_path))
     assert found["step"] == 6 * epoch and len(found["rows"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("backbone_lr", "0.1"), ("optimizer", "muon"), ("optimizer", "lamb")]
+)
+def test_another_optimizer_or_other_groups_can_be_accepted(flag, value, run_dir, capsys):
+    change = (f"--{flag.replace('_', '-')}", value, "--allow-change", flag)
+    assert main("--resume", "auto", "--save-dir", run_dir, *change) == 0
+    assert "starts without a state" in capsys.readouterr().out
+    assert len(checkpoint.load(last(run_dir))["rows"]) == 3
+
+
+def test_a_best_epoch_of_an_older_plan_with_a_smaller_last_size_does_not_count(tmp_path, capsys):
+    one_size = ("--resize-schedule", "8", "--phase-batch-sizes", "8", "--epochs", "3", "--no-ema")
+    main(*TINY, *one_size, "--save-dir", tmp_path)
+    best = checkpoint.load(next(tmp_path.glob("best_*")))
+    assert best["best"]["epoch"] == 3 and best["eval"]["image_size"] == 8
+    larger = (
+        "--resize-schedule",
+        "8,16",
+        "--phase-epochs",
+        "3,2",
+        "--phase-batch-sizes",
+        "8,8",
+        "--epochs",
+        "5",
+    )
+    names = "resize_schedule,phase_epochs,phase_batch_sizes,epochs"
+    capsys.readouterr()
+    main("--resume", "auto", "--save-dir", tmp_path, *larger, "--allow-change", names)
+    assert "epoch 3, the best so far, does not count under the new plan" in capsys.readouterr().out
+    best = checkpoint.load(next(tmp_path.glob("best_*")))
+    assert best["best"]["epoch"] > 3 and best["eval"]["image_size"] == 16
+
+
+def test_drops_of_the_plateau_rule_end_with_it(tmp_path):
+    run = tiny_run(tmp_path, "--schedule", "plateau", "--epochs", "9")
+    for loss in (1.0, *[2.0] * 5):
+        run.state.schedule.observe(loss)
+    saved = run.state.schedule.state_dict()
+    assert saved["drops"] == 1
+    constant = tiny_run(tmp_path, "--schedule", "constant", "--epochs", "9", "--lr", "0.5").state.schedule
+    constant.load_state_dict(saved)
+    assert constant.lr == 0.5
+    again = tiny_run(tmp_path, "--schedule", "plateau", "--epochs", "9", "--lr", "0.5").state.schedule
+    again.load_state_dict(saved)
+    assert again.lr == pytest.approx(0.05)
+
+
+def test_the_warm_up_of_a_schedule_that_a_resumed_run_changes_to_fits_its_epochs(tmp_path):
+    saved = flags.plain(config_of("--epochs", "6"))
+    typed = flags.parse(train.build_parser(), ["--schedule", "cosine", "--allow-change", "schedule"])
+    assert rundir.resumed_config(*typed, saved).warmup_epochs == 3
+    cosine = flags.plain(config_of("--epochs", "6", "--schedule", "cosine", "--warmup-epochs", "5"))
+    typed = flags.parse(train.build_parser(), ["--num-workers", "1"])
+    assert rundir.resumed_config(*typed, cosine).warmup_epochs == 5  # as it was typed
+    typed = flags.parse(train.build_parser(), ["--epochs", "4", "--allow-change", "epochs"])
+    assert rundir.resumed_config(*typed, cosine).warmup_epochs == 2
 
 
 def test_a_file_of_a_flag_that_changed_is_noticed(tmp_path):

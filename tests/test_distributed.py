@@ -20,8 +20,9 @@ from torch import nn
 
 import loop
 import train
-from base.device import Runtime, explain_lost_ranks
-from base.errors import CheckpointError, ResourceError, UserError
+from base import errors
+from base.device import Runtime, explain_lost_ranks, init_runtime
+from base.errors import CheckpointError, DataError, ResourceError, UserError
 from dataloader import Order
 from harness import rundir
 from harness.log import MetricLogger, read_steps
@@ -118,6 +119,38 @@ def test_an_error_that_one_rank_alone_knows_of_is_printed_there(rank, marked):
     with pytest.raises(UserError) as caught, explain_lost_ranks(Runtime(torch.device("cpu"), None, rank, 2)):
         raise ResourceError("no memory", "get some")
     assert caught.value.rank == marked
+
+
+@pytest.mark.parametrize(("error", "code"), [
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 6),
+    (OSError(5, "Input/output error", "/data/x"), 6), (DataError("no data", "get some"), 3),
+])  # fmt: skip
+@pytest.mark.parametrize(("rank", "local_rank"), [(1, 1), (1, 0), (0, 0)])
+def test_an_error_is_printed_by_the_rank_that_may_be_alone_with_it(
+    error, code, rank, local_rank, monkeypatch, capsys
+):
+    """An error of the machine always; another one once on each node, which may lack the data."""
+    for name, value in {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    error = type(error)(*error.args) if not isinstance(error, DataError) else DataError("no data", "get some")
+
+    def main(argv):
+        raise error
+
+    assert errors.run(main) == code
+    said = capsys.readouterr().err
+    assert bool(said) == (code == 6 or local_rank == 0)
+    assert not said or said.startswith("error on rank 1: " if rank else "error: ")
+
+
+def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch):
+    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ResourceError, match="GPU 1 does not exist: this machine has 1") as caught:
+        init_runtime("cuda")
+    assert caught.value.rank == 1
 
 
 @pytest.mark.parametrize(

@@ -490,6 +490,17 @@ def test_restarts_end_low_with_as_many_cycles_as_asked_for(steps, cycles):
     assert ups == cycles - 1 and rates[-1] < 0.51
 
 
+def test_a_restart_that_falls_on_a_step_is_at_the_peak():
+    """Also where a cycle is no whole number of steps: 10 steps in 6 cycles restart exactly at step 5."""
+    for cycles in range(2, 24):
+        for steps in range(cycles, 160):
+            schedule = Schedule(an_optimizer(), "restarts", peak_lr=1.0, total_steps=steps, cycles=cycles)
+            length = math.ceil(steps / cycles)
+            if steps < (cycles - 0.5) * length:
+                starts = [step for step in range(steps) if step * cycles % steps == 0]
+                assert starts and all(schedule.lr_at(step) == 1.0 for step in starts), (steps, cycles)
+
+
 @pytest.mark.parametrize(
     "name, options, error",
     [

@@ -344,6 +344,11 @@ def test_help_shows_ranges_choices_and_defaults(capsys, monkeypatch):
     assert "--ema, --no-ema " in said and "--plot " in said and "--no-plot" not in said
 
 
+@pytest.mark.parametrize("text", ["1m", "1h", "2.5", "often"])
+def test_an_interval_in_another_unit_is_told_which_there_are(text, tmp_path):
+    check(refusal(tmp_path, "--save-every", text), 2, "--save-every", text, "write 2, 15min or 30s")
+
+
 def test_an_error_is_two_lines_on_stderr_without_a_traceback(tmp_path):
     done = cli("--epochs", "0")
     assert done.returncode == 2 and done.stdout == ""
