@@ -121,7 +121,7 @@ def downsample(
     if blurred:
         layers["blur"] = Blur(in_channels)  # named, so that the other keys stay torchvision's
     elif pooled and stride > 1:
-        layers["pool"] = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+        layers["pool"] = nn.AvgPool2d(2, ceil_mode=True)
     layers["0"] = conv(in_channels, out_channels, 1, 1 if blurred or pooled else stride)
     if norm:
         layers["1"] = nn.BatchNorm2d(out_channels)
