@@ -150,8 +150,6 @@ class MetricLogger:
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
         # In its own session, it does not get the Ctrl-C that stops the run.
         self.drawing = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **silent)
-        if now:
-            self._finish_drawing()
 
     def _finish_drawing(self) -> None:
         if self.drawing is None:

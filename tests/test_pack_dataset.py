@@ -235,6 +235,10 @@ def test_small_copies_are_named_where_larger_ones_are_asked_for(folders, tmp_pat
     assert [" from copies of 12 px" in line for line in said if line.startswith("epochs")] == [True]
     assert train.main(["--data-dir", str(folders), *training, "--overwrite"]) == 0
     assert "from copies" not in capsys.readouterr().out
+    digits = ["--dataset", "digits", "--out", str(tmp_path / "digits"), "--stored-sides", "8"]
+    assert pack_dataset.main(digits) == 0  # which have 8 px: nothing was lost
+    assert train.main(["--data-dir", str(tmp_path / "digits"), *training, "--overwrite"]) == 0
+    assert "from copies" not in capsys.readouterr().out
 
 
 def test_tar_files_are_packed_with_all_classes(tmp_path, monkeypatch):
