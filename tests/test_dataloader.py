@@ -291,7 +291,7 @@ def test_a_users_script_ends_without_delay_and_leaves_no_process(photos, tmp_pat
         assert len(carrying(marker)) > 1  # workers
         if number:
             os.killpg(script.pid, number)
-        _, said = script.communicate(timeout=30)
+        _, said = script.communicate(timeout=120)
         assert script.returncode == code, said
         assert said.count("Traceback") == (code == 1 or number == signal.SIGINT), said  # the script's own
         deadline = time.monotonic() + 5
