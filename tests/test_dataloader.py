@@ -247,7 +247,8 @@ def test_arrays_go_through_the_same_path_as_files():
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 from dataloader import get_dataloaders
 train, val = get_dataloaders(data_path=sys.argv[1], batch_size=8, image_size=16, num_workers=2)
 first, second = iter(train), iter(val)
@@ -291,7 +292,7 @@ def test_a_users_script_ends_without_delay_and_leaves_no_process(photos, tmp_pat
         assert len(carrying(marker)) > 1  # workers
         if number:
             os.killpg(script.pid, number)
-        _, said = script.communicate(timeout=120)
+        _, said = script.communicate(timeout=30)
         assert script.returncode == code, said
         assert said.count("Traceback") == (code == 1 or number == signal.SIGINT), said  # the script's own
         deadline = time.monotonic() + 5
