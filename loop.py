@@ -158,7 +158,8 @@ def fit(run: Run, log: MetricLogger) -> None:
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
     run.options.buffers.check()
-    if best_is_lost(run):
+    # Decided on one rank: on another, the files may already be those that it mends.
+    if run.runtime.max_over_ranks(int(run.runtime.is_main and best_is_lost(run))):
         save(run)
         name_best(run)
     save_or_stop(run)  # a signal may have arrived already, and --stop-after may be behind a resumed run

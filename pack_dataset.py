@@ -114,14 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     folders.check_outside(index, args.out, "--out")
 
     sides = index.train.manifest["sides"] if adding else (*args.stored_sides, *args.raw_sides)
-    largest = (
-        0 if adding or index.native_size else max(getattr(index.train, "manifest", {}).get("sides", [0]))
-    )
-    if small := [side for side in sides if 0 < largest < side]:
-        wanted = ",".join(map(str, small))
-        print(
-            f"note: {args.data_dir} has copies of {largest} px at most, so those of {wanted} px are no larger"
-        )
+    if note := small_copies(index, sides):
+        print(f"note: {args.data_dir} {note}")
     crops = crop_settings(index, args, sides)
     if args.eval_crop and not crops:
         what = "--eval-crop would do nothing: by default, data of one small size gets no evaluation crops"
@@ -160,6 +154,16 @@ def open_index(args):
         return tars.imagenet_tars(args.data_dir)
     options = {"class_list": args.class_list, "allow_class_mismatch": args.allow_class_mismatch}
     return open_dataset(args.dataset, args.data_dir, split=args.split, **options)
+
+
+def small_copies(index, sides: Iterable[int]) -> str:
+    """Return what to say if `index` is a packed copy with smaller images than `sides` px, or ''."""
+    packed = getattr(index.train, "manifest", {}).get("sides", ())
+    larger = [str(side) for side in sides if packed and side > max(packed) and not index.native_size]
+    what = (
+        f"holds images of {max(packed, default=0)} px at most; they are not enlarged to {','.join(larger)} px"
+    )
+    return what if larger else ""
 
 
 def crop_settings(index, args, stored_sides: Iterable[int]) -> dict[int, float]:

@@ -33,9 +33,9 @@ SCORES = (
                f"Also score with BatchNorm statistics re-estimated on {RECALIBRATION_IMAGES:,} training "
                "images."),
     flags.Flag("save_hits", "Also write hits.npz: which images each set of weights gets right."),
-    flags.Flag("out", "Output directory; by default validation/ beside the checkpoint, for other data "
-               "validation_other_data/, with "
-               "--average validation_average/ beside the last.", str, "", "DIR"),
+    flags.Flag("out", "Output directory; by default validation/ beside the (last) checkpoint, or "
+               "validation_other_data/ for other images than the run's; with --average validation_average/.",
+               str, "", "DIR"),
     flags.Flag("json", "Copy of scores.json; '-' is standard output.", str, "", "FILE"),
 )
 # fmt: on
@@ -57,7 +57,6 @@ def main(argv: list[str] | None = None) -> int:
     doing(f"loading torch and {', '.join(config.checkpoints)}")
     from analysis import predictions, scores, validation
     from base.device import init_runtime
-    from sources import folders
 
     say = tell if config.json == "-" else process.say
     runtime, checkpoints = init_runtime(config.device, config.amp), [Path(p) for p in config.checkpoints]
@@ -75,15 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
-    # After --holdout, the official images are as unseen as those that were held out.
-    official = classifier.payload["config"].get("holdout") and config.holdout == 0
-    own = official or predictions.has_own_data(classifier)
-    if not own:
-        say("note: the run was validated on other images; it may have been trained on some of these")
-    folder = "validation" + "_average" * config.average + "_other_data" * (not own)
-    out = Path(config.out) if config.out else checkpoints[-1].parent / folder
-    folders.check_outside(classifier.index, out, "--out")
-    files.make_directory(out)
+    out = output_directory(classifier, config, say)
     results = []
     for size in sizes:
         results += validation.score(
@@ -125,6 +116,22 @@ def check(config, given: flags.Given) -> None:
         layouts.check_dir(config.data_dir)
     if process.world_size() > 1:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
+
+
+def output_directory(classifier, config, say) -> Path:
+    """Make the directory of the scores. Those of other images than the run's go beside its own."""
+    from analysis.predictions import has_own_data
+    from sources import folders
+
+    # After --holdout, the official images are as unseen as those that were held out.
+    official = classifier.payload["config"].get("holdout") and config.holdout == 0
+    own = official or has_own_data(classifier)
+    if not own:
+        say("note: the run was validated on other images; it may have been trained on some of these")
+    name = "validation" + "_average" * config.average + "_other_data" * (not own)
+    out = Path(config.out or Path(config.checkpoints[-1]).parent / name)
+    folders.check_outside(classifier.index, out, "--out")
+    return files.make_directory(out)
 
 
 def check_architecture(arch: str, config) -> None:

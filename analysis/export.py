@@ -202,7 +202,7 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
 
 
 def settings(saved: dict) -> dict:
-    """Return the flags of the training, `SHOWN` in this order, that had an effect."""
+    """Return those of the flags `SHOWN` that had an effect on the training."""
     config = flags.make_config(flags.defaults() | saved)
     return {name: getattr(config, name) for name in SHOWN if name not in flags.idle_flags(config)}
 

@@ -138,13 +138,14 @@ class MetricLogger:
             tracker.log(_numbers(row), step=step)
 
     def draw(self, now: bool = False) -> None:
-        """Draw the learning curves if --plot was given: at most once a minute, unless `now`.
+        """Draw the learning curves if --plot was given: at most once a minute, one at a time, unless `now`.
 
         Runs in another process meanwhile, so that a plot can neither delay nor end the run.
         """
-        if not self.plot or not (now or time.monotonic() - self.plotted >= 60):
+        busy = self.drawing is not None and self.drawing.poll() is None
+        if not self.plot or (not now and (busy or time.monotonic() - self.plotted < 60)):
             return
-        self._finish_drawing()  # that of a minute ago
+        self._finish_drawing()
         self.plotted = time.monotonic()
         command = [sys.executable, "-m", "analysis.plots", str(self.run_dir.resolve())]
         silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}

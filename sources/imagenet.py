@@ -111,17 +111,7 @@ def _index(
 ) -> DatasetIndex:
     for folder in (*parts["train"], *parts["val"]):
         if not os.path.isdir(os.path.join(root, folder)):
-            fix = folders.ACCEPTED
-            if folder == "val" and splits.lacks_parts(os.path.join(root, "train")):
-                only = shlex.quote(os.path.join(root, "train"))
-                fix = f"add it, or let a fifth of each class validate: --data-dir {only}"
-            others = [
-                o
-                for o in OTHER_VALS
-                if os.path.isdir(path := os.path.join(root, o)) and folders.class_names(path)
-            ]
-            if folder == "val" and others:
-                fix = f"rename {others[0]}/ to val/"
+            fix = _without_val(root) if folder == "val" else folders.ACCEPTED
             raise DataError(f"no folder {folder}/ in {os.path.abspath(root)}", fix)
     train = _listed(root, parts["train"], wanted)
     if any(folders.class_names(os.path.join(root, folder)) for folder in parts["val"]):
@@ -174,6 +164,17 @@ def image_root(data_dir: str) -> str:
             fix = f"move {folders.every(parts)} away if the other folders are classes, or {fix}"
     fix = f"use --data-dir {found[0]}" if len(found) == 1 else fix
     raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", fix)
+
+
+def _without_val(root: str) -> str:
+    """Return what to do about a `root` with a train/ but no val/."""
+    for other in OTHER_VALS:
+        if os.path.isdir(path := os.path.join(root, other)) and folders.class_names(path):
+            return f"rename {other}/ to val/"
+    train = os.path.join(root, "train")
+    if splits.lacks_parts(train):
+        return f"add it, or let a fifth of each class validate: --data-dir {shlex.quote(train)}"
+    return folders.ACCEPTED
 
 
 def _places(root: str, data_dir: str) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import multiprocessing
 import os
@@ -128,6 +129,7 @@ def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     import train
     from base import errors
 
@@ -148,6 +150,8 @@ def spawn(*args: object, output: Path, **variables: str) -> multiprocessing.Proc
 def finish(process, timeout: float = 120) -> int:
     process.join(timeout)
     if process.is_alive():
+        os.kill(process.pid, signal.SIGUSR2)  # it writes where it is into its output
+        time.sleep(1)
         os.killpg(process.pid, signal.SIGKILL)
         raise TimeoutError("the run did not end")
     return process.exitcode

@@ -56,12 +56,20 @@ def ranks(world: int, port: str) -> list[dict[str, str]]:
 
 
 def run(world: int, log: Path, *arguments, only: dict[int, dict[str, str]] | None = None) -> list[int]:
-    """Run train.py on `world` ranks, with the variables in `only` for some; return the exit codes."""
+    """Run train.py on `world` ranks, with the variables in `only` for some; return the exit codes.
+
+    Of a rank that hangs, it is -9, and the log says where it was.
+    """
     started = [
         spawn(*arguments, output=log, **variables, **(only or {}).get(k, {}))
         for k, variables in enumerate(ranks(world, free_port()))
     ]
-    return [finish(process) for process in started]
+    for process in started:
+        with suppress(TimeoutError):
+            finish(process)
+    for process in started:
+        process.join()
+    return [process.exitcode for process in started]
 
 
 # --- without processes ---

@@ -150,6 +150,19 @@ def test_without_patience_the_best_is_past_two_thirds_and_nothing_stops(tmp_path
     assert run.state.best == {"score": 35, "epoch": 8, "waited": 1}
 
 
+def test_ranks_mend_a_lost_best_together(tmp_path, monkeypatch):
+    """Rank 1 looks at the files when rank 0 has mended them already, and must still take part."""
+    run, did = tiny_run(tmp_path), []
+    run.runtime = Runtime(torch.device("cpu"), None, rank=1, world_size=2)
+    run.state.rows = [{"best": True}] * run.epochs
+    monkeypatch.setattr(loop, "best_is_lost", lambda run: False)
+    monkeypatch.setattr(Runtime, "max_over_ranks", lambda self, value: max(value, len(did) == 0))
+    monkeypatch.setattr(loop, "save", lambda run: did.append("save"))
+    monkeypatch.setattr(loop, "name_best", lambda run: did.append("name_best"))
+    loop.fit(run, None)
+    assert did == ["save", "name_best"]
+
+
 @pytest.mark.parametrize("signal_before", [0, 1, 3])
 def test_on_many_ranks_a_signal_between_two_steps_drops_and_repeats_no_batch(signal_before, tmp_path):
     """The ranks agree to stop after a step: until then each must take the step that the others take."""

@@ -279,6 +279,20 @@ def test_plot_draws_after_the_first_and_the_last_epoch_of_a_short_run(tmp_path, 
     assert capsys.readouterr().out.count("WARNING: no plots: error: no ink") == 2
 
 
+def test_a_plot_that_takes_long_is_not_waited_for(tmp_path, monkeypatch):
+    log = MetricLogger(tmp_path, [], 0, plot=True)
+    log.drawing = slow = subprocess.Popen(["sleep", "100"], stderr=subprocess.PIPE, text=True)
+    try:
+        log.draw()
+        assert log.drawing is slow and slow.poll() is None
+    finally:
+        slow.kill()
+        slow.wait()
+    log.draw()  # the next one is drawn
+    assert log.drawing is not slow
+    log.close()
+
+
 def test_debug_shows_where_an_error_comes_from(monkeypatch, capsys):
     def main(argv):
         flags.parse(train.build_parser(), argv)

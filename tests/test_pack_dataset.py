@@ -227,7 +227,7 @@ def test_small_copies_are_named_where_larger_ones_are_asked_for(folders, tmp_pat
         pack_dataset.main(["--data-dir", str(tmp_path / "small"), "--out", str(tmp_path / "large"), *larger])
         == 0
     )
-    assert "has copies of 12 px at most, so those of 20 px are no larger" in capsys.readouterr().out
+    assert "small holds images of 12 px at most; they are not enlarged to 20 px" in capsys.readouterr().out
     training = ["--arch", "resnet_tiny", "--epochs", "1", "--num-workers", "0", "--device", "cpu"]
     training += ["--resize-schedule", "12,16", "--save-dir", str(tmp_path / "run"), "--stop-after", "1"]
     assert train.main(["--data-dir", str(tmp_path / "small"), *training]) == 0
