@@ -127,7 +127,7 @@ def output_directory(classifier, config, say) -> Path:
     official = classifier.payload["config"].get("holdout") and config.holdout == 0
     own = official or has_own_data(classifier)
     if not own:
-        say("note: the run was validated on other images; it may have been trained on some of these")
+        say("note: these are not the images that the run was validated on; it may have been trained on some")
     name = "validation" + "_average" * config.average + "_other_data" * (not own)
     out = Path(config.out or Path(config.checkpoints[-1]).parent / name)
     folders.check_outside(classifier.index, out, "--out")
