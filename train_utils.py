@@ -351,17 +351,17 @@ def update(
 
 def backward(state: TrainState, options: StepOptions, images: Tensor, targets: Tensor) -> Tensor:
     """Accumulate the gradients of the batch's mean loss in `options.accumulate` pieces; return that loss."""
-    losses = []
-    pieces = list(zip(images.chunk(options.accumulate), targets.chunk(options.accumulate), strict=True))
-    for k, (part, part_targets) in enumerate(pieces):
-        last = k == len(pieces) - 1
+    losses, pieces = [], min(options.accumulate, len(images))
+    parts = zip(images.tensor_split(pieces), targets.tensor_split(pieces), strict=True)
+    for k, (part, part_targets) in enumerate(parts, 1):
+        last = k == pieces
         no_sync = getattr(options.forward, "no_sync", nullcontext)  # DDP: exchange gradients once
         with nullcontext() if last else no_sync():
             with options.runtime.autocast():
                 logits = options.forward(part)
-            # Outside autocast, so in float32. Weighted, because the last piece may be smaller.
+            # Outside autocast, so in float32. Weighted, because the last pieces may be one image smaller.
             loss = options.loss(logits, part_targets)
-            loss = loss * (len(part) / len(images)) if len(pieces) > 1 else loss
+            loss = loss * (len(part) / len(images)) if pieces > 1 else loss
             if last and options.l1:
                 loss = loss + options.l1 * l1_penalty(state.parameters)
             state.scaler.scale(loss).backward()
@@ -370,8 +370,8 @@ def backward(state: TrainState, options: StepOptions, images: Tensor, targets: T
 
 
 def smallest_piece(images: int, accumulate: int) -> int:
-    """Return the number of images in the smallest piece (the last one) that `backward` cuts from a batch."""
-    return (images - 1) % math.ceil(images / accumulate) + 1
+    """Return the number of images in the smallest piece that `backward` cuts from a batch of `images`."""
+    return max(1, images // accumulate)
 
 
 def update_scale(scaler: torch.amp.GradScaler, loss: Tensor, finite: Tensor) -> dict[str, Tensor]:

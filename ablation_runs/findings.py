@@ -65,10 +65,10 @@ def overview(found: Published) -> str:
 def short(study: Study, runs: list[Result]) -> str:
     """Return the verdicts in a few words."""
     compared = {} if study.grid else results.compare(runs, study, study.metric)
-    words, than = [], f" (than {next(iter(study.variants))}, in {summary.METRICS[study.metric]})"
+    words, against = [], f"{summary.METRICS[study.metric]} against {next(iter(study.variants))}: "
     for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED):
         if named := summary.named(compared, verdict):
-            words.append(f"{verdict}{'' if words else than}: {', '.join(named)}")
+            words.append(f"{'' if words else against}{verdict}: {', '.join(named)}")
     others = [f"{name} {d.mean:+.1f}" for name, d in compared.items() if name not in study.primary]
     if words and others:
         words.append(f"not planned, in points: {', '.join(others)}")
@@ -87,7 +87,7 @@ def scale(study: Study, preset: str, runs: list[Result]) -> str:
 
 
 def details(found: Published) -> str:
-    """Return a section for each study: question, command, table, conclusion, picture, and what it means."""
+    """Return a section for each study: question, command, conclusion, what it means, and a picture."""
     return "\n\n".join(section(*one) for one in found)
 
 
@@ -104,9 +104,7 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
     )
     if study.notes:
         parts.append(f"*Notes.* {' '.join(study.notes.splitlines())}")
-    parts.append(summary.variant_table(study, preset, runs).without_empty_columns().markdown())
-    if comparison := summary.comparison_table(study, runs, study.metric):
-        parts.append(comparison.without_empty_columns().markdown())
+    parts.append(summary.other_flags(study, preset, runs))
     parts.append(f"*Conclusion.* {summary.conclusion(study, runs)}")
     reading = PUBLISHED / name / "reading.md"
     if reading.is_file():
@@ -115,7 +113,7 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
         p for p in ("differences.png", "heat_maps.png", "curves.png") if (PUBLISHED / name / p).is_file()
     ]
     parts += [f"![{study.name}](results/{name}/{picture})" for picture in pictures[:1]]
-    return "\n\n".join(parts)
+    return "\n\n".join(filter(None, parts))
 
 
 def claim_table(found: Published) -> str:

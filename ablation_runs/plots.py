@@ -147,7 +147,7 @@ def differences(runs: list[Result], study: Study, title: str):
     for place, text, side in ((0, "← worse", "left"), (1, "better →", "right")):
         axis.text(place, 1.02, text, transform=axis.transAxes, ha=side, fontsize=9, color="0.3")
     axis.set_xlabel(
-        f"difference to {next(iter(study.variants))}, points of {LABELS[study.metric].replace(' (%)', '')}\n"
+        f"difference from {next(iter(study.variants))}, points of {LABELS[study.metric].replace(' (%)', '')}\n"
         "thick: 95 % interval over seeds; thin: over seeds and images; filled: better or worse",
         fontsize=9,
     )
@@ -160,7 +160,7 @@ def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
     fig = figures.figure(8, 1.2 + 0.24 * sum(len(compared) + 1.4 for _, compared in found))
     axis, place, variants = figures.axes(fig, 1, 1)[0, 0], 0.0, {}
     for study, compared in found:
-        heading = f" {study.name}: difference to {next(iter(study.variants))}"
+        heading = f" {study.name}: difference from {next(iter(study.variants))}"
         axis.text(-reach, place, heading, weight="bold", fontsize=9, va="center")
         for variant, d in compared.items():
             place += 1

@@ -21,11 +21,12 @@ SAME_LOAD = 1.5  # times the lowest load, if speeds are to be compared
 HOW_TO_READ = f"""\
 Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is training \
 minus validation top-1.
-Differences are to the first variant, paired by seed, with a 95 % t interval over seeds. 'better' and \
-'worse' need {MIN_PAIRS} pairs and three tests that agree: this interval and that of the BCa bootstrap \
-exclude zero, and p is at most 0.05. p comes from flipping the signs of the seeds' differences, and is \
-adjusted for all primary comparisons of the study (max-t). The interval over seeds and images also covers \
-the choice of the validation images."""
+Differences are from the first variant, paired by seed, with a 95 % t interval over seeds. 'better' and \
+'worse' need {MIN_PAIRS} pairs and two tests that agree: the interval excludes zero, and p is at most 0.05. p \
+comes from flipping the signs of the seeds' differences, and is adjusted for all primary comparisons of the \
+study (max-t); the intervals are not. Gaps and gains of the EMA are tested as families of their own.
+A verdict is about other seeds on these images. The interval over seeds and images also covers the choice of \
+the validation images; it decides nothing."""
 HELD_OUT = (
     "Choices are made on {held} images held out of training. The scores are those of the official validation "
     "images ({scored}), which were scored once, after the last epoch."
@@ -50,7 +51,8 @@ def other_flags(study: Study, preset: str, runs: list[Result]) -> str:
     found = []
     for run in (run for run in runs if run.record.get("flags")):
         own = set(flags.to_argv(study.flags_of(run.variant, preset) | {"seed": run.seed}))
-        if other := [word for word in run.record["flags"] if word not in own]:
+        had = set(run.record["flags"])
+        if other := [*sorted(had - own), *(f"without {word}" for word in sorted(own - had))]:
             found.append(f"{run.variant}-seed{run.seed} (`{' '.join(other)}`)")
     return f"**Not all runs have the flags of the study:** {', '.join(found)}." if found else ""
 
@@ -93,16 +95,16 @@ def variant_table(study: Study, preset: str, runs: list[Result]) -> Table:
 
 
 def comparison_table(study: Study, runs: list[Result], column: str) -> Table:
-    """Return the differences of `column` to the first variant with their verdicts; none for a grid."""
+    """Return the differences of `column` from the first variant with their verdicts; none for a grid."""
     gap, rows = column == "gap", []
     for variant, d in results.compare(runs, study, column).items() if not study.grid else ():
         both = None if gap else results.seeds_and_images(runs, study, variant)
-        row = [f"**{variant}**", str(d.n), f"{d.mean:+.2f}", bounds(d.interval), bounds(d.bca), bounds(both)]
+        row = [f"**{variant}**", str(d.n), f"{d.mean:+.2f}", bounds(d.interval), bounds(both)]
         verdict = GAP_WORDS.get(d.verdict, d.verdict) if gap else d.verdict
         rows.append([*row, statistics.p_value(d.p).removeprefix("= "), verdict])
-    what = "the gap" if gap else f"{METRICS[column]} (+ is better)"
-    title = f"Differences to {next(iter(study.variants))} of {what}, in points:"
-    header = ["variant", "pairs", "difference", "95 % t interval", "BCa interval", "over seeds and images"]
+    what = "in the gap, in points" if gap else f"in {METRICS[column]}, in points (+ is better)"
+    title = f"Differences from {next(iter(study.variants))} {what}:"
+    header = ["variant", "pairs", "difference", "95 % t interval", "over seeds and images"]
     return Table("gaps" if gap else "comparisons", title, [*header, "p (max-t)", "verdict"], rows)
 
 
@@ -171,7 +173,7 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
     others = named(found, EXPLORATORY) if study.primary else []
     for sentence, names in (
-        (f"Undecided, because not all three tests see a difference to {first}", named(found, UNDECIDED)),
+        (f"Undecided, because the two tests do not both see a difference from {first}", named(found, UNDECIDED)),
         (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
         ("Not among the primary comparisons, so without a verdict", others),
     ):

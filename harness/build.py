@@ -305,7 +305,7 @@ def compiled(forward: Callable[[Tensor], Tensor], config, phases: int) -> Callab
     if not (config.compile or config.cuda_graphs):
         return forward
     torch._dynamo.reset()  # what another run in this process has compiled counts towards the limit
-    torch._dynamo.config.recompile_limit = max(8, 2 * phases)  # of --accumulate, the last piece may differ
+    torch._dynamo.config.recompile_limit = max(8, 2 * phases)  # pieces of --accumulate have two shapes
     if not config.cuda_graphs:
         return torch.compile(forward, dynamic=False)
     graphs = torch.compile(forward, dynamic=False, mode="reduce-overhead")

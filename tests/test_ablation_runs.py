@@ -226,7 +226,7 @@ NOISY = (51, 50, 55, 50, 51, 49)
 
 def test_a_difference_inside_the_noise_is_undecided():
     text = summary.conclusion(TWO, made(a=SIX, b=NOISY, c=(50, 53, 50, 52, 50, 51)))
-    assert text.startswith("Undecided, because not all three tests see a difference to a: b and c. Power: ")
+    assert text.startswith("Undecided, because the two tests do not both see a difference from a: b and c. Power: ")
 
 
 def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
@@ -235,7 +235,7 @@ def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
         r"\*\*b\*\* is better than a by 10\.1 points .*interval \+9\.6 to \+10\.6, p = 0\.031, 6 seeds\)",
         text,
     )
-    assert "10.1 points smaller with b" in text and "see a difference to a: c." in text
+    assert "10.1 points smaller with b" in text and "see a difference from a: c." in text
 
 
 def test_five_seeds_decide_nothing():
@@ -254,7 +254,7 @@ def test_only_primary_comparisons_get_a_verdict():
 
 def test_a_control_is_named_beside_the_verdicts_it_puts_into_proportion():
     runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, primary=("c",))
-    assert findings.short(which, runs) == "undecided (than a, in top-1): c; not planned, in points: b +10.1"
+    assert findings.short(which, runs) == "top-1 against a: undecided: c; not planned, in points: b +10.1"
     assert "not planned" not in findings.short(TWO, runs)
 
 
@@ -290,7 +290,7 @@ def test_a_diverged_run_has_no_scores_of_a_kind_that_its_flags_do_not_make():
     runs[6].status = "diverged"
     assert runs[6].score("val_top1") == 5
     assert runs[6].score("ema_val_top1") is None and runs[6].score("ema_bn_val_top1") is None
-    assert "EMA" not in summary.markdown(TWO, "full", runs, [])
+    assert "EMA top-1" not in summary.markdown(TWO, "full", runs, [])
 
 
 def test_the_images_are_counted_where_they_were_scored():
@@ -307,9 +307,9 @@ def test_runs_with_other_flags_than_the_studys_are_named():
         r.record = {"flags": flags.to_argv(own)}
     assert "Not all runs" not in summary.markdown(TWO, "full", runs, [])
     runs[7].record["flags"].append("--l1=0.5")
-    assert "**Not all runs have the flags of the study:** b-seed1 (`--l1=0.5`)." in summary.markdown(
-        TWO, "full", runs, []
-    )
+    left_out = runs[8].record["flags"].pop(0)
+    named = f"b-seed1 (`--l1=0.5`), b-seed2 (`without {left_out}`)."
+    assert f"**Not all runs have the flags of the study:** {named}" in summary.markdown(TWO, "full", runs, [])
 
 
 def test_one_seed_and_failed_runs_conclude_nothing():
@@ -773,7 +773,7 @@ def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_i
     means = [line for line in axis.lines if len(line.get_xdata()) == 1]
     assert [line.get_color() for line in means] == [figures.GREEN, "0.6"]
     assert [line.get_marker() for line in means] == [">", "o"] and float(means[0].get_xdata()[0]) == 8
-    assert [text.get_text() for text in axis.texts] == [" two: difference to a", "+10.1", "+0.2"]
+    assert [text.get_text() for text in axis.texts] == [" two: difference from a", "+10.1", "+0.2"]
     assert plots.overview([(TWO, made(a=(50,), b=(52,), c=(51,)))])  # no intervals
     planned = Study("two", "?", TWO.variants, primary=("b",))
     lines = plots.overview([(planned, runs)]).axes[0].lines

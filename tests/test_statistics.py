@@ -80,12 +80,11 @@ def test_missing_pairs_are_left_out_of_their_own_comparison_only():
     assert short.mean == pytest.approx(differences[1, 3:].mean())
 
 
-def test_a_verdict_needs_all_three_witnesses(monkeypatch):
+def test_a_verdict_needs_both_witnesses(monkeypatch):
     values = 1 + 0.1 * RNG.normal(0, 1, (1, 6))
     assert statistics.compare(values)[0].verdict == BETTER
     for name, doubt in (
         ("t_interval", lambda values, floor: (-0.1, 2.0)),
-        ("bca_interval", lambda values: (-0.1, 2.0)),
         ("max_t", lambda differences, floor: np.array([0.06])),
     ):
         with monkeypatch.context() as patch:
@@ -97,8 +96,6 @@ def test_intervals_agree_with_scipy():
     values = RNG.exponential(1, 9)
     theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert statistics.t_interval(values) == pytest.approx((theirs.low, theirs.high))
-    low, high = statistics.bca_interval(values)
-    assert low < values.mean() < high and high - values.mean() > values.mean() - low  # it follows the skew
 
 
 def test_the_interval_of_two_pairs_is_the_closed_form():
@@ -118,12 +115,6 @@ def test_the_t_interval_covers_95_percent(pairs):
     drawn = RNG.normal(2, 1, (4000, pairs))
     covered = sum(low < 2 < high for low, high in map(statistics.t_interval, drawn))
     assert stats.binomtest(covered, 4000, 0.95).pvalue > 1e-4
-
-
-def test_bca_covers_too_little_with_six_pairs():
-    drawn = RNG.normal(2, 1, (300, 6))
-    covered = sum(low < 2 < high for low, high in map(statistics.bca_interval, drawn)) / 300
-    assert 0.82 < covered < 0.93
 
 
 def test_a_family_of_comparisons_is_wrong_at_most_once_in_twenty():
@@ -158,6 +149,14 @@ def test_without_noise_between_images_the_crossed_interval_is_that_of_the_seeds(
     both = statistics.seeds_and_images(np.repeat(by_seed[:, None], 50, axis=1))
     assert both == pytest.approx(statistics.t_interval(by_seed))
     assert statistics.seeds_and_images(np.zeros((6, 9))) == (0, 0)
+
+
+def test_the_crossed_interval_is_never_narrower_than_that_of_the_seeds():
+    for _ in range(200):  # many images that hardly differ: the freedom of their part is large
+        differences = RNG.normal(0, 1, (6, 1)) + RNG.normal(0, 3, (6, 150))
+        low, high = statistics.seeds_and_images(differences)
+        first, last = statistics.t_interval(differences.mean(1))
+        assert high - low >= last - first - 1e-9
 
 
 def test_power_is_the_published_sample_size():

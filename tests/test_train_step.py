@@ -150,12 +150,15 @@ class NoNorm(nn.Module):
         return self.layers(x)
 
 
-@pytest.mark.parametrize("pieces", [2, 3, 8])
-def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces):
+@pytest.mark.parametrize("pieces, cut", [
+    (2, [4, 4]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (8, [1] * 8), (9, [1] * 8),
+])  # fmt: skip
+def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces, cut):
     grads = []
     for accumulate in (1, pieces):
         torch.manual_seed(0)
-        model = NoNorm().double()
+        model, seen = NoNorm().double(), []
+        model.register_forward_pre_hook(lambda model, args, seen=seen: seen.append(len(args[0])))
         optimizer = torch.optim.SGD(model.parameters(), 0.0)
         state = TrainState(
             model,
@@ -176,6 +179,7 @@ def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces):
         )
         train_step(state, how, *batches(1)[0])
         grads.append([p.grad.clone() for p in model.parameters()])
+    assert seen == cut
     for a, b in zip(*grads, strict=True):
         assert (a - b).abs().max() < 1e-12
 
