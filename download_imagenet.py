@@ -98,7 +98,7 @@ SIMPLE = {
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="download_imagenet.py", description=__doc__)
     add = parser.add_argument
-    method = "Download method; by default simple, and of ImageNet none: the ways to get it are listed."
+    method = "Download method; by default simple. Without one, ImageNet prints the ways to get it."
     add("--method", choices=("manual", "auto", "simple"), metavar="NAME", help=method)
     add("--dataset", default="imagenet", metavar="NAME", help=f"imagenet, {', '.join(SIMPLE)} or hf:<name>.")
     add("--data-dir", metavar="DIR", help="Dataset directory (default: ./data/<dataset>).")
@@ -156,7 +156,8 @@ def download_imagenet(data_dir: Path, train_url: str | None, val_url: str | None
 
     missing = []
     for folder, archive, url in (("train", TRAIN, train_url), ("val", VAL, val_url)):
-        if not url and not any((data_dir / name).exists() for name in (folder, archive.name)):
+        begun = (folder, f"{folder}.flat", archive.name)
+        if not url and not any((data_dir / name).exists() for name in begun):
             missing.append(f"--{folder}-url")
     if missing:
         fix = "log in at https://image-net.org and copy the URLs of the ILSVRC2012 archives"

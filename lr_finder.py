@@ -33,7 +33,7 @@ FINDER = (
     flags.Flag("mode", "What to measure at each rate.", ("loss", "accuracy"), "loss", "NAME"),
     flags.Flag("phase", "Test the image size, batch size and mixing of this phase.",
                flags.positive, 1, "K"),
-    flags.Flag("num_iter", "Steps of --mode loss.", flags.number(int, MIN_STEPS), 200, "N",
+    flags.Flag("num_iter", "Steps of --mode loss.", flags.number(int, MIN_STEPS, 5000), 200, "N",
                idle=lambda c: c.mode == "accuracy" and "--mode accuracy takes --trials and --trial-epochs"),
     flags.Flag("start_lr", "Lowest rate; by default 1e-7, or 1e-4 with --mode accuracy.",
                flags.above_zero, None, "LR"),
@@ -45,7 +45,7 @@ FINDER = (
     flags.Flag("out", "Output directory; by default --save-dir.", str, "", "DIR"),
 )
 # fmt: on
-# Flags that matter to the training only: they are taken into its command, so that a run's flags fit both.
+# Flags that affect only the training: accepted and copied into its command, so that both take a run's flags.
 PASSED_ON = {flag.name for flag in (*flags.SCORING, *flags.LOGGING)} | {"save_every"}
 TRAIN_ONLY = {"resume", "allow_change", "overwrite", "stop_after", "summary", "dry_run"}
 GROUPS = {"range test": FINDER} | {
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     # The code below reads any flag of train.py; those that this command lacks get their defaults.
     config = flags.make_config(flags.defaults() | flags.plain(config))
     if "lr" in given.by_hand:  # a recipe may bring it
-        raise UsageError("--lr would do nothing: this command looks for it", "leave --lr out")
+        raise UsageError("--lr would do nothing: finding it is what this command does", "leave --lr out")
     notes = flags.refuse_idle(FINDER, config, given) + flags.check_train(config, given)
     if later := [flags.dashed(name) for name in sorted(PASSED_ON & given.by_hand)]:
         notes.append(f"{', '.join(later)}: left to the training")
@@ -146,8 +146,8 @@ def trial_flags(config, phase) -> dict:
     if config.schedule == "cosine":
         values["warmup_epochs"] = min(config.warmup_epochs, config.trial_epochs / 5)
     idle = flags.idle_flags(flags.make_config(values))  # such as flags about several phases
-    # The batch size always, because a default one is fitted to the data; beside --pretrained, which has
-    # other defaults, all.
+    # Always the batch size, because train.py fits its default to the data; with --pretrained, whose defaults
+    # differ, every flag.
     defaults = {} if config.pretrained else flags.defaults()
     given = {name for name, v in values.items() if name not in defaults or v != defaults[name]}
     wanted = (given | {"batch_size"}) - idle

@@ -72,9 +72,9 @@ PACKING = (
          flags.listing(flags.pixels), (), "PX,PX,...", idle=packs_nothing),
     Flag("quality", "JPEG quality of the resized images.", flags.number(int, 1, 100), 90, "Q",
          idle=resizes_nothing),
-    Flag("eval_sizes", "Sizes in px of the evaluation crops to store, for validation images and the "
-         "sample of train_top1; none stores none. By default 0.7 of each stored side, cut to a multiple of "
-         "32 (64,128,224); none for data of one small size.",
+    Flag("eval_sizes", "Sizes in px of the evaluation crops to store, of validation images and of the "
+         "training images that train_top1 scores; or none. By default 0.7 times each stored side, rounded "
+         "down to a multiple of 32 (64,128,224); none if all images have one small size.",
          eval_sizes, None, "PX,PX,...",
          idle=adds_nothing),
     Flag("eval_crop", "Share of the resized image in these crops, like --eval-crop of train.py; by "

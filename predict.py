@@ -58,8 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     if not (config.images or config.export):
         raise UsageError("no images given", "name image files or folders, or --export FORMAT")
     flags.refuse_idle((*PREDICTIONS, *EXPORT, *LOADING), config, given)
-    if config.json == config.csv == "-":
-        raise UsageError("--json and --csv both write to standard output", "give one of them a file name")
     if config.json and config.json == config.csv:
         raise UsageError(f"--json and --csv both write to {config.json}", "give them different names")
     for flag in ("json", "csv"):

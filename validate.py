@@ -69,12 +69,13 @@ def main(argv: list[str] | None = None) -> int:
     sizes = config.image_sizes or (classifier.image_size,)
     for size in sizes:
         classifier.at_size(size)
-    check_architecture(classifier.payload["model_args"]["arch"], config)
+    if config.recalibrate_bn and (arch := classifier.payload["model_args"]["arch"]) in idle.NO_BATCH_NORM:
+        raise UsageError(f"--recalibrate-bn would do nothing: {arch} has no BatchNorm", "leave it out")
     classifier = predictions.open_data(classifier, config, given, say)
     if note := flags.workers_note(config, given):
         say(note)
     labels = validation.model_labels(classifier, say)
-    out = output_directory(classifier, config, say)
+    out = output_directory(classifier, config, given, say)
     results = []
     for size in sizes:
         results += validation.score(
@@ -118,26 +119,21 @@ def check(config, given: flags.Given) -> None:
         raise UsageError("validate.py runs on one device", "start it with python, not with torchrun")
 
 
-def output_directory(classifier, config, say) -> Path:
+def output_directory(classifier, config, given: flags.Given, say) -> Path:
     """Make the directory of the scores. Those of other images than the run's go beside its own."""
     from analysis.predictions import has_own_data
     from sources import folders
 
     # After --holdout, the official images are as unseen as those that were held out.
-    official = classifier.payload["config"].get("holdout") and config.holdout == 0
-    own = official or has_own_data(classifier)
+    saved = classifier.payload["config"]
+    elsewhere = any(getattr(config, name) != saved[name] for name in {"dataset", "data_dir"} & given)
+    own = (saved.get("holdout") and config.holdout == 0 and not elsewhere) or has_own_data(classifier)
     if not own:
         say("note: these are not the images that the run was validated on; it may have been trained on some")
     name = "validation" + "_average" * config.average + "_other_data" * (not own)
     out = Path(config.out or Path(config.checkpoints[-1]).parent / name)
     folders.check_outside(classifier.index, out, "--out")
     return files.make_directory(out)
-
-
-def check_architecture(arch: str, config) -> None:
-    """Raise UsageError for what the architecture cannot do."""
-    if config.recalibrate_bn and arch in idle.NO_BATCH_NORM:
-        raise UsageError(f"--recalibrate-bn would do nothing: {arch} has no BatchNorm", "leave it out")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
     fig = figures.figure(max(7, 2.8 * columns), 1.4 + 2.2 * rows, title)
-    axes = figures.axes(fig, rows, columns, sharex=True, sharey=True)
+    axes = fig.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis, (name, lines) in zip(axes.flat, panels.items(), strict=False):
         for k, (epochs, mean, _, _) in enumerate(filter(None, means)):
             # Behind its own curve, each variant sees the baseline, black, and the others.
@@ -133,7 +133,7 @@ def differences(runs: list[Result], study: Study, title: str):
     if not found:
         return None
     fig = figures.figure(7.5 + 0.06 * max(map(len, found)), 2.2 + 0.36 * len(found), title)
-    axis = figures.axes(fig, 1, 1)[0, 0]
+    axis = fig.subplots()
     for k, (variant, d) in enumerate(found.items()):
         if both := results.seeds_and_images(runs, study, variant):
             axis.plot(both, [k, k], color=figures.SKY, lw=1.2)
@@ -146,8 +146,9 @@ def differences(runs: list[Result], study: Study, title: str):
     axis.set_ylim(len(found) - 0.5, -0.5)
     for place, text, side in ((0, "← worse", "left"), (1, "better →", "right")):
         axis.text(place, 1.02, text, transform=axis.transAxes, ha=side, fontsize=9, color="0.3")
+    score = LABELS[study.metric].replace(" (%)", "")
     axis.set_xlabel(
-        f"difference from {next(iter(study.variants))}, points of {LABELS[study.metric].replace(' (%)', '')}\n"
+        f"difference from {next(iter(study.variants))}, points of {score}\n"
         "thick: 95 % interval over seeds; thin: over seeds and images; filled: better or worse",
         fontsize=9,
     )
@@ -158,7 +159,7 @@ def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
     """Draw the differences of all studies to their baselines, on one scale that ends at ± `reach` points."""
     found = [(study, results.compare(runs, study, study.metric)) for study, runs in studies if study.primary]
     fig = figures.figure(8, 1.2 + 0.24 * sum(len(compared) + 1.4 for _, compared in found))
-    axis, place, variants = figures.axes(fig, 1, 1)[0, 0], 0.0, {}
+    axis, place, variants = fig.subplots(), 0.0, {}
     for study, compared in found:
         heading = f" {study.name}: difference from {next(iter(study.variants))}"
         axis.text(-reach, place, heading, weight="bold", fontsize=9, va="center")
@@ -193,7 +194,7 @@ def effects(runs: list[Result], study: Study, title: str):
     if not ranked:
         return None
     fig = figures.figure(7.5, 1.9 + 0.75 * len(ranked), f"{title}\nmain effects, the strongest first")
-    axis = figures.axes(fig, 1, 1)[0, 0]
+    axis = fig.subplots()
     names = []
     for k, effect in enumerate(ranked):
         decided = effect.p is not None and effect.p <= ALPHA
@@ -222,7 +223,7 @@ def heat_maps(runs: list[Result], study: Study, title: str):
     low, high = min(map(np.min, maps)), max(map(np.max, maps))
     title = f"{title}\nlast epoch, mean over seeds and the other flags"
     fig = figures.figure(1.5 + 3.2 * len(pairs), 3.6, title)
-    axes = figures.axes(fig, 1, len(pairs))[0]
+    axes = fig.subplots(1, len(pairs), squeeze=False)[0]
     for axis, pair, scores in zip(axes, pairs, maps, strict=True):
         down, across = (study.grid[k] for k in pair)
         image = axis.imshow(scores, cmap=figures.MAP, vmin=low, vmax=high, aspect="auto")

@@ -22,9 +22,9 @@ HOW_TO_READ = f"""\
 Scores are top-1 of the last epoch, in percent: mean ± standard deviation over seeds. The gap is training \
 minus validation top-1.
 Differences are from the first variant, paired by seed, with a 95 % t interval over seeds. 'better' and \
-'worse' need {MIN_PAIRS} pairs and two tests that agree: the interval excludes zero, and p is at most 0.05. p \
-comes from flipping the signs of the seeds' differences, and is adjusted for all primary comparisons of the \
-study (max-t); the intervals are not. Gaps and gains of the EMA are tested as families of their own.
+'worse' need {MIN_PAIRS} pairs and two tests that agree: the interval excludes zero, and p is at most 0.05. \
+p comes from flipping the signs of the seeds' differences, and is adjusted for all primary comparisons of \
+the study (max-t); the intervals are not. Gaps and gains of the EMA are tested as families of their own.
 A verdict is about other seeds on these images. The interval over seeds and images also covers the choice of \
 the validation images; it decides nothing."""
 HELD_OUT = (
@@ -173,7 +173,10 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
     others = named(found, EXPLORATORY) if study.primary else []
     for sentence, names in (
-        (f"Undecided, because the two tests do not both see a difference from {first}", named(found, UNDECIDED)),
+        (
+            f"Undecided, because the two tests do not both see a difference from {first}",
+            named(found, UNDECIDED),
+        ),
         (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
         ("Not among the primary comparisons, so without a verdict", others),
     ):

@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.show_epoch > config.epochs:
         problem = f"--show-epoch {config.show_epoch} > --epochs {config.epochs}"
         raise UsageError(problem, "name an epoch of the run")
-    from sources import layouts
+    from sources import folders, layouts
 
     doing("loading the data and torch")
     index = layouts.open_dataset(**flags.data_args(config))
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     from analysis import batch_figures, figures
 
     folder = Path(config.out) if config.out else Path(config.save_dir) / "plots"
+    folders.check_outside(index, folder, "--out" if config.out else "--save-dir")
     print(figures.save(batch_figures.draw(config, index), folder / "batch.png"))
     return 0
 

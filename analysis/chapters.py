@@ -11,12 +11,14 @@ from analysis.markdown import to_html
 from analysis.page import Markup, Section, chart, details, facts, image, join, page, section, table, tag
 from analysis.runs import (
     SCORE_COLUMNS,
+    VALIDATED,
     RunFiles,
     changed_flags,
     differing_data,
     differing_flags,
     phases,
     shown,
+    validated,
 )
 from base import flags
 from base.progress import duration
@@ -34,8 +36,6 @@ CAPTIONS = {
     "lr_finder.png": "LR range test",
 }
 DRAWN_AS_CHARTS = ("curves.png", "lr.png", "steps.png", "compare.png")
-SCORE_KEYS = ("image_size", "weights", "bn", "tta", "top1", "top5", "loss", "macro_f1", "ece")
-SCORE_TITLES = ("px", "weights", "BatchNorm", "TTA", "top-1 %", "top-5 %", "loss", "macro F1", "ECE %")
 RELOAD = 30  # seconds
 MOST_ROWS = 20  # of a table that is not folded away
 
@@ -111,10 +111,10 @@ def summary(run: RunFiles) -> Markup:
     values["time"] = duration(3600 * run.hours)
     if last.get("images_per_second"):
         values["images/s, last epoch"] = f"{last['images_per_second']:,.0f}"
-    described = config | {key: run.env[key] for key in ("dataset",) if key in run.env}  # not the flag's
-    for key, name in (("arch", "architecture"), ("dataset", "dataset")):
-        if key in described:
-            values[name] = shown(described[key])
+    if "arch" in config:
+        values["architecture"] = config["arch"]
+    if run.dataset:
+        values["dataset"] = run.dataset
     sizes = [f"{size}\N{NO-BREAK SPACE}px" for _, size, _ in phases(run.rows)]
     values["image sizes"] = " → ".join(sizes)
     if bad := sum(row.get("bad_steps") or 0 for row in run.rows):
@@ -167,13 +167,8 @@ def validation(run: RunFiles) -> Markup:
     if not scores:
         command = tag("code", f"python validate.py {run.checkpoint() or 'CHECKPOINT'}")
         return tag("p", "No validation details yet: run ", command)
-
-    def cell(value: object) -> object:
-        return f"{value:.3f}" if isinstance(value, float) else value
-
-    rows = [[cell(line.get(key, "-")) for key in SCORE_KEYS] for line in scores["results"]]
     what = f"Of {scores.get('checkpoint', 'a checkpoint')}, epoch {scores.get('epoch', '?')}"
-    parts = [table(SCORE_TITLES, rows, what), class_tables(scores)]
+    parts = [table([*VALIDATED.values()], validated(scores), what), class_tables(scores)]
     for name, caption in (("confusion.png", "Confusion matrix"), ("reliability.png", "Calibration")):
         if (folder / name).is_file():
             parts.append(image(folder / name, caption))

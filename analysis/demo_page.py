@@ -7,15 +7,15 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 
 from analysis.demo_server import LARGEST_BODY
-from analysis.feature_maps import as_map, last_map, module_named, recorded
+from analysis.feature_maps import last_map, module_named
 from analysis.gradcam_figures import grad_cam, overlay
 from analysis.page import CSS, Markup, document, facts, join, tag
 from analysis.predictions import Classifier
 from base.errors import UsageError, UserError
-from models import describe_args
+from models.convert import describe
+from models.summary import count_params
 from sources.images import BadImage
 
 STYLE, SCRIPT = (Path(__file__).with_name(name).read_text("utf-8") for name in ("demo.css", "demo.js"))
@@ -58,8 +58,8 @@ class Demo:
         column = "ema_val_top1" if classifier.weights == "ema" else "val_top1"
         top1 = rows[-1].get(column) if rows else None
         return {
-            "architecture": describe_args(payload["model_args"]).rpartition(",")[0],
-            "parameters": f"{sum(p.numel() for p in classifier.model.parameters()):,}",
+            "architecture": describe(classifier.model.state_dict()).rpartition(",")[0],
+            "parameters": f"{count_params(classifier.model):,}",
             "trained on": data["dataset"],
             "classes": f"{len(classifier.classes):,}",
             "input": f"{classifier.image_size} px, central {100 * classifier.crop:.3g} %",
@@ -105,10 +105,7 @@ class Demo:
             found = grad_cam(
                 classifier.model, layer, images.expand(len(best.indices), -1, -1, -1), best.indices
             )
-            with torch.no_grad(), recorded({"layer": layer}) as outputs:
-                classifier.model(images)
-            height, width = as_map(outputs["layer"]).shape[2:]
-            evidence = f"Grad-CAM of {name}, a map of {height} × {width}"
+            evidence = f"Grad-CAM of {name}"
             maps = [data_url(image) for image in overlay(pixels, found)]
         except UsageError as error:
             maps, evidence = [""] * len(best.indices), f"No map of the evidence: {error.what}"

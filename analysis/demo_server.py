@@ -65,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(self.rfile.read(int(length)), query)
 
     def is_ours(self) -> bool:
-        """Refuse other sites: those whose DNS name was rebound to us, and the scripts of others."""
+        """Refuse other sites: DNS rebinding (another Host), and their scripts (another Origin)."""
         host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
         ours = host.partition(":")[0] in (HOST, "localhost") and origin in (None, f"http://{host}")
         if not ours:

@@ -21,8 +21,8 @@ from analysis.predictions import Classifier
 from base import files, flags
 from base.errors import UsageError, UserError, optional, printable
 from harness import checkpoint
-from models import build_model, describe_args
-from models.convert import to_torchvision
+from models import build_model
+from models.convert import describe, to_torchvision
 
 TOLERANCE = 1e-5  # of the largest logit, or of 1 if all are smaller
 SHOWN = (
@@ -179,7 +179,7 @@ def model_card(kind: str, name: str, classifier: Classifier, difference: float) 
     rows = enumerate(zip(data["classes"], data["class_names"], strict=True))
     return CARD.format(
         name=name,
-        model=describe_args(args),
+        model=describe(classifier.model.state_dict()),
         dataset=data["dataset"],
         epochs=len(payload["rows"]),
         weights={"ema": "average of its weights (EMA)", "raw": "weights of its last step"}[weights],

@@ -71,7 +71,7 @@ def module_named(model: nn.Module, name: str) -> nn.Module:
 
 
 def last_map(model: nn.Module, images: Tensor) -> str:
-    """Return the name of the last module whose output is a map of which the logits use several positions.
+    """Return the name of the last module whose output is a map that affects the logits at several positions.
 
     images: (1, 3, H, W). In a ViT this is not the last block: the logits read its class token alone, so
     no gradient reaches the patches after the last attention. Raises UsageError if there is no map.

@@ -23,7 +23,7 @@ BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 LINES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":")
 MAP = "cividis"
-# Classes may have names in any script: letters that the first font lacks come from the next one installed.
+# Class names may be in any script: what the first font lacks is drawn with the next one installed.
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Hiragino Sans GB", "Arial Unicode MS")
 GREY = np.array([0.299, 0.587, 0.114])  # brightness of red, green and blue
 matplotlib.rcParams.update(
@@ -48,11 +48,6 @@ def figure(width: float, height: float, title: str = "") -> Figure:
     if title:
         fig.suptitle(title)
     return fig
-
-
-def axes(fig: Figure, rows: int, columns: int, **options) -> np.ndarray:
-    """Return a (rows, columns) array of axes."""
-    return fig.subplots(rows, columns, squeeze=False, **options)
 
 
 def save(fig: Figure, path: str | os.PathLike, dpi: int = 110) -> Path:

@@ -23,7 +23,13 @@ def build_parser() -> flags.Parser:
     add("--count", type=few, default=8, metavar="N", help="Number of validation images.")
     images("--misclassified", action="store_true", help="Explain the most confident mistakes.")
     ids, names = flags.listing(flags.natural), flags.listing(str)
-    images("--ids", type=ids, default=(), metavar="N,...", help="Explain these validation images.")
+    images(
+        "--ids",
+        type=ids,
+        default=(),
+        metavar="N,...",
+        help="Explain the validation images with these numbers, from 0.",
+    )
     images("--files", type=names, default=(), metavar="FILE,...", help="Explain these image files.")
     add("--layer", default="", metavar="NAME", help="Module; by default the last one with a spatial map.")
     size = "Image size; by default the checkpoint's."

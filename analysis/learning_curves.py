@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import figures
-from analysis.runs import RunFiles, phases, series, shown
+from analysis.runs import RunFiles, phases, series
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def charts(runs: Sequence[RunFiles]) -> list[Figure]:
 
 def curves(run: RunFiles) -> Figure:
     """Draw the loss and the accuracy of a run side by side."""
-    described = run.config | {key: run.env[key] for key in ("dataset",) if key in run.env}  # not the flag's
-    subject = " on ".join(shown(described[key]) for key in ("arch", "dataset") if key in described)
+    subject = " on ".join(filter(None, (run.config.get("arch"), run.dataset)))
     fig = figures.figure(
         11, 4.9, f"Learning curves of {figures.shorten(run.name, 60)} {subject and f'({subject})'}"
     )

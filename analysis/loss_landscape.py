@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     how = classifier.payload["config"]
     before = "random weights" if how["init_from"] or how.get("pretrained") else "before training"
     initial = landscape_figures.initial_model(classifier.payload).to(classifier.device)
-    # Untrained running statistics, 0 and 1, would show a plain: no input has them.
+    # Untrained running statistics (mean 0, variance 1) match no real input: the surface would be flat.
     before += ", statistics of each batch" if config.batch_norm == "running" else ""
     losses = {}
     for name, model, by_batch in (

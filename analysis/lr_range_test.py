@@ -155,13 +155,18 @@ def train(values: dict) -> dict | None:
 
 # --- results ----------------------------------------------------------------------------------------
 
+NONE_FOUND = {  # by mode
+    "loss": "the loss did not fall; lower --start-lr, or raise --num-iter",
+    "accuracy": "every training diverged; lower --start-lr and --end-lr",
+}
+
 
 def write_results(found: dict, out: Path) -> None:
     """Print the suggestions with their command lines; write lr_finder.json and lr_finder.png."""
     lrs, suggestions = found["lrs"], found["suggestions"]
     print(f"{title_of(found)}, lr {lrs[0]:.1e} to {lrs[-1]:.1e}: {found['ended']}")
     if not found["commands"]:
-        print("WARNING: no suggestion, the loss did not fall; lower --start-lr, or raise --num-iter")
+        print(f"WARNING: no suggestion: {NONE_FOUND[found['mode']]}")
     for name in sorted(found["commands"], key=lambda name: suggestions[name] != found["suggestion"]):
         print(f"  {name:<14}{suggestions[name]:.1e}   {found['commands'][name]}")
     path = files.write_json(out / "lr_finder.json", found)
@@ -187,7 +192,7 @@ def draw(found: dict) -> Figure:
         lr = found["suggestions"][name]
         axis.axvline(lr, **figures.line_style(k), label=f"{name}: {lr:.1e}")
     if not found["commands"]:
-        measured += "; no suggestion: the loss did not fall"
+        measured += "; no suggestion: " + NONE_FOUND[found["mode"]].partition(";")[0]
     title = f"LR range test of {found['flags']['arch']}: {title_of(found)}\n{measured}"
     axis.set(xscale="log", xlabel="learning rate", title=title)
     axis.legend()

@@ -203,7 +203,8 @@ def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Class
     if not needs_data:
         return classifier
     classifier = open_data(classifier, config, given)
-    folders.check_outside(classifier.index, getattr(config, "out", ""), "--out")
+    if out := getattr(config, "out", ""):
+        folders.check_outside(classifier.index, out, "--out")
     known, found = list(classifier.classes), list(classifier.index.classes)
     if known != found:
         what = f"the model has {len(known)} classes, the data has {len(found)} (or others)"
@@ -323,11 +324,7 @@ def predict(models: dict[str, nn.Module], batches: Labelled, runtime: Runtime, f
 
 def _predicted(logits: Tensor, labels: Tensor) -> list[Tensor]:
     """logits (n, K), labels (n,) -> the fields of `Predictions`, on the CPU."""
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    numbers = logits.nan_to_num(-torch.inf)
-    # The lowest of equal logits: argmax does not promise it on every device.
-    largest = numbers == numbers.amax(1, keepdim=True)
-    predicted = torch.where(largest, classes, len(classes)).amin(1)
+    predicted = logits.nan_to_num(-torch.inf).argmax(1)  # never NaN; of equal logits the first
     confidence = logits.softmax(1).gather(1, predicted[:, None])[:, 0]
     losses = F.cross_entropy(logits, labels, reduction="none")
     return [column.cpu() for column in (labels, predicted, confidence, losses, hits(logits, labels))]
@@ -338,12 +335,10 @@ def recalibrate(model: nn.Module, batches: Labelled, runtime: Runtime) -> nn.Mod
     """Return a copy of `model` whose BatchNorm statistics are the mean over `batches`.
 
     Training collects them from augmented images at the training size; another test size may need others
-    (https://arxiv.org/abs/1906.06423). Raises UsageError if the model has no BatchNorm.
+    (https://arxiv.org/abs/1906.06423).
     """
     model = copy.deepcopy(model).eval()
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not norms:
-        raise UsageError("--recalibrate-bn: this architecture has no BatchNorm", "leave it out")
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a plain mean over the batches

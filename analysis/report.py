@@ -109,7 +109,7 @@ def watch(run_dirs: list[Path], write: Callable[..., bool]) -> None:
             if not any(map(rundir.in_use, run_dirs)):
                 with suppress(DataError):  # it may have ended before its first epoch did
                     write(final=True)
-                tell("nothing trains there any more; after train.py --resume auto, watch again")
+                tell("no run is training there: use train.py --resume auto, then --watch again")
                 return
         time.sleep(POLL)
 

@@ -16,8 +16,6 @@ EPILOG = """examples:
 NOTE = """Accuracy of the best epoch, in validation during training. Time of all epochs with their validation,
 without start-up and without the steps that a kill lost; price: {cost}."""
 COLUMNS = ("run", "seed", "epochs", "raw top-1 %", "EMA top-1 %", "time", "GPU hours", "price")
-SCORES = {"image_size": "px", "weights": "weights", "bn": "BatchNorm", "tta": "TTA", "crop": "crop",
-          "top1": "top-1 %", "top5": "top-5 %", "loss": "loss"}  # fmt: skip
 
 
 def build_parser() -> flags.Parser:
@@ -74,10 +72,10 @@ def card(runs: list, price: float | None) -> str:
         "classes": f"{env.get('num_classes', 0):,}",
     }
     parts = [
-        f"# {config.get('arch', 'a network')} on {env.get('dataset', config.get('dataset', 'unknown data'))}",
+        f"# {config.get('arch', 'a network')} on {runs[0].dataset or 'unknown data'}",
         files.markdown_table(COLUMNS, rows + ([mean_of(rows)] if len(rows) > 1 else [])),
         NOTE.format(cost=cost),
-        *filter(None, map(validated, runs)),
+        *filter(None, map(validation, runs)),
         "## How",
         "\n".join(f"- {name}: {value}" for name, value in how.items()),
         *(f"```\n{command(run.config)}\n```" for run in runs),
@@ -111,21 +109,14 @@ def mean_of(rows: list[list[str]]) -> list[str]:
     return [f"mean ± s.d., sum of {len(rows)}", "", "", *means, "", *sums]
 
 
-def validated(run) -> str:
+def validation(run) -> str:
     """Return the table that validate.py wrote, which may hold several image sizes; '' without one."""
-    scores = run.validation
-    if not scores:
+    from analysis.runs import VALIDATED, validated
+
+    if not (scores := run.validation):
         return ""
-    rows = []
-    for line in scores["results"]:
-        values = {key: line.get(key, "-") for key in SCORES}
-        digits = {"top1": 2, "top5": 2, "loss": 4}
-        for key in digits.keys() & values.keys():
-            known = isinstance(values[key], int | float)  # validate.py writes null for a loss of NaN
-            values[key] = f"{values[key]:.{digits[key]}f}" if known else "-"
-        rows.append([str(value) for value in values.values()])
-    table = files.markdown_table(tuple(SCORES.values()), rows)
     of = f"{scores.get('checkpoint', 'a checkpoint')} of {run.name}"
+    table = files.markdown_table(tuple(VALIDATED.values()), validated(scores))
     return f"Validation of {of} by validate.py:\n\n{table}"
 
 

@@ -19,6 +19,10 @@ from harness.log import read_metrics, read_steps
 
 DATA = ("dataset", "num_train", "num_val", "num_classes")  # in env.json
 SCORE_COLUMNS = ("run", "epochs", "best top-1 %", "at epoch", "hours")  # of `RunFiles.scores`
+VALIDATED = {  # columns of `validated`
+    "image_size": "px", "weights": "weights", "bn": "BatchNorm", "tta": "TTA", "crop": "crop",
+    "top1": "top-1 %", "top5": "top-5 %", "loss": "loss", "macro_f1": "macro F1", "ece": "ECE %",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class RunFiles:
         found = schemas.read_json(path, schemas.Scores, "run validate.py again", missing={})
         own, other = self.env.get("run"), found.get("run")
         return {} if own and other and own != other else found
+
+    @property
+    def dataset(self) -> str:
+        """The name of the data, which may differ from --dataset; empty if unknown."""
+        return self.env.get("dataset") or self.config.get("dataset", "")
 
     @property
     def complete(self) -> bool:
@@ -92,7 +101,7 @@ def find_runs(directory: str | Path) -> list[Path]:
 def read_runs(run_dirs: Sequence[str | Path]) -> list[RunFiles]:
     """Read runs. Raises DataError for a directory without metrics.jsonl, or without a finished epoch."""
     paths = list(dict.fromkeys(map(Path, run_dirs)))
-    names = short_names(paths)
+    names = unique_names(paths)
     return [read_run(path, names[path]) for path in paths]
 
 
@@ -108,7 +117,7 @@ def read_run(path: Path, name: str) -> RunFiles:
     return RunFiles(path, name, rows, config, env)
 
 
-def short_names(paths: Sequence[Path]) -> dict[Path, str]:
+def unique_names(paths: Sequence[Path]) -> dict[Path, str]:
     """Return a unique name for each directory: its own, with as much of its path as that takes."""
     parts = {path: path.resolve().parts for path in paths}
     names = {path: path.name for path in paths}
@@ -117,6 +126,16 @@ def short_names(paths: Sequence[Path]) -> dict[Path, str]:
         if len(set(names.values())) == len(names):
             break
     return names
+
+
+def validated(scores: dict) -> list[list[str]]:
+    """Return the rows of validate.py's scores.json as text; '-' for what is missing or was not finite."""
+
+    def cell(key: str, value: object) -> str:
+        digits = {"top1": 2, "top5": 2, "ece": 2, "loss": 4, "macro_f1": 3}
+        return "-" if value is None else f"{value:.{digits[key]}f}" if key in digits else str(value)
+
+    return [[cell(key, line.get(key)) for key in VALIDATED] for line in scores["results"]]
 
 
 def series(rows: Sequence[dict], column: str) -> tuple[list[int], list[float]]:

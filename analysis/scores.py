@@ -1,4 +1,4 @@
-"""Scores of predictions: the confusion matrix, per-class precision and recall, calibration, and hits.npz.
+"""Scores of predictions: confused pairs, per-class precision and recall, calibration, and hits.npz.
 
 NumPy arrays in, plain numbers out. Classes are 0 ... K - 1.
 """
@@ -17,12 +17,6 @@ from sklearn.metrics import precision_recall_fscore_support
 
 from base import files
 from base.errors import DataError
-
-
-def confusion(labels: np.ndarray, predicted: np.ndarray, num_classes: int) -> np.ndarray:
-    """labels (n,), predicted (n,) -> counts (K, K), a row for each true class."""
-    cells = np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
-    return cells.reshape(num_classes, num_classes)
 
 
 class Pair(NamedTuple):

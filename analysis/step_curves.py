@@ -124,7 +124,7 @@ def binned(rows: Sequence[dict], panel: StepPanel) -> Points:
     """Return a column of `rows` in about `BINS` bins of consecutive rows of one phase; without empty ones."""
     size, reach = -(-len(rows) // BINS), min(len(rows), BINS) // 50
     found = []
-    for _, group in groupby(rows, key=phase_of):
+    for _, group in groupby(rows, key=sizes_of):
         phase, bins = list(group), []
         for part in np.array_split(np.array(phase), -(-len(phase) // size)):
             values = [row[panel.column] for row in part if row[panel.column] is not None]
@@ -145,14 +145,14 @@ def smoothed(values: np.ndarray, reach: int) -> np.ndarray:
     return np.array([values[k - side : k + side + 1].mean() for k, side in enumerate(sides)])
 
 
-def phase_of(row: dict) -> tuple:
+def sizes_of(row: dict) -> tuple:
     return row["image_size"], row["batch_size"]
 
 
 def phases(rows: Sequence[dict]) -> list[tuple[int, int, int]]:
     """Return (step before its first, image size in px, batch size) of every phase."""
-    ends = [k for k, (a, b) in enumerate(pairwise(rows), 1) if phase_of(a) != phase_of(b)]
-    return [(rows[k - 1]["step"] if k else 0, *phase_of(rows[k])) for k in (0, *ends)]
+    ends = [k for k, (a, b) in enumerate(pairwise(rows), 1) if sizes_of(a) != sizes_of(b)]
+    return [(rows[k - 1]["step"] if k else 0, *sizes_of(rows[k])) for k in (0, *ends)]
 
 
 def mark_clipping(ax, run: RunFiles, last: int) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sklearn.metrics import confusion_matrix
 
 from analysis import figures, predictions, score_figures, scores
 from analysis.predictions import Classifier, Predictions
@@ -127,7 +128,7 @@ def write_scores(
     The details are those of the first result of the classifier's weights.
     """
     chosen, found = next(pair for pair in results if pair[0]["weights"] == classifier.weights)
-    matrix = scores.confusion(found.labels, found.predicted, len(classifier.classes))
+    matrix = confusion_matrix(found.labels, found.predicted, labels=range(len(classifier.classes)))
     pairs = scores.confused_pairs(matrix)
     per_class = scores.per_class(found.labels, found.predicted, labels)
     calibration = scores.calibration(found.confidence, found.hits[:, 0])

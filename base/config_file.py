@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import stat
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from base.errors import UsageError, did_you_mean
@@ -13,9 +13,7 @@ from base.parser import Parser, dashed, typed_text
 from base.process import ROOT
 
 RECIPES = ROOT / "recipes"
-MAX_BYTES = 2**16  # in a --config file
 SWITCH_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-PLAIN_TAGS = ("str", "int", "float", "bool", "timestamp")
 ONE_PER_LINE = "write one `flag: value` per line"
 KEYS = "the keys are the flags of train.py without the dashes"
 
@@ -39,69 +37,36 @@ def read_recipe(parser: Parser, path: str, ignored: Collection[str] = ()) -> dic
 def find_recipe(name: str) -> str:
     """Return the path of a --config file: "digits" is recipes/digits.yaml, unless there is such a file."""
     recipe = RECIPES / f"{name.removesuffix('.yaml')}.yaml"
-    is_bare = name == os.path.basename(name) and not os.path.exists(name)
+    is_bare = name == os.path.basename(name) and not os.path.isfile(name)
     return os.path.relpath(recipe) if is_bare and recipe.is_file() else name
 
 
-def read_yaml(path: str) -> dict[str, str | list[str]]:
-    """Return {flag: text or list of texts}, as they are written: YAML would turn `off` into False.
+def read_yaml(path: str) -> dict[str, Any]:
+    """Return {flag: text or list of texts}, as they are written: YAML itself would turn `off` into False.
 
-    The file is composed, not loaded, so no Python object is ever made from it.
+    No Python object is ever made from the file. Raises UsageError.
     """
     import yaml
 
-    text = _read_text(path)
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"--config {path} is not YAML: {' '.join(str(error).split())}", ONE_PER_LINE
-        ) from None
-    except RecursionError:
-        raise UsageError(f"--config {path} is nested too deeply", ONE_PER_LINE) from None
-    if not isinstance(node, yaml.MappingNode) or not node.value:
-        raise UsageError(f"--config {path} holds no flags", ONE_PER_LINE)
-    found: dict[str, str | list[str]] = {}
-    for key, value in node.value:
-        several = isinstance(value, yaml.SequenceNode)
-        items = value.value if several else [value]
-        problem = next(filter(None, (_problem(item) for item in (key, *items))), "")
-        name = "a key" if isinstance(key.value, list) else key.value.replace("-", "_")
-        if name in found:
-            problem = "appears twice"
-        if problem:
-            line = key.start_mark.line + 1
-            raise UsageError(f"--config {path}, line {line}: {name[:80]!r} {problem}", ONE_PER_LINE)
-        found[name] = [item.value for item in items] if several else value.value
-    return found
-
-
-def _problem(node: Any) -> str:
-    """Return what is wrong with a YAML node that should be a plain value, or ''."""
-    tag = node.tag.removeprefix("tag:yaml.org,2002:")
-    if not isinstance(node.value, str):
-        return "is neither a value nor a list of values"
-    if tag == "null":
-        return "has no value"
-    return "" if tag in PLAIN_TAGS else f"holds a {tag[:80]}"
-
-
-def _read_text(path: str) -> str:
-    recipes = sorted(p.name for p in RECIPES.glob("*.yaml"))
-    fix = did_you_mean(os.path.basename(path), recipes) + f"recipes/ holds {', '.join(recipes)}"
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UsageError(f"--config {path} is not a file", fix)
-        with open(path, "rb") as file:
-            content = file.read(MAX_BYTES + 1)
-        if len(content) > MAX_BYTES:
-            raise UsageError(f"--config {path} is larger than {MAX_BYTES:,} bytes", "name a file of flags")
-        return content.decode("utf-8-sig")
+        loader = yaml.BaseLoader(Path(path).read_text("utf-8-sig"))
+        node = loader.get_single_node()
+        found = loader.construct_document(node) if node else None
     except OSError as error:
+        recipes = sorted(p.name for p in RECIPES.glob("*.yaml"))
+        fix = did_you_mean(os.path.basename(path), recipes) + f"recipes/ holds {', '.join(recipes)}"
         raise UsageError(f"--config {path}: {error.strerror}", fix) from None
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise UsageError(f"--config {path} is not UTF-8: {where}", "save it as UTF-8") from None
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        what = f"--config {path} is not YAML: {' '.join(str(error).split())[:200]}"
+        raise UsageError(what, ONE_PER_LINE) from None
+    if not isinstance(found, dict) or not found:
+        raise UsageError(f"--config {path} holds no flags", ONE_PER_LINE)
+    flags = {name.replace("-", "_"): value for name, value in found.items()}
+    if len(flags) < len(node.value):
+        raise UsageError(f"--config {path}: a flag appears twice", ONE_PER_LINE)
+    if empty := [name for name, value in flags.items() if value in ("", "null", "~")]:
+        raise UsageError(f"--config {path}: {empty[0][:80]} has no value", ONE_PER_LINE)
+    return flags
 
 
 def from_file(parser: Parser, content: Mapping[str, Any], *, exact: bool = False) -> dict[str, Any]:
@@ -130,7 +95,7 @@ def _parsed(parser: Parser, action: argparse.Action, value: Any, exact: bool) ->
     switch = SWITCH_WORDS.get(text.lower())
     if action.nargs == 0:
         parsed = switch
-    elif switch is False and action.default == "":  # `wandb: no` names no project
+    elif switch is False and action.default == "" and not exact:  # `wandb: no` names no project
         parsed = ""
     else:
         parsed = parser.given([f"{dashed(name)}={text}"])[name]

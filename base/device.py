@@ -198,7 +198,7 @@ def explain_lost_ranks(runtime: Runtime) -> Iterator[None]:
         if runtime.world_size == 1 or not any(words in str(error) for words in LOST_RANK):
             raise
         lost = ResourceError(
-            f"another rank ended, or did not answer for {TIMEOUT}",
+            f"another rank ended, or did not answer for {TIMEOUT.seconds // 60} minutes",
             "see its own message; then start all ranks again with --resume auto",
         )
         lost.rank = own

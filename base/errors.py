@@ -163,7 +163,7 @@ def closest(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
 
 
 def doing(what: str) -> None:
-    """Say on stderr what takes the next seconds: importing torch may take twenty, and no start is silent."""
+    """Say on stderr what takes the next seconds: importing torch may take twenty, which looks like a hang."""
     if process.is_main():
         tell(f"{what} ...")
 

@@ -35,7 +35,7 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
         if parents:
             path.parent.mkdir(parents=True, exist_ok=True)
         if partial != path:
-            partial.unlink(missing_ok=True)  # in somebody's data it may be a link to any file
+            partial.unlink(missing_ok=True)  # someone may have put a link to any file there
         yield partial
         if partial != path:
             os.replace(partial, path)

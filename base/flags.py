@@ -108,8 +108,9 @@ DATASET = (
          "official set.",
          count_or_share, 0, "N|SHARE"),
     Flag("subset", "Use a fixed, class-balanced subset of the images."),
-    Flag("subset_size", "Training images in the subset; validation uses a tenth as many, or all of "
-         "--holdout.", positive, 10_000, "N", idle=lambda c: not c.subset and "it needs --subset"),
+    Flag("subset_size", "Training images in the subset; validation uses a tenth as many, or with "
+         "--holdout all images held out.", positive, 10_000, "N",
+         idle=lambda c: not c.subset and "it needs --subset"),
 )
 LOADING = (
     Flag("augment", f"Augmentation: full, basic, none, or steps in order: {STEPS}, "
@@ -117,7 +118,7 @@ LOADING = (
          augment_text, "full", "LIST",
          idle=lambda c: c.phase_augment and "--phase-augment sets that of every phase"),
     Flag("on_bad_image", "What to do about a training image that cannot be decoded; skip counts it "
-         "and uses another of its class. Such a validation image always fails.",
+         "and uses another of its class. A validation image that cannot be decoded always ends the run.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
     Flag("num_workers", "Loader processes per rank; at most one per core.",
          number(int, 0, 1024), 8, "N"),
@@ -137,8 +138,8 @@ MODEL = (
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
     Flag("width", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
          "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
-    Flag("pretrained", "Start from torchvision's weights for ImageNet, the best or those of this "
-         "name, with a new classifier for other classes. Without --config, the other flags' defaults are "
+    Flag("pretrained", "Start from torchvision's ImageNet weights: the default ones, those of this name, or "
+         "a file. Other classes get a new classifier. Without --config, the defaults of the other flags are "
          "those of recipes/finetune.yaml.", str, "", "NAME|FILE", const="DEFAULT",
          idle=idle.weights_resumed),
     Flag("init_from", "Start from these weights (ours or torchvision's).", str, "", "FILE",
@@ -150,8 +151,8 @@ MODEL = (
 )
 PHASES = (
     Flag("epochs", "Number of epochs, over all phases.", positive, 90, "N"),
-    Flag("batch_size", "Global batch size of the first phase, halved from phase to phase; unless "
-         "given, fitted to fewer than 1,024 images.",
+    Flag("batch_size", "Global batch size of the first phase, halved from phase to phase; by default "
+         "smaller for fewer than 1,024 images.",
          positive, 256, "N",
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
     Flag("resize_schedule", "Image size of each phase.",
@@ -163,14 +164,15 @@ PHASES = (
     Flag("phase_batch_sizes", "Global batch size of each phase.", listing(positive), None, "N,N,..."),
     Flag("phase_mix", "Whether each phase uses MixUp, CutMix and drop-path.",
          listing(on_off), None, "on|off,...", idle=idle.nothing_to_mix),
-    Flag("phase_augment", "Augmentation of each phase, instead of --augment: basic/full/full, for "
-         "instance.", listing(augment_text, "/"), None, "LIST/LIST/..."),
+    Flag("phase_augment", "Augmentation of each phase, instead of --augment, such as "
+         "basic/full/full. A file must be in the current directory, because / separates phases.",
+         listing(augment_text, "/"), None, "LIST/LIST/..."),
     Flag("accumulate", "Split each global batch into K pieces.", positive, 1, "K",
          idle=idle.single_images),
 )
 OPTIMIZATION = (
-    Flag("optimizer", "Optimizer; muon is for hidden weights, with AdamW at the same --lr for the "
-         "others.", OPTIMIZERS, "adamw", "NAME"),
+    Flag("optimizer", "Optimizer; muon updates the hidden weight matrices, and AdamW at the same --lr the "
+         "rest.", OPTIMIZERS, "adamw", "NAME"),
     Flag("lr", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
     Flag("backbone_lr", "Multiply the learning rate of all layers below the classifier by F.",
          above_zero, 1.0, "F"),
@@ -187,7 +189,7 @@ OPTIMIZATION = (
     Flag("cycles", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
     Flag("plateau_patience", "Divide the learning rate of any schedule by 10 after more than N "
-         "validations in a row without a lower loss; by default only --schedule plateau does, with 4.",
+         "validations in a row without a lower loss; by default off, but 4 with --schedule plateau.",
          natural, None, "N", idle=idle.no_plateau),
     Flag("lr_scale", "How the learning rate follows the batch size of a phase.",
          ("none", "sqrt", "linear"), "none", "RULE", idle=idle.one_batch_size),
@@ -218,13 +220,13 @@ AVERAGE = (
          idle=idle.decay_unread),
     Flag("ema_ramp", "Let the decay grow with the step n as (1 + n) / (10 + n).", Switch, True,
          idle=idle.decay_unread),
-    Flag("ema_half_life", "Half-life of the average in epochs, of the run's mean length; sets --ema-decay.",
+    Flag("ema_half_life", "Half-life of the average, in epochs of mean length; replaces --ema-decay.",
          number(float, 0, 10**6, open_low=True), None, "EPOCHS", idle=idle.no_ema),
 )
 DEVICE_AND_PRECISION = (
     Flag("device", "Device: auto, cpu, cuda, cuda:1 or mps.", str, "auto", "NAME"),
-    Flag("amp", "Mixed precision; auto enables it where it is faster. off is float32, on NVIDIA GPUs with "
-         "TF32.",
+    Flag("amp", "Mixed precision; auto enables it where it is faster, and off means float32 (TF32 on NVIDIA "
+         "GPUs).",
          ("auto", "bf16", "fp16", "off"), "auto", "TYPE"),
 )
 DEVICE = (
@@ -243,7 +245,8 @@ SAVING = (
     Flag("resume", "Resume from a checkpoint; auto picks the newest intact one.",
          str, "", "PATH|auto"),
     Flag("allow_change", "Flags that may differ from those of the resumed run.",
-         listing(str), (), "FLAG,...", idle=lambda c: not c.resume and "it needs --resume"),
+         listing(lambda text: text.lstrip("-").replace("-", "_")), (), "FLAG,...",
+         idle=lambda c: not c.resume and "it needs --resume"),
     Flag("overwrite", "Delete the run that --save-dir holds."),
     Flag("save_every", "Save every N epochs. Nmin or Ns: after every epoch, and whenever so many "
          "minutes or seconds have passed.",

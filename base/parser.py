@@ -41,7 +41,7 @@ def dashed(name: str) -> str:
 
 
 def shown(action: argparse.Action) -> list[str]:
-    """Return how an argument is written. Of a switch that is off by default, only --x: --no-x is rare."""
+    """Return the option strings to show: of a switch that is off by default only --x, without --no-x."""
     return action.option_strings[: 1 if isinstance(action, Switch) and not action.default else None]
 
 
@@ -210,7 +210,7 @@ mixing_alpha.range = f"0 or at least {LEAST_ALPHA}"
 
 def count_or_share(text: str) -> int | float:
     """Parse "5000", a count, or "0.1", a share below 1."""
-    kind = float if "." in text else int
+    kind = int if text.isdecimal() else float
     return number(kind, 0, 1 if kind is float else LARGEST, open_high=kind is float)(text)
 
 

@@ -335,7 +335,6 @@ ConfusedPair = at_least(truth_name=Text, prediction_name=Prediction, times=Count
 # scores.json of validate.py, as much of it as a report shows
 Scores = at_least(results=list[Config], per_class=list[ClassScore], confused_pairs=list[ConfusedPair])
 SplitFile = exactly(train=list[Text], val=list[Text])  # split.json
-LabelNames = dict[Text, Any]  # Kaggle's Labels.json
 
 
 def read_json(path: Path | str, schema: Any, fix: str, missing: Any = None) -> Any:

@@ -3,8 +3,8 @@
 `python -m benchmarks.headline cifar10 --data-dir data/cifar10 --out DIR` packs the data, trains with
 recipes/cifar10_one_hour.yaml on all training images, and scores the test images once, after the last epoch.
 Then benchmarks/plain_loop.py trains the same network for as many epochs as fit into the same time, at 32 px
-with a usual learning rate, which was not tuned. Minutes are of the whole commands: packing, start, loading,
-evaluation. Logs go to DIR/headline/.
+with a usual learning rate, which was not tuned. Minutes are of the whole command: packing, start, loading,
+evaluation; those of the plain loop begin after its imports. Logs go to DIR/headline/.
 """
 
 from __future__ import annotations

@@ -237,7 +237,8 @@ def draw(rows: list[dict], path: Path) -> None:
     panels, sizes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
     figure = figures.figure(1.2 + 3.4 * len(panels), 3.4, "CPU time of an image, best pass")
     width, drawn = 0.85 / len(names), {}
-    for axis, panel in zip(figures.axes(figure, 1, len(panels), sharey=True)[0], panels, strict=True):
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for axis, panel in zip(axes, panels, strict=True):
         for k, name in enumerate(names):
             shown = [row for row in rows if (row["augmentation"], row["loader"]) == (panel, name)]
             places = [sizes.index(row["size"]) + (k - (len(names) - 1) / 2) * width for row in shown]

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from base import flags
 from base.errors import UsageError, UserError, doing, run
@@ -38,7 +37,7 @@ def build_parser() -> flags.Parser:
     chosen = "Also time the project's step with one choice changed: all such choices, or those named."
     add("--variants", nargs="*", metavar="NAME", help=chosen)
     add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/step.jsonl.")
-    add("--table", action="store_true", help="Only print the table of --out, and draw it.")
+    add("--table", action="store_true", help="Only print the table of --out.")
     add("--debug", action="store_true", help="Show tracebacks of errors.")
     return parser
 
@@ -61,9 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             for row in rows:  # after each comparison: a failure must not lose hours of timing
                 records.append(args.out, row | records.environment(str(runtime.device)))
                 print(records.line(row, COLUMNS), flush=True)
-    rows = records.load(args.out, "step")
-    print(records.table(rows, COLUMNS))
-    draw(rows, Path(args.out) / "step.png")
+    print(records.table(records.load(args.out, "step"), COLUMNS))
     return 0
 
 
@@ -217,27 +214,6 @@ COLUMNS = {  # heading -> (column, format)
     "waits": ("waits", ".1f"),
     "MiB": ("memory_mib", ",.0f"),
 }
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    """Draw the images per second of every loop and variant: a panel per size and batch size."""
-    from analysis import figures
-
-    groups: dict[tuple, list[dict]] = {}
-    for row in reversed([row for row in rows if not row["narrow"]]):
-        key = (row["arch"], row["size"], row.get("base_batch_size", row["batch_size"]))
-        groups.setdefault(key, []).append(row)
-    figure = figures.figure(4.5 * max(1, len(groups)), 4)
-    axes = figures.axes(figure, 1, max(1, len(groups)))[0]
-    for axis, key in zip(axes, sorted(groups), strict=False):
-        shown = groups[key]
-        names = [row["loop"] + (f": {row['variant']}" if row["variant"] else "") for row in shown]
-        colors = ["C1" if row["variant"] else "C0" for row in shown]
-        bars = axis.barh(names, [row["images_per_second"] for row in shown], color=colors)
-        axis.bar_label(bars, fmt="{:,.0f}", padding=2)
-        axis.margins(x=0.15)
-        axis.set(title="{}, {} px, batch {}".format(*key), xlabel="images / s")
-    print(f"picture: {figures.save(figure, path)}", flush=True)
 
 
 if __name__ == "__main__":

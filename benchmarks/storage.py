@@ -38,7 +38,7 @@ def build_parser() -> flags.Parser:
     add("--data-dir", required=True, metavar="DIR", help="Directory with train/<class>/*.JPEG, full size.")
     add("--images", type=positive, default=200, metavar="N", help="Images, spread over the classes.")
     add("--sizes", type=pixels, nargs="+", default=[64, 128, 224], metavar="PX", help="Training sizes.")
-    add("--ratios", type=ratio, nargs="+", default=[1.15, 1.3, 1.5, 2.0], metavar="R", help=sides)
+    add("--ratios", type=ratio, nargs="+", default=[1.15, 1.3, 1.43, 1.5, 2.0], metavar="R", help=sides)
     add("--qualities", type=quality, nargs="+", default=[90], metavar="Q", help="JPEG qualities.")
     add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/storage.jsonl.")
     return parser
@@ -173,7 +173,8 @@ def draw(spectra: dict[tuple[int, int, int], np.ndarray], path: Path) -> None:
 
     sizes = list(dict.fromkeys(size for size, _, _ in spectra))
     figure = figures.figure(1 + 3 * len(sizes), 3)
-    axes = dict(zip(sizes, figures.axes(figure, 1, len(sizes), sharey=True)[0], strict=True))
+    drawn = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
+    axes = dict(zip(sizes, drawn, strict=True))
     for (size, side, quality), left in spectra.items():
         frequency = np.arange(1, len(left)) / len(left)
         axes[size].plot(frequency, left[1:], label=f"side {side}, quality {quality}", lw=1)

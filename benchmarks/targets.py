@@ -22,7 +22,7 @@ class Target:
     gpu: bool = False  # only rows that were measured on a GPU count
 
     def found(self, rows: list[dict]) -> list[dict | None]:
-        """Return the latest fitting row at each size; None if it was not measured."""
+        """Return the last fitting row at each size, by the names of the machines; None if there is none."""
         known = [r for r in rows if r.get(self.column) is not None and (r.get("cuda") or not self.gpu)]
         each = [{"size": size} for size in SIZES] if len(self.bounds) > 1 else [{}]
         wanted = [(self.wanted | size).items() for size in each]

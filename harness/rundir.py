@@ -199,10 +199,10 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
     Raises CheckpointError if a typed flag would change training and --allow-change does not name it.
     """
     given = plain(config)
-    allowed = {name.strip().lstrip("-").replace("-", "_") for name in config.allow_change}
+    allowed = set(config.allow_change)
     if unknown := allowed - given.keys() - {"data"}:
         names = ", ".join(sorted(unknown))
-        fix = did_you_mean(min(unknown), given) + "use names from --help, or 'data'"
+        fix = did_you_mean(min(unknown), given) + "use names of flags in --help, or 'data'"
         raise UsageError(f"--allow-change: there is no flag {names}", fix)
     saved = parse_saved_flags(saved)
     fixed = sorted(typed - FREE_ON_RESUME - allowed)
@@ -248,7 +248,7 @@ def with_saved_data(config, typed: frozenset[str], saved: dict):
 
 
 def as_trained(index: DatasetIndex, saved: dict) -> DatasetIndex:
-    """Return `index` with the name, the orientation and the normalization that the run of `saved` goes by.
+    """Return `index` with the name, the orientation and the normalization that the run began with.
 
     Earlier versions called all class folders imagenet_1k, and turned no image; a folder can be renamed.
     """

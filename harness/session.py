@@ -19,7 +19,7 @@ from harness import build, crop_cache, preflight, rundir
 from harness.log import MetricLogger
 from harness.rundir import RunIdentity, SaveDir
 from loop import Run, StopAfterReached, best_is_lost, save
-from models import notes
+from models.layers import BLURPOOL_NOTICE
 from models.summary import count_params
 from sources import splits
 from sources.index import DatasetIndex, FileSplit
@@ -119,7 +119,7 @@ def introduction(run: Run, config) -> str:
     lines = [f"{config.arch}, {parameters:,} parameters, on {runtime.device} ({runtime.precision})", images]
     if runtime.device.type == "cpu" and config.device == "auto":
         lines.append("no GPU found: training on the CPU")
-    lines += notes(config.use_blurpool)
+    lines += [BLURPOOL_NOTICE] * config.use_blurpool
     for p in run.phases:
         notes_of = ("" if p.mix else "  no mixing, no drop-path") + "  head only" * p.head_only
         notes_of += enlarged(index, p.image_size)

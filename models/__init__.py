@@ -13,17 +13,7 @@ from base.errors import UsageError
 
 from . import model, torchvision_zoo
 from .convert import head_of
-from .layers import BLURPOOL_NOTICE, set_drop_path_rate
-
-__all__ = [
-    "ARCHS",
-    "build_model",
-    "classifier_of",
-    "describe_args",
-    "notes",
-    "set_drop_path_rate",
-    "train_mode",
-]
+from .layers import set_drop_path_rate
 
 RESNETS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny")
 ARCHS = (*RESNETS, *torchvision_zoo.ZOO)
@@ -71,22 +61,8 @@ def train_mode(network: nn.Module, head_only: bool = False) -> None:
     """Put `network` into training mode: all of it, or with `head_only` its classifier alone.
 
     The layers below are then in eval mode and get no gradients: they keep their BatchNorm statistics and
-    drop nothing, so the classifier learns from the features that it is scored on, and is worth keeping.
+    drop nothing, so the classifier learns from exactly the features that it will be scored on.
     (Batches of a few images would move the statistics; Keras' guide to fine-tuning does the same.)
     """
     network.train(not head_only).requires_grad_(not head_only)
     classifier_of(network).train().requires_grad_()
-
-
-def notes(use_blurpool: bool) -> list[str]:
-    """Return what to tell the user about the model, one line each."""
-    return [BLURPOOL_NOTICE] if use_blurpool else []
-
-
-def describe_args(model_args: dict) -> str:
-    """Describe `build_model`'s arguments, for example "resnet50+blurpool, 1000 classes"."""
-    blur = "+blurpool" if model_args.get("use_blurpool") else ""
-    width = f", width {model_args['width']}" if model_args.get("width") else ""
-    stem = model_args.get("stem", "imagenet")
-    stem = "" if stem == "imagenet" else f", {stem} stem"
-    return f"{model_args['arch']}{blur}{stem}{width}, {model_args['num_classes']} classes"

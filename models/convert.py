@@ -97,21 +97,18 @@ def head_of(state: Mapping[str, Tensor]) -> str:
     return next((head for head in CLASSIFIERS if f"{head}.weight" in state), "")
 
 
-def to_torchvision(model_or_state: nn.Module | Mapping[str, Any]) -> dict[str, Tensor]:
+def to_torchvision(model: nn.Module) -> dict[str, Tensor]:
     """Return a state dict, on the CPU, that torchvision's model of the same name loads strictly.
 
     Raises UsageError for a network that torchvision does not have: pre-activation, another stem or
-    width, or antialiased (which shows in a model, but not in a state dict).
+    width, or antialiased.
     """
-    state = model_or_state
-    if isinstance(model_or_state, nn.Module):
-        state = model_or_state.state_dict()
-        if has_blur(model_or_state):
-            raise UsageError(
-                "torchvision has no antialiased ResNet: the weights would load there and score badly",
-                "export a model trained without --use-blurpool",
-            )
-    state = find_weights(state)
+    if has_blur(model):
+        raise UsageError(
+            "torchvision has no antialiased ResNet: the weights would load there and score badly",
+            "export a model trained without --use-blurpool",
+        )
+    state = model.state_dict()
     other = _arch_of(state).startswith(("preact", "unknown")) or _stem_of(state) != "imagenet"
     if other or len(state.get("layer1.0.conv1.weight", range(64))) != 64:
         raise UsageError(

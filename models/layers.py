@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-
 import torch
 from torch import Tensor, nn
 
-from base.errors import UsageError
+from base.errors import UsageError, optional
 
 BLURPOOL_NOTICE = (
     "note: --use-blurpool runs code of antialiased-cnns (Adobe), licensed CC BY-NC-SA 4.0: "
@@ -35,7 +33,7 @@ class DropPath(nn.Module):
         keep = 1.0 - self.p
         # In a CUDA graph too, a step draws what its seed says: before each replay, torch copies the default
         # generator's current seed and offset to where the kernels read them (CUDAGeneratorState's
-        # replay_prologue). Only a seed that is a Python number in here would be frozen at the capture.
+        # replay_prologue). Only a seed computed in Python inside this function would be frozen.
         kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
         # Kept branches are scaled up, so that the expected value is that in evaluation. In one fused
         # operation: scaling the branch first would read and write it once more.
@@ -69,11 +67,7 @@ class Blur(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        try:
-            package = importlib.import_module("antialiased_cnns")
-        except ImportError as error:
-            missing = "--use-blurpool needs the antialiased-cnns package"
-            raise UsageError(missing, "pip install antialiased-cnns") from error
+        package = optional("antialiased_cnns", "--use-blurpool")
         self.pool = package.BlurPool(channels, pad_type="zero", filt_size=4, stride=2)
         # Not in the state dict, so that models with and without blur can exchange weights.
         self.pool.register_buffer("filt", self.pool.filt, persistent=False)

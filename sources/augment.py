@@ -14,7 +14,6 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -34,7 +33,6 @@ SHIFT, SCALE, ANGLE = 0.0625, (0.9, 1.1), 15.0  # affine: share of the side, fac
 HOLE = 0.25  # dropout: the hole's side as a share of the image's
 # Brightness, contrast, saturation, hue. No hue by default, as in timm: it costs as much as the other three.
 JITTER = (0.2, 0.2, 0.2, 0.0)
-MAX_PIPELINE = 2**16  # characters in a file
 _BLOCK = 64  # numbers drawn at once; the default recipe uses at most 60
 
 
@@ -350,23 +348,12 @@ def _load_pipeline(path: str) -> Callable:
         with warnings.catch_warnings():
             # Otherwise a misspelt argument would only be ignored.
             warnings.filterwarnings("error", message=r".*are not valid for transform")
-            return A.Compose([A.from_dict(_plain_yaml(Path(path).read_text("utf-8")))])
+            return A.Compose([A.load(path, data_format="yaml")])  # JSON is YAML
     except OSError as error:
         raise UsageError(f"--augment {path}: {error.strerror}", "check the path") from None
     except Exception as error:  # wrong YAML, unknown classes (KeyError), wrong values (pydantic), ...
         reason = errors.one_line(f"{type(error).__name__}: {error}")[:200]
         raise UsageError(f"--augment {path} is not a pipeline of Albumentations ({reason})", FIX) from None
-
-
-def _plain_yaml(text: str) -> Any:
-    """Return the content of YAML or JSON. Raises ValueError for references: few could expand to very much."""
-    import yaml
-
-    if len(text) > MAX_PIPELINE:
-        raise ValueError(f"it is longer than {MAX_PIPELINE:,} characters")
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-        raise ValueError("it holds references")
-    return yaml.safe_load(text)
 
 
 def _operations(A, fill: Sequence[int], *, wide: bool) -> list:

@@ -2,7 +2,7 @@
 
 The crops of a split at one size are a folder `eval-<size>-<fingerprint>` of shards: `00000.npy` holds
 (rows, size, size, 3) uint8, `00000.json` its checksum and the images that cannot be decoded. The fingerprint
-covers the images, the size and the crop, so crops are never taken for others. A shard gets its name when it
+covers the images, the size and the crop, so no crops are mistaken for others. A shard gets its name when it
 is complete, so an interrupted writing continues with the missing shards.
 """
 

@@ -274,7 +274,7 @@ def human_names(classes: tuple[str, ...], *places: Path) -> tuple[str, ...] | No
         for place in places:
             try:
                 names = {**_names_in(place), **names}
-            except (OSError, ValueError, AttributeError, RecursionError) as error:
+            except OSError as error:
                 what = f"cannot read the class names in {place}: {error}"
                 raise DataError(what, "repair or remove the file") from error
     return tuple(names.get(name, name) for name in classes)
@@ -287,19 +287,8 @@ def ilsvrc_names() -> dict[str, str]:
 
 
 def _names_in(place: Path) -> dict[str, str]:
-    """Return {id: name} from words.txt (Tiny ImageNet), LOC_synset_mapping.txt or Labels.json (Kaggle)."""
-    from base import schemas
-
-    pairs: list[list[str]] = []
-    for name, separator, errors in (
-        ("words.txt", "\t", "replace"),
-        ("LOC_synset_mapping.txt", " ", "strict"),
-    ):
-        if (place / name).is_file():
-            lines = (place / name).read_text("utf-8", errors).splitlines()
-            pairs += [line.split(separator, 1) for line in lines]
-    if (place / "Labels.json").is_file():
-        fix = "delete it: it only holds readable class names"
-        names = schemas.read_json(place / "Labels.json", schemas.LabelNames, fix)
-        pairs += [[key, str(words)] for key, words in names.items()]
+    """Return {id: name} from words.txt, as Tiny ImageNet has it; {} without the file."""
+    if not (place / "words.txt").is_file():
+        return {}
+    pairs = [line.split("\t", 1) for line in (place / "words.txt").read_text("utf-8", "replace").splitlines()]
     return {pair[0]: pair[1].split(",")[0].strip() for pair in pairs if len(pair) == 2}

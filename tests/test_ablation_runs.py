@@ -226,7 +226,7 @@ NOISY = (51, 50, 55, 50, 51, 49)
 
 def test_a_difference_inside_the_noise_is_undecided():
     text = summary.conclusion(TWO, made(a=SIX, b=NOISY, c=(50, 53, 50, 52, 50, 51)))
-    assert text.startswith("Undecided, because the two tests do not both see a difference from a: b and c. Power: ")
+    assert text.startswith("Undecided, because the two tests do not both see a difference from a: b and c.")
 
 
 def test_a_difference_beyond_the_noise_is_stated_with_its_interval():

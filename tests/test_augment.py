@@ -323,8 +323,8 @@ def pipeline_text(name, **values):
     (pipeline_text("HorizontalFlip", zzz=1), "not valid for transform"),
     (pipeline_text("Blur", blur_limit=-3), "not a pipeline"),
     ("transform: !!python/object/apply:os.system ['touch x']", "not a pipeline.*ConstructorError"),
-    ("transform: [1", "not a pipeline"), ("", "not a pipeline"), ("a: &a [1]\nb: *a", "references"),
-    ("#" * 70000, "longer than 65,536"), ("[" * 5000, "not a pipeline"), (None, "No such file"),
+    ("transform: [1", "not a pipeline"), ("", "not a pipeline"),
+    ("[" * 5000, "not a pipeline"), (None, "No such file"),
 ])  # fmt: skip
 def test_a_file_that_is_no_pipeline_is_refused_and_runs_nothing(A, text, problem, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -61,7 +61,6 @@ def test_the_command_writes_rows_a_table_and_a_picture(tmp_path, capsys, monkeyp
         assert row["cpu_milliseconds"] <= row["cpu_milliseconds_median"] and row["aten_calls"] > 50
         assert row["mixed_foreach_calls"] == 0 and row.get("host_reads", 0) == 0
     assert "host_reads" in rows[1] and "times_bare" in rows[1] and "times_bare" not in rows[0]
-    assert (tmp_path / "new" / "step.png").stat().st_size > 1000
     printed = capsys.readouterr().out
     assert printed.count("timm: skipped (No module named 'timm')") == 4
     assert printed.count(records.line(rows[1], step.COLUMNS)) == 2  # when it was measured, and in the table
@@ -96,7 +95,7 @@ def test_an_unavailable_variant_is_skipped_and_rows_are_written_one_by_one(tmp_p
     assert rows[1]["base_batch_size"] == 8 and rows[1]["times_faster_than_default"] > 0
     faster = 0.5 / rows[1]["times_project"]  # half the batch in so many times the time
     assert rows[1]["times_faster_than_default"] == faster and rows[1]["default_images_per_second"] > 0
-    assert "blurpool: skipped (--use-blurpool needs the antialiased-cnns package)" in capsys.readouterr().out
+    assert "blurpool: skipped (--use-blurpool needs the antialiased_cnns package)" in capsys.readouterr().out
 
 
 def test_the_ratios_are_medians_over_the_rounds():

@@ -482,9 +482,10 @@ def test_a_file_of_a_flag_that_changed_is_noticed(tmp_path):
     with pytest.raises(CheckpointError, match="the file of --class-weights has changed") as caught:
         main("--resume", "auto", "--save-dir", out, "--stop-after", "2")
     assert "--allow-change class_weights" in caught.value.fix
-    assert not main(
-        "--resume", "auto", "--save-dir", out, "--allow-change", "class_weights", "--stop-after", 2
-    )
+    # As it is in the error, and as one types flags.
+    for stop, name in ((2, "class_weights"), (3, "class-weights")):
+        weights.write_text("\n".join(f"{k} {k + stop}" for k in range(10)))
+        assert not main("--resume", "auto", "--save-dir", out, "--allow-change", name, "--stop-after", stop)
 
 
 class OnDevice(torch.Tensor):

@@ -358,3 +358,11 @@ def test_the_picture_says_that_there_is_no_suggestion():
     assert "no suggestion" in lr_range_test.draw(found).axes[0].get_title()
     found |= {"commands": {"valley": "train.py"}, "suggestions": {"valley": 1e-2}}
     assert "no suggestion" not in lr_range_test.draw(found).axes[0].get_title()
+
+
+@pytest.mark.parametrize("mode, advice", [("loss", "raise --num-iter"), ("accuracy", "and --end-lr")])
+def test_advice_without_a_suggestion_names_flags_of_the_mode(mode, advice, tmp_path, capsys):
+    found = {"mode": mode, "lrs": [1e-3, 1e-1], "losses": [2.0, 2.1], "accuracies": [None, None]}
+    found |= {"suggestions": {}, "commands": {}, "flags": {"arch": "resnet18"}, "ended": "x"}
+    lr_range_test.write_results(found | {"phase": 1, "image_size": 64, "batch_size": 32}, tmp_path)
+    assert advice in capsys.readouterr().out

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from inprocess import config_of, tiny_run
 
 import models
 from base import flags, idle
 from base.errors import UsageError
+from harness import session
 from models import torchvision_zoo
 from models.convert import describe, to_torchvision
 
@@ -40,9 +42,11 @@ def test_the_zoo_follows_the_linear_rule(arch, branches):
     assert not any(m.p for m in model.modules() if type(m).__name__ == "StochasticDepth")
 
 
-def test_blurpools_licence_is_shown_to_the_user():
-    assert "CC BY-NC-SA" in models.notes(True)[0]
-    assert models.notes(False) == []
+def test_blurpools_licence_is_shown_to_the_user(tmp_path):
+    run = tiny_run(tmp_path)
+    for blur in (True, False):
+        said = session.introduction(run, config_of(*["--use-blurpool"] * blur))
+        assert ("CC BY-NC-SA" in said) == blur
 
 
 def test_vit_works_at_one_size_only():
@@ -62,17 +66,6 @@ def test_options_without_a_place_are_refused():
         models.build_model("swin_t", num_classes=3, use_blurpool=True)
     with pytest.raises(UsageError, match="--stem works with the ResNets only"):
         models.build_model("swin_t", num_classes=3, stem="small")
-
-
-def test_arguments_are_described_in_words():
-    args = {"arch": "resnet50", "num_classes": 1000, "use_blurpool": True, "stem": "imagenet"}
-    assert models.describe_args(args) == "resnet50+blurpool, 1000 classes"
-    assert models.describe_args({"arch": "resnet34", "num_classes": 100, "stem": "small"}) == (
-        "resnet34, small stem, 100 classes"
-    )
-    assert models.describe_args({"arch": "resnet18", "num_classes": 9, "width": 8}) == (
-        "resnet18, width 8, 9 classes"
-    )
 
 
 def test_the_width_scales_every_channel():

@@ -212,6 +212,13 @@ def test_a_pipeline_that_is_missing_or_changes_the_size_is_refused_before_traini
         built(config_of("--augment", path), tmp_path)
 
 
+@pytest.mark.parametrize("typed", ["--holdout 0.00009", "--holdout 1e-2", "--trackio off", "--wandb no"])
+def test_what_was_typed_can_be_read_back_from_a_checkpoint(typed):
+    config = config_of(*typed.split())
+    name = typed.split()[0].lstrip("-")
+    assert rundir.parse_saved_flags(flags.plain(config))[name] == getattr(config, name) not in ("", 0)
+
+
 def test_a_typed_flag_that_changes_a_resumed_run_needs_allow_change():
     saved = flags.plain(config_of())
     typed = frozenset({"lr"})

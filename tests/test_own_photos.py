@@ -17,6 +17,7 @@ import pack_dataset
 import predict
 import train
 import validate
+from analysis import batch
 from base import flags, process
 from base.errors import CheckpointError, DataError, UsageError
 from base.phases import fitting_batch, phase_batches
@@ -76,6 +77,8 @@ def test_nothing_is_written_among_the_images(flat, tmp_path):
             pack_dataset.main(["--data-dir", str(flat), "--out", str(out), "--stored-sides", "16"])
     with pytest.raises(UsageError, match=r"--out .* is inside the images"):
         lr_finder.main([*SMALL[:2], "--data-dir", str(flat), "--out", str(flat / "lr")])
+    with pytest.raises(UsageError, match=r"--out .* is inside the images"):
+        batch.main([*SMALL, "--data-dir", str(flat), "--out", str(flat / "ant")])
     assert sorted(p.name for p in flat.iterdir()) == sorted(COUNTS)
     shutil.copytree(flat, tmp_path / "parts" / "train")
     shutil.copytree(flat, tmp_path / "parts" / "val")

@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_work(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "standard output"),
+    ([], "no image"), (["a.jpg", "--json", "-", "--csv", "-"], "both write to -"),
     (["a.jpg", "--export", "pdf"], "--export"), (["a.jpg", "--out", "x"], "--out would do nothing"),
     (["--export", "onnx", "--top", "3"], "--top would do nothing"),
     (["a.jpg", "--top", "0"], "--top"), (["a.jpg", "--weight", "raw"], "--weight"),

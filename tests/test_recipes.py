@@ -1,6 +1,5 @@
 """Recipes and --config files: known keys, valid values, and a plan and a model that can be built."""
 
-import os
 import re
 from pathlib import Path
 
@@ -186,13 +185,12 @@ def test_a_config_file_that_is_not_a_mapping_of_flags_is_named(name, tmp_path):
     assert str(path) in caught.value.what and len(caught.value.what) < 400 and "\n" not in caught.value.what
 
 
-@pytest.mark.parametrize("kind", ["directory", "FIFO", "device"])
-def test_only_regular_files_are_read(kind, tmp_path):
-    path = Path("/dev/zero") if kind == "device" else tmp_path / "flags.yaml"
-    if kind != "device":
-        (os.mkdir if kind == "directory" else os.mkfifo)(path)
-    with pytest.raises(UsageError, match="is not a file"):
-        parsed("--config", path)
+def test_a_folder_is_no_config_file_and_hides_no_recipe(tmp_path, monkeypatch):
+    with pytest.raises(UsageError, match="Is a directory"):
+        parsed("--config", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()  # the --save-dir of the first start, say
+    assert parsed("--config", "digits")[0].dataset == "digits"
 
 
 def commands() -> list[str]:

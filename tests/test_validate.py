@@ -5,19 +5,19 @@ import json
 import resource
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from runs import digest
+from sklearn.metrics import confusion_matrix
 from torch import nn
 
 import train
 import validate
 from analysis import figures, misclassified, predictions, score_figures, validation
-from analysis.scores import calibration, confused_pairs, confusion, read_hits, write_hits
-from base import flags
+from analysis.scores import calibration, confused_pairs, read_hits, write_hits
+from base import flags, idle
 from base.device import Runtime
 from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from dataloader import eval_loader
@@ -151,8 +151,12 @@ def test_wrong_input(photos, photo_run, tmp_path):
     assert vit.at_size(224) == vit
     with pytest.raises(UsageError, match="224 px only, not at 256"):
         vit.at_size(256)
-    with pytest.raises(UsageError, match="swin_t has no BatchNorm"):
-        validate.check_architecture("swin_t", SimpleNamespace(recalibrate_bn=True))
+
+
+def test_recalibration_without_batch_norm_is_refused(photo_run, monkeypatch):
+    monkeypatch.setattr(idle, "NO_BATCH_NORM", ("resnet_tiny",))
+    with pytest.raises(UsageError, match="resnet_tiny has no BatchNorm"):
+        validate.main([str(photo_run), *PLAIN, "--recalibrate-bn"])
 
 
 def test_running_out_of_memory_is_an_error_with_a_fix(photo_run, tmp_path, monkeypatch):
@@ -264,8 +268,6 @@ def test_recalibration_gives_the_mean_over_batches_and_leaves_the_model_alone():
     assert torch.equal(model[0].running_mean, torch.zeros(3)) and torch.equal(
         found[2].weight, model[2].weight
     )
-    with pytest.raises(UsageError, match="no BatchNorm"):
-        predictions.recalibrate(nn.Linear(2, 2), [], CPU)
 
 
 def test_the_average_is_the_mean_of_weights_and_statistics(photo_run, tmp_path):
@@ -345,7 +347,7 @@ def test_pictures_of_any_number_of_classes(num_classes, tmp_path):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, num_classes, 500)
     predicted = np.where(rng.random(500) < 0.7, labels, rng.integers(0, num_classes, 500))
-    matrix = confusion(labels, predicted, num_classes)
+    matrix = confusion_matrix(labels, predicted, labels=range(num_classes))
     names = [f"a $class$ with_a long name {k}" for k in range(num_classes)]
     made = score_figures.confusion(matrix, names, confused_pairs(matrix), "title")
     shown = made.axes[0].images[0].get_array()
@@ -424,5 +426,7 @@ def test_a_run_with_held_out_images_resumes_and_is_scored_on_the_official_ones_o
     assert counts["held"]["top1"] == pytest.approx(row["val_top1"])
     assert validate.main([checkpoint_path, *PLAIN, "--holdout", "0"]) == 0
     assert (tmp_path / "whole" / "validation").is_dir() and "validated on" not in capsys.readouterr().out
+    assert validate.main([checkpoint_path, *PLAIN, "--holdout", "0", "--data-dir", str(tmp_path)]) == 0
+    assert (tmp_path / "whole" / "validation_other_data").is_dir()  # official images, but of which data?
     with pytest.raises(CheckpointError, match=r"--holdout was 0\.1, now 0"):
         train.main(["--save-dir", whole, "--resume", "auto", "--holdout", "0"])

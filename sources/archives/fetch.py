@@ -6,10 +6,8 @@ version, so that a resumed download asks for the rest of exactly that version.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import http.client
-import io
 import json
 import os
 import re
@@ -33,7 +31,6 @@ MAGIC = {".tar": (257, b"ustar"), ".gz": (0, b"\x1f\x8b"), ".zip": (0, b"PK\x03\
 MAX_REDIRECTS = 5
 HEADERS = {"Accept-Encoding": "identity", "User-Agent": "resnet50-trainer"}
 TIMEOUT = 60  # seconds without any byte
-MIN_RATE, WINDOW = 1000, 120  # a transfer below MIN_RATE bytes a second over WINDOW seconds has stalled
 
 
 class Interrupted(Exception):
@@ -277,7 +274,7 @@ def checksum(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-# --- connections: http and https only, few redirects, a minimum rate --------------------------------
+# --- connections: http and https only, few redirects ------------------------------------------------
 
 
 def _opener() -> urllib.request.OpenerDirector:
@@ -285,7 +282,8 @@ def _opener() -> urllib.request.OpenerDirector:
     opener = urllib.request.OpenerDirector()
     for handler in (
         urllib.request.ProxyHandler(),
-        _Handler(),
+        urllib.request.HTTPHandler(),
+        urllib.request.HTTPSHandler(),
         urllib.request.HTTPDefaultErrorHandler(),
         urllib.request.HTTPErrorProcessor(),
         _Redirects(),
@@ -301,49 +299,3 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         check_url(newurl, redirected_from=req.full_url)
         fp.close()  # urllib would read the body, however long it is
         return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-class _Handler(urllib.request.HTTPSHandler):
-    http_request = urllib.request.HTTPSHandler.https_request
-
-    def http_open(self, req):
-        return self.do_open(functools.partial(_connect, http.client.HTTPConnection), req)
-
-    def https_open(self, req):
-        return self.do_open(functools.partial(_connect, http.client.HTTPSConnection), req)
-
-
-def _connect(connection_class: type[http.client.HTTPConnection], host: str, **options):
-    connection = connection_class(host, **options)
-    connection.response_class = _Response
-    return connection
-
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.fp = io.BufferedReader(_RateLimited(self.fp.detach()))
-
-
-class _RateLimited(io.RawIOBase):
-    """A stream that raises TimeoutError below MIN_RATE bytes a second, headers included."""
-
-    def __init__(self, raw: io.RawIOBase):
-        self.raw, self.since, self.count = raw, time.monotonic(), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int | None:
-        count = self.raw.readinto(buffer)
-        self.count += count or 0
-        seconds = time.monotonic() - self.since
-        if seconds >= WINDOW:
-            if self.count < MIN_RATE * seconds:
-                raise TimeoutError(f"fewer than {MIN_RATE:,} bytes a second for {seconds:.0f} s")
-            self.since, self.count = time.monotonic(), 0
-        return count
-
-    def close(self) -> None:
-        self.raw.close()
-        super().close()
