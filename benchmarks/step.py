@@ -70,14 +70,14 @@ def comparisons(args, batch_sizes: list[int], runtime, done: set[str]) -> Iterat
 
     from base.device import Runtime
     from benchmarks.step_loops import LOOPS, Setting, project, variants
-    from models import RESNETS
+    from models.torchvision_zoo import ZOO
 
     def loops_of(setting: Setting, steps: int | None) -> Iterator[list[dict]]:
         if f"{setting.name}, project" not in done:
             loops = {name: (loop, setting) for name, loop in LOOPS.items()}
             yield compare(loops, args.rounds, steps, count=True)
 
-    if args.arch in RESNETS:
+    if args.arch not in ZOO:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for dtype in (None, torch.bfloat16):

