@@ -55,13 +55,18 @@ def build_optimizer(
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Return two groups: parameters with weight decay, and parameters without. Frozen ones are left out.
 
-    Parameters with at most one dimension do not decay: biases and the scales of normalisation layers.
-    Their names would not tell (torchvision's `downsample.1` is a BatchNorm).
+    Biases and the scales of normalization layers do not decay: they have at most one dimension. Nor do the
+    class token and position embedding of ViT (https://arxiv.org/abs/2012.12877) and the position biases of
+    Swin (https://arxiv.org/abs/2103.14030): their names do not end in "weight".
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    decays = [p.ndim > 1 and name.endswith("weight") for name, p in trained]
     return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for (_, p), yes in zip(trained, decays, strict=True) if yes],
+            "weight_decay": weight_decay,
+        },
+        {"params": [p for (_, p), yes in zip(trained, decays, strict=True) if not yes], "weight_decay": 0.0},
     ]
 
 

@@ -158,6 +158,19 @@ def test_only_weights_decay_and_frozen_parameters_are_left_out():
     assert [id(p) for p in rest["params"]] == [id(p) for p in (model[1].weight, model[1].bias, model[3].bias)]
 
 
+@pytest.mark.parametrize("arch, embeddings", [
+    ("vit_b_16", {"class_token", "encoder.pos_embedding"}), ("swin_t", {"relative_position_bias_table"}),
+    ("resnet18", set()), ("preact_resnet50", set()), ("mobilenet_v3_large", set()),
+])  # fmt: skip
+def test_all_matrices_decay_but_the_embeddings_of_transformers(arch, embeddings):
+    with torch.device("meta"):
+        model = build_model(arch, num_classes=5, image_sizes=(32,))
+    names = {id(p): name for name, p in model.named_parameters()}
+    _, rest = param_groups(model, 0.1)
+    matrices = {names[id(p)] for p in rest["params"] if p.ndim > 1}
+    assert {name if name in embeddings else name.rpartition(".")[2] for name in matrices} == embeddings
+
+
 def test_lamb_moves_weights_that_start_at_zero_and_skips_missing_gradients():
     zero, unused = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
     optimizer = Lamb([zero, unused], lr=0.1)
