@@ -59,15 +59,11 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     class token and position embedding of ViT (https://arxiv.org/abs/2012.12877) and the position biases of
     Swin (https://arxiv.org/abs/2103.14030): their names do not end in "weight".
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decays = [p.ndim > 1 and name.endswith("weight") for name, p in trained]
-    return [
-        {
-            "params": [p for (_, p), yes in zip(trained, decays, strict=True) if yes],
-            "weight_decay": weight_decay,
-        },
-        {"params": [p for (_, p), yes in zip(trained, decays, strict=True) if not yes], "weight_decay": 0.0},
-    ]
+    decayed, others = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            (decayed if p.ndim > 1 and name.endswith("weight") else others).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
