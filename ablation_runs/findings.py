@@ -87,7 +87,7 @@ def scale(study: Study, preset: str, runs: list[Result]) -> str:
 
 
 def details(found: Published) -> str:
-    """Return a section for each study: question, command, conclusion, what it means, and a picture."""
+    """Return a section for each study: question, command, tables, conclusion, what it means, and a picture."""
     return "\n\n".join(section(*one) for one in found)
 
 
@@ -105,6 +105,9 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
     if study.notes:
         parts.append(f"*Notes.* {' '.join(study.notes.splitlines())}")
     parts.append(summary.other_flags(study, preset, runs))
+    parts.append(summary.variant_table(study, preset, runs).without_empty_columns().markdown())
+    if comparison := summary.comparison_table(study, runs, study.metric):
+        parts.append(comparison.without_empty_columns().markdown())
     parts.append(f"*Conclusion.* {summary.conclusion(study, runs)}")
     reading = PUBLISHED / name / "reading.md"
     if reading.is_file():
