@@ -87,7 +87,7 @@ def scale(study: Study, preset: str, runs: list[Result]) -> str:
 
 
 def details(found: Published) -> str:
-    """Return a section for each study: question, command, tables, conclusion, what it means, and a picture."""
+    """Return a section for each study: question, command, tables, conclusion, meaning and a picture."""
     return "\n\n".join(section(*one) for one in found)
 
 

@@ -66,8 +66,9 @@ def main(argv: list[str] | None = None) -> int:
             here = records.environment()
             records.append(args.out, {"benchmark": "parity", "row": row} | record | here)
             print(f"{row}: {top1:.2f} %, {record['seconds']:.0f} s", flush=True)
-    for line in summary(of_today(args)):
-        print(line)
+    from benchmarks import tables
+
+    print(tables.filled("parity", of_today(args)))
     return 0
 
 
@@ -99,22 +100,6 @@ def start(command: list[str]) -> str:
     if done.returncode:
         raise ResourceError(f"{command[:2]} failed: {done.stderr.strip()[-500:]}", "run it by hand")
     return done.stdout
-
-
-def summary(rows: list[dict]) -> list[str]:
-    """Return lines with the paired difference of the two loops and its 95 % t interval."""
-    import numpy as np
-
-    scores = {loop: {row["seed"]: row["val_top1"] for row in rows if row["loop"] == loop} for loop in LOOPS}
-    seeds = sorted(scores[LOOPS[0]].keys() & scores[LOOPS[1]].keys())
-    own, plain = (np.array([scores[loop][seed] for seed in seeds]) for loop in LOOPS)
-    lines = [
-        f"{loop}: {np.mean(s):.2f} ± {np.std(s, ddof=min(1, len(s) - 1)):.2f} %"
-        for loop, s in zip(LOOPS, (own, plain), strict=True)
-    ]
-    if len(seeds) > 1:
-        lines.append(f"difference: {difference(own, plain)} points, {len(seeds)} pairs")
-    return lines
 
 
 def difference(own: Sequence[float], plain: Sequence[float]) -> str:

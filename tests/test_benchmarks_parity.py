@@ -12,7 +12,7 @@ def test_only_rows_of_the_same_length_and_commit_are_paired(tmp_path, monkeypatc
     assert parity.main([*arguments, "--epochs", "1"]) == 0
     monkeypatch.setattr(parity, "project", lambda args, shared: 70.0 + ("--seed=1" in shared))
     assert parity.main(arguments) == 0
-    assert "difference: +9.50 [" in capsys.readouterr().out
+    assert "| 2 | +9.50 [" in capsys.readouterr().out
     monkeypatch.setattr(parity, "project", None)  # nothing is trained again
     assert parity.main(arguments) == 0
 
@@ -34,4 +34,4 @@ def test_parity_trains_both_loops_with_each_seed_and_ends_with_their_difference(
         (seed, loop) for seed in (0, 1) for loop in parity.LOOPS
     ]
     assert all(0 <= row["val_top1"] <= 100 and row["cpu_seconds"] > 0 for row in rows)
-    assert "2 pairs" in capsys.readouterr().out.splitlines()[-1]
+    assert "| difference, 95 % interval | 2 |" in capsys.readouterr().out
