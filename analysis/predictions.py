@@ -244,14 +244,19 @@ def load(path: str, weights: str, runtime: Runtime) -> Classifier:
 def load_average(paths: Sequence[str], runtime: Runtime) -> Classifier:
     """Load the mean of the raw weights of several checkpoints, with their BatchNorm statistics, as "average".
 
-    All else comes from the last one. Raises CheckpointError for checkpoints of different models.
+    All else comes from the last one. Raises CheckpointError for checkpoints of different models or images.
     """
+
+    def kind(payload: dict) -> list:
+        images = [payload["eval"].get(name) for name in ("classes", "mean", "std", "exif")]
+        return images + [payload["model_args"].get(name) for name in rundir.MODEL_ARGS]
+
     model, payload = checkpoint.load_model(paths[-1], "raw")
     sums = {name: value.double() for name, value in model.state_dict().items() if value.is_floating_point()}
     for path in paths[:-1]:
         other, its = checkpoint.load_model(path, "raw")
-        if (its["model_args"], its["eval"]["classes"]) != (payload["model_args"], payload["eval"]["classes"]):
-            what = f"{path} and {paths[-1]} hold different models or classes"
+        if kind(its) != kind(payload):
+            what = f"{path} and {paths[-1]} differ in their models, classes or normalization"
             raise CheckpointError(what, "average checkpoints of one run, or of runs with the same weights")
         for name, value in other.state_dict().items():
             if name in sums:

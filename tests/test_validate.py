@@ -311,12 +311,16 @@ def test_what_cannot_be_averaged_is_refused(photo_run, tmp_path):
         validate.main([str(photo_run), str(photo_run), *PLAIN])
     with pytest.raises(UsageError, match="there is one checkpoint"):
         validate.main([str(photo_run), "--average", *PLAIN])
-    other = checkpoint.load(photo_run)
-    del other["schema"]
-    other["eval"] = other["eval"] | {"classes": other["eval"]["classes"][::-1]}
-    checkpoint.save(tmp_path / "other.pt", other)
-    with pytest.raises(CheckpointError, match="different models or classes"):
-        validate.main([str(tmp_path / "other.pt"), str(photo_run), "--average", *PLAIN])
+    own = checkpoint.load(photo_run)
+    del own["schema"]
+    two = [str(tmp_path / "other.pt"), str(photo_run)]
+    for name, value in (("classes", own["eval"]["classes"][::-1]), ("mean", [0.1, 0.2, 0.3])):
+        checkpoint.save(tmp_path / "other.pt", own | {"eval": own["eval"] | {name: value}})
+        with pytest.raises(CheckpointError, match="differ in their models, classes or normalization"):
+            validate.main([*two, "--average", *PLAIN])
+    trained = own["model_args"] | {"drop_path_rate": 0.9, "image_sizes": [8]}  # which the weights do not tell
+    checkpoint.save(tmp_path / "other.pt", own | {"model_args": trained})
+    assert predictions.load_average(two, CPU).weights == "average"
 
 
 def test_raw_weights_are_used_without_an_ema(photo_run, tmp_path):
