@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from base.device import Runtime, memory_for
@@ -392,12 +393,13 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         run.eta.observe_validation(run.scored_as(phase)[0], time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
     seconds = sums["seconds"]
+    bad_images = torch.tensor(float(sums["bad_images"] + left_out), device=run.runtime.device)
     return row | {
         "images_per_second": sums["images"] / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
         "bad_steps": sums["bad_steps"],
-        "bad_images": sums["bad_images"] + left_out,
+        "bad_images": int(run.runtime.sum_over_ranks(bad_images)),
         "best": False,
     }
 

@@ -354,6 +354,8 @@ def restore(run, saved: dict, config) -> None:
         say("note: the optimizer or its groups differ from the checkpoint's: it starts without a state")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
+    if not run.runtime.is_main:
+        state.epoch_sums["bad_images"] = 0  # each rank counts its own
     if same_plan:
         _check_position(run)
     else:

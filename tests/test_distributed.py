@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,10 @@ from harness.log import MetricLogger, read_steps
 from train_utils import StepResult, evaluate
 
 TERM = 15
+SMALL = (
+    "--arch resnet_tiny --resize-schedule 16 --epochs 2 --batch-size 8 --num-workers 0 --device cpu --amp off"
+)
+SMALL = SMALL.split()
 
 
 def free_port() -> str:
@@ -256,28 +261,10 @@ def test_a_rank_that_dies_ends_the_other_with_a_clear_message(dies, where, tmp_p
 
 @pytest.mark.slow
 def test_a_bad_image_that_one_rank_meets_is_named_and_ends_both(photos, tmp_path):
-    import shutil
-
     data, log = tmp_path / "data", tmp_path / "log"
     shutil.copytree(photos, data)
     (data / "train" / "dog" / "dog_3.JPEG").write_bytes(b"")
-    flags = (
-        "--arch",
-        "resnet_tiny",
-        "--resize-schedule",
-        "16",
-        "--epochs",
-        "1",
-        "--batch-size",
-        "8",
-        "--num-workers",
-        "0",
-        "--device",
-        "cpu",
-        "--amp",
-        "off",
-    )
-    codes = run(2, log, *flags, "--data-dir", data, "--save-dir", tmp_path / "run")
+    codes = run(2, log, *SMALL, "--data-dir", data, "--save-dir", tmp_path / "run")
     assert sorted(codes) == [3, 6], log.read_text()
     assert "dog_3.JPEG" in log.read_text() and "Traceback" not in log.read_text()
 
@@ -380,6 +367,25 @@ def losses_of_a_run(variables: dict[str, str], save_dir: str) -> None:
     loop.fit(run, MetricLogger(Path(save_dir), enabled=run.runtime.is_main, log_every=4))
     if run.runtime.is_main:
         (Path(save_dir) / "losses.json").write_text(json.dumps([step.result() for step in losses]))
+
+
+def test_bad_images_of_all_ranks_are_counted(photos, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(photos, data)
+    for k in range(5):
+        (data / "train" / "cat" / f"cat_{k}.JPEG").write_bytes(b"no image")
+    counts, log = [], tmp_path / "log"
+    for world, stop in ((1, 0), (2, 0), (2, 4)):  # the last one is resumed in an epoch
+        where = ["--data-dir", data, "--save-dir", tmp_path / f"run{world}{stop}"]
+        argv = [*SMALL, *where, "--on-bad-image", "skip"]
+        if stop:
+            assert run(world, log, *argv, "--stop-after", stop) == [0] * world
+            argv = [*where, "--resume", "auto"]
+        assert run(world, log, *argv) == [0] * world, log.read_text()
+        counts.append([row["bad_images"] for row in payload(where[3])["rows"]])
+    alone, two, resumed = counts
+    assert alone == two and min(alone) >= 5  # of 72 images in batches of 8, each is read in each epoch
+    assert resumed[1:] == alone[1:] and 0 < resumed[0] <= alone[0]  # what rank 1 met before the stop is lost
 
 
 @pytest.mark.slow
