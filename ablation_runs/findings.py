@@ -71,7 +71,7 @@ def short(study: Study, runs: list[Result]) -> str:
             words.append(f"{'' if words else against}{verdict}: {', '.join(named)}")
     others = [f"{name} {d.mean:+.1f}" for name, d in compared.items() if name not in study.primary]
     if words and others:
-        words.append(f"not planned, in points: {', '.join(others)}")
+        words.append(f"without a verdict, in points: {', '.join(others)}")
     for f in results.false_verdicts(runs, study)[:1]:
         words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
     return "; ".join(words) or summary.conclusion(study, runs)

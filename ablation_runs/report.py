@@ -28,7 +28,13 @@ def build_parser() -> flags.Parser:
     add("--runs", default=RUNS, metavar="DIR", help="Directory of the runs: --out of ablation_runs.run.")
     add("--out", default="", metavar="DIR", help="Output directory; if empty, beside the runs.")
     formats = flags.listing(str)
-    add("--formats", type=formats, default="png", metavar="NAME,...", help="Of pictures: png, svg, pdf.")
+    add(
+        "--formats",
+        type=formats,
+        default="png",
+        metavar="NAME,...",
+        help="Formats of the pictures: png, svg, pdf.",
+    )
     add("--publish", action="store_true", help="Write the report and small files to ablation_runs/results/.")
     flags.DEBUG.add_to(parser)
     return parser

@@ -76,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(words[:end])
     if args.list or not args.study:
         for study in studies.STUDIES.values():
-            print(f"{study.name:<32} {len(study.variants):>3} variants  {study.question}")
+            word = "variant " if len(study.variants) == 1 else "variants"
+            print(f"{study.name:<32} {len(study.variants):>3} {word}  {study.question}")
         return 0
     if args.pilot and args.seeds:
         raise UsageError("--pilot and --seeds contradict each other", "leave one of them out")

@@ -180,7 +180,7 @@ TINY_IMAGENET_RESNET18 = Study(
     cpu_title="the first 20 classes of Tiny ImageNet, split 70/30 (6,700 + 1,000 held out + 3,300 images), "
     f"32 px, {SMALL_TITLE}, 12 epochs",
     published="61.52 % (train 91.19 %) at epoch 50, with both schedules at once; 50 % at epoch 16.",
-    notes="The 33,000 validation images are drawn from the training and validation sets together: the "
+    notes="The validation images are drawn from the training and validation sets together: the "
     "scores cannot be compared with those on the official validation set.\nOn a CPU the plateau rule has "
     "patience 0. It was chosen after six seeds had shown that patience 2 and 4 never act within 12 epochs.",
     commands=(
@@ -266,7 +266,7 @@ AUGMENTATION = Study(
 OPTIMIZERS = Study(
     name="optimizers",
     source="004",
-    question="Which optimizer trains ResNet-34 on CIFAR-100 best, each at one usual, untuned setting?",
+    question="Which optimizer trains best on CIFAR-100, each at one usual, untuned setting?",
     variants={
         "adam": {},
         "sgd": SGD | {"weight_decay": 5e-4},
@@ -352,7 +352,7 @@ DROP_PATH_RATE = Study(
     cpu=TINY_20,
     cpu_title=f"{TINY_20_TITLE}, 32 px, {SMALL_TITLE}, 12 epochs",
     published_scores={
-        "0.1": "+0.4 points on ImageNet in 90 epochs (Composer)",
+        "0.1": "+0.4 points on ImageNet (Composer)",
         "0.2": "the default of 002; 1.1 points lost in 000's notebooks",
     },
 )

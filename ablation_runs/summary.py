@@ -198,7 +198,7 @@ def power_line(study: Study, power: Power, pilot: Power) -> str:
         text += f"{often}. To find {study.worth:g} points as often takes {power.needed} seeds"
     else:
         text += f" To find {study.worth:g} points{share} {often} takes {power.needed} seeds"
-    return text + (f" (by the two seeds of the pilot: {pilot.needed})." if pilot != power else ".")
+    return text + (f" (the pilot's two seeds said {pilot.needed})." if pilot != power else ".")
 
 
 def advice(study: Study, directory: Path) -> str:

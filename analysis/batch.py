@@ -18,6 +18,7 @@ EPILOG = """examples:
   python -m analysis.batch --config recipes/digits.yaml --show-steps 5       with any flags of train.py"""
 
 SHOWN = ("what most runs set", "data", "loading", "phases", "loss and regularization", "command")
+STARTS = {"resume", "dry_run", "summary"}  # flags about a start of train.py; this only draws
 
 
 def build_parser() -> flags.Parser:
@@ -28,12 +29,16 @@ def build_parser() -> flags.Parser:
     add("--show-steps", type=flags.positive, default=4, metavar="N", help="Batches, one in each row.")
     add("--show-images", type=flags.positive, default=8, metavar="N", help="Images of each batch.")
     for title, group in flags.TRAIN_GROUPS.items():
-        flags.add_flags(parser, title, group if title in SHOWN else map(flags.hidden, group))
+        shown = (f if title in SHOWN and f.name not in STARTS | {"lr"} else flags.hidden(f) for f in group)
+        flags.add_flags(parser, title, shown)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     config, given = flags.parse(build_parser(), argv)
+    if unread := sorted(STARTS & given):
+        what = f"{flags.dashed(unread[0])} would do nothing: this command only draws a batch"
+        raise UsageError(what, "leave it out")
     flags.check_train(config, given)
     if config.show_epoch > config.epochs:
         problem = f"--show-epoch {config.show_epoch} > --epochs {config.epochs}"

@@ -136,8 +136,8 @@ MODEL = (
     Flag("stem", "First layers: small is one 3x3 convolution, for 32 px images; d is that of ResNet-D, with "
          "its average pools in the shortcuts.",
          ("imagenet", "small", "d"), "imagenet", "NAME", idle=idle.torchvision_arch),
-    Flag("width", "Channels of a ResNet's first stage, doubled in each later one; by default 64, of "
-         "resnet_tiny 8.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
+    Flag("width", "Channels of a ResNet's first stage, doubled in each later one; by default 64, "
+         "or 8 for resnet_tiny.", number(int, 2, 1024), None, "N", idle=idle.torchvision_arch),
     Flag("pretrained", "Start from torchvision's ImageNet weights: the default ones, those of this name, or "
          "a file. Other classes get a new classifier. Without --config, the defaults of the other flags are "
          "those of recipes/finetune.yaml.", str, "", "NAME|FILE", const="DEFAULT",
@@ -152,7 +152,7 @@ MODEL = (
 PHASES = (
     Flag("epochs", "Number of epochs, over all phases.", positive, 90, "N"),
     Flag("batch_size", "Global batch size of the first phase, halved from phase to phase; by default "
-         "smaller for fewer than 1,024 images.",
+         "256, or less for fewer than 1,024 images.",
          positive, 256, "N",
          idle=lambda c: c.phase_batch_sizes and "--phase-batch-sizes sets every batch size"),
     Flag("resize_schedule", "Image size of each phase.",
@@ -204,7 +204,7 @@ REGULARIZATION = (
     Flag("bce_threshold", "With --loss bce: mixed targets above F become 1, and others 0.",
          fraction, None, "F", idle=idle.no_threshold),
     Flag("class_weights", "Weight of each class in --loss ce: balanced is inversely proportional to "
-         "its training images; a file has a line with class and weight for every class.",
+         "its number of training images; a file has a line with class and weight for every class.",
          str, "", "balanced|FILE", idle=lambda c: c.loss != "ce" and "it needs --loss ce"),
     Flag("l1", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
     Flag("label_smoothing", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",

@@ -54,7 +54,7 @@ def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.first_minute", description=__doc__, epilog=EPILOG)
     add, minutes = parser.add_argument, flags.number(float, 0, open_low=True)
     total = f"Time for all parts; one leaves what it does not need to the others (default: {HALF_HOUR:g})."
-    add("parts", nargs="+", choices=("all", *MINUTES), metavar="PART", help=f"all, {', '.join(MINUTES)}.")
+    add("parts", nargs="+", choices=("all", *MINUTES), metavar="PART", help="Parts to run.")
     add("--out", required=True, metavar="DIR", help="Results.")
     add("--work", default="", metavar="DIR", help="Large files, kept to go on from (default: OUT-work).")
     add("--data", default="data/first_minute", metavar="DIR", help="Archives of the data.")

@@ -1,5 +1,5 @@
 #!/bin/bash
-# What overnight.sh does, on the CPU of a laptop: with digits, in minutes, or with CIFAR-10.
+# What overnight.sh does, on the CPU of a laptop: with digits, in minutes, or with CIFAR-10, in an hour.
 #
 #   scripts/laptop.sh [digits|cifar10] [flags of train.py]
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/bin/bash
-# From data to a trained, scored and reported network in one night. After any stop, start it again with the same
-# words: it goes on where it was.
+# From data to a trained, scored and reported network in one night. After any stop, run the same command
+# again: it continues where it stopped.
 #
 #   PACK_FLAGS="--stored-sides 192,320 --eval-sizes 256 --eval-crop 0.95" SIZES=224,256 \
 #     scripts/overnight.sh data/imagenet runs/night --config recipes/overnight.yaml

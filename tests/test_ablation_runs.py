@@ -254,8 +254,10 @@ def test_only_primary_comparisons_get_a_verdict():
 
 def test_a_control_is_named_beside_the_verdicts_it_puts_into_proportion():
     runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, primary=("c",))
-    assert findings.short(which, runs) == "top-1 against a: undecided: c; not planned, in points: b +10.1"
-    assert "not planned" not in findings.short(TWO, runs)
+    assert (
+        findings.short(which, runs) == "top-1 against a: undecided: c; without a verdict, in points: b +10.1"
+    )
+    assert "without a verdict" not in findings.short(TWO, runs)
 
 
 def test_only_seeds_that_both_have_are_paired():
@@ -330,7 +332,7 @@ def test_the_power_line_says_how_many_seeds_are_needed_and_what_these_see():
     pilot = statistics.pairs_needed(0.5, np.std(gaps[:2], ddof=1))
     few = summary.power_line(TWO, results.power(runs, TWO, most=2), power)
     assert f" To find 0.5 points 80 % of the time takes {pilot} seeds" in few
-    assert said.endswith(f"takes {power.needed} seeds (by the two seeds of the pilot: {pilot}).")
+    assert said.endswith(f"takes {power.needed} seeds (the pilot's two seeds said {pilot}).")
 
 
 def test_an_a_a_study_counts_false_verdicts():
