@@ -10,7 +10,7 @@ DATA   ?= data/imagenet
 RESULTS ?= benchmark-results
 ARGS   ?=
 
-.PHONY: help setup train test lint format bench torture fuzz test-gpu notebooks audit lock clean
+.PHONY: help setup train test lint format bench torture slow fuzz test-gpu notebooks audit lock clean
 
 help:            ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ TORTURED := checkpoint schemas rundir loop signals resume wrong_input distribute
 
 torture: setup   ## kill, damage and resume hundreds of runs: eleven minutes
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
+
+slow: setup      ## run the slow tests, which the other targets leave out: forty minutes
+	$(PYTHON) -m pytest -m slow $(ARGS)
 
 fuzz: setup      ## try random command lines and damaged files (FUZZ_SEED=7 tries others)
 	$(PYTHON) -m pytest -m fuzz tests/test_fuzz.py $(ARGS)

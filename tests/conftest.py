@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -21,6 +22,20 @@ def pytest_runtest_setup(item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def own_signal_handlers():
+    """Put back what `errors.run` sets: after it, Ctrl-C would end pytest at once, without a summary."""
+    from base import errors
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if handler is not None:  # one that was not set by Python
+            signal.signal(number, handler)
+    errors.debug = False
 
 
 @pytest.fixture(scope="session")

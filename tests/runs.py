@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,18 +38,6 @@ def cli(*args: object, **extra: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(*args), capture_output=True, text=True, env=environment(**extra), timeout=300
     )
-
-
-def start(*args: object, **extra: str) -> subprocess.Popen:
-    """Start train.py in a process group of its own, so that it can be killed together with its workers."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*args), env=environment(**extra), start_new_session=True, **streams)
-
-
-def kill_group(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-    process.wait()
 
 
 def payload(run_dir: Path, kind: str = "last") -> dict:
@@ -124,8 +111,9 @@ def _in_child(argv: list[str], output: str, variables: dict[str, str]) -> None:
     os.environ.update(variables)
     if "AT" in variables:
         _at(variables["AT"], lambda: _send(variables["SIGNALS"].split()))
-    if "HANG" in variables:
-        _at(variables["HANG"], lambda: time.sleep(1000))
+    if "HANG" in variables:  # "place>marker": a file that says when it hangs
+        place, _, marker = variables["HANG"].partition(">")
+        _at(place, lambda: (Path(marker).touch(), time.sleep(1000)))
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,4 +1,4 @@
-"""Train ten small runs in this checkout and in another, and compare them bit for bit.
+"""Train small runs in this checkout and in another, and compare them bit for bit.
 
     python tests/same_bits.py ../other-checkout
 

@@ -18,7 +18,7 @@ from runs import ROOT, digest, exact, finish, spawn
 
 import loop
 import train
-from base import errors, flags, schemas
+from base import flags, schemas
 from base.errors import CheckpointError, ResourceError
 from harness import checkpoint, rundir
 from harness.log import read_metrics
@@ -211,20 +211,6 @@ def test_a_file_that_cannot_be_read_back_does_not_become_a_checkpoint(full_disk,
     refused_and_untouched(path, before)
 
 
-def test_a_full_disk_is_a_two_line_error_for_any_file(monkeypatch, capsys):
-    handlers = {
-        n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    }
-
-    def full(argv):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/metrics.jsonl")
-
-    assert errors.run(full) == 6
-    assert capsys.readouterr().err.startswith("error: cannot write runs/metrics.jsonl: No space left")
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
 # --- damage ---
 
 
@@ -320,14 +306,12 @@ def test_a_path_that_is_not_a_checkpoint_lists_those_beside_it(run_dir, capsys, 
 def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, before = write(name, tmp_path / "last_x.pt"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    started = time.process_time()
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load_model(path)
     assert caught.value.exit_code == 4 and caught.value.fix
     with suppress(CheckpointError):  # two are intact but hold no model: restoring them fails
         checkpoint.newest(tmp_path)
     assert not list(tmp_path.glob(f"*{SENTINEL}*"))
-    assert time.process_time() - started < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: under 1 GiB more
 
 
@@ -634,8 +618,6 @@ def test_a_run_resumed_elsewhere_takes_its_best_checkpoint_along(run_dir, tmp_pa
     main("--resume", "auto", "--save-dir", run_dir)
     whole = digest(run_dir, "best")
     (best,) = run_dir.glob("best_*.pt")
-    saved = checkpoint.load(best)
-    saved.pop("schema")
     elsewhere = tmp_path / "elsewhere"
     main("--resume", best, "--save-dir", elsewhere)
     assert digest(elsewhere, "best") == whole == digest(elsewhere, "last")

@@ -155,7 +155,7 @@ def test_a_bad_image_is_named_or_replaced_and_counted(photos, tmp_path, workers)
         data, image_size=24, batch_size=24, augment=(), seed=5, num_workers=workers, on_bad_image="skip"
     )
     labels = torch.cat([labels for _, labels in loader])
-    assert loader.bad == [f"dog/{bad.name}"] or loader.bad[0].endswith(bad.name)
+    assert [name.rpartition("/")[2] for name in loader.bad] == [bad.name]
     assert torch.bincount(labels).tolist() == [24, 24, 24]  # by an image of the same class
 
 
@@ -315,7 +315,7 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
     """If the workers were killed first, reading from them would fail with a traceback in the thread."""
     from torch.utils.data._utils import pin_memory
 
-    alive_at_end = []
+    alive_at_end, threads = [], threading.active_count()
 
     def loop(in_queue, out_queue, device_id, done_event, *rest):  # pinning needs a GPU
         while not done_event.is_set():
@@ -333,7 +333,7 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
         process.is_alive() for process in loader.batches._iterator._workers
     )
     del iterator
-    assert threading.active_count() < 10
+    assert threading.active_count() <= threads
 
 
 def test_more_workers_than_cores_are_capped_with_a_note(photos, monkeypatch):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from inprocess import TINY, built, config_of
-from runs import ROOT, SERVER, digest, environment, finish, payload, spawn
+from runs import ROOT, SERVER, TIMING, digest, environment, finish, payload, spawn
 from torch import nn
 
 import loop
@@ -106,13 +106,15 @@ def test_every_validation_sample_counts_once_however_ragged(world):
     model, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 7)), torch.randn(17, 3, 2, 2)
     labels = torch.randint(0, 7, (17,))
     for n in range(1, 18):
-        sums = []
+        sums, lengths = [], set()
         for rank in range(world):
             runtime = OneOfMany(torch.device("cpu"), None, rank, world)
             object.__setattr__(runtime, "sent", [])
             order = Order(n, 4, shuffle=False, rank=rank, world_size=world)
             evaluate({"val": model}, ((images[b.ids], labels[b.ids]) for b in order), runtime)
             sums += runtime.sent
+            lengths.add(len([*order]))
+        assert len(lengths) == 1 and not model.training  # or a rank would wait for ever
         loss, top1, top5, count = torch.cat(sums).sum(0).tolist()
         logits = model.double()(images[:n].double())
         model.float()
@@ -220,12 +222,18 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_one_rank_can_resum
 def test_a_signal_between_two_steps_of_two_ranks_takes_no_batch_twice_and_skips_none(where, step, tmp_path):
     """The ranks stop two steps later, and these need batches of their own: not the last one, and not none."""
     log, late = tmp_path / "log", {"AT": where, "SIGNALS": str(TERM)}
-    assert run(2, log, *TINY, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
-    codes = run(2, log, *TINY, "--save-dir", tmp_path / "run", only={0: late, 1: late})
+    argv = [*TINY, "--log-every", 3]
+    assert run(2, log, *argv, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
+    codes = run(2, log, *argv, "--save-dir", tmp_path / "run", only={0: late, 1: late})
     assert codes == [143, 143], log.read_text()
-    assert payload(tmp_path / "run")["step"] == step
+    assert payload(tmp_path / "run")["step"] == step and payload(tmp_path / "run")["row_sums"]
     assert run(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
     assert digest(tmp_path / "run") == digest(tmp_path / "straight")
+    rows = [
+        [{k: v for k, v in row.items() if k not in TIMING} for row in read_steps(tmp_path / name)]
+        for name in ("straight", "run")
+    ]
+    assert rows[0] == rows[1] and [row["step"] for row in rows[0]][:3] == [3, 5, 6]
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import os
 import re
-import time
 from dataclasses import replace
 
 import pytest
@@ -171,15 +170,15 @@ def test_the_eta_is_what_is_left_of_the_plan(eval_size, eval_every):
         assert eta.remaining(steps, finished) == pytest.approx(expected)
 
 
-def test_a_full_plan_is_described_quickly():
-    """The default run has 1,151,020 steps, which must not be gone through one by one."""
-    phases = train_phases()
-    started = time.process_time()
+def test_a_full_plan_is_described_without_going_through_its_steps(monkeypatch):
+    phases, asked = train_phases(), []
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = Schedule(optimizer, "onecycle", peak_lr=3e-4, total_steps=sum(p.steps for p in phases))
+    at = schedule.lr_at
+    monkeypatch.setattr(schedule, "lr_at", lambda step: (asked.append(step), at(step))[1])
     low, high = dryrun.lr_range(schedule, phases[-1])
     assert high == pytest.approx(3e-4, rel=1e-3) and low == pytest.approx(3e-4 / 25e4)
-    assert time.process_time() - started < 1
+    assert 2 <= len(asked) < 10_000  # of 1,151,020 steps
 
 
 def train_phases() -> tuple[Phase, ...]:

@@ -289,33 +289,3 @@ def test_every_flag_in_every_mode_changes_something_or_is_refused(mode, recipe):
     for name in VALUES:
         if f"{flags.dashed(name)} " not in f"{mode} " and f"--no-{flags.dashed(name)[2:]} " not in f"{mode} ":
             judge(recipe, name, mode)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "typed"), [
-    ("plot", "--plot"), ("tensorboard", "--tensorboard"), ("wandb", "--wandb p"), ("summary", "--summary"),
-    ("trackio", "--trackio p"),
-    ("log_every", "--log-every 0"),
-    ("stop_after", "--stop-after 2"), ("dry_run", "--dry-run"), ("overwrite", "--overwrite"),
-    ("resume", "--resume auto"), ("save_dir", "--save-dir other"),
-    ("init_from", "--init-from missing.pt"), ("device", "--device cuda"), ("config", "--config missing.yaml"),
-])  # fmt: skip
-def test_a_complete_run_shows_what_the_others_change(name, typed, recipe, tmp_path, monkeypatch, capsys):
-    def shown(*more) -> tuple:
-        try:
-            code = train.main(["--config", recipe, *more])
-        except UsageError as error:
-            code = error.what
-        except Exception as error:
-            code = repr(error)
-        out = capsys.readouterr().out
-        return (
-            code,
-            {p.name for p in tmp_path.rglob("*")},
-            [line[:40] for line in out.splitlines() if "note" not in line],
-        )
-
-    monkeypatch.chdir(tmp_path)
-    if name in ("overwrite", "resume"):
-        shown()
-    assert shown() != shown(*typed.split())

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import shutil
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,10 @@ from runs import digest, payload
 
 import loop
 import train
+from base import flags
 from base.device import Runtime
 from base.errors import DataError, DivergedError
+from dataloader import Order
 from harness.log import MetricLogger, read_metrics
 
 SMALL = (
@@ -206,6 +210,36 @@ def test_endless_overflows_end_the_run_with_a_finite_checkpoint(tmp_path, capsys
     assert capsys.readouterr().out.count("WARNING: step") == 10
 
 
+def test_the_images_of_a_bad_step_are_named(tmp_path, capsys, monkeypatch):
+    run, real = tiny_run(tmp_path), loop.train_step
+
+    def poisoned(state, how, images, labels, **vote):
+        return real(state, how, images * (math.nan if state.step == 7 else 1), labels, **vote)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    loop.fit(run, MetricLogger(tmp_path))
+    order = Order(len(run.index.train), 8, seed=flags.defaults()["seed"])
+    order.seek(2)  # of five steps an epoch
+    names = ", ".join(run.index.train.name(int(i)) for i in [*order][2].ids)
+    assert f"WARNING: step 8 was not finite and was skipped; its 8 images: {names}" in capsys.readouterr().out
+
+
+def test_a_timed_save_comes_when_its_time_has_passed(tmp_path, monkeypatch):
+    run, clock, seen = tiny_run(tmp_path, "--save-every", "10s"), [0.0], []
+    step, save, run.last_save = loop.train_step, loop.save, 0.0
+
+    def slow(*args, **vote):
+        clock[0] += 4
+        return step(*args, **vote)
+
+    now = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", now)
+    monkeypatch.setattr(loop, "train_step", slow)
+    monkeypatch.setattr(loop, "save", lambda run: (seen.append(run.state.step), save(run)))
+    loop.fit(run, MetricLogger(tmp_path))
+    assert seen == [3, 5, 5, 8, 10, 10, 13, 15, 15]  # timed; at the end of an epoch; with its row
+
+
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
 def test_a_non_finite_state_is_never_saved_over_a_finite_one(tmp_path, what):
     built = tiny_run(tmp_path)
@@ -220,9 +254,9 @@ def test_a_non_finite_state_is_never_saved_over_a_finite_one(tmp_path, what):
         "optimizer": lambda: state.optimizer.state[first].update(exp_avg=torch.full_like(first, math.nan)),
     }
     ruined[what]()
-    with pytest.raises(DivergedError, match=r"not finite .*nothing was saved"):
+    with pytest.raises(DivergedError, match=r"not finite .*nothing was saved") as caught:
         loop.save(built)
-    assert built.path("last").read_bytes() == before
+    assert built.path("last").read_bytes() == before and caught.value.exit_code == 5
 
 
 def test_a_counter_on_another_device_is_not_read(tmp_path):

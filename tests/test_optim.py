@@ -190,6 +190,7 @@ def test_lamb_step_length_is_a_share_of_the_weight_whatever_the_gradient():
 
 
 def test_muon_equals_torchs_on_matrices():
+    torch.manual_seed(0)
     ours, theirs = (
         nn.ParameterList(torch.randn(3, 7, dtype=torch.float32) for _ in range(2)) for _ in range(2)
     )

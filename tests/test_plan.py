@@ -104,23 +104,6 @@ def test_an_order_can_be_entered_anywhere_and_each_id_comes_once():
     assert late.epoch == 6  # used without positions, it advances by itself
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("samples", [1, 2, 5, 16, 17])
-def test_evaluation_covers_every_sample_once_over_all_ranks(samples, world):
-    orders = [Order(samples, 4, shuffle=False, rank=r, world_size=world) for r in range(world)]
-    seen = [int(i) for order in orders for b in order for i in b.ids]
-    assert sorted(seen) == list(range(samples))
-    assert (
-        len({len(list(o)) for o in orders}) == 1
-    )  # the same number of batches, so that no rank waits for ever
-
-
-def test_ranks_together_see_what_one_rank_sees():
-    one, two = Order(50, 12, seed=1), [Order(50, 12, seed=1, rank=r, world_size=2) for r in (0, 1)]
-    together = [[*a.ids, *b.ids] for a, b in zip(*two, strict=True)]
-    assert together == [list(b.ids) for b in one]
-
-
 # BatchNorm needs more than one value per channel
 
 

@@ -89,6 +89,15 @@ def test_a_run_resumed_in_its_directory_keeps_its_id(mine):
     assert env(mine)["run"] == before and {checkpoint.load(p)["run"] for p in mine.glob("*.pt")} == {before}
 
 
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b"[" * 60_000])
+@pytest.mark.parametrize("name", ["config.json", "env.json"])
+def test_a_malformed_record_counts_as_absent(name, content, mine):
+    before = env(mine)["run"]
+    (mine / name).write_bytes(content)
+    run("--save-dir", mine, "--resume", "auto", "--stop-after", "28")
+    assert env(mine)["run"] == payload(mine)["run"] == before
+
+
 def test_a_run_that_was_killed_before_its_first_checkpoint_keeps_its_id(mine):
     before = env(mine)["run"]
     for path in mine.glob("*.pt"):

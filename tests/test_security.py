@@ -95,6 +95,7 @@ def test_no_pickles_or_caches_in_the_repository():
     files = [
         p
         for p in ROOT.rglob("*")
-        if not {".venv", ".git", "__pycache__", "data", "checkpoints"} & set(p.relative_to(ROOT).parts)
+        if not {".venv", ".git", "__pycache__", "data", "checkpoints", "runs", "benchmark-results"}
+        & set(p.relative_to(ROOT).parts)
     ]
     assert not [p for p in files if p.suffix in odd]

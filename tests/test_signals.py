@@ -146,11 +146,11 @@ def test_a_second_signal_ends_the_run_at_once_and_the_older_checkpoint_is_intact
 def test_a_loader_that_hangs_does_not_keep_a_stop_waiting(place, straight, tmp_path):
     """As if a disk did not answer, in training and in validation, with and without a worker."""
     log, save_dir, workers = tmp_path / "log", tmp_path / "run", int(place.endswith("3"))
-    process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, HANG=place)
-    deadline = time.monotonic() + 60
-    while "epoch   px" not in (log.read_text() if log.exists() else "") and time.monotonic() < deadline:
+    hang = f"{place}>{tmp_path / 'hangs'}"
+    process = spawn(*TINY, "--num-workers", workers, "--save-dir", save_dir, output=log, HANG=hang)
+    while not (tmp_path / "hangs").exists():
+        assert process.is_alive(), log.read_text()
         time.sleep(0.1)
-    time.sleep(2)
     os.kill(process.pid, TERM)
     assert finish(process) == 143, log.read_text()  # which gives up long before the disk would answer
     assert nothing_is_left(process.pid) and "Traceback" not in log.read_text()
@@ -274,18 +274,13 @@ def test_a_lost_terminal_stops_the_run_saved(straight, tmp_path):
 @pytest.mark.slow
 def test_a_closed_pipe_stops_the_run_saved(straight, tmp_path):
     """train.py | head"""
-    process = subprocess.Popen(
-        command(*TINY, "--save-dir", tmp_path),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
-    process.stdout.readline()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
+    process = subprocess.Popen(command(*TINY, "--save-dir", tmp_path), **streams)
+    next(line for line in process.stdout if "1/3" in line)  # the row of the first epoch
     process.stdout.close()
-    err = process.stderr.read().decode()
-    assert process.wait(60) in (0, 143) and "Traceback" not in err and "Exception ignored" not in err, err
-    if list(tmp_path.glob("*.pt")):
-        assert resumed(tmp_path) == straight
+    err = process.stderr.read()
+    assert process.wait() == 143 and "Traceback" not in err and "Exception ignored" not in err, err
+    assert payload(tmp_path)["step"] < 15 and resumed(tmp_path) == straight
 
 
 def test_a_pipe_closed_before_training_begins_is_no_success(tmp_path, monkeypatch):
@@ -314,11 +309,8 @@ def test_sighup_stays_ignored_under_nohup():
         with stop.installed():
             os.kill(os.getpid(), signal.SIGHUP)
         assert not stop.received
-        others = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
         errors.run(lambda argv: 0)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        for number, handler in others.items():
-            signal.signal(number, handler)
     finally:
         signal.signal(signal.SIGHUP, before)
 

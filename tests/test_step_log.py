@@ -12,7 +12,6 @@ import pytest
 import torch
 from inprocess import TINY, tiny_run
 from runs import TIMING, finish, payload, spawn
-from test_distributed import run as run_ranks
 
 import loop
 import train
@@ -152,17 +151,6 @@ def test_a_stop_signal_between_two_rows_changes_none(straight, tmp_path):
     assert [row["step"] for row in read_steps(save_dir)] == [4, 5]
     run("--save-dir", save_dir, "--resume", "auto")
     assert rows_of(save_dir) == rows_of(straight)
-
-
-def test_two_ranks_write_one_file_and_stop_and_resume_as_one(tmp_path):
-    log, late = tmp_path / "log", {"AT": "loop.train_step:6", "SIGNALS": "15"}
-    arguments = (*TINY, "--log-every", 3)
-    assert run_ranks(2, log, *arguments, "--save-dir", tmp_path / "straight") == [0, 0], log.read_text()
-    assert [row["step"] for row in read_steps(tmp_path / "straight")] == [3, 5, 6, 9, 10, 12, 15]
-    codes = run_ranks(2, log, *arguments, "--save-dir", tmp_path / "run", only={0: late, 1: late})
-    assert codes == [143, 143] and payload(tmp_path / "run")["row_sums"], log.read_text()
-    assert run_ranks(2, log, "--resume", "auto", "--save-dir", tmp_path / "run") == [0, 0], log.read_text()
-    assert rows_of(tmp_path / "run") == rows_of(tmp_path / "straight")
 
 
 def test_a_killed_process_has_written_its_rows(tmp_path):

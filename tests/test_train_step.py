@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.nn import functional as F
 
 import data_utils
 import ema
@@ -17,7 +16,7 @@ from base.device import Runtime, seed_everything
 from base.errors import DivergedError
 from harness import checkpoint
 from models import build_model
-from train_utils import BatchNormBuffers, EvalResult, StepOptions, TrainState, evaluate, train_step, update
+from train_utils import BatchNormBuffers, StepOptions, TrainState, evaluate, train_step, update
 
 CPU = Runtime(torch.device("cpu"))
 STEPS, CLASSES = 20, 5
@@ -384,21 +383,6 @@ def test_with_no_learning_rate_no_weight_moves_and_every_parameter_has_a_gradien
     train_step(state, how, *batches(1, dtype=torch.float32)[0])
     assert all(torch.equal(a, b) for a, b in zip(before, state.model.parameters(), strict=True))
     assert all(p.grad.abs().sum() > 0 for p in state.model.parameters())
-
-
-def test_evaluate_counts_each_sample_once_whatever_the_batching():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7))
-    images, labels = torch.randn(10, 3, 2, 2), torch.randint(0, 7, (10,))
-    whole = evaluate({"m": model}, [(images, labels)], CPU)["m"]
-    ragged = evaluate({"m": model}, zip(images.split([4, 4, 2]), labels.split([4, 4, 2]), strict=True), CPU)[
-        "m"
-    ]
-    assert ragged.num_samples == 10
-    assert (ragged.top1, ragged.top5) == (whole.top1, whole.top5)
-    assert ragged.loss == pytest.approx(F.cross_entropy(model(images), labels).item(), rel=1e-6)
-    assert isinstance(whole, EvalResult)
-    assert not model.training
 
 
 def test_evaluation_reads_nothing_before_its_last_batch():
