@@ -192,7 +192,7 @@ def _generator(*key: int) -> np.random.Generator:
 
 
 class Batches(Dataset):
-    """Maps a `Batch` to (images (n, S, S, 3) uint8, labels (n,) int64, bad images: their names, say).
+    """Maps a `Batch` to (images (n, S, S, 3) uint8, labels (n,) int64, names of bad images).
 
     A UserError is returned, not raised: DataLoader would wrap what a worker raises.
     """

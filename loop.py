@@ -159,7 +159,7 @@ def fit(run: Run, log: MetricLogger) -> None:
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
     run.options.buffers.check()
-    # Decided on one rank: on another, the files may already be those that it mends.
+    # Rank 0 decides: another rank may look only after rank 0 has mended the files.
     if run.runtime.max_over_ranks(int(run.runtime.is_main and best_is_lost(run))):
         save(run)
         name_best(run)
@@ -350,7 +350,7 @@ class Meter:
 
 
 def must_save_or_stop(run: Run) -> bool:
-    """Return whether this rank has to save, by --save-every, or to stop, after a signal."""
+    """Return this rank's vote: whether --save-every is due or a stop signal has come."""
     return is_save_due(run) or run.stop.received != 0
 
 
@@ -392,10 +392,10 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         row |= scores
         run.eta.observe_validation(run.scored_as(phase)[0], time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
-    seconds = sums["seconds"]
+    seconds, skipped = sums["seconds"], sums["bad_steps"] * phase.batch_size  # images of skipped steps
     bad_images = torch.tensor(float(sums["bad_images"] + left_out), device=run.runtime.device)
     return row | {
-        "images_per_second": sums["images"] / seconds if seconds else None,
+        "images_per_second": (sums["images"] + skipped) / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
         "bad_steps": sums["bad_steps"],

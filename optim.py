@@ -81,9 +81,9 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def slowed_below(groups: list[dict], head: Collection[int], backbone_lr: float) -> list[dict]:
-    """Split each group into the parameters of the head, by their ids, and the others.
+    """Split each group in two: parameters whose id is in `head`, and the rest, which get `backbone_lr`.
 
-    The others have `backbone_lr`, a factor of the learning rate, see `set_lr`. The head comes first.
+    That is a factor of the learning rate, see `set_lr`. The head comes first.
     """
     of_head = [group | {"params": [p for p in group["params"] if id(p) in head]} for group in groups]
     below = [group | {"params": [p for p in group["params"] if id(p) not in head]} for group in groups]
@@ -235,10 +235,8 @@ OPTIMIZERS = {
 
 
 @torch.no_grad()
-def step_if(finite: Tensor, bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Take an optimizer step if the bool `finite`, () on the device, is True; else nothing moves.
-
-    bad: 0 or 1, its opposite
+def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Take an optimizer step unless `bad`, () on the device, is 1 instead of 0; then nothing moves.
 
     Does not wait for a GPU. Only step counters, as of LAMB's bias correction, may count skipped steps.
     """
@@ -252,7 +250,7 @@ def step_if(finite: Tensor, bad: Tensor, optimizer: torch.optim.Optimizer) -> No
     optimizer.step()
     moved = _moving(optimizer)
     kept = [before[id(m)] if id(m) in before else torch.zeros_like(m) for m in moved]
-    _select(finite, moved, kept)
+    _select(bad == 0.0, moved, kept)
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -319,8 +317,8 @@ class Schedule:
     phases:       (steps, learning-rate factor) of each phase; () is one phase with factor 1
     warmup_steps: for "cosine"
     cycles:       for "restarts" and "triangular2": the number of cycles in the run
-    patience:     evaluations without improvement before the rate drops, see `observe`; by default none,
-                  which never drops it, and for "plateau" 4
+    patience:     evaluations without improvement before the rate drops, see `observe`; None never drops it,
+                  except that "plateau" then takes 4
 
     Raises UsageError if the warm-up or the cycles do not fit into the run.
     """

@@ -22,7 +22,7 @@ from base.flat import group_by_dtype, is_view_of, move_into_flat
 from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
 from models import classifier_of
-from optim import Schedule, clip_gradients, load_optimizer, step_if
+from optim import Schedule, clip_gradients, load_optimizer, step_unless
 
 MAX_BAD_STEPS = 10  # in a row; then the run ends
 NO_BEST = {"score": -1.0, "epoch": 0, "waited": 0}
@@ -96,8 +96,8 @@ def plan(
             what = f"batch size {batch} at {size} px is larger than the {num_samples} training images"
             most = max(1, num_samples)
             fitting = ",".join(str(min(each, most)) for each in batches)
-            sizes = f"--phase-batch-sizes {fitting}" if phase_batch_sizes else f"--batch-size {most} or less"
-            raise UsageError(what, f"use {sizes}")
+            flag = f"--phase-batch-sizes {fitting}" if phase_batch_sizes else f"--batch-size {most} or less"
+            raise UsageError(what, f"use {flag}")
         if batch % world_size:
             what = f"the global batch size {batch} at {size} px is not divisible by {world_size} ranks"
             raise UsageError(what, "choose a --batch-size or --phase-batch-sizes that is")
@@ -145,9 +145,6 @@ class TrainState:
     def __post_init__(self):
         self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
         self.start_epoch()
-
-    def forget_best(self) -> None:
-        self.best = dict(NO_BEST)
 
     def start_epoch(self) -> None:
         self.epoch_sums = dict(loss=0.0, images=0, seconds=0.0, waited=0.0, bad_steps=0, bad_images=0)
@@ -282,7 +279,7 @@ class StepResult(NamedTuple):
     loss: float  # averaged over all ranks
     norm: float  # of the gradient, before clipping
     bad: float = 0.0  # 1 if loss or norm is not finite: the step moved nothing
-    overflowed: float = 0.0  # 1 if fp16's loss scale was lowered after a bad step, which may help
+    overflowed: float = 0.0  # 1 if this bad step lowered fp16's loss scale: the next one may be finite
     scale: float = 1.0  # of fp16, after the step
     votes: float = 0.0  # share of the ranks that voted, see `train_step`
 
@@ -344,7 +341,7 @@ def update(
     zero = (measured["loss"] + norm) * 0.0  # NaN unless both are finite
     finite, bad = zero == 0.0, zero.nan_to_num(nan=1.0)
     options.buffers.restore_unless(finite)
-    step_if(finite, bad, state.optimizer)
+    step_unless(bad, state.optimizer)
     state.ema.update(finite)
     return measured | {"norm": norm, "bad": bad} | update_scale(state.scaler, measured["loss"], finite)
 

@@ -114,6 +114,8 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ResourceError(f"--device {name}: torch {torch.__version__} finds no usable GPU", GPU_HINT)
+    if device.index is not None and ranks > 1:
+        raise ResourceError(f"--device {name}: all ranks would share one GPU", "use --device cuda")
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
         what = f"GPU {index} does not exist: this machine has {count}"
@@ -198,7 +200,8 @@ def explain_lost_ranks(runtime: Runtime) -> Iterator[None]:
         if runtime.world_size == 1 or not any(words in str(error) for words in LOST_RANK):
             raise
         lost = ResourceError(
-            f"another rank ended, or did not answer for {TIMEOUT.seconds // 60} minutes",
+            f"another rank ended, or did not answer for {TIMEOUT.seconds // 60} minutes "
+            f"({str(error).splitlines()[0]})",
             "see its own message; then start all ranks again with --resume auto",
         )
         lost.rank = own

@@ -91,7 +91,10 @@ def build(
     """Build the training state and everything else that `loop.fit` needs."""
     state = build_state(config, index, runtime, phases)
     num_classes, smoothing = len(index.classes), config.label_smoothing
-    wrap = functools.partial(wrapped, config=config, runtime=runtime, phases=len(phases))
+
+    def wrap(model):  # made anew when other parameters get gradients, as DDP asks for
+        return compiled(distributed(model, runtime), config, len(phases))
+
     mixing = BatchMixer(num_classes, config.mixup_alpha, config.cutmix_alpha, smoothing)
     options = StepOptions(
         forward=wrap(state.model),
@@ -278,11 +281,6 @@ def packing_hint(config, index: DatasetIndex) -> str:
     words = shlex.join(flags.to_argv({name: v for name, v in chosen.items() if v != flags.defaults()[name]}))
     command = f"python pack_dataset.py --data-dir {data} {words + ' ' * bool(words)}--out {packed}"
     return f"A packed copy loads several times faster: {command}, then train with --data-dir {packed}"
-
-
-def wrapped(model: torch.nn.Module, config, runtime: Runtime, phases: int) -> Callable[[Tensor], Tensor]:
-    """Return `StepOptions.forward`; made anew when other parameters get gradients, as DDP asks for."""
-    return compiled(distributed(model, runtime), config, phases)
 
 
 def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:

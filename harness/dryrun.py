@@ -158,8 +158,9 @@ def try_phase(run: Run, phase: Phase, seconds: float) -> tuple[Cost, Cost]:
 def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> Iterator:
     """Yield batches and time what is done with each, until two are done and `seconds` have passed.
 
-    The first one is a warm-up (compilation, choice of kernels, start of workers); it counts only if it
-    is the only one. A GPU is waited for after each, to tell work from waiting for data.
+    The first two are warm-ups (compilation, choice of kernels, start of workers; the second one records CUDA
+    graphs); they count only if there are no others. A GPU is waited for after each, to tell work from
+    waiting for data.
     """
     for k in itertools.count():
         asked = time.perf_counter()
@@ -170,7 +171,7 @@ def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> It
         yield batch
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
-        if k == 1:
+        if k in (1, 2):
             vars(rate).update(vars(Rate()))
         rate.batches += 1
         rate.images += len(batch[1]) * runtime.world_size

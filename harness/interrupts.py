@@ -75,11 +75,17 @@ def left_to_parent() -> list[int]:
 
 
 def die_with_parent() -> None:
-    """End this process when its parent dies, even by SIGKILL: by the kernel on Linux, else by a thread."""
+    """End this process when its parent dies, even by SIGKILL: by the kernel on Linux, else by a thread.
+
+    On Linux it must have been forked by its parent, not by a fork server.
+    """
+    parent = multiprocessing.parent_process()
     if sys.platform == "linux":
         import ctypes
 
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    elif parent := multiprocessing.parent_process():
+        if parent and os.getppid() != parent.pid:  # it has died before: no signal will come
+            os._exit(1)
+    elif parent:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,7 @@ def in_processes(
 
     # `work` refers to the whole dataset: a worker receives it once at its start (by fork on Linux).
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work,))
     try:
         futures = {pool.submit(_run, job): job for job in jobs}
         for future in as_completed(futures):
@@ -46,7 +45,7 @@ def in_processes(
 _work: Callable  # what this worker process does with a job
 
 
-def _init_worker(work: Callable, parent: int) -> None:
+def _init_worker(work: Callable) -> None:
     """Prepare a worker process, which leaves Ctrl-C to its parent and ends with it."""
     import cv2
 
@@ -54,8 +53,6 @@ def _init_worker(work: Callable, parent: int) -> None:
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     die_with_parent()
-    if os.getppid() != parent:  # it has already died; this worker would hold the lock for ever
-        os._exit(1)
     cv2.setNumThreads(0)
 
 

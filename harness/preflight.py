@@ -36,7 +36,9 @@ def check_resources(run: Run, former: Iterable[Path] = ()) -> None:
     if run.runtime.is_main:
         check_disk(run, former)
     if run.runtime.device.type == "cuda":
-        check_step_memory(run)
+        # With synchronized BatchNorm, each pass waits for all ranks, of which one may be short of memory.
+        if not any(isinstance(norm, torch.nn.SyncBatchNorm) for norm in run.options.buffers.norms):
+            check_step_memory(run)
         check_eval_memory(run)
     if run.runtime.world_size == 1 and run.options.forward is not run.state.model:
         check_compilation(run)

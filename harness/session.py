@@ -132,7 +132,7 @@ def introduction(run: Run, config) -> str:
 
 
 def enlarged(index: DatasetIndex, image_size: int) -> str:
-    """Return a note if training at `image_size` px reads smaller copies than that of larger images, or ''."""
+    """Return a note if training at `image_size` px enlarges packed copies of larger images; '' otherwise."""
     side = getattr(index.train.whole.for_size(image_size), "side", None)  # of packed data
     small = side is not None and side < image_size and not index.native_size
     return f"  from copies of {side} px" if small else ""

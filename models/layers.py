@@ -44,9 +44,10 @@ class DropPath(nn.Module):
 
 
 def set_drop_path_rate(model: nn.Module, rate: float) -> None:
-    """Set the drop probability of branch i = 0 ... n - 1 to rate * i / (n - 1), the paper's linear rule.
+    """Set the drop probability of branch i = 0 ... n - 1 to rate * i / (n - 1), as timm does.
 
-    Also sets torchvision's StochasticDepth (found by name, to avoid the import). Does nothing to a model
+    (The paper's linear rule begins at rate / n, torchvision's EfficientNet ends at rate * (n - 1) / n.) Also
+    sets torchvision's StochasticDepth, found by name, to avoid the import. Does nothing to a model
     without such branches. Raises UsageError unless 0 <= rate < 1.
     """
     if not 0.0 <= rate < 1.0:

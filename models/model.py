@@ -79,7 +79,8 @@ class Bottleneck(nn.Module):
 class PreActBottleneck(nn.Module):
     """Bottleneck with norm and ReLU before each convolution (https://arxiv.org/abs/1603.05027).
 
-    The shortcut stays linear: there is no ReLU after the sum, and a projection takes the raw input.
+    There is no ReLU after the sum, and a projection takes the raw input, so the whole shortcut is linear; the
+    authors' code and timm project the activated input.
     """
 
     expansion = 4
@@ -224,7 +225,8 @@ def stem_pool(stem: str, use_blurpool: bool, width: int) -> nn.Module:
     if stem == "small":
         return nn.Identity()
     if use_blurpool:
-        # Padded, so that even maps stay even: an unpadded pool would turn 112 px into 110.
+        # Kernel 3, as in the pool it replaces, and padded, so that 112 px stay 112; the package's own ResNets
+        # take an unpadded kernel of 2.
         return nn.Sequential(nn.MaxPool2d(3, stride=1, padding=1), Blur(width))
     return nn.MaxPool2d(3, stride=2, padding=1)
 

@@ -211,8 +211,9 @@ class EvalTransform:
     """Resize the short side to `image_size / crop` px and take the centre, for validation and prediction.
 
     This uses Pillow's antialiased bilinear filter and torchvision's rounding, so that reference weights
-    reach their published scores. Only the cropped part of the image is resampled. With `crop` 1, a square
-    image of `image_size` px is returned as it is. `exif` is that of `decode`.
+    reach their published scores (timm rounds down: 235 instead of 236 px for 224 and 0.95). Only the cropped
+    part of the image is resampled. With `crop` 1, a square image of `image_size` px is returned as it is.
+    `exif` is that of `decode`.
     """
 
     def __init__(self, image_size: int, crop: float = EVAL_CROP, exif: bool = False):

@@ -26,7 +26,7 @@ from optim import (
     muon_groups,
     orthogonalized,
     param_groups,
-    step_if,
+    step_unless,
 )
 
 F64 = torch.float64
@@ -553,7 +553,7 @@ def test_a_gpu_agrees_without_synchronization(name):
                 torch.cuda.set_sync_debug_mode("error")
             try:
                 clip_gradients(model.parameters(), "norm", 1.0)
-                step_if(finite[model is gpu], 1.0 - finite[model is gpu].float(), optimizer)
+                step_unless(1.0 - finite[model is gpu].float(), optimizer)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
     for p, q in zip(cpu.parameters(), gpu.parameters(), strict=True):

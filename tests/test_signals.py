@@ -188,23 +188,29 @@ ORPHAN = """
 import multiprocessing, os, sys, time
 from harness.interrupts import die_with_parent
 
-def work():
-    die_with_parent()
+def work(ready):
     print(os.getpid(), flush=True)
+    if "late" in sys.argv:  # its parent dies before it has asked for a signal
+        ready.set()
+        time.sleep(1)
+    die_with_parent()
+    ready.set()
     time.sleep(60)
 
 if __name__ == "__main__":
     sys.platform = sys.argv[1]
-    child = multiprocessing.get_context("fork").Process(target=work)
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    child = context.Process(target=work, args=(ready,))
     child.start()
-    time.sleep(1)
+    ready.wait()
     os._exit(9)
 """
 
 
-@pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_no_worker_outlives_its_parent(platform):
-    words = [sys.executable, "-c", ORPHAN, platform]
+@pytest.mark.parametrize("platform, when", [("linux", ""), ("linux", "late"), ("darwin", "")])
+def test_no_worker_outlives_its_parent(platform, when):
+    words = [sys.executable, "-c", ORPHAN, platform, when]
     ended = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=30)
     assert ended.returncode == 9  # run() returns once the worker, too, has closed its output
     with pytest.raises(ProcessLookupError):

@@ -97,6 +97,9 @@ def test_skipped_steps_are_counted_and_leave_loss_and_norm_out(tmp_path):
     built.state.model.fc.weight.register_hook(lambda g: g * (math.inf if built.state.step < 3 else 1))
     loop.fit(built, MetricLogger(tmp_path, log_every=2))
     first, second, third, *others = read_steps(tmp_path)
+    epoch = read_metrics(tmp_path)[0]  # of five steps, three of them skipped, which took their time too
+    spent = sum(n * 8 / row["images_per_second"] for n, row in ((2, first), (2, second), (1, third)))
+    assert epoch["bad_steps"] == 3 and epoch["images_per_second"] == pytest.approx(5 * 8 / spent, rel=1e-6)
     assert (first["bad_steps"], second["bad_steps"], third["bad_steps"]) == (2, 1, 0)
     assert first["train_loss"] is first["grad_norm"] is first["grad_norm_max"] is None
     assert (first["loss_scale"], second["loss_scale"]) == (2.0**14, 2.0**13)
