@@ -50,6 +50,23 @@ def laptop(run_dir) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="needs make setup")
+def test_overnight_packs_trains_reports_and_goes_on_after_a_kill(photos, tmp_path):
+    data, run_dir = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    words = "--arch resnet_tiny --epochs 3 --resize-schedule 16 --batch-size 24 --lr 1e-3 --num-workers 0"
+    command = [ROOT / "scripts" / "overnight.sh", data, run_dir, *words.split(), "--device", "cpu"]
+    variables = environment(PACK_FLAGS="--stored-sides 16 --workers 1", SIZES="16,24")
+    options = {"cwd": ROOT, "env": variables, "text": True, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
+        next(line for line in process.stdout if " 1/3 " in line)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0 and "resuming from" in done.stdout, done.stdout
+    assert (tmp_path / "photos-packed" / "manifest.json").is_file()
+    assert "| 24 | ema |" in (run_dir / "report_card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_laptop_goes_from_digits_to_the_card_and_on_after_a_kill(tmp_path):
     run_dir = tmp_path / "run"
     with laptop(run_dir) as process:
