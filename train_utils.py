@@ -146,6 +146,9 @@ class TrainState:
         self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
         self.start_epoch()
 
+    def forget_best(self) -> None:
+        self.best = dict(NO_BEST)
+
     def start_epoch(self) -> None:
         self.epoch_sums = dict(loss=0.0, images=0, seconds=0.0, waited=0.0, bad_steps=0, bad_images=0)
 

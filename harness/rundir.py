@@ -411,15 +411,13 @@ def _check_position(run) -> None:
 
 def _start_next_epoch(run) -> None:
     """Continue a run whose plan was changed: keep its finished epochs; the rest follows the new plan."""
-    from train_utils import NO_BEST
-
     run.state.step = _steps_before(run.phases, len(run.state.rows) + 1)
     run.state.start_epoch()
     run.state.schedule.seek(run.state.step)
     best, last_size = run.state.best["epoch"], run.phases[-1].image_size
     if best and not (run.may_be_best(best) and run.state.rows[best - 1]["image_size"] == last_size):
         say(f"note: epoch {best}, the best so far, does not count under the new plan")
-        run.state.best = dict(NO_BEST)
+        run.state.forget_best()
 
 
 def _steps_before(phases, epoch: int) -> int:
