@@ -13,15 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from base import errors, flags
 from base.errors import ResourceError
 from base.process import ROOT
+from benchmarks.tables import LOOPS, filled
 from harness.log import read_metrics
 
-LOOPS = ("project", "plain loop")
 EPOCHS = 3
 SHARED = ["--batch-size=128", "--lr=0.1", "--width=8"]
 RECIPE = """
@@ -66,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             here = records.environment()
             records.append(args.out, {"benchmark": "parity", "row": row} | record | here)
             print(f"{row}: {top1:.2f} %, {record['seconds']:.0f} s", flush=True)
-    from benchmarks import tables
-
-    print(tables.filled("parity", of_today(args)))
+    print(filled("parity", of_today(args)))
     return 0
 
 
@@ -100,14 +97,6 @@ def start(command: list[str]) -> str:
     if done.returncode:
         raise ResourceError(f"{command[:2]} failed: {done.stderr.strip()[-500:]}", "run it by hand")
     return done.stdout
-
-
-def difference(own: Sequence[float], plain: Sequence[float]) -> str:
-    """Return the mean difference of paired scores and its 95 % t interval: "+0.25 [-0.10, +0.60]"."""
-    from scipy import stats
-
-    low, high = stats.ttest_rel(own, plain).confidence_interval()
-    return f"{sum(own) / len(own) - sum(plain) / len(plain):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 if __name__ == "__main__":

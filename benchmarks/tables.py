@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from base import errors, files, flags
@@ -23,6 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 UNMEASURED = "*Not measured yet*: `python -m benchmarks.{command} --out DIR`{where}."
 IMAGENET = 1_281_167  # training images
+LOOPS = ("project", "plain loop")  # of parity
 Rows = list[dict]
 Table = list[list[object]]  # the header, then the lines
 Maker = Callable[[Rows], tuple[Table, Rows]]  # also returns the rows it used
@@ -218,8 +219,6 @@ def trainings(rows: Rows) -> tuple[Table, Rows]:
 
 def parity(rows: Rows) -> tuple[Table, Rows]:
     """The project against a plain loop, paired by seed, and the difference."""
-    from benchmarks.parity import LOOPS, difference
-
     header = ["loop", "seeds", "top-1 %", "median CPU seconds"]
     used = [row for row in rows if row["benchmark"] == "parity"]
     by_seed = [{row["seed"]: row for row in used if row["loop"] == loop} for loop in LOOPS]
@@ -231,6 +230,14 @@ def parity(rows: Rows) -> tuple[Table, Rows]:
         spread = f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f}"
         lines.append([loop, len(seeds), spread, statistics.median(found[k]["cpu_seconds"] for k in seeds)])
     return [header, *lines, ["difference, 95 % interval", len(seeds), difference(*tops), None]], used
+
+
+def difference(own: Sequence[float], plain: Sequence[float]) -> str:
+    """Return the mean difference of paired scores and its 95 % t interval: "+0.25 [-0.10, +0.60]"."""
+    from scipy import stats
+
+    low, high = stats.ttest_rel(own, plain).confidence_interval()
+    return f"{sum(own) / len(own) - sum(plain) / len(plain):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def headline(rows: Rows) -> tuple[Table, Rows]:
