@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from models import build_model
+
 SENTINEL = "pwned"
 TOUCH = f"touch {SENTINEL}"
 
@@ -144,8 +146,12 @@ def whole(**changes) -> dict:
     } | changes
 
 
+WEIGHTS = build_model(**ARGS).state_dict()
+
+
 def full(**changes) -> bytes:
-    return saved({"schema": 1} | whole(**changes))
+    """Return a file that is accepted, but for `changes`."""
+    return saved({"schema": 1} | whole(model=WEIGHTS) | changes)
 
 
 PAYLOADS: dict[str, Callable[[], bytes]] = {
@@ -182,7 +188,7 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "a negative count": lambda: tensor_claiming(-5, size=5),
     "a stride beyond the storage": lambda: tensor_claiming(10, size=10, stride=10**9),
     "an offset beyond the storage": lambda: tensor_claiming(10, size=10, offset=10**9),
-    "a view of one number": lambda: full(model={"fc.weight": torch.zeros(1).expand(10**9)}),
+    "a view of one number": lambda: full(model=WEIGHTS | {"fc.weight": torch.zeros(1).expand(10**9)}),
     "zip bomb": lambda: archive(b"\0" * 30_000_000, compression=zipfile.ZIP_DEFLATED),
     "overlapping entries": overlapping,
     "nested zip": lambda: archive(archive(archive(b"x"))),
@@ -197,12 +203,28 @@ PAYLOADS: dict[str, Callable[[], bytes]] = {
     "a circle": circle,
     "a dict with another get": overridden_get,
     "a step that is a text": lambda: full(step="1; touch pwned"),
-    "a sparse tensor": lambda: full(model={"w": torch.zeros(3, 3).to_sparse()}),
-    "an unknown model": lambda: full(model_args={"arch": "__import__('os').system"}),
+    "a sparse tensor": lambda: full(model=WEIGHTS | {"fc.weight": torch.zeros(3, 3).to_sparse()}),
+    "an unknown model": lambda: full(model_args=ARGS | {"arch": "__import__('os').system"}),
     "an impossibly large model": lambda: full(model_args=ARGS | {"num_classes": 10**12}),
     "unknown model arguments": lambda: full(model_args=ARGS | {"weights": "https://example.org/x.pt"}),
-    "no weights": lambda: full(config={"epochs": "many"}),
+    "no weights": lambda: full(model={}),
 }
+UNREADABLE = (
+    "a tensor larger than its storage", "a tensor larger than any memory", "a negative count",
+    "a stride beyond the storage", "an offset beyond the storage", "names that climb",
+    "two archives in a row", "no pickle",
+)  # fmt: skip
+REASONS = {  # words of the refusal; of all others "it contains code"
+    **dict.fromkeys(UNREADABLE, "unreadable checkpoint"),
+    **dict.fromkeys(("legacy tensors with a schema", "a directory at a wrong offset"), "lacks model_args"),
+    **dict.fromkeys(("nested too deeply", "a dict with another get"), "holds weights only"),
+    "a bare pickle": "not a complete file", "a view of one number": "it should be",
+    "zip bomb": "compressed entries", "overlapping entries": "larger than the file",
+    "a circle": "nested deeper", "a step that is a text": "should be a valid integer",
+    "a sparse tensor": "should be a plain tensor", "an unknown model": "cannot be built",
+    "an impossibly large model": "different numbers of classes", "no weights": "lacks conv1.weight",
+    "unknown model arguments": "unknown model_args.weights",
+}  # fmt: skip
 
 
 def write(name: str, path: Path) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from inprocess import TINY, config_of, tiny_run
-from malice import PAYLOADS, SENTINEL, whole, write
+from malice import PAYLOADS, REASONS, SENTINEL, full, whole, write
 from runs import ROOT, digest, exact, finish, spawn
 
 import loop
@@ -306,7 +306,7 @@ def test_a_path_that_is_not_a_checkpoint_lists_those_beside_it(run_dir, capsys, 
 def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path, before = write(name, tmp_path / "last_x.pt"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(CheckpointError) as caught:
+    with pytest.raises(CheckpointError, match=REASONS.get(name, "it contains code")) as caught:
         checkpoint.load_model(path)
     assert caught.value.exit_code == 4 and caught.value.fix
     with suppress(CheckpointError):  # two are intact but hold no model: restoring them fails
@@ -317,6 +317,8 @@ def test_a_malicious_file_is_refused(name, tmp_path, monkeypatch):
 
 def test_there_are_thirty_malicious_files_and_the_sentinel_would_be_seen(tmp_path, monkeypatch):
     assert len(PAYLOADS) >= 30
+    (tmp_path / "x.pt").write_bytes(full())
+    assert checkpoint.load_model(tmp_path / "x.pt")[1]["step"] == 3  # or what is changed in it proves nothing
     monkeypatch.chdir(tmp_path)
     torch.load(write("os.system", tmp_path / "x.pt"), weights_only=False)
     assert (tmp_path / SENTINEL).exists()
