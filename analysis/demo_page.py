@@ -7,9 +7,10 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import torch
 
 from analysis.demo_server import LARGEST_BODY
-from analysis.feature_maps import last_map, module_named
+from analysis.feature_maps import as_map, last_map, module_named, recorded
 from analysis.gradcam_figures import grad_cam, overlay
 from analysis.page import CSS, Markup, document, facts, join, tag
 from analysis.predictions import Classifier
@@ -105,7 +106,10 @@ class Demo:
             found = grad_cam(
                 classifier.model, layer, images.expand(len(best.indices), -1, -1, -1), best.indices
             )
-            evidence = f"Grad-CAM of {name}"
+            with torch.no_grad(), recorded({"layer": layer}) as outputs:
+                classifier.model(images)
+            height, width = as_map(outputs["layer"]).shape[2:]
+            evidence = f"Grad-CAM of {name}, a map of {height} × {width}"
             maps = [data_url(image) for image in overlay(pixels, found)]
         except UsageError as error:
             maps, evidence = [""] * len(best.indices), f"No map of the evidence: {error.what}"

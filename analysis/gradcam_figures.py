@@ -31,6 +31,8 @@ def draw(
     model, images = classifier.model, classifier.batch(pixels)
     layer_name = layer_name or last_map(model, images[:1])
     layer = module_named(model, layer_name)
+    with torch.no_grad(), recorded({"layer": layer}) as outputs:
+        model(images[:1])
     # Of both views, if training scored mirror images as well; the maps are of the image as it is.
     confidence, predicted = in_batches(classifier.logits, images).softmax(1).max(1)
     names = [figures.shorten(name) for name in classifier.names]
@@ -45,8 +47,9 @@ def draw(
         if (truth != predicted).any():
             captions = [f"truth: {names[k]}" for k in labels]
             rows.append((overlay(pixels, in_batches(explain, images, truth)), captions))
+    height, width = as_map(outputs["layer"]).shape[2:]
     title = (
-        f"Grad-CAM of {layer_name}: {classifier.title}\n"
+        f"Grad-CAM of {layer_name} ({height} x {width} map): {classifier.title}\n"
         "bright: evidence for the class below, relative to the strongest in the image"
     )
     strips = [
