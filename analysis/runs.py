@@ -132,7 +132,7 @@ def validated(scores: dict) -> list[list[str]]:
     """Return the rows of validate.py's scores.json as text; '-' for what is missing or was not finite."""
 
     def cell(key: str, value: object) -> str:
-        digits = {"top1": 2, "top5": 2, "ece": 2, "loss": 4, "macro_f1": 3}
+        digits = {"top1": 2, "top5": 2, "macro_f1": 2, "ece": 2, "loss": 4}
         return "-" if value is None else f"{value:.{digits[key]}f}" if key in digits else str(value)
 
     return [[cell(key, line.get(key)) for key in VALIDATED] for line in scores["results"]]
