@@ -114,8 +114,10 @@ def _choose_device(name: str, local_rank: int, ranks: int) -> torch.device:
         return device
     if not torch.cuda.is_available():
         raise ResourceError(f"--device {name}: torch {torch.__version__} finds no usable GPU", GPU_HINT)
-    if device.index is not None and ranks > 1:
-        raise ResourceError(f"--device {name}: all ranks would share one GPU", "use --device cuda")
+    if device.index is not None and local_rank:  # one rank on each of several machines may name its GPU
+        raise ResourceError(
+            f"--device {name}: the ranks of a machine would share one GPU", "use --device cuda"
+        )
     index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
     if index >= count:
         what = f"GPU {index} does not exist: this machine has {count}"

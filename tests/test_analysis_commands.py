@@ -381,6 +381,12 @@ def test_batch_shows_the_batch_that_is_trained_on(tmp_path, monkeypatch):
         assert torch.equal(images, wanted_images) and torch.equal(targets, wanted_targets)
 
 
+@pytest.mark.parametrize("flag", ["--resume auto", "--dry-run", "--summary"])
+def test_a_batch_takes_no_flag_about_a_start_of_training(flag, tmp_path):
+    with pytest.raises(UsageError, match=f"{flag.split()[0]} would do nothing"):
+        batch.main(["--dataset", "digits", *flag.split(), "--out", str(tmp_path)])
+
+
 def test_a_soft_label_is_written_without_what_smoothing_spreads():
     names = ["cat", "dog", "owl", "fox"]
     assert batch_figures.label(torch.tensor([0.925, 0.025, 0.025, 0.025]), names) == "0.93 cat"

@@ -166,7 +166,7 @@ def test_a_rank_without_a_gpu_of_its_own_says_so(monkeypatch):
     with pytest.raises(ResourceError, match="GPU 1 does not exist: this machine has 1") as caught:
         init_runtime("cuda")
     assert caught.value.rank == 1
-    with pytest.raises(ResourceError, match="all ranks would share one GPU"):
+    with pytest.raises(ResourceError, match="the ranks of a machine would share one GPU"):
         init_runtime("cuda:0")
 
 

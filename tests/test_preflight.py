@@ -1,6 +1,7 @@
 """Lacking resources are refused or warned about at the start, without any effect on training."""
 
 import copy
+import dataclasses
 import shutil
 import signal
 from collections import namedtuple
@@ -137,6 +138,18 @@ def test_another_error_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     with pytest.raises(RuntimeError, match="shape"):
         errors.run(lambda argv: fail(RuntimeError("shape mismatch")))
+
+
+@pytest.mark.parametrize("synchronized", [False, True])
+def test_steps_are_not_tried_alone_where_they_wait_for_other_ranks(synchronized, run, monkeypatch):
+    tried = []
+    if synchronized:
+        run.options.buffers.norms.append(torch.nn.SyncBatchNorm(3))
+    run.runtime = dataclasses.replace(run.runtime, device=torch.device("cuda"))
+    for name in ("check_disk", "check_step_memory", "check_eval_memory"):
+        monkeypatch.setattr(preflight, name, lambda run, *former, name=name: tried.append(name))
+    preflight.check_resources(run)
+    assert ("check_step_memory" in tried) != synchronized and "check_eval_memory" in tried
 
 
 def test_memory_reserved_for_later_may_be_what_does_not_fit(run, monkeypatch):
