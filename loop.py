@@ -109,6 +109,11 @@ class Run:
         return text if self.eval_size or crop or self.eval_flip else ""
 
     @property
+    def compiles(self) -> bool:
+        config = self.metadata["config"]
+        return config["compile"] or config["cuda_graphs"]
+
+    @property
     def stop_after_reached(self) -> bool:
         return self.stop_after is not None and self.state.step >= self.stop_after
 
@@ -164,11 +169,14 @@ def fit(run: Run, log: MetricLogger) -> None:
         save(run)
         name_best(run)
     save_or_stop(run)  # a signal may have arrived already, and --stop-after may be behind a resumed run
+    begun = len(run.state.rows)
     for phase in run.phases:
         epochs = range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1)
         if run.finished or not epochs:
             continue
         loader, options = start_phase(run, phase)
+        if run.compiles and len(run.state.rows) > begun:  # preflight compiled for the first size
+            say_or_stop(run, f"compiling for {phase.image_size} px")
         for epoch in epochs:
             trained = train_epoch(run, phase, epoch, loader, options, log)
             if trained and run.is_scored(epoch) and run.is_saved(epoch):
@@ -258,7 +266,7 @@ class Meter:
     def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, log: MetricLogger):
         self.run, self.phase, self.epoch, self.loader, self.log = run, phase, epoch, loader, log
         self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
-        self.images, self.seconds, self.overflows = 0, 0.0, 0  # since the start
+        self.images, self.seconds, self.steps, self.overflows = 0, 0.0, 0, 0  # since the start
         self.running: deque[tuple[RunningStep, int]] = deque()  # steps not counted yet, and their images
         title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
         done = run.state.step - phase.step_before(epoch)
@@ -313,6 +321,9 @@ class Meter:
         sums["waited"] += waited
         sums["bad_images"] += len(self.loader.bad) - self.bad_images
         self.waited, self.bad_images = self.loader.waited, len(self.loader.bad)
+        if self.steps == 1:  # the first step also waited for workers to start, or for torch.compile
+            self.images, self.seconds = 0, 0.0
+        self.steps += 1
         self.images, self.seconds = self.images + images, self.seconds + seconds
         run.eta.observe_training(self.phase, self.images, self.seconds)
         left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))

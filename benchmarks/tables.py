@@ -107,8 +107,14 @@ def is_number(cell: str) -> bool:
 
 
 def columns(rows: Rows, cells: dict[str, str]) -> tuple[Table, Rows]:
-    """Return the table of the columns `cells`, {heading: key}, with a line for each row."""
-    return [list(cells), *([row.get(key) for key in cells.values()] for row in rows)], rows
+    """Return the table of the columns `cells`, {heading: key}, with a line for each row.
+
+    If the rows come from several machines, the first column names them.
+    """
+    if len({row["machine"] for row in rows}) > 1 and "GPU" not in cells:
+        cells = {"machine": "short"} | cells
+    short = [row | {"short": row["machine"].partition(",")[0]} for row in rows]
+    return [list(cells), *([row.get(key) for key in cells.values()] for row in short)], rows
 
 
 def machine(rows: Rows) -> tuple[Table, Rows]:
@@ -200,21 +206,19 @@ def loader_cpu(rows: Rows) -> tuple[Table, Rows]:
 
 def trainings(rows: Rows) -> tuple[Table, Rows]:
     """The last epoch of each training."""
-    header = ["data", "run", "architecture", "epochs", "px"]
+    cells = {"data": "part", "run": "run", "architecture": "arch", "epochs": "count", "px": "image_size"}
+    cells |= {"top-1 %": "val_top1", "train top-1 %": "train_top1", "minutes": "minutes"} | SPEED
     runs: dict[tuple, Rows] = {}
     for row in rows:
         if row["benchmark"] == "first_minute" and row.get("epochs"):
             runs.setdefault((row["machine"], row["part"], row["run"]), []).append(row)
-    lines, used = [], []
-    for (_, part, run), epochs in runs.items():
+    used = []
+    for epochs in runs.values():
         last = max(epochs, key=lambda row: row["epoch"])
         whole = last["epoch"] == last["epochs"]
-        minutes = sum(row["seconds"] for row in epochs) / 60
         count = str(last["epochs"]) if whole else f"{last['epoch']} of {last['epochs']}, stopped"
-        scores = [last["val_top1"], last["train_top1"], minutes, last["images_per_second"]]
-        lines.append([part, run, last["arch"], count, last["image_size"], *scores])
-        used.append(last)
-    return [[*header, "top-1 %", "train top-1 %", "minutes", "images/s"], *lines], used
+        used.append(last | {"count": count, "minutes": sum(row["seconds"] for row in epochs) / 60})
+    return columns(used, cells)
 
 
 def parity(rows: Rows) -> tuple[Table, Rows]:

@@ -141,7 +141,8 @@ def enlarged(index: DatasetIndex, image_size: int) -> str:
 def conclusion(run: Run, config) -> str:
     """Return what is printed after training: the best score, and the files and commands to look at next."""
     best, path = run.state.best, shlex.quote(str(run.path("best")))
-    lines = [f"done: best top-1 {best['score']:.2f} % at epoch {best['epoch']}, in {run.path('best')}"]
+    top1 = f"{'EMA ' * run.best_by.startswith('ema')}top-1 {best['score']:.2f} %"
+    lines = [f"done: best {top1} at epoch {best['epoch']}, in {run.path('best')}"]
     if config.plot:
         lines.append(f"curves: {run.save_dir / 'plots' / 'curves.png'}")
     photo = "IMAGE"  # any one; if the data are image files, one of them

@@ -343,6 +343,9 @@ def test_every_table_can_be_filled():
     assert "| defaults | 128 | 256 | 12,812 | 0.5 | 18 | 0.5 | 1.5 |" in found["gpu-whole-run"]
     assert "| cifar10 | resnet34 | resnet34 | 2 | 32 | 95.1 | 99.0 | 1 | 15,000 |" in found["gpu-trainings"]
     assert "1 of 2, stopped" in found["gpu-trainings"]
+    assert "machine" not in found["gpu-trainings"].splitlines()[0]
+    elsewhere = [*rows, first | epoch | {"row": "c1", "epoch": 1, "machine": "NVIDIA Y, 8 cores"}]
+    assert "| NVIDIA Y | cifar10 | resnet34 |" in tables.filled("gpu-trainings", elsewhere)
     assert "| project | 2 | 61.50 ± 0.71 | 99.0 |" in found["parity"]
     # A mean of 0.25 and a standard error of 0.25, times 12.7, the t quantile of one degree of freedom.
     assert "| difference, 95 % interval | 2 | +0.25 [-2.93, +3.43] | - |" in found["parity"]

@@ -240,6 +240,33 @@ def test_a_timed_save_comes_when_its_time_has_passed(tmp_path, monkeypatch):
     assert seen == [3, 5, 5, 8, 10, 10, 13, 15, 15]  # timed; at the end of an epoch; with its row
 
 
+def test_the_remaining_time_leaves_out_a_slow_first_step(tmp_path, monkeypatch):
+    """With --compile, the first step at a new size takes most of a minute."""
+    run, clock, left = tiny_run(tmp_path), [0.0], []
+    step, row = loop.train_step, run.table.row
+
+    def compiles_first(state, *args, **vote):
+        clock[0] += 1 if state.step % 5 else 100
+        return step(state, *args, **vote)
+
+    now = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
+    monkeypatch.setattr(loop, "time", now)
+    monkeypatch.setattr(loop, "train_step", compiles_first)
+    monkeypatch.setattr(run.table, "row", lambda values, after: left.append(after) or row(values, after))
+    loop.fit(run, MetricLogger(tmp_path))
+    assert 5 < left[0] < 30 and 2 < left[1] < 15 and left[2] == 0
+
+
+def test_a_run_says_that_it_compiles_for_a_new_size(tmp_path, capsys):
+    run = tiny_run(tmp_path)
+    run.metadata["config"]["compile"] = True  # which would have wrapped `options.forward`
+    loop.fit(run, MetricLogger(tmp_path))
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if "compiling" in line] == [
+        f"compiling for {size} px" for size in (24, 32)
+    ]
+
+
 @pytest.mark.parametrize("what", ["weight", "statistic", "average", "optimizer"])
 def test_a_non_finite_state_is_never_saved_over_a_finite_one(tmp_path, what):
     built = tiny_run(tmp_path)

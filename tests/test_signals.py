@@ -86,7 +86,7 @@ def resumed(save_dir: Path) -> dict[str, str]:
 @pytest.mark.parametrize("state", ["harness.log.MetricLogger.log:3", "harness.checkpoint.link:1"])
 def test_a_signal_after_the_last_save_leaves_the_run_finished(state, straight, tmp_path):
     assert stop_at(state, str(TERM), tmp_path / "run", tmp_path / "log", 0) == 0
-    assert "done: best" in (tmp_path / "log").read_text()
+    assert "done: best EMA top-1" in (tmp_path / "log").read_text()
     assert digest(tmp_path / "run") == straight
 
 
