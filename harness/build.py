@@ -131,6 +131,7 @@ def build(
         save_every=config.save_every,
         stop_after=config.stop_after,
         data_hint=packing_hint(config, index),
+        host_hint=graphs_hint(config, runtime),
     )
 
 
@@ -281,6 +282,15 @@ def packing_hint(config, index: DatasetIndex) -> str:
     words = shlex.join(flags.to_argv({name: v for name, v in chosen.items() if v != flags.defaults()[name]}))
     command = f"python pack_dataset.py --data-dir {data} {words + ' ' * bool(words)}--out {packed}"
     return f"A packed copy loads several times faster: {command}, then train with --data-dir {packed}"
+
+
+def graphs_hint(config, runtime: Runtime) -> str:
+    """Return advice on launching kernels faster, or '' where --cuda-graphs is on or cannot work."""
+    if runtime.device.type != "cuda" or runtime.world_size * config.accumulate > 1 or config.cuda_graphs:
+        return ""
+    return (
+        "the GPU waits for the CPU to launch its kernels. --cuda-graphs avoids that; a resumed run may add it"
+    )
 
 
 def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:
