@@ -23,15 +23,15 @@ from base.progress import duration
 
 MINUTES = {  # in order of value; benchmarks/first_minute_parts.py says what each does
     "environment": 0.5,
-    "gpu-tests": 3,
+    "gpu-tests": 2,
     "step": 6,
     "syncs": 1,
     "large-batches": 2.5,
     "loader": 3,
     "whole-run": 3,
-    "cifar10": 3,
-    "cifar100": 3,
-    "tiny-imagenet": 5,
+    "cifar10": 2,
+    "cifar100": 4,
+    "tiny-imagenet": 6,
 }
 HALF_HOUR = sum(MINUTES.values())
 UNFINISHED = ("stopped", "no time")  # as is to be expected of the last parts, except in a rehearsal
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     work.mkdir(parents=True, exist_ok=True)
     minutes = args.minutes or (REHEARSAL if args.rehearse else sum(MINUTES[name] for name in names))
 
-    def command(name: str, seconds: float) -> list[str]:
-        words = ["-m", "benchmarks.first_minute_parts", name, "--seconds", f"{seconds:.0f}"]
+    def command(name: str) -> list[str]:
+        words = ["-m", "benchmarks.first_minute_parts", name]
         words += ["--out", str(out), "--work", str(work), "--data", str(data)]
         return [sys.executable, *words, *(["--rehearse"] if args.rehearse else [])]
 
@@ -96,13 +96,13 @@ def main(argv: list[str] | None = None) -> int:
 def run_parts(
     names: list[str],
     seconds: float,
-    command: Callable[[str, float], list[str]],
+    command: Callable[[str], list[str]],
     out: Path,
     collect: Callable[[str], None],
 ) -> dict[str, dict]:
     """Run the parts that are not done, within `seconds`; return the summary, which is also in a file.
 
-    command: from the name of a part and its time limit in seconds
+    command: from the name of a part
     collect: called now and then while a part runs, and after it
     """
     out.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ def run_parts(
         if limit < LEAST:
             status, code, took = "no time", None, 0.0
         else:
-            status, code, took = attempt(name, command(name, limit), limit, out / "log.txt", collect)
+            status, code, took = attempt(name, command(name), limit, out / "log.txt", collect)
         found = {"status": status, "exit_code": code, "seconds": round(took, 1), "limit": round(limit)}
         summary[name] = found | {"commit": commit}
         files.write_json(out / "summary.json", summary)

@@ -18,7 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,32 +30,28 @@ GPU_FACTS = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,t
 # px and batch size, beyond the documents'. A size ends with the first batch that does not fit.
 LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), (64, 4096), (128, 1024))
 LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
-# SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
-CIFAR = """--stem small --head linear --resize-schedule 32 --batch-size 512 --optimizer sgd --nesterov
---lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8 --mixup-alpha 0 --cutmix-alpha 0
---drop-path-rate 0 --no-ema"""
-STUDY = "tiny_imagenet_02"
-RUNGS = ("mixup,progressive,all", "mixup+cutmix,drop-path,last-size-only")  # in order of value
-# The flags of the study's variant "progressive", for a trial of its speed.
-PROGRESSIVE = "--batch-size 256 --augment basic --mixup-alpha .2 --cutmix-alpha 0 --drop-path-rate 0 --no-ema"
+TRAININGS = {  # their runs are named after the network
+    # SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
+    "cifar10": """--arch resnet34 --epochs 30 --stem small --head linear --resize-schedule 32 --batch-size 512
+--optimizer sgd --nesterov --lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8
+--mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0 --no-ema""",
+    "cifar100": "--arch resnet34 --config cifar100_resnet34 --cuda-graphs --eval-every 10",
+    "tiny-imagenet": """--arch resnet50 --config tiny_imagenet --epochs 50 --phase-epochs 17,12,21
+--resize-schedule 64,96,128 --phase-batch-sizes 256,256,256 --cuda-graphs --eval-every 5""",
+}
 SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
-LONGEST = 100  # epochs
-STARTUP = 15.0  # seconds of a training before its first step
+SHORT = """--epochs 3 --resize-schedule 16,24,32 --phase-epochs 1,1,1 --phase-batch-sizes 8,8,8
+--no-cuda-graphs --eval-every 1"""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a part finds and leaves its files, and how long it may take."""
+    """Where a part finds and leaves its files."""
 
     out: Path  # rows
     work: Path  # unpacked data, checkpoints
     data: Path  # archives of benchmarks.first_minute_data
-    seconds: float
     rehearse: bool = False
-    started: float = field(default_factory=time.monotonic)
-
-    def left(self) -> float:
-        return self.started + self.seconds - time.monotonic()
 
     def record(self, part: str, row: str, columns: dict) -> None:
         from benchmarks import records
@@ -169,7 +165,7 @@ def gpu_tests(s: Setting) -> None:
 def step(s: Setting) -> None:
     """The documents' sizes: this project, bare and timm with their kernels; then variants of the project."""
     sizes = ["--sizes", 64, 128, 224, "--rounds", 5]
-    variants = (["compile"], ["cuda-graphs"], ["fp32", "fp16", "nchw"])  # in order of value
+    variants = (["cuda-graphs"], ["compile"], ["fp32", "fp16", "nchw"])  # in order of value
     if s.rehearse:
         sizes = ["--sizes", 16, "--batch-sizes", 8, "--rounds", 2, "--arch", "resnet_tiny", "--device", "cpu"]
         variants = (["nchw"],)
@@ -338,74 +334,20 @@ def own_line() -> str:
 # --- trainings ---------------------------------------------------------------------------------------
 
 
-def cifar(s: Setting, name: str) -> None:
-    """ResNet-34, for as many epochs as the time allows."""
-    words = ["--dataset", name, "--data-dir", unpacked(s, name), *CIFAR.split()]
-    words += SMALL if s.rehearse else ["--arch", "resnet34", "--num-workers", process.cores()]
-    epochs = planned(s, name, lambda: sum(epoch_seconds(s, name, words).values()))
-    directory = s.work / name / "resnet34"
-    must("train.py", *words, *long_run(epochs), "--save-dir", directory, "--resume", "auto")
-
-
-def tiny_imagenet(s: Setting) -> None:
-    """The variants of STUDY with one seed; the time is planned for those of the first rung."""
-    from sources.layouts import open_dataset
-
-    name = "tiny-imagenet"
-    data = unpacked(s, name)
-
-    def first_rung() -> float:
-        images = len(open_dataset(name, data).train)
-        subset = min(images, 40 if s.rehearse else 10_000)
-        words = ["--dataset", name, "--data-dir", data, *PROGRESSIVE.split()]
-        words += ["--subset", "--subset-size", subset]
-        words += ["--resize-schedule", "16,24,32" if s.rehearse else "64,128,224"]
-        words += SMALL if s.rehearse else ["--num-workers", process.cores()]
-        first, second, third = epoch_seconds(s, name, words).values()
-        progressive = (30 * first + 20 * second + 40 * third) / 90
-        return images / subset * (first + 2 * progressive)
-
-    epochs = planned(s, name, first_rung, runs=3)
-    for variants in RUNGS[:1] if s.rehearse else RUNGS:
-        words = [STUDY, "--seeds", 0, "--variants", variants, "--data-dir", data, "--keep", "none"]
-        words += ["--out", s.work / name, *(["--smoke"] if s.rehearse else [])]
-        extra = [] if s.rehearse else ["--num-workers", process.cores(), *long_run(epochs)]
-        must("-m", "ablation_runs.run", *words, "--", *extra)
+def training(s: Setting, name: str) -> None:
+    """Train with the flags of TRAININGS. A run that its time limit has stopped goes on."""
+    words = TRAININGS[name].split()
+    directory = s.work / name / words[words.index("--arch") + 1]
+    words += [*SMALL, *SHORT.split()] if s.rehearse else ["--num-workers", process.cores()]
+    # A stopped run is saved in any case.
+    words += ["--save-every", 1000, "--save-dir", directory, "--resume", "auto"]
+    must("train.py", "--dataset", name, "--data-dir", unpacked(s, name), *words)
 
 
 def unpacked(s: Setting, name: str) -> Path:
     from benchmarks import first_minute_data
 
     return first_minute_data.unpack(name, s.data, s.work)
-
-
-def long_run(epochs: int) -> list[object]:
-    return ["--epochs", epochs, "--save-every", 1000]  # a stopped run is saved anyway
-
-
-def planned(s: Setting, name: str, seconds: Callable[[], float], runs: int = 1) -> int:
-    """Return the number of epochs that fit the time; the same one when a stopped part goes on.
-
-    seconds: measures how long an epoch of all `runs` takes
-    """
-    plan = s.work / name / "epochs.txt"
-    if not plan.is_file():
-        each = seconds()
-        epochs = int(0.9 * (s.left() - STARTUP * runs) / each)
-        plan.parent.mkdir(parents=True, exist_ok=True)
-        plan.write_text(str(max(2, min(3 if s.rehearse else LONGEST, epochs))))
-    return int(plan.read_text())
-
-
-def epoch_seconds(s: Setting, name: str, words: list) -> dict[int, float]:
-    """Train two epochs at each size; return {image size: seconds of the second one}."""
-    from harness.log import read_metrics
-
-    sizes = str(words[words.index("--resize-schedule") + 1]).split(",")
-    trial, twos = s.work / "trials" / name, ["2"] * len(sizes)
-    evenly = ["--phase-epochs", ",".join(twos)] if len(sizes) > 1 else []
-    must("train.py", *words, *long_run(2 * len(sizes)), *evenly, "--save-dir", trial, "--overwrite")
-    return {row["image_size"]: row["seconds"] for row in read_metrics(trial)}
 
 
 PARTS: dict[str, Callable[[Setting], None]] = {
@@ -416,9 +358,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "large-batches": large_batches,
     "loader": loader,
     "whole-run": whole_run,
-    "cifar10": partial(cifar, name="cifar10"),
-    "cifar100": partial(cifar, name="cifar100"),
-    "tiny-imagenet": tiny_imagenet,
+    **{name: partial(training, name=name) for name in TRAININGS},
 }
 
 
@@ -427,7 +367,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("part", choices=tuple(PARTS))
     for name in ("--out", "--work", "--data"):
         parser.add_argument(name, type=Path, required=True)
-    parser.add_argument("--seconds", type=float, required=True)
     parser.add_argument("--rehearse", action="store_true")
     values = vars(parser.parse_args(argv))
     PARTS[values.pop("part")](Setting(**values))

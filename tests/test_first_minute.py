@@ -26,25 +26,20 @@ def script(code: str) -> list[str]:
 
 
 def run_parts(out, codes, seconds=60.0, collect=lambda name: None):
-    """Run parts whose process executes {part: code}; return the summary and the limits they were given."""
-    limits = {}
-
-    def command(name, limit):
-        limits[name] = limit
-        return script(codes[name])
-
-    return first_minute.run_parts(list(codes), seconds, command, out, collect), limits
+    """Run parts whose process executes {part: code}; return the summary."""
+    return first_minute.run_parts(list(codes), seconds, lambda name: script(codes[name]), out, collect)
 
 
 def test_the_parts_fill_half_an_hour_in_order_of_value():
     assert list(first_minute.MINUTES) == list(first_minute_parts.PARTS)
     assert sum(first_minute.MINUTES.values()) == 30
-    assert all(part.__doc__ or name.startswith("cifar") for name, part in first_minute_parts.PARTS.items())
+    trainings = tuple(name for name, part in first_minute_parts.PARTS.items() if hasattr(part, "func"))
+    assert trainings == first_minute.TRAININGS == tuple(first_minute_parts.TRAININGS)
 
 
 def test_a_crash_leaves_the_other_parts_and_its_output(tmp_path):
     codes = {"environment": "print('fine')", "step": "raise ValueError('broken')", "syncs": "print('end')"}
-    summary, _ = run_parts(tmp_path, codes)
+    summary = run_parts(tmp_path, codes)
     assert [part["status"] for part in summary.values()] == ["done", "failed", "done"]
     assert summary["step"]["exit_code"] == 1
     log = (tmp_path / "log.txt").read_text()
@@ -84,15 +79,14 @@ def test_a_part_that_hangs_is_ended_with_all_it_started(tmp_path, monkeypatch):
 
 
 def test_time_that_a_part_leaves_goes_to_those_after_it(tmp_path):
-    codes = dict.fromkeys(("step", "loader", "cifar10"), "pass")
-    _, limits = run_parts(tmp_path, codes, 1200)
-    assert limits["step"] == pytest.approx(600, abs=1)  # 6 of 12 minutes
-    assert limits["loader"] == pytest.approx(600, abs=10)  # half of what is left
-    assert limits["cifar10"] == pytest.approx(1200, abs=20)
-    summary, limits = run_parts(tmp_path / "short", codes, 70)
-    assert limits["step"] == 60  # the least that a part is given
-    summary, limits = run_parts(tmp_path / "late", codes, 4)
-    assert not limits and [part["status"] for part in summary.values()] == ["no time"] * 3
+    codes = dict.fromkeys(("step", "loader", "whole-run"), "pass")
+    summary = run_parts(tmp_path, codes, 1200)
+    assert summary["step"]["limit"] == pytest.approx(600, abs=1)  # 6 of 12 minutes
+    assert summary["loader"]["limit"] == pytest.approx(600, abs=10)  # half of what is left
+    assert summary["whole-run"]["limit"] == pytest.approx(1200, abs=20)
+    assert run_parts(tmp_path / "short", codes, 70)["step"]["limit"] == 60  # the least that a part is given
+    late = run_parts(tmp_path / "late", codes, 4)
+    assert [part["status"] for part in late.values()] == ["no time"] * 3
 
 
 def test_ctrl_c_ends_the_part_first(tmp_path):
@@ -129,7 +123,7 @@ def test_the_epochs_of_a_stopped_training_are_rows(tmp_path):
 
 @pytest.fixture
 def setting(tmp_path):
-    return first_minute_parts.Setting(tmp_path / "out", tmp_path, tmp_path, seconds=100, rehearse=True)
+    return first_minute_parts.Setting(tmp_path / "out", tmp_path, tmp_path, rehearse=True)
 
 
 def test_synchronizations_are_counted_by_line_of_this_project():
@@ -158,8 +152,8 @@ def test_a_variant_that_fails_leaves_the_others(setting, monkeypatch):
         first_minute_parts, "run", lambda *words: tried.append(words) or int("compile" in words)
     )
     with pytest.raises(SystemExit):
-        first_minute_parts.step(first_minute_parts.Setting(setting.out, setting.work, setting.data, 9))
-    assert len(tried) == 4 and "cuda-graphs" in tried[2]
+        first_minute_parts.step(first_minute_parts.Setting(setting.out, setting.work, setting.data))
+    assert len(tried) == 4 and "cuda-graphs" in tried[1]
 
 
 def test_a_batch_that_does_not_fit_ends_its_size_only(setting, monkeypatch):
@@ -171,18 +165,10 @@ def test_a_batch_that_does_not_fit_ends_its_size_only(setting, monkeypatch):
         return 6 if tried[-1] == (64, 8) else 0
 
     monkeypatch.setattr(first_minute_parts, "run", run)
-    first_minute_parts.large_batches(first_minute_parts.Setting(setting.out, setting.work, setting.data, 9))
+    first_minute_parts.large_batches(first_minute_parts.Setting(setting.out, setting.work, setting.data))
     assert tried == [(64, 8), (128, 8), (128, 16)]
     (row,) = records.load(setting.out)
     assert row["row"] == "large-batches: 64 px, batch 8" and row["fits"] == 0
-
-
-def test_as_many_epochs_as_fit_and_the_same_ones_again(tmp_path):
-    long = first_minute_parts.Setting(tmp_path, tmp_path, tmp_path, seconds=115)
-    assert first_minute_parts.planned(long, "cifar10", lambda: 3.0) == 29  # 0.9 x 100 s, less a moment
-    assert first_minute_parts.planned(long, "cifar10", lambda: 99.0) == 29
-    assert first_minute_parts.planned(long, "cifar100", lambda: 99.0) == 2  # the fewest
-    assert first_minute_parts.planned(long, "tiny-imagenet", lambda: 3.0, runs=3) == 20
 
 
 # --- the data ----------------------------------------------------------------------------------------
