@@ -151,7 +151,7 @@ def decoded(content: bytes, side: int = 32) -> np.ndarray:
     """Return the images of a picture from `encoded`."""
     from PIL import Image
 
-    picture = np.asarray(Image.open(io.BytesIO(content)))
+    picture = np.asarray(Image.open(io.BytesIO(content), formats=("JPEG", "WEBP")))
     rows, columns = picture.shape[0] // side, picture.shape[1] // side
     return picture.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
 
