@@ -871,6 +871,13 @@ def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, st
     assert claims.judge(claim, made(a=scores[0], b=scores[1]), two)[0] == status
 
 
+def test_a_variant_that_was_chosen_after_scores_were_seen_decides_no_claim():
+    claim = claims.Claim("000", "b is worse", "two", "b", "worse", planned=False)
+    scores = made(a=[50, 51, 52, 53, 50, 51], b=[40, 41, 42, 43, 40, 41.5])
+    status, difference = claims.judge(claim, scores, TWO)
+    assert (status, difference.verdict) == ("undecided", "worse")
+
+
 def test_re_estimated_statistics_are_compared_within_each_run():
     runs, rng = made(a=[50] * 6), np.random.default_rng(0)
     for r in runs:
