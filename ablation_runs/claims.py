@@ -65,7 +65,7 @@ CLAIMS = (
     Claim("002", "CutMix is a robust augmentation", "augmentation", "with-cutmix"),
     Claim("002", "Mixed precision costs no accuracy", "tiny_imagenet_01", "mixed-precision", NO_LOSS),
     Claim("002", "BlurPool improves the model", "blurpool", "blurpool"),
-    Claim("003", "Cyclic rates with the plateau rule on top (here with a patience chosen after the first runs)",
+    Claim("003", "Cyclic rates with the plateau rule on top (its patience was chosen after first runs)",
           "tiny_imagenet_resnet18", "triangular2+plateau", planned=False),
     Claim("004", "Mixing and label smoothing help the Adam loop", "cifar100_resnet34", "loop+mixing"),
     Claim("004", "SGD with warm restarts is the robust choice", "cifar100_resnet34", "sgd+restarts"),

@@ -873,8 +873,9 @@ def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, st
 
 def test_a_variant_that_was_chosen_after_scores_were_seen_decides_no_claim():
     claim = claims.Claim("000", "b is worse", "two", "b", "worse", planned=False)
+    two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, primary=("b",))
     scores = made(a=[50, 51, 52, 53, 50, 51], b=[40, 41, 42, 43, 40, 41.5])
-    status, difference = claims.judge(claim, scores, TWO)
+    status, difference = claims.judge(claim, scores, two)
     assert (status, difference.verdict) == ("undecided", "worse")
 
 
