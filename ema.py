@@ -14,13 +14,6 @@ from base.errors import CheckpointError
 from base.flat import flat_copy, group_by_dtype, is_view_of, move_into_flat
 
 
-def decay_for_half_life(steps: float) -> float:
-    """Return the decay at which a weight's share in the average halves every `steps` updates."""
-    if not steps > 0:
-        raise ValueError(f"a half-life must be a positive number of steps, got {steps}")
-    return 0.5 ** (1.0 / steps)
-
-
 class EMA:
     """A shadow copy of `model` whose weights follow it slowly.
 

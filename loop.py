@@ -45,7 +45,6 @@ from train_utils import (
 
 # Waiting for data is reported if it takes more of an epoch than both.
 SLOW_DATA_PERCENT = SLOW_DATA_SECONDS = 10
-HOST_BOUND_PERCENT = 2  # if the host waits less than that for the GPU, the GPU waits for the host
 
 
 class StopAfterReached(Exception):
@@ -82,7 +81,6 @@ class Run:
     save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
     stop_after: int | None = None  # optimizer steps
     data_hint: str = ""  # advice, printed once if training waits for data
-    host_hint: str = ""  # the same if the GPU waits for the host
     head_only: bool = False  # what `options.forward` was made for, see `Phase.head_only`
     bad_sample_reported: bool = False
     stop: StopSignals = field(default_factory=StopSignals)
@@ -177,7 +175,8 @@ def fit(run: Run, log: MetricLogger) -> None:
         if run.finished or not epochs:
             continue
         loader, options = start_phase(run, phase)
-        if run.compiles and len(run.state.rows) > begun:  # preflight compiled for the first size
+        if run.compiles and (run.runtime.world_size > 1 or len(run.state.rows) > begun):
+            # On one rank, preflight has compiled for the first size.
             say_or_stop(run, f"compiling for {phase.image_size} px")
         for epoch in epochs:
             trained = train_epoch(run, phase, epoch, loader, options, log)
@@ -235,9 +234,11 @@ def train_epoch(
             if voted or run.runtime.world_size == 1 or run.stop_after_reached:
                 save_or_stop(run)
         meter.read()
-    if run.host_hint and meter.host_bound:
-        say_or_stop(run, f"note: {run.host_hint}")
-        run.host_hint = ""
+    seconds, waited = run.state.epoch_sums["seconds"], run.state.epoch_sums["waited"]
+    if run.data_hint and waited > SLOW_DATA_SECONDS and 100 * waited > SLOW_DATA_PERCENT * seconds:
+        share = f"{100 * waited / seconds:.0f} % of the time"
+        say_or_stop(run, f"note: {share} was spent waiting for data. {run.data_hint}")
+        run.data_hint = ""
     return True
 
 
@@ -272,7 +273,6 @@ class Meter:
         self.run, self.phase, self.epoch, self.loader, self.log = run, phase, epoch, loader, log
         self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
         self.images, self.seconds, self.steps, self.overflows = 0, 0.0, 0, 0  # since the start
-        self.behind = 0.0  # seconds that the host waited for the device
         self.running: deque[tuple[RunningStep, int]] = deque()  # steps not counted yet, and their images
         title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
         done = run.state.step - phase.step_before(epoch)
@@ -307,10 +307,7 @@ class Meter:
         voted = False
         while len(self.running) > running:
             step, images = self.running.popleft()
-            asked = time.perf_counter()
             result = step.result()
-            if running:  # the last step of an epoch is always waited for
-                self.behind += time.perf_counter() - asked
             self.count(result, images)
             voted |= result.votes > 0
         return voted
@@ -343,13 +340,6 @@ class Meter:
             f"lr {run.state.schedule.last_lr:.1e}",
         )
         run.state.count(result)  # last, because it raises DivergedError
-
-    @property
-    def host_bound(self) -> bool:
-        """Whether the device has nearly always finished a step before the host has launched the next one."""
-        waited = self.run.state.epoch_sums["waited"]
-        fed = 100 * waited < SLOW_DATA_PERCENT * self.seconds
-        return self.steps >= 20 and fed and 100 * self.behind < HOST_BOUND_PERCENT * self.seconds
 
     def log_step(self, result: StepResult, images: int, seconds: float, waited: float) -> None:
         state, phase, step = self.run.state, self.phase, result.step + 1
@@ -496,11 +486,6 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
         name_best(run)
     left = 0 if run.finished else run.eta.remaining(run.state.step, len(run.state.rows))
     say_or_stop(run, run.table.row(row, left))
-    percent = row["data_wait_percent"] or 0
-    seconds = percent / 100 * row["seconds"]
-    if run.data_hint and percent > SLOW_DATA_PERCENT and seconds > SLOW_DATA_SECONDS:
-        say_or_stop(run, f"note: {percent:.0f} % of the time was spent waiting for data. {run.data_hint}")
-        run.data_hint = ""
     log.draw(now=run.finished)
 
 

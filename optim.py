@@ -406,12 +406,7 @@ class Schedule:
         return {name: getattr(self, name) for name in self._STATE}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue at a saved position. Raises CheckpointError if it is beyond the last step."""
-        if state["position"] > self.total_steps:
-            raise CheckpointError(
-                f"the checkpoint is at optimizer step {state['position']}, this run has {self.total_steps}",
-                "continue with the epochs, batch sizes and data it was trained with",
-            )
+        """Continue at a saved position."""
         for name in self._STATE:
             setattr(self, name, state[name])
         if self.patience is None:  # the run may have had one

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(config, typed: flags.Given) -> int:
     config, index, directory, saved = check(config, typed)
     if config.summary or config.dry_run:
-        return preview(config, index)
+        return preview(config, index, resumed=bool(saved))
 
     from base.device import explain_lost_ranks
     from harness import build, session
@@ -95,7 +95,7 @@ def check(config, typed: flags.Given):
     return config, index, directory, saved
 
 
-def preview(config, index) -> int:
+def preview(config, index, resumed: bool) -> int:
     """Print the model (--summary), or try out the plan (--dry-run)."""
     from base.device import explain_lost_ranks
     from harness import build, dryrun
@@ -107,7 +107,8 @@ def preview(config, index) -> int:
     runtime = build.open_runtime(config)
     gc.enable()  # it takes training steps
     with explain_lost_ranks(runtime):
-        dryrun.dry_run(config, index, runtime, build.make_plan(config, index, runtime.world_size))
+        phases = build.make_plan(config, index, runtime.world_size)
+        dryrun.dry_run(config, index, runtime, phases, resumed)
     return 0
 
 

@@ -76,7 +76,7 @@ CLAIMS = (
 def judge(claim: Claim, runs: list[Result], study: Study) -> tuple[str, Difference | None]:
     """Return CONFIRMED, DIRECTION, CONTRADICTED or UNDECIDED, and the difference that says so."""
     if claim.column == EMA_GAIN:
-        difference = results.ema_gains(runs, study).get(claim.variant)
+        difference = results.gains(runs, study, "ema_val_top1", "val_top1").get(claim.variant)
     else:
         difference = results.compare(runs, study, claim.column or study.metric).get(claim.variant)
     if difference is None or not claim.planned:

@@ -8,14 +8,12 @@ results/<study>/reading.md.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from ablation_runs import claims, plots, results, statistics, studies, summary
 from ablation_runs.report import PUBLISHED
 from ablation_runs.results import Result
 from ablation_runs.study import Study
-from ablation_runs.tables import Table
 from analysis import figures
 from base import errors, files, flags
 from base.process import ROOT
@@ -59,7 +57,7 @@ def overview(found: Published) -> str:
     for study, preset, runs in found:
         where = f"[{study.name}](ablation_runs/results/{study.directory(preset)}/summary.md)"
         rows.append([where, study.question, short(study, runs), scale(study, preset, runs)])
-    return Table("overview", "", ["study", "question", "finding", "scale"], rows).markdown()
+    return files.markdown_table(["study", "question", "finding", "scale"], rows)
 
 
 def short(study: Study, runs: list[Result]) -> str:
@@ -134,16 +132,10 @@ def claim_table(found: Published) -> str:
             if d and d.interval:
                 evidence += f", {claim.variant}: {interval(d)} points, {d.n} seeds"
         rows.append([claim.document, claim.text, status, evidence])
-    return Table(
-        "claims", "", ["document", "claim", "at the scale of our study", "evidence"], rows
-    ).markdown()
+    return files.markdown_table(["document", "claim", "at the scale of our study", "evidence"], rows)
 
 
-PARTS: dict[str, Callable[[Published], str]] = {
-    "overview": overview,
-    "details": details,
-    "claims": claim_table,
-}
+PARTS = {"overview": overview, "details": details, "claims": claim_table}
 
 if __name__ == "__main__":
     sys.exit(errors.run(main))

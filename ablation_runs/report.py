@@ -27,14 +27,8 @@ def build_parser() -> flags.Parser:
     add("--smoke", dest="preset", action="store_const", const="smoke", help="Short for --preset smoke.")
     add("--runs", default=RUNS, metavar="DIR", help="Directory of the runs: --out of ablation_runs.run.")
     add("--out", default="", metavar="DIR", help="Output directory; if empty, beside the runs.")
-    formats = flags.listing(str)
-    add(
-        "--formats",
-        type=formats,
-        default="png",
-        metavar="NAME,...",
-        help="Formats of the pictures: png, svg, pdf.",
-    )
+    formats = "Formats of the pictures: png, svg, pdf."
+    add("--formats", type=flags.listing(str), default="png", metavar="NAME,...", help=formats)
     add("--publish", action="store_true", help="Write the report and small files to ablation_runs/results/.")
     flags.DEBUG.add_to(parser)
     return parser
@@ -48,9 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.formats:
         raise UsageError("--formats is empty", f"choose from {', '.join(FORMATS)}")
     if args.publish and args.out:
-        raise UsageError(
-            "--out would do nothing: --publish has a directory of its own", "leave one of them out"
-        )
+        what = "--out would do nothing: --publish has a directory of its own"
+        raise UsageError(what, "leave one of them out")
     directory = Path(args.runs) / study.directory(args.preset)
     errors.doing(f"reading the runs in {directory}")
     out = PUBLISHED / study.directory(args.preset) if args.publish else Path(args.out or directory)
@@ -93,20 +86,17 @@ def publish(directory: Path, out: Path, study: Study) -> None:
     for run in results.load(directory, study):
         target = out / run.directory.name
         target.mkdir(parents=True, exist_ok=True)
-        record = schemas.read_json(run.directory / "run.json", schemas.StudyRun, fix, missing={})
-        record["flags"] = [re.sub(r"(?<=[=,])/[^,]*/", "", word) for word in record.get("flags", ())]
-        files.write_json(target / "run.json", record)
+        words = [re.sub(r"(?<=[=,])/[^,]*/", "", word) for word in run.record.get("flags", ())]
+        files.write_json(target / "run.json", run.record | {"flags": words})
         for name in ("metrics.jsonl", f"{FINAL}/hits.npz"):
             if (run.directory / name).is_file():
                 (target / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(run.directory / name, target / name)
-        for name, schema, left_out in (
-            ("config.json", schemas.Config, PRIVATE),
-            ("env.json", schemas.Env, ("command",)),
-        ):
-            content = schemas.read_json(run.directory / name, schema, fix, missing={})
+        config = schemas.read_json(run.directory / "config.json", schemas.Config, fix, missing={})
+        for name, content, left_out in (("config", config, PRIVATE), ("env", run.env, ("command",))):
             if content:
-                files.write_json(target / name, {k: v for k, v in content.items() if k not in left_out})
+                kept = {key: value for key, value in content.items() if key not in left_out}
+                files.write_json(target / f"{name}.json", kept)
 
 
 if __name__ == "__main__":

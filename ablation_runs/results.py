@@ -216,10 +216,6 @@ def gains(runs: list[Result], study: Study, column: str, over: str) -> dict[str,
     return dict(zip(rows, judged, strict=True))
 
 
-def ema_gains(runs: list[Result], study: Study) -> dict[str, Difference]:
-    return gains(runs, study, "ema_val_top1", "val_top1")
-
-
 def one_image(runs: list[Result]) -> float:
     """Return the points that one validation image is worth; 0 if the number of images is unknown."""
     scored = [run for run in runs if run.hits] or runs  # a diverged run has not been scored

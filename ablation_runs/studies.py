@@ -41,7 +41,6 @@ TINY_IMAGENET_01 = Study(
         "mixup": {"mixup_alpha": 0.2},
         "mixed-precision": {"amp": "bf16"},
     },
-    primary=("pre-activation", "conv-head", "augmentation", "mixup", "mixed-precision"),
     cpu=TINY_20 | {"arch": "resnet50", "stem": "imagenet", "resize_schedule": [48], "amp": "off"},
     cpu_variants={"pre-activation": {"arch": "preact_resnet50"}},
     cpu_title=f"{TINY_20_TITLE}, 48 px, ResNet-50 of width 8, 12 epochs",
@@ -68,7 +67,7 @@ TINY_IMAGENET_02 = Study(
         "drop-path": {"drop_path_rate": 0.2},
         "all": {"resize_schedule": [64, 128, 224], "cutmix_alpha": 1, "drop_path_rate": 0.2},
     },
-    primary=("progressive", "mixup+cutmix", "drop-path", "all"),
+    controls=("last-size-only", "last-size-equal-compute"),
     published="Progressive resizing and CutMix with MixUp raise accuracy by about 10 points; stochastic "
     "depth makes the gap between training and test accuracy very small.",
     notes="Progressive resizing changes three things at once: the training size, the validation size and "
@@ -99,7 +98,6 @@ TINY_IMAGENET_03 = Study(
         "no-drop-path": {"drop_path_rate": 0},
     },
     metric="ema_val_top1",
-    primary=("ema-plain", "ema-half-life", "no-clipping", "no-drop-path"),
     published="About 67 % with all techniques; stochastic depth reduced the gap; EMA weights scored better.",
     published_scores={"ema-ramp": "about 67 %", "ema-plain": "0.5 % (first attempt)"},
     cpu=TINY_20 | {"resize_schedule": [16, 24, 32], "augment": "basic"},
@@ -121,7 +119,6 @@ IMAGENET100_ARCHITECTURES = Study(
         "vit_b_16": {"arch": "vit_b_16", "epochs": 6, "lr": 3e-4},
         "mobilenet_v3_large": {"arch": "mobilenet_v3_large"},
     },
-    primary=("swin_t", "efficientnet_b0", "vit_b_16", "mobilenet_v3_large"),
     cpu=TINY_10 | {"subset": True, "subset_size": 2000, "resize_schedule": [32], "eval_every": 1},
     cpu_title=f"{TINY_10_TITLE} (2,000 + 500 held out + 500 images), 32 px",
     published="ResNet was best, closely followed by Swin, then EfficientNet. ViT needs longer training; "
@@ -140,7 +137,6 @@ EFFICIENTNET_SIZE_AUGMENTATION = Study(
         "half-size": {"resize_schedule": [64], "augment": "none"},
         "large+augmentation": {"resize_schedule": [128], "augment": "full"},
     },
-    primary=("half-size", "large+augmentation"),
     published_scores={
         "large": "58 % (train 61 %) at 128 px",
         "half-size": "31.6 % (train 34.8 %) at 64 px",
@@ -171,7 +167,6 @@ TINY_IMAGENET_RESNET18 = Study(
         "triangular2+l1": {"schedule": "triangular2", "cycles": 3, "l1": 1e-6},
         "onecycle": {"schedule": "onecycle"},
     },
-    primary=("plateau", "triangular2+plateau", "triangular2+l1", "onecycle"),
     cpu=TINY_20 | {"split": "70-30", "augment": "padcrop:4,flip,cutout:8", "eval_every": 1},
     cpu_variants={
         "plateau": {"schedule": "plateau", "plateau_patience": 0},
@@ -208,7 +203,6 @@ CIFAR100_RESNET34 = Study(
         "sgd+restarts": SGD | RESTARTS,
         "overview": SGD | RESTARTS | MIXING,
     },
-    primary=("loop+mixing", "sgd+restarts", "overview"),
     cpu=CIFAR_20 | {"arch": "resnet34", "epochs": 12},
     cpu_title=f"{CIFAR_20_TITLE}, ResNet-34 of width 8, 12 epochs",
     published="A target of 70-75 % top-1; no result is given.",
@@ -220,7 +214,6 @@ LR_EXPLORATION = Study(
     source="004",
     question="Which peak learning rate suits Adam with OneCycle on CIFAR-100?",
     variants={f"lr={lr}": {"lr": lr} for lr in (0.01, 0.1, 0.001, 0.0001)},
-    primary=("lr=0.1", "lr=0.001", "lr=0.0001"),
     **ON_CIFAR_20,
 )
 
@@ -259,7 +252,6 @@ AUGMENTATION = Study(
         "with-mixup": {"mixup_alpha": 0.2},
         "with-cutmix": {"cutmix_alpha": 1},
     },
-    primary=("no-crop", "no-flip", "no-jitter", "none", "with-cutout", "with-mixup", "with-cutmix"),
     **ON_CIFAR_20,
 )
 
@@ -275,7 +267,6 @@ OPTIMIZERS = Study(
         "lamb": {"optimizer": "lamb", "lr": 0.008, "weight_decay": 0.02},
         "muon": {"optimizer": "muon", "lr": 0.003, "weight_decay": 0.05},
     },
-    primary=("sgd", "rmsprop", "adamw", "lamb", "muon"),
     **ON_CIFAR_20,
     notes="Each optimizer has one learning rate and weight decay, not tuned: a low score judges this "
     "setting, not the optimizer.",
@@ -293,7 +284,6 @@ SCHEDULES = Study(
         "restarts": RESTARTS,
         "constant": {"schedule": "constant"},
     },
-    primary=("step", "cosine", "restarts", "constant"),
     cpu_variants={"cosine": {"schedule": "cosine", "warmup_epochs": 1}},
     **ON_CIFAR_20,
     notes="SGD instead of the document's Adam, because the schedules were designed for it.",
@@ -307,7 +297,6 @@ BLURPOOL = Study(
     question="What does antialiased downsampling (BlurPool) gain, and what does it cost?",
     base=IMAGENET100 | {"epochs": 30, "batch_size": 256, "resize_schedule": [128]},
     variants={"maxpool": {}, "blurpool": {"use_blurpool": True}},
-    primary=("blurpool",),
     cpu=TINY_20 | {"width": 16, "stem": "imagenet", "resize_schedule": [64], "epochs": 10},
     cpu_title=f"{TINY_20_TITLE}, 64 px, ResNet-18 of width 16, 10 epochs",
     published_scores={"blurpool": "+0.5 to +1 points on ImageNet (Composer; timm, 300 epochs)"},
@@ -326,7 +315,6 @@ RESIZE_SCHEDULES = Study(
         "progressive-narrow": {"resize_schedule": [128, 160, 192], "epochs": 37}
         | {"phase_epochs": [12, 12, 13], "phase_batch_sizes": [128, 128, 128]},
     },
-    primary=("one-size-middle", "progressive", "progressive-narrow"),
     cpu=TINY_20 | {"batch_size": None},
     cpu_variants={
         "one-size-last": {"resize_schedule": [32], "epochs": 10, "batch_size": 128},
@@ -348,7 +336,6 @@ DROP_PATH_RATE = Study(
     question="Which drop-path rate suits a short run, and how does it change the train-validation gap?",
     base=TINY_IMAGENET | {"augment": "basic", "mixup_alpha": 0.2, "cutmix_alpha": 1, "ema": False},
     variants={str(rate): {"drop_path_rate": rate} for rate in (0, 0.05, 0.1, 0.2)},
-    primary=("0.05", "0.1", "0.2"),
     cpu=TINY_20,
     cpu_title=f"{TINY_20_TITLE}, 32 px, {SMALL_TITLE}, 12 epochs",
     published_scores={
@@ -364,7 +351,6 @@ EMA = Study(
     base=TINY_IMAGENET | {"augment": "basic", "drop_path_rate": 0},
     variants={"ramp-0.9999": {}, "plain-0.9999": {"ema_ramp": False}, "half-life": {"ema_half_life": 1}},
     metric="ema_val_top1",
-    primary=("plain-0.9999", "half-life"),
     published="The first EMA attempt failed (accuracy stuck at 0.5 %) because its decay was badly tuned; "
     "later EMA weights scored better in validation. Decay 0.9999.",
     published_scores={"plain-0.9999": "0.5 %: the first attempt, stuck at chance"},
@@ -387,7 +373,6 @@ STORED_SIDES = Study(
         "1.2-times": {"data_dir": "{data}-packed-80-160-256"},
         "same-size": {"data_dir": "{data}-packed-64-128-224"},
     },
-    primary=("1.5-times", "1.2-times", "same-size"),
     cpu=TINY_20 | {"resize_schedule": [16, 24, 32]},
     cpu_variants={
         "1.5-times": {"data_dir": "{data}-packed-24-36-46"},
@@ -417,7 +402,6 @@ FINETUNE = Study(
         "head-only": WEIGHTS | {"freeze_epochs": 30},
     },
     metric="ema_val_top1",
-    primary=("whole", "head-first", "head-first-slow", "head-only"),
     cpu={"width": 16, "resize_schedule": [32], "holdout": 1000},
     cpu_variants={
         "whole": SMALL_WEIGHTS,
@@ -444,7 +428,6 @@ PHASE_AUGMENT = Study(
         "weak-to-strong": {"phase_augment": [WEAK, MEDIUM, STRONG]},
     },
     metric="ema_val_top1",
-    primary=("medium", "weak-to-strong"),
     cpu=TINY_20 | {"resize_schedule": [16, 24, 32]},
     cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
     published_scores={"weak-to-strong": "part of EfficientTrain++ (arXiv 2405.08768)"},
@@ -481,7 +464,6 @@ PIPELINE = Study(
         "albumentations": {"augment": "rrc,recipes/augment/full.yaml"},
         "crop-only": {"augment": "rrc"},
     },
-    primary=("albumentations", "crop-only"),
     cpu=TINY_20,
     cpu_title=f"{TINY_20_TITLE}, 32 px, {SMALL_TITLE}, 12 epochs",
     notes="`crop-only` shows how large the effect of the whole pipeline is.",

@@ -56,7 +56,7 @@ class Study:
     recipe: str = ""  # a file of recipes/; the base overrides its flags
     grid: tuple[str, ...] = ()  # flags, if the variants are all combinations of their values: main effects
     metric: str = "val_top1"  # the compared column of metrics.jsonl, chosen before any run
-    primary: tuple[str, ...] = ()  # variants compared with the first one, chosen before any run; see `grid`
+    controls: tuple[str, ...] = ()  # variants that get no verdict, chosen before any run
     scoring: tuple[str, ...] = ()  # flags of validate.py, beside the run's own
     worth: float = 0.5  # the difference worth seeing, in points: decides how many seeds a pilot asks for
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)
@@ -68,6 +68,12 @@ class Study:
     cpu: Flags = field(default_factory=dict)  # overrides the base in the CPU preset; empty: there is none
     cpu_variants: dict[str, Flags] = field(default_factory=dict)  # variant -> its flags in the CPU preset
     cpu_title: str = ""
+
+    @property
+    def primary(self) -> tuple[str, ...]:
+        """The variants that get a verdict: not the first one or `controls`; none with `grid` or `scoring`."""
+        others = () if self.grid or self.scoring else [*self.variants][1:]
+        return tuple(name for name in others if name not in self.controls)
 
     def title(self, preset: str) -> str:
         """Return the heading, which says how a preset scales the study down."""

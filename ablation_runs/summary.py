@@ -15,6 +15,13 @@ from base import files, flags
 
 CSV_SCORES = ("train_top1", "val_top1", "val_top5", "ema_val_top1", "gap")
 METRICS = {"val_top1": "top-1", "ema_val_top1": "EMA top-1"}
+GAINS = {  # table -> its title, the column and heading of a score, and those of what it is compared with
+    "ema": ("EMA against raw weights of the same run, last epoch:", "ema_val_top1", "EMA", "val_top1", "raw"),
+    "batch_norm": (
+        "BatchNorm statistics of the EMA weights, re-estimated from training images before they are scored:",
+        "ema_bn_val_top1", "re-estimated", "ema_val_top1", "as trained",
+    ),
+}  # fmt: skip
 GAP_WORDS = {BETTER: "larger", WORSE: "smaller"}
 MOST_SEEDS = 10  # that a pilot asks for
 SAME_LOAD = 1.5  # times the lowest load, if speeds are to be compared
@@ -63,8 +70,7 @@ def tables(study: Study, preset: str, runs: list[Result]) -> list[Table]:
         variant_table(study, preset, runs),
         comparison_table(study, runs, study.metric),
         comparison_table(study, runs, "gap"),
-        ema_table(study, runs),
-        batch_norm_table(study, runs),
+        *(gain_table(study, runs, name) for name in GAINS),
         effect_table(study, runs),
         false_verdict_table(study, runs),
     ]
@@ -172,11 +178,9 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
     others = named(found, EXPLORATORY) if study.primary else []
+    undecided = f"Undecided, because the two tests do not both see a difference from {first}"
     for sentence, names in (
-        (
-            f"Undecided, because the two tests do not both see a difference from {first}",
-            named(found, UNDECIDED),
-        ),
+        (undecided, named(found, UNDECIDED)),
         (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
         ("Not among the primary comparisons, so without a verdict", others),
     ):
@@ -220,30 +224,14 @@ def listed(words: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def ema_table(study: Study, runs: list[Result]) -> Table:
-    """Return a table of EMA against raw weights; empty if no variant has an EMA."""
-    names = ("ema_val_top1", "EMA"), ("val_top1", "raw")
-    return gain_table(study, runs, "ema", "EMA against raw weights of the same run, last epoch:", *names)
-
-
-def batch_norm_table(study: Study, runs: list[Result]) -> Table:
-    """Return a table of re-estimated BatchNorm statistics; empty if the study does not score them."""
-    names = ("ema_bn_val_top1", "re-estimated"), ("ema_val_top1", "as trained")
-    title = (
-        "BatchNorm statistics of the EMA weights, re-estimated from training images before they are scored:"
-    )
-    return gain_table(study, runs, "batch_norm", title, *names)
-
-
-def gain_table(
-    study: Study, runs: list[Result], name: str, title: str, scored: tuple[str, str], other: tuple[str, str]
-) -> Table:
-    """Return a row for each variant with two scores of the same runs: (column, heading)."""
+def gain_table(study: Study, runs: list[Result], name: str) -> Table:
+    """Return a row for each variant that has both scores of GAINS[name]; empty if none has."""
+    title, column, heading, over, other = GAINS[name]
     rows = []
-    for variant, gain in results.gains(runs, study, scored[0], other[0]).items():
-        scores = (spread(results.by_seed(runs, variant, column)) for column in (other[0], scored[0]))
+    for variant, gain in results.gains(runs, study, column, over).items():
+        scores = (spread(results.by_seed(runs, variant, each)) for each in (over, column))
         rows.append([variant, *scores, f"{gain.mean:+.2f}", bounds(gain.interval), gain.verdict])
-    header = ["variant", other[1], scored[1], f"{scored[1]} - {other[1]}", "95 % t interval", "verdict"]
+    header = ["variant", other, heading, f"{heading} - {other}", "95 % t interval", "verdict"]
     return Table(name, title, header, rows)
 
 

@@ -95,7 +95,7 @@ def to_torchvision_file(classifier: Classifier, path: Path, images: Tensor) -> T
     build = getattr(torchvision.models, args["arch"], None)
     if build is None:
         raise UsageError(f"torchvision has no {args['arch']}", "use --export onnx or --export safetensors")
-    checkpoint.save_weights(path, to_torchvision(classifier.model))
+    checkpoint.write(path, to_torchvision(classifier.model))
     size = {"image_size": images.shape[-1]} if args["arch"].startswith("vit") else {}
     loaded = build(num_classes=args["num_classes"], **size)
     loaded.load_state_dict(checkpoint.read(path))

@@ -23,13 +23,8 @@ def build_parser() -> flags.Parser:
     add("--count", type=few, default=8, metavar="N", help="Number of validation images.")
     images("--misclassified", action="store_true", help="Explain the most confident mistakes.")
     ids, names = flags.listing(flags.natural), flags.listing(str)
-    images(
-        "--ids",
-        type=ids,
-        default=(),
-        metavar="N,...",
-        help="Explain the validation images with these numbers, from 0.",
-    )
+    numbers = "Explain the validation images with these numbers, from 0."
+    images("--ids", type=ids, default=(), metavar="N,...", help=numbers)
     images("--files", type=names, default=(), metavar="FILE,...", help="Explain these image files.")
     add("--layer", default="", metavar="NAME", help="Module; by default the last one with a spatial map.")
     size = "Image size; by default the checkpoint's."
@@ -42,9 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     if "count" in given and (config.ids or config.files):
         raise UsageError("--count has no effect with --ids and --files", "leave --count out")
     if (asked := len(config.ids or config.files)) > arguments.MOST_PICTURES:
-        raise UsageError(
-            f"{asked} images do not fit into a picture", f"name {arguments.MOST_PICTURES} at most"
-        )
+        what = f"{asked} images do not fit into a picture"
+        raise UsageError(what, f"name {arguments.MOST_PICTURES} at most")
     from analysis import gradcam_figures
     from analysis.predictions import load_with_data
 

@@ -80,10 +80,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
     """Call `main(None)` and return the exit code. Only --debug and bugs show a traceback."""
     global debug
     debug = False
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        number = getattr(signal, name, None)
-        ignored = name == "SIGHUP" and number and signal.getsignal(number) == signal.SIG_IGN  # by nohup
-        if number and not ignored:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
             signal.signal(number, exit_at_once)
     try:
         with redirect_stdout(Printable(sys.stdout)):
@@ -108,6 +106,8 @@ def run(main: Callable[[list[str] | None], int | None]) -> int:
         known = missing_package(error) if isinstance(error, ModuleNotFoundError) else resource_error(error)
         if known is None or debug:
             raise
+        if isinstance(known, ResourceError):  # other ranks may not meet it
+            known.rank = process.rank() or None
         report(known)
         return known.exit_code
 
@@ -214,14 +214,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def resource_error(error: BaseException) -> ResourceError | None:
-    """Return a ResourceError for a fault of the machine, which other ranks may not meet; None for a bug."""
-    known = _resource_error(error)
-    if known:
-        known.rank = process.rank() or None
-    return known
-
-
-def _resource_error(error: BaseException) -> ResourceError | None:
+    """Return a ResourceError for a fault of the machine, or None for a bug."""
     if is_out_of_memory(error):
         reason = f": {str(error).splitlines()[0]}" if str(error) else ""
         fix = "free memory, or ask for less: smaller batches, fewer --num-workers"

@@ -106,7 +106,9 @@ def run_parts(
     collect: called now and then while a part runs, and after it
     """
     out.mkdir(parents=True, exist_ok=True)
-    summary, commit, deadline = read_summary(out), process.commit(), time.monotonic() + seconds
+    summary, commit, deadline = {}, process.commit(), time.monotonic() + seconds
+    with suppress(OSError, ValueError):  # there is none yet, or it is damaged
+        summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     for k, name in enumerate(names):
         before = summary.get(name, {})
         if before.get("status") == "done" and before["commit"] == commit:
@@ -124,13 +126,6 @@ def run_parts(
         files.write_json(out / "summary.json", summary)
         print(f"{name}: {status} after {duration(took)}", flush=True)
     return summary
-
-
-def read_summary(out: Path) -> dict[str, dict]:
-    try:
-        return json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def attempt(name: str, command: list[str], limit: float, log: Path, collect) -> tuple[str, int | None, float]:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from base import errors, files, flags, process
 from base.errors import DataError, UsageError
@@ -134,8 +135,6 @@ def cifar_images(name: str, folder: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def encoded(images: np.ndarray, quality: int) -> bytes:
     """Encode (n, h, w, 3) uint8 as one picture, whose rows have as many images as divide n, up to 50."""
-    from PIL import Image
-
     n, h, w, _ = images.shape
     columns = max(k for k in range(1, 51) if n % k == 0)
     picture = images.reshape(-1, columns, h, w, 3).swapaxes(1, 2).reshape(-1, columns * w, 3)
@@ -149,8 +148,6 @@ def encoded(images: np.ndarray, quality: int) -> bytes:
 
 def decoded(content: bytes, side: int = 32) -> np.ndarray:
     """Return the images of a picture from `encoded`."""
-    from PIL import Image
-
     picture = np.asarray(Image.open(io.BytesIO(content), formats=("JPEG", "WEBP")))
     rows, columns = picture.shape[0] // side, picture.shape[1] // side
     return picture.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
@@ -173,10 +170,8 @@ def unpack_cifar(name: str, archives: list[Path], target: Path) -> None:
         images = [np.concatenate(found[part][class_name]) for class_name in classes]
         labels = np.repeat(np.arange(len(classes)), [len(group) for group in images])
         rows = np.concatenate(images).transpose(0, 3, 1, 2).reshape(len(labels), -1)
-        count = len(places)
-        for place, own, data in zip(
-            places, np.array_split(labels, count), np.array_split(rows, count), strict=True
-        ):
+        shares = (np.array_split(array, len(places)) for array in (labels, rows))
+        for place, own, data in zip(places, *shares, strict=True):
             content = {b"data": np.ascontiguousarray(data), which.labels: own.tolist()}
             (folder / place).write_bytes(pickle.dumps(content, protocol=4))
 
@@ -293,14 +288,8 @@ def generate(name: str, folder: Path) -> None:
         files.write(folder / "val/val_annotations.txt", lines)
     for place, class_name in places.items():
         pixels = rng.integers(0, 90, (side, side, 3)) + 40 * ("ant", "bee", "cat").index(class_name)
-        save(pixels.astype(np.uint8), folder / place)
-
-
-def save(pixels: np.ndarray, path: Path) -> None:
-    from PIL import Image
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / place)
 
 
 if __name__ == "__main__":

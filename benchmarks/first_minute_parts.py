@@ -12,7 +12,6 @@ import runpy
 import statistics
 import subprocess
 import sys
-import time
 import traceback
 import warnings
 from collections import Counter
@@ -112,26 +111,14 @@ def missing_packages() -> list[str]:
 def ceilings(device, rehearse: bool) -> dict[str, float]:
     """Return TFLOP/s of a bf16 matrix product and TB/s of a copy (bytes read and written)."""
     import torch
+    from torch.utils.benchmark import Timer  # which warms up, and waits for the GPU
 
     n = 256 if rehearse else 8192
     a, b = (torch.randn(n, n, device=device).bfloat16() for _ in range(2))
     source = torch.randn(n * n, device=device)
-    target = torch.empty_like(source)
-    product, copy = seconds_of(lambda: a @ b, device), seconds_of(lambda: target.copy_(source), device)
+    names = {"a": a, "b": b, "source": source, "target": torch.empty_like(source)}
+    product, copy = (Timer(code, globals=names).timeit(20).mean for code in ("a @ b", "target.copy_(source)"))
     return {"matmul_tflops": 2 * n**3 / product / 1e12, "copy_tb_per_s": 8 * n * n / copy / 1e12}
-
-
-def seconds_of(call: Callable[[], object], device, times: int = 20) -> float:
-    import torch
-
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for k in range(times + 3):
-        if k == 3:  # warmed up
-            wait()
-            started = time.perf_counter()
-        call()
-    wait()
-    return (time.perf_counter() - started) / times
 
 
 # --- the tests ---------------------------------------------------------------------------------------
@@ -278,18 +265,14 @@ def syncs(s: Setting) -> None:
     data = f"synthetic:classes=10,train={steps // 2 * batch},val={2 * batch},size={size}"
     words = ["--dataset", data, "--arch", arch, "--resize-schedule", size, "--batch-size", batch]
     words += ["--epochs", 2, "--num-workers", 2, "--save-dir", s.work / "syncs", "--overwrite"]
+    sys.argv = ["train.py", *map(str, words)]
     with synchronizations() as places:
-        in_this_process("train.py", words)
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                raise
     record_places(s, "train.py", places, steps)
-
-
-def in_this_process(script: str, words: list) -> None:
-    sys.argv = [script, *map(str, words)]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
 
 
 def record_places(s: Setting, run: str, places: Counter, steps: int) -> None:

@@ -12,7 +12,6 @@ import itertools
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from base import errors, flags, process
-from base.errors import ResourceError, UsageError
+from base.errors import UsageError
 
 REFERENCE = "packed"  # every other loader takes turns with it
 AUGMENTATIONS = ("basic", "full", "evaluation")
@@ -32,6 +31,7 @@ def build_parser() -> flags.Parser:
     sides = flags.listing(flags.number(int, 8))
     workers = [n for n in (1, 2, 4, 8, 16) if n <= process.cores()]
     kept = "Keeps links to the images and the packed copies for the next run (default: temporary)."
+    stored = "Packed sides in px; also as raw pixels."
     passes = "Measured passes of each loader; the best and the median count."
     add("--data-dir", default="", metavar="DIR", help="Directory with train/<class>/*.JPEG, full size.")
     add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/loader.jsonl.")
@@ -39,13 +39,7 @@ def build_parser() -> flags.Parser:
     add("--sizes", type=positive, nargs="+", default=[64, 128, 224], metavar="PX", help="Image sizes.")
     add("--workers", type=positive, nargs="+", default=workers, metavar="N", help="Loader processes.")
     add("--augmentations", nargs="+", choices=AUGMENTATIONS, default=list(AUGMENTATIONS), help="Pipelines.")
-    add(
-        "--stored-sides",
-        type=sides,
-        default=(96, 192, 320),
-        metavar="LIST",
-        help="Packed sides in px; also as raw pixels.",
-    )
+    add("--stored-sides", type=sides, default=(96, 192, 320), metavar="LIST", help=stored)
     add("--images", type=positive, default=2000, metavar="N", help="Maximum images, spread over the classes.")
     add("--batches", type=positive, default=8, metavar="N", help="Batches of 128 per worker in a pass.")
     add("--passes", type=positive, default=5, metavar="N", help=passes)
@@ -127,15 +121,10 @@ def link(data_dir: str, limit: int, folder: Path) -> None:
 
 def pack(folder: Path, out: Path, *options: str) -> None:
     """Run pack_dataset.py, which is quick if `out` is complete already."""
-    script = process.ROOT / "pack_dataset.py"
-    paths = ["--data-dir", str(folder), "--out", str(out)]
-    done = subprocess.run(
-        [sys.executable, str(script), *paths, "--on-bad-image", "skip", *options],
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise ResourceError(f"pack_dataset.py failed: {done.stderr.strip()}", "see its message")
+    from benchmarks.parity import start
+
+    paths = ["--data-dir", str(folder.absolute()), "--out", str(out.absolute())]
+    start([str(process.ROOT / "pack_dataset.py"), *paths, "--on-bad-image", "skip", *options])
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -33,12 +33,8 @@ RECIPE = """
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="python -m benchmarks.parity", description=__doc__.split("\n\n")[0])
     add, positive = parser.add_argument, flags.number(int, 1)
-    add(
-        "--data-dir",
-        required=True,
-        metavar="DIR",
-        help="CIFAR-10: its archive, or train/<class>/* and test/<class>/*.",
-    )
+    data = "CIFAR-10: its archive, or train/<class>/* and test/<class>/*."
+    add("--data-dir", required=True, metavar="DIR", help=data)
     add("--seeds", type=positive, default=12, metavar="N", help="Number of pairs.")
     add("--epochs", type=positive, default=EPOCHS, metavar="N", help="Epochs of each training.")
     add("--out", default="benchmark-results", metavar="DIR", help="Rows go to DIR/parity.jsonl.")

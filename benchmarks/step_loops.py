@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from torch.nn import functional as F
 from base import flags
 from base.device import Runtime, seed_everything
 from harness import build
-from models import build_model, model
+from models import build_model
 from optim import OPTIMIZERS, build_optimizer
 from sources.generated import synthetic
 from train_utils import StepOptions, TrainState, train_step
@@ -47,16 +45,14 @@ class Setting:
     def config(self):
         argv = ["--arch", self.arch, "--resize-schedule", str(self.image_size)]
         argv += ["--batch-size", str(self.batch_size), *self.options]
-        return flags.parse(flags.build_parser("train.py", "", "", flags.TRAIN_GROUPS), argv)[0]
+        config, _ = flags.parse(flags.train_parser(), argv)
+        return replace(config, width=1) if self.narrow else config  # --width allows no less than 2
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         seed_everything(0)
         device, shape = self.runtime.device, (self.batch_size, 3, self.image_size, self.image_size)
         images = torch.randn(shape, device=device).to(memory_format=self.memory_format)
         return images, torch.randint(CLASSES, (self.batch_size,), device=device)
-
-
-Loop = Callable[[Setting], Callable[[], object]]  # returns a function that takes one step
 
 
 def project(setting: Setting) -> Callable[[], object]:
@@ -86,8 +82,8 @@ def bare(setting: Setting) -> Callable[[], object]:
     """Forward, loss, backward and optimizer of the same model in the same precision, and nothing else."""
     config, runtime = setting.config(), setting.runtime
     seed_everything(0)
-    with width_of(setting):
-        network = build_model(setting.arch, num_classes=CLASSES, drop_path_rate=config.drop_path_rate)
+    shape = {"drop_path_rate": config.drop_path_rate, "width": config.width}
+    network = build_model(setting.arch, num_classes=CLASSES, **shape)
     network = network.to(runtime.device, memory_format=setting.memory_format).train()
     options = {"momentum": config.momentum, "nesterov": config.nesterov, "weight_decay": config.weight_decay}
     optimizer = build_optimizer(config.optimizer, network, lr=config.lr, **options)
@@ -154,7 +150,7 @@ def timm(setting: Setting) -> Callable[[], object]:
     return step
 
 
-LOOPS: dict[str, Loop] = {"bare": bare, "project": project, "project, no EMA": no_ema, "timm": timm}
+LOOPS = {"bare": bare, "project": project, "project, no EMA": no_ema, "timm": timm}
 
 
 def variants(setting: Setting) -> dict[str, Setting]:
@@ -183,25 +179,11 @@ def built(setting: Setting) -> tuple[TrainState, StepOptions]:
     """Return state and step options as train.py builds them."""
     config, train = setting.config(), 100 * setting.batch_size
     index = synthetic(f"synthetic:classes={CLASSES},train={train},val={CLASSES},size=8")
-    with width_of(setting):
-        run = build.build(config, index, setting.runtime, build.make_plan(config, index, 1), Path())
+    run = build.build(config, index, setting.runtime, build.make_plan(config, index, 1), Path())
     for network in filter(None, (run.state.model, run.state.ema.module)):
         network.to(memory_format=setting.memory_format)
     run.state.model.train()
     return run.state, run.options
-
-
-@contextmanager
-def width_of(setting: Setting) -> Iterator[None]:
-    """Let `setting.arch`, a ResNet, be built one channel wide meanwhile if the setting is narrow."""
-    full = getattr(model, setting.arch, None)
-    if setting.narrow:
-        setattr(model, setting.arch, partial(full, base_width=1))
-    try:
-        yield
-    finally:
-        if setting.narrow:
-            setattr(model, setting.arch, full)
 
 
 def endless(state: TrainState) -> TrainState:

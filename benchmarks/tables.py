@@ -80,10 +80,8 @@ def filled(name: str, rows: Rows) -> str:
     part, make = TABLES[name]
     table, used = make(rows if name in ANY_MACHINE else of_gpus(rows))
     if not table[1:]:
-        command, where = (
-            (part, "") if name in ANY_MACHINE else (f"first_minute {part}", " on a machine with a GPU")
-        )
-        return UNMEASURED.format(command=command, where=where) + "\n"
+        where = "" if name in ANY_MACHINE else " on a machine with a GPU"
+        return UNMEASURED.format(command="first_minute " * bool(where) + part, where=where) + "\n"
     header, *lines = [[shown(cell) for cell in line] for line in table]
     right = [all(map(is_number, column)) for column in zip(*lines, strict=True)]
     places = dict.fromkeys(f"{row['machine']}, torch {row['torch']}, commit {row['commit']}" for row in used)
@@ -179,12 +177,10 @@ def whole_run(rows: Rows) -> tuple[Table, Rows]:
     used = of_part(rows, "whole-run")
     lines, hours = [], Counter()
     for row in used:
-        name, size, batch_size, rate = (
-            row[key] for key in ("run", "size", "batch_size", "images_per_second")
-        )
+        name, rate = row["run"], row["images_per_second"]
         took = row["epochs_of_90"] * IMAGENET / rate / 3600
         hours[name] += took
-        cells = [size, batch_size, rate, row["data_wait_percent"], row["epochs_of_90"], took]
+        cells = [row["size"], row["batch_size"], rate, row["data_wait_percent"], row["epochs_of_90"], took]
         lines.append([name, *cells, hours[name]])
     header = ["run", "px", "batch", "images/s", "waits for data, %", "of 90 epochs"]
     return [[*header, "hours of ImageNet", "hours so far"], *lines], used

@@ -113,7 +113,7 @@ def build(
         runtime,
         index=index,
         train_sample=training_sample(index),
-        num_workers=num_workers(config),
+        num_workers=min(config.num_workers, process.cores()),  # per rank
         on_bad_image=config.on_bad_image,
         options=options,
         mixers={True: mixing, False: BatchMixer(num_classes, 0.0, 0.0, smoothing)},
@@ -131,7 +131,6 @@ def build(
         save_every=config.save_every,
         stop_after=config.stop_after,
         data_hint=packing_hint(config, index),
-        host_hint=graphs_hint(config, runtime),
     )
 
 
@@ -241,7 +240,7 @@ def build_ema(config, model: torch.nn.Module, phases: tuple[Phase, ...]) -> ema.
         return ema.NoEMA()
     if config.ema_half_life:
         steps = config.ema_half_life * sum(p.steps for p in phases) / config.epochs
-        return ema.EMA(model, ema.decay_for_half_life(steps), ramp=False)
+        return ema.EMA(model, 0.5 ** (1 / steps), ramp=False)  # a weight's share halves every `steps` updates
     return ema.EMA(model, config.ema_decay, ramp=config.ema_ramp)
 
 
@@ -268,11 +267,6 @@ def load_weights(run: Run, config) -> str:
     return f"starting from {what}, with {head}"
 
 
-def num_workers(config) -> int:
-    """Return the number of loader workers per rank: at most one per core."""
-    return min(config.num_workers, process.cores())
-
-
 def packing_hint(config, index: DatasetIndex) -> str:
     """Return advice on loading image files faster, or '' if the data is not image files."""
     if not isinstance(index.train.whole, FileSplit):
@@ -282,15 +276,6 @@ def packing_hint(config, index: DatasetIndex) -> str:
     words = shlex.join(flags.to_argv({name: v for name, v in chosen.items() if v != flags.defaults()[name]}))
     command = f"python pack_dataset.py --data-dir {data} {words + ' ' * bool(words)}--out {packed}"
     return f"A packed copy loads several times faster: {command}, then train with --data-dir {packed}"
-
-
-def graphs_hint(config, runtime: Runtime) -> str:
-    """Return advice on launching kernels faster, or '' where --cuda-graphs is on or cannot work."""
-    if runtime.device.type != "cuda" or runtime.world_size * config.accumulate > 1 or config.cuda_graphs:
-        return ""
-    return (
-        "the GPU waits for the CPU to launch its kernels. --cuda-graphs avoids that; a resumed run may add it"
-    )
 
 
 def distributed(model: torch.nn.Module, runtime: Runtime) -> torch.nn.Module:

@@ -26,20 +26,16 @@ ATTEMPTS = 3  # at writing, in case the disk recovers
 
 
 def save(path: Path, payload: dict) -> None:
-    """Write `payload` and the schema to `path`; a file that was there becomes prev_<name>.
+    """Write `payload` and the schema to `path`, see `write`."""
+    write(path, {"schema": SCHEMA, **payload})
+
+
+def write(path: Path, content: dict) -> None:
+    """Write a checkpoint or a bare state dict to `path`; a file that was there becomes prev_<name>.
 
     The new file is written beside the target, flushed, fsynced and read back before the old one moves,
     so a kill or a full disk at any moment leaves a complete checkpoint. Raises ResourceError.
     """
-    _save(Path(path), {"schema": SCHEMA, **payload})
-
-
-def save_weights(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a bare state dict, for `model.load_state_dict(torch.load(path))`, as safely as `save`."""
-    _save(Path(path), weights)
-
-
-def _save(path: Path, content: dict) -> None:
     partial = path.with_name(path.name + ".partial")
     for attempt in range(1, ATTEMPTS + 1):
         try:

@@ -28,6 +28,7 @@ from sources.index import DatasetIndex
 from train_utils import Phase, StepResult, evaluate, train_step
 
 SECONDS = 2.0  # to time steps at each size; at least one step
+HOST_BOUND = 0.1  # the share of a step that a GPU works on alone, below which the host is the limit
 
 
 def print_summary(model_args: dict, phases: Sequence[Phase]) -> None:
@@ -37,19 +38,24 @@ def print_summary(model_args: dict, phases: Sequence[Phase]) -> None:
         say(f"{format_table(model, size)}\n")
 
 
-def dry_run(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...]) -> None:
+def dry_run(
+    config, index: DatasetIndex, runtime: Runtime, phases: tuple[Phase, ...], resumed: bool = False
+) -> None:
     """Print the plan; train and validate briefly at each size; try a checkpoint; project the hours.
 
-    --save-dir is neither created nor changed.
+    --save-dir is neither created nor changed. A `resumed` run needs no weights to start from.
     """
     with tempfile.TemporaryDirectory() as directory:
         run = build.build(config, index, runtime, phases, Path(directory))
-        say(build.load_weights(run, config))
+        if not resumed:
+            say(build.load_weights(run, config))
         say(describe(run, config))
         say(MEASURED)
-        projections = [project(run, phase, *try_phase(run, phase, SECONDS)) for phase in run.phases]
+        costs = [try_phase(run, phase, SECONDS) for phase in run.phases]
+        projections = [project(run, phase, *cost) for phase, cost in zip(run.phases, costs, strict=True)]
         say(f"\n{try_checkpoint(run)}\n")
     say(projection_table(run.phases, projections))
+    say(graphs_hint(config, run, [training for training, _ in costs]))
     say(f"Nothing was written to {config.save_dir}; leave out --dry-run to train.")
 
 
@@ -99,6 +105,7 @@ class Rate:
     images: int = 0
     seconds: float = 0.0
     waited: float = 0.0  # for data, not part of `seconds`
+    behind: float = 0.0  # part of `seconds`, in which a GPU still worked after its last kernel was launched
 
     def __str__(self) -> str:
         if not self.batches:
@@ -169,10 +176,12 @@ def timed(batches: Iterator, rate: Rate, runtime: Runtime, seconds: float) -> It
             return
         started = time.perf_counter()
         yield batch
+        launched = time.perf_counter()
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
         if k in (1, 2):
             vars(rate).update(vars(Rate()))
+        rate.behind += time.perf_counter() - launched
         rate.batches += 1
         rate.images += len(batch[1]) * runtime.world_size
         rate.seconds += time.perf_counter() - started
@@ -206,6 +215,22 @@ def mean_loss(run: Run, phase: Phase, results: Sequence[StepResult]) -> float:
         level, reason = ("note", ", as fp16 searches for its scale") if searching else ("WARNING", "")
         say(f"{level}: {bad} steps at {phase.image_size} px were not finite{reason}")
     return sum(losses) / max(1, len(losses))
+
+
+def graphs_hint(config, run: Run, training: Sequence[Cost]) -> str:
+    """Return advice to use --cuda-graphs if at some size the GPU waits for the host; '' if it cannot help.
+
+    Such a GPU is done with a step as soon as its last kernel has been launched.
+    """
+    runtime = run.runtime
+    if runtime.device.type != "cuda" or runtime.world_size * config.accumulate > 1 or config.cuda_graphs:
+        return ""
+    pairs = zip(run.phases, training, strict=True)
+    bound = {p.image_size: None for p, cost in pairs if cost.work.behind < HOST_BOUND * cost.work.seconds}
+    if not bound:
+        return ""
+    where = f"at {', '.join(map(str, bound))} px"
+    return f"note: {where} the GPU waits for the CPU to launch its kernels; --cuda-graphs avoids that"
 
 
 # --- the projection -------------------------------------------------------------------------------

@@ -67,9 +67,7 @@ def checkpoint_bytes(run: Run) -> int:
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of the optimizer's state; before the first step, the size it will have."""
-    if optimizer.state:
-        return sum(tensor_bytes(state.values()) for state in optimizer.state.values())
+    """Return the size that the optimizer's state will have once every parameter is trained."""
     size = 0
     for group in optimizer.param_groups:
         kept = [v for v in example_state(optimizer, group).values() if isinstance(v, Tensor) and v.ndim]
@@ -170,7 +168,9 @@ def ballast_bytes(run: Run, phase: Phase) -> int:
 
 def new_optimizer_bytes(run: Run) -> int:
     """Return the bytes that the optimizer's state will take and does not take yet."""
-    return 0 if run.state.optimizer.state else optimizer_bytes(run.state.optimizer)
+    optimizer = run.state.optimizer
+    taken = sum(tensor_bytes(state.values()) for state in optimizer.state.values())
+    return max(0, optimizer_bytes(optimizer) - taken)
 
 
 def check_compilation(run: Run) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from base.errors import CheckpointError, UsageError
 
-from .layers import has_blur
+from .layers import Blur
 
 # Where a checkpoint keeps its weights: in the earlier code; this project and torchvision's references; timm.
 WRAPPERS = ("model_state_dict", "model", "state_dict")
@@ -103,16 +103,12 @@ def to_torchvision(model: nn.Module) -> dict[str, Tensor]:
     Raises UsageError for a network that torchvision does not have: pre-activation, another stem or
     width, or antialiased.
     """
-    if has_blur(model):
-        raise UsageError(
-            "torchvision has no antialiased ResNet: the weights would load there and score badly",
-            "export a model trained without --use-blurpool",
-        )
-    state = model.state_dict()
-    other = _arch_of(state).startswith(("preact", "unknown")) or _stem_of(state) != "imagenet"
+    state, blurred = model.state_dict(), any(isinstance(module, Blur) for module in model.modules())
+    other = blurred or _arch_of(state).startswith(("preact", "unknown")) or _stem_of(state) != "imagenet"
     if other or len(state.get("layer1.0.conv1.weight", range(64))) != 64:
+        why = ", antialiased: the weights would load there and score badly" * blurred
         raise UsageError(
-            f"torchvision has no such model: {describe(state)}",
+            f"torchvision has no such model: {describe(state)}{why}",
             "export a plain resnet18, resnet34 or resnet50, or one of torchvision's own",
         )
     head = f"{head_of(state)}.weight"

@@ -75,7 +75,3 @@ class Blur(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         return self.pool(maps)
-
-
-def has_blur(model: nn.Module) -> bool:
-    return any(isinstance(module, Blur) for module in model.modules())

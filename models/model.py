@@ -25,7 +25,7 @@ def conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1)
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions. With BlurPool, a strided block blurs before the second one."""
 
-    expansion = 1
+    expansion, last = 1, "bn2"  # the last layer of the branch
 
     def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool, pooled: bool):
         super().__init__()
@@ -44,14 +44,11 @@ class BasicBlock(nn.Module):
         out = self.bn2(self.conv2(self.blur(out)))
         return relu(self.drop_path(out, self.downsample(x)))
 
-    def zero_init_last(self) -> None:
-        nn.init.zeros_(self.bn2.weight)
-
 
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolutions. With BlurPool, a strided block blurs before the last one."""
 
-    expansion = 4
+    expansion, last = 4, "bn3"
 
     def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool, pooled: bool):
         super().__init__()
@@ -72,9 +69,6 @@ class Bottleneck(nn.Module):
         out = self.bn3(self.conv3(self.blur(out)))
         return relu(self.drop_path(out, self.downsample(x)))
 
-    def zero_init_last(self) -> None:
-        nn.init.zeros_(self.bn3.weight)
-
 
 class PreActBottleneck(nn.Module):
     """Bottleneck with norm and ReLU before each convolution (https://arxiv.org/abs/1603.05027).
@@ -83,7 +77,7 @@ class PreActBottleneck(nn.Module):
     authors' code and timm project the activated input.
     """
 
-    expansion = 4
+    expansion, last = 4, "conv3"
 
     def __init__(self, in_channels: int, width: int, stride: int, use_blurpool: bool, pooled: bool):
         super().__init__()
@@ -104,9 +98,6 @@ class PreActBottleneck(nn.Module):
         out = self.conv2(relu(self.bn2(out)))
         out = self.conv3(self.blur(relu(self.bn3(out))))
         return self.drop_path(out, self.downsample(x))
-
-    def zero_init_last(self) -> None:
-        nn.init.zeros_(self.conv3.weight)  # the branch ends in a convolution, not in a norm
 
 
 def downsample(
@@ -179,7 +170,7 @@ class ResNet(nn.Module):
         # Each block starts as its shortcut alone (https://arxiv.org/abs/1706.02677).
         for module in self.modules():
             if isinstance(module, block):
-                module.zero_init_last()
+                nn.init.zeros_(module.get_submodule(module.last).weight)
 
     def features(self, images: Tensor) -> Tensor:
         """Return the last map: (N, 3, H, W) -> (N, C, ceil(H / 32), ceil(W / 32)); small stem: / 8."""

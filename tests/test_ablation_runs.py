@@ -104,9 +104,8 @@ def test_the_studies_of_the_documents_are_all_here():
 def test_every_study_names_its_primary_comparisons_and_has_seeds_and_a_cpu_version():
     for one in studies.STUDIES.values():
         others = [*one.variants][1:]
-        assert set(one.primary) <= set(others) and bool(one.primary) == bool(
-            others and not one.grid and not one.scoring
-        )
+        assert set(one.controls) < {*others, ""}
+        assert bool(one.primary) == bool(others and not one.grid and not one.scoring)
         assert len(one.seeds) == (2 if one.grid else 24 if not others else 6)
         assert one.cpu["holdout"] and one.cpu_title
 
@@ -208,7 +207,7 @@ def test_the_last_epoch_counts_not_the_best():
 
 # --- conclusions ---
 
-TWO = Study("two", "Is b better?", {"a": {}, "b": {"lr": 1}, "c": {"lr": 2}}, primary=("b", "c"))
+TWO = Study("two", "Is b better?", {"a": {}, "b": {"lr": 1}, "c": {"lr": 2}})
 
 
 def made(**scores):
@@ -244,7 +243,7 @@ def test_five_seeds_decide_nothing():
 
 
 def test_only_primary_comparisons_get_a_verdict():
-    which = Study("two", "?", TWO.variants, primary=("c",))
+    which = Study("two", "?", TWO.variants, controls=("b",))
     found = results.compare(made(a=SIX, b=CLEAR, c=NOISY), which, "val_top1")
     assert (found["b"].verdict, found["b"].p) == (statistics.EXPLORATORY, None)
     assert found["c"].verdict == statistics.UNDECIDED
@@ -253,7 +252,7 @@ def test_only_primary_comparisons_get_a_verdict():
 
 
 def test_a_control_is_named_beside_the_verdicts_it_puts_into_proportion():
-    runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, primary=("c",))
+    runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, controls=("b",))
     assert (
         findings.short(which, runs) == "top-1 against a: undecided: c; without a verdict, in points: b +10.1"
     )
@@ -694,7 +693,7 @@ DIGITS |= {
 
 def test_any_row_of_a_study_can_be_repeated_bit_for_bit(tmp_path, monkeypatch, capsys):
     """Also a run that is repeated alone, and from the command that its run.json has."""
-    which = Study("again", "?", {"a": {}, "b": {"lr": 0.01}}, base=DIGITS, primary=("b",))
+    which = Study("again", "?", {"a": {}, "b": {"lr": 0.01}}, base=DIGITS)
     monkeypatch.setitem(studies.STUDIES, "again", which)
     monkeypatch.setattr(run, "launch", in_process)
     assert run.main(["again", "--pilot", "--out", str(tmp_path / "one")]) == 0
@@ -768,7 +767,8 @@ def test_published_files_have_no_paths(tmp_path):
 
 
 def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_its_verdict():
-    grid, alone = Study("grid", "?", TWO.variants, grid=("lr",)), Study("alone", "?", TWO.variants)
+    grid = Study("grid", "?", TWO.variants, grid=("lr",))
+    alone = Study("alone", "?", TWO.variants, controls=("b", "c"))
     runs = made(a=SIX, b=CLEAR, c=NOISY)
     axis = plots.overview([(TWO, runs), (grid, runs), (alone, runs)], reach=8).axes[0]
     assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "c"]
@@ -777,7 +777,7 @@ def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_i
     assert [line.get_marker() for line in means] == [">", "o"] and float(means[0].get_xdata()[0]) == 8
     assert [text.get_text() for text in axis.texts] == [" two: difference from a", "+10.1", "+0.2"]
     assert plots.overview([(TWO, made(a=(50,), b=(52,), c=(51,)))])  # no intervals
-    planned = Study("two", "?", TWO.variants, primary=("b",))
+    planned = Study("two", "?", TWO.variants, controls=("c",))
     lines = plots.overview([(planned, runs)]).axes[0].lines
     assert [m.get_markerfacecolor() for m in lines if len(m.get_xdata()) == 1] == [figures.GREEN, "white"]
 
@@ -865,7 +865,7 @@ WORSE, SAME = BETTER[::-1], ([50, 51, 52, 53, 50, 51], [50.1, 50.9, 52.1, 52.9, 
     ],
 )
 def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, status):
-    two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, primary=("b",))
+    two = Study("two", "?", {"a": {}, "b": {"lr": 1}})
     expected, _, points = expected.partition(" by ")
     claim = claims.Claim("000", "b is better", "two", "b", expected, points=float(points) if points else None)
     assert claims.judge(claim, made(a=scores[0], b=scores[1]), two)[0] == status
@@ -873,7 +873,7 @@ def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, st
 
 def test_a_variant_that_was_chosen_after_scores_were_seen_decides_no_claim():
     claim = claims.Claim("000", "b is worse", "two", "b", "worse", planned=False)
-    two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, primary=("b",))
+    two = Study("two", "?", {"a": {}, "b": {"lr": 1}})
     scores = made(a=[50, 51, 52, 53, 50, 51], b=[40, 41, 42, 43, 40, 41.5])
     status, difference = claims.judge(claim, scores, two)
     assert (status, difference.verdict) == ("undecided", "worse")
@@ -885,11 +885,11 @@ def test_re_estimated_statistics_are_compared_within_each_run():
         right = rng.random(200) < 0.5
         r.hits = {"raw": right, "ema": right, "ema bn": right | (rng.random(200) < 0.2)}
     one = Study("one", "?", {"a": {}}, scoring=("--recalibrate-bn",), metric="ema_val_top1")
-    table = summary.batch_norm_table(one, runs)
+    table = summary.gain_table(one, runs, "batch_norm")
     expected = np.mean([100 * (r.hits["ema bn"].mean() - r.hits["ema"].mean()) for r in runs])
     assert table.rows[0][3] == f"{expected:+.2f}" and table.rows[0][-1] == "better"
     assert "re-estimated" in summary.conclusion(one, runs)
-    assert not summary.batch_norm_table(TWO, made(a=[1, 2], b=[1, 2]))
+    assert not summary.gain_table(TWO, made(a=[1, 2], b=[1, 2]), "batch_norm")
 
 
 def test_the_runner_scores_as_the_study_says(tmp_path):

@@ -485,7 +485,7 @@ def test_tensors_are_saved_from_the_cpu(tmp_path):
     """Plain `torch.load` could not read tensors of a GPU on a machine without one."""
     weights = {"w": torch.arange(3.0).as_subclass(OnDevice)}
     checkpoint.save(tmp_path / "x.pt", whole(model=weights))
-    checkpoint.save_weights(tmp_path / "w.pt", weights)
+    checkpoint.write(tmp_path / "w.pt", weights)
     for found in (
         checkpoint.load(tmp_path / "x.pt")["model"],
         torch.load(tmp_path / "w.pt", weights_only=True),

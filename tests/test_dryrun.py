@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,42 @@ def test_work_and_waiting_are_timed_apart_and_the_warm_up_is_not_timed(monkeypat
         clock.now += {0: 200.0, 1: 5.0}.get(k, 2.0)  # compiling, and recording a CUDA graph
     assert (rate.batches, rate.images, rate.seconds, rate.waited) == (5, 50, 10.0, 1.25)
     assert str(rate) == "5.0 (5)"
+
+
+@pytest.mark.parametrize("device, flag, launching, advised", [
+    ("cuda", "", 0.9, True), ("cuda", "--compile", 0.9, True), ("cuda", "", 0.5, False),
+    ("cpu", "", 0.9, False), ("cuda", "--cuda-graphs", 0.9, False), ("cuda", "--accumulate 2", 0.9, False),
+])  # fmt: skip
+def test_cuda_graphs_are_advised_where_the_gpu_waits_for_the_host(
+    device, flag, launching, advised, monkeypatch
+):
+    """Steps of a second, of which the host needs `launching` to launch them."""
+    clock, rate, runtime = Clock(monkeypatch), Rate(), Runtime(torch.device(device))
+
+    def wait(device):
+        clock.now += 1.05 - launching
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    for _ in timed(clock.batches([0.0] * 100), rate, runtime, seconds=10.0):
+        clock.now += launching
+    run = SimpleNamespace(runtime=runtime, phases=(Phase(1, 1, 64, 8, 5, 0), Phase(2, 2, 128, 8, 5, 5)))
+    slower = Cost(Rate(1, 10, seconds=1.0, behind=0.6), Rate())
+    config, _ = flags.parse(flags.train_parser(), ["--dataset", "digits", *flag.split()])
+    hint = dryrun.graphs_hint(config, run, [Cost(rate, Rate()), slower])
+    assert hint.startswith("note: at 64 px the GPU waits") if advised else hint == ""
+
+
+def test_a_resumed_run_is_tried_without_the_weights_it_started_from(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dryrun, "SECONDS", 0.0)
+    first, second = (["--save-dir", str(tmp_path / name)] for name in ("first", "second"))
+    assert train.main([*TINY, *first]) == 0
+    weights = next((tmp_path / "first").glob("best_*.pt"))
+    assert train.main([*TINY, *second, "--init-from", str(weights), "--stop-after", "7"]) == 0
+    weights.unlink()
+    capsys.readouterr()
+    assert train.main([*second, "--resume", "auto", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "whole run" in out and "starting from" not in out
 
 
 def test_the_only_batch_is_timed_and_another_follows_a_slow_warm_up(monkeypatch):

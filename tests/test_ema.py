@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from base.errors import CheckpointError
-from ema import EMA, NoEMA, decay_for_half_life
+from ema import EMA, NoEMA
 
 
 def a_model(seed=0, dtype=torch.float64):
@@ -62,13 +62,6 @@ def test_the_first_update_of_a_ramp_and_its_end():
     assert ema.decay_at(1) == 2 / 11
     assert ema.decay_at(100_000) == 0.9999
     assert EMA(a_model(), decay=0.9999, ramp=False).decay_at(1) == 0.9999
-
-
-def test_a_half_life_halves():
-    decay = decay_for_half_life(400)
-    assert decay**400 == pytest.approx(0.5)
-    with pytest.raises(ValueError):
-        decay_for_half_life(0)
 
 
 def test_the_copy_is_its_own_in_eval_mode_and_keeps_channels_last():

@@ -4,7 +4,6 @@ import importlib
 import shlex
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -69,18 +68,6 @@ def test_the_hint_to_pack_keeps_the_choice_of_data(photos, tmp_path):
     assert command[2:-2] == ["--data-dir", str(photos), "--dataset=imagenet100", f"--class-list={listed}"]
     config, _ = flags.parse(flags.train_parser(), [f"--data-dir={photos}"])
     assert f"--data-dir {photos} --out {photos}-packed," in build.packing_hint(config, index)
-
-
-@pytest.mark.parametrize("words, device, ranks, hinted", [
-    ("", "cuda", 1, True), ("--compile", "cuda", 1, True), ("", "cpu", 1, False), ("", "cuda", 2, False),
-    ("--accumulate 2", "cuda", 1, False), ("--cuda-graphs", "cuda", 1, False),
-])  # fmt: skip
-def test_cuda_graphs_are_advised_where_they_can_work(words, device, ranks, hinted):
-    from harness import build
-
-    config, _ = flags.parse(flags.train_parser(), words.split())
-    runtime = SimpleNamespace(device=SimpleNamespace(type=device), world_size=ranks)
-    assert ("--cuda-graphs" in build.graphs_hint(config, runtime)) is hinted
 
 
 def test_a_misspelt_step_key_or_name_is_found(tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from base.errors import UsageError
-from models.layers import Blur, DropPath, has_blur, set_drop_path_rate
+from models.layers import Blur, DropPath, set_drop_path_rate
 
 
 def test_drop_path_keeps_the_expected_value_and_drops_whole_samples():
@@ -99,7 +99,6 @@ def test_blur_halves_any_size_upwards_as_a_strided_convolution_does():
 def test_blur_has_no_weights_and_follows_dtype_copy_and_autocast():
     blur = Blur(4)
     assert not blur.state_dict() and not list(blur.parameters())
-    assert has_blur(nn.Sequential(blur)) and not has_blur(nn.Sequential(nn.Identity()))
     maps = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last)
     plain = blur(maps)
     assert plain.is_contiguous(memory_format=torch.channels_last)

@@ -18,7 +18,6 @@ from base.device import Runtime
 from base.errors import DataError, DivergedError
 from dataloader import Order
 from harness.log import MetricLogger, read_metrics
-from train_utils import RunningStep
 
 SMALL = (
     "--arch", "resnet_tiny", "--resize-schedule", "16", "--epochs", "2", "--batch-size", "24",
@@ -241,6 +240,11 @@ def test_a_timed_save_comes_when_its_time_has_passed(tmp_path, monkeypatch):
     assert seen == [3, 5, 5, 8, 10, 10, 13, 15, 15]  # timed; at the end of an epoch; with its row
 
 
+def test_a_half_life_is_in_epochs(tmp_path):
+    run = tiny_run(tmp_path, "--ema-half-life", "2")  # of 3 epochs with 5 steps each
+    assert run.state.ema.decay**10 == pytest.approx(0.5)
+
+
 def test_the_remaining_time_leaves_out_a_slow_first_step(tmp_path, monkeypatch):
     """With --compile, the first step at a new size takes most of a minute."""
     run, clock, left = tiny_run(tmp_path), [0.0], []
@@ -256,33 +260,6 @@ def test_the_remaining_time_leaves_out_a_slow_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(run.table, "row", lambda values, after: left.append(after) or row(values, after))
     loop.fit(run, MetricLogger(tmp_path))
     assert 5 < left[0] < 30 and 2 < left[1] < 15 and left[2] == 0
-
-
-@pytest.mark.parametrize(
-    ("launching", "waiting", "said"),
-    [(1, 0.01, 1), (1, 0.1, 0), (1e-9, 0, 0)],
-    ids=["host is slower", "GPU is slower", "data are slower"],
-)
-def test_a_run_says_once_if_the_gpu_waits_for_the_host(
-    launching, waiting, said, tmp_path, capsys, monkeypatch
-):
-    run = tiny_run(tmp_path, "--resize-schedule", "16", "--phase-batch-sizes", "4", "--epochs", "2")
-    run.host_hint, clock = "add --cuda-graphs", [0.0]
-    step, result = loop.train_step, RunningStep.result
-
-    def after(seconds, call):
-        def timed(*args, **vote):
-            clock[0] += seconds
-            return call(*args, **vote)
-
-        return timed
-
-    now = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
-    monkeypatch.setattr(loop, "time", now)
-    monkeypatch.setattr(loop, "train_step", after(launching, step))
-    monkeypatch.setattr(RunningStep, "result", after(waiting, result))
-    loop.fit(run, MetricLogger(tmp_path))
-    assert run.state.step >= 40 and capsys.readouterr().out.count("note: add --cuda-graphs") == said
 
 
 def test_a_run_says_that_it_compiles_for_a_new_size(tmp_path, capsys):

@@ -341,8 +341,8 @@ def test_statistics_in_one_buffer_are_tensors_like_any_other(tmp_path):
     plain = build_model("resnet_tiny", num_classes=CLASSES)
     model = copy.deepcopy(plain)
     buffers = BatchNormBuffers(model)
-    checkpoint.save_weights(tmp_path / "flat.pt", model.state_dict())
-    checkpoint.save_weights(tmp_path / "plain.pt", plain.state_dict())
+    checkpoint.write(tmp_path / "flat.pt", model.state_dict())
+    checkpoint.write(tmp_path / "plain.pt", plain.state_dict())
     saved = torch.load(tmp_path / "flat.pt", weights_only=True)
     assert all(value.untyped_storage().nbytes() == value.nbytes for value in saved.values())
     assert (tmp_path / "flat.pt").stat().st_size == (tmp_path / "plain.pt").stat().st_size
