@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from base.parser import LEAST_ALPHA
-
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
     """Turn labels (N,) int64 into class probabilities (N, K) float32 on the same device.
@@ -110,8 +108,6 @@ def draw_partner(num_samples: int, device: torch.device) -> Tensor:
 
 
 def _beta(alpha: float) -> torch.distributions.Beta:
-    if alpha < LEAST_ALPHA:
-        raise ValueError(f"alpha must be 0 or at least {LEAST_ALPHA}, got {alpha}")
     # In float32, most draws at alpha 0.01 round to exactly 0 or 1.
     concentration = torch.tensor(alpha, dtype=torch.float64)
     return torch.distributions.Beta(concentration, concentration)

@@ -262,19 +262,15 @@ class BatchDataset(Batches):
         """Return image `i`, transformed. If it is bad and may be skipped: a substitute, or None."""
         try:
             return self._transformed(i, data, epoch)
-        except BadImage as error:
-            if self.on_bad_image == "fail" and self.augments:
-                raise BadImage(error.name, error.reason, SKIP) from None
+        except BadImage as error:  # the name is looked up only here: that can take as long as decoding
+            name = self.split.name(i)
             if self.on_bad_image == "fail":
-                raise
-        bad.append(self.split.name(i))
+                raise BadImage(name, error.reason, SKIP if self.augments else error.fix) from error
+        bad.append(name)
         return self._substitute(i, epoch) if self.augments else None
 
     def _transformed(self, i: int, data: bytes | np.ndarray, epoch: int) -> np.ndarray:
-        try:
-            return self.transform(data, (self.seed, epoch, i)) if self.augments else self.transform(data)
-        except BadImage as error:  # the name is looked up only here: that can take as long as decoding
-            raise BadImage(self.split.name(i), error.reason) from error
+        return self.transform(data, (self.seed, epoch, i)) if self.augments else self.transform(data)
 
     def _substitute(self, i: int, epoch: int) -> np.ndarray:
         """Return another image of the same class as image `i`, drawn from (seed, epoch, i)."""
@@ -303,10 +299,8 @@ class StoredCrops(Batches):
         self.bad = self.crops.bad()  # read here, once for all workers
 
     def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
-        kept, bad = batch.ids, []
-        if self.bad:
-            kept = [i for i in batch.ids.tolist() if i not in self.bad]
-            bad = [self.bad[i] for i in batch.ids.tolist() if i in self.bad]
+        ids = batch.ids.tolist()
+        kept, bad = [i for i in ids if i not in self.bad], [self.bad[i] for i in ids if i in self.bad]
         if bad and self.on_bad_image == "fail":
             raise BadImage(bad[0]["name"], bad[0]["reason"])
         self.crops.read(kept, images)
@@ -351,11 +345,6 @@ def _received(number: int, step: int, labels: np.ndarray, bad: list[str]) -> tup
     return torch.from_numpy(images), torch.from_numpy(labels), bad
 
 
-def prefetch(batch_bytes: int, workers: int) -> int:
-    """Return how many batches each worker keeps ready: PREFETCH, or fewer if they would not fit QUEUE."""
-    return max(1, min(PREFETCH, QUEUE // max(1, batch_bytes * workers)))
-
-
 class Loader:
     """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
@@ -366,7 +355,7 @@ class Loader:
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Batches,
         order: Order,
         mean: Sequence[float],
         std: Sequence[float],
@@ -376,11 +365,10 @@ class Loader:
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
         self.mean, self.std = mean, std
         self.waited, self.bad = 0.0, []
-        fork = num_workers > 0 and sys.platform == "linux"
-        self.uses_memory = fork and isinstance(dataset, Batches)
-        rows, side = -(-order.batch_size // order.world_size), getattr(dataset, "image_size", 0)
+        self.uses_memory = num_workers > 0 and sys.platform == "linux"  # where workers are forked
+        rows, side = -(-order.batch_size // order.world_size), dataset.image_size
         self.batch_shape = (rows, side, side, 3)
-        each = prefetch(math.prod(self.batch_shape), num_workers)
+        each = max(1, min(PREFETCH, QUEUE // max(1, math.prod(self.batch_shape) * num_workers)))
         self.ahead = each * num_workers
         self.batches = DataLoader(
             dataset,
@@ -390,9 +378,8 @@ class Loader:
             persistent_workers=num_workers > 0 and order.shuffle,
             prefetch_factor=each if num_workers else None,
             pin_memory=self.device.type == "cuda",
-            multiprocessing_context="fork" if fork else None,
+            multiprocessing_context="fork" if self.uses_memory else None,
         )
-        self._renew_memory()
 
     def __len__(self) -> int:
         return len(self.order)
@@ -400,18 +387,15 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
         self.batches.worker_init_fn = functools.partial(_init_worker, left_to_parent())
-        if not self.batches.persistent_workers:
-            self._renew_memory()  # an earlier iteration may still go on
+        if self.uses_memory and not (self.batches.persistent_workers and self.dataset.memory):
+            # For new workers it is new: an earlier iteration may still go on.
+            self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
         iterator = iter(self.batches)  # workers start here, not at the first batch
         if self.batches.num_workers:
             _started.add(iterator)
-            iterator.memory = getattr(self.dataset, "memory", None)  # lives as long as the iteration
+            iterator.memory = self.dataset.memory  # lives as long as the iteration
         raw = self._raw(iterator)
         return self._prefetched(raw) if self.device.type == "cuda" else map(self._to_device, raw)
-
-    def _renew_memory(self) -> None:
-        if self.uses_memory:
-            self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
 
     def _raw(self, iterator: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield uint8 batches on the CPU; time the waiting and raise the workers' errors."""

@@ -118,6 +118,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     urls = {"--train-url": args.train_url, "--val-url": args.val_url, "--devkit-url": args.devkit_url}
     check_usage(args.method, args.dataset, [flag for flag, url in urls.items() if url])
+    if args.data_dir and args.dataset.startswith("hf:"):
+        what = "--data-dir has no effect: the Hub's datasets go into its own cache"
+        raise UsageError(what, "leave it out, or set HF_HOME")
     data_dir = Path(args.data_dir or f"./data/{args.dataset}")
     if args.dataset != "imagenet":
         download_simple(args.dataset, data_dir)
@@ -195,13 +198,14 @@ def val_labels(data_dir: Path, devkit_url: str | None) -> dict[bytes, bytes]:
     """Return {image name without extension: class}, unpacking the development kit if it is needed."""
     from sources.archives import ilsvrc
     from sources.archives.unpack import unpack
+    from sources.imagenet import flat_val_labels
 
     try:
-        return ilsvrc.val_labels(data_dir)
+        return flat_val_labels(data_dir, data_dir)
     except DataError:
         archive = get_archive(DEVKIT, devkit_url, data_dir)
         unpack(archive, data_dir / ilsvrc.DEVKIT_FOLDER, ilsvrc.devkit_place)
-        return ilsvrc.val_labels(data_dir)
+        return flat_val_labels(data_dir, data_dir)
 
 
 def get_archive(archive: Archive, url: str | None, data_dir: Path) -> Path:

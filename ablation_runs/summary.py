@@ -161,7 +161,7 @@ def conclusion(study: Study, runs: list[Result]) -> str:
     if broken := sorted({f"{run.variant} ({run.status})" for run in runs if run.status != "done"}):
         sentences.append(f"Not every run finished: {listed(broken)}.")
     if power := results.power(runs, study):
-        sentences.append(power_line(study, power, results.power(runs, study, most=2)))
+        sentences.append(power_line(study, power, results.power(runs, study, most=2) or power))
     return " ".join(sentences) or "No variant to compare yet."
 
 

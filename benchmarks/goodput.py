@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         print(table(json.loads((Path(args.table) / "goodput.json").read_text())))
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, which kills the active run
+    for number in (signal.SIGINT, signal.SIGTERM):  # so that the active run is killed too
+        signal.signal(number, signal.default_int_handler)
     errors.doing("timing the steps of a short run")
     out = Path(args.out)
     for name in ("calibration", "first", "killed", "last"):
@@ -245,4 +246,4 @@ def table(result: dict) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(errors.run(main))

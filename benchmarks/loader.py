@@ -59,7 +59,8 @@ def main(argv: list[str] | None = None) -> int:
             measure_all(args, Path(args.work_dir or scratch))
     rows = records.load(args.out, "loader")
     print(records.table(rows, COLUMNS))
-    draw(rows, Path(args.out) / "loader.png")
+    if rows:
+        draw(rows, Path(args.out) / "loader.png")
     return 0
 
 

@@ -79,15 +79,12 @@ def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom
         return _pipeline(argument, randomness)
     if name == "cutout":
         return lambda image, draw: cutout(image, argument, fill, draw)
-    operations = {
+    operation = {
         "flip": lambda image, draw: cv2.flip(image, 1),
         "affine": lambda image, draw: affine(image, *draw_affine(draw), fill),
         "jitter": _jitter_of(argument),
         "dropout": lambda image, draw: dropout(image, fill, draw),
-    }
-    if name not in operations:
-        raise ValueError(f"unknown augmentation {name!r}")
-    operation = operations[name]
+    }[name]
     return lambda image, draw: operation(image, draw) if draw() < P else image
 
 

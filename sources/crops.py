@@ -42,7 +42,6 @@ class Crops:
         self.folder = os.path.join(root, name)
         self.shards = [range(len(split))[at : at + SHARD_ROWS] for at in range(0, len(split), SHARD_ROWS)]
         self._open: dict[int, np.ndarray] = {}
-        self._bad: dict[int, dict] | None = None
 
     def __getstate__(self):
         return {**self.__dict__, "_open": {}}
@@ -66,10 +65,8 @@ class Crops:
 
     def bad(self) -> dict[int, dict]:
         """Return {id: {name, reason}} of the images that could not be decoded, whose crops are black."""
-        if self._bad is None:
-            records = [_record(self.path(k)) for k in range(len(self.shards))]
-            self._bad = {image["id"]: image for record in records for image in record["skipped"]}
-        return self._bad
+        records = [_record(self.path(k)) for k in range(len(self.shards))]
+        return {image["id"]: image for record in records for image in record["skipped"]}
 
     def read(self, ids: Sequence[int], out: np.ndarray) -> None:
         """Copy the crops of samples `ids` into `out` (n, image_size, image_size, 3) uint8."""

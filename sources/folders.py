@@ -35,14 +35,14 @@ def is_image(name: bytes) -> bool:
 
 def check_outside(index: DatasetIndex, out: str | os.PathLike, flag: str) -> None:
     """Raise UsageError if `out` is inside the class folders: what is written there would become a class."""
-    if not isinstance(index.train.whole, FileSplit):
-        return
-    root = os.fsdecode(index.train.whole.root)
-    parts = [root] if index.split_file else [os.path.join(root, part) for part in ("train", "val")]
-    real = os.path.realpath(out)
+    parts = [split.whole for split in (index.train, index.val) if isinstance(split.whole, FileSplit)]
     for part in parts:
-        if real.startswith(os.path.join(os.path.realpath(part), "")) or real == os.path.realpath(part):
-            what = f"{flag} {out} is inside the images, {part}: it would become a class"
+        inside = os.path.relpath(os.path.realpath(out), os.path.realpath(part.root))
+        first = inside.partition(os.sep)[0]
+        if first == os.pardir:
+            continue
+        if index.split_file or any(name.startswith(f"{first}/") for name in part.names_of(range(len(part)))):
+            what = f"{flag} {out} is inside the images, {part.root}: it would become a class"
             raise UsageError(what, f"use a directory elsewhere: {flag} DIR")
 
 
@@ -153,11 +153,6 @@ def list_labelled(
 def class_names(path: str | os.PathLike) -> list[bytes]:
     """Return the folders of `path` that could be classes: none for a flat val/."""
     return [entry.name for entry in scan(os.fsencode(path)) if _is_class(entry)]
-
-
-def holds_images(folder: bytes) -> bool:
-    """Return whether there are images right in `folder`, of kinds that are read or that are passed over."""
-    return any(is_image(entry.name) or passed_over([entry.name]) for entry in scan(folder))
 
 
 def scan(path: bytes) -> list[os.DirEntry]:

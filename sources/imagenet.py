@@ -34,12 +34,11 @@ LABEL_PLACES = "LOC_val_solution.csv, Annotations/CLS-LOC/val/*.xml or ILSVRC201
 TINY_MEAN, TINY_STD = (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)  # of the training images
 
 
-def imagenet(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
-    """Index class folders or the ILSVRC/Kaggle tree; with `class_list`, only those classes.
+def imagenet(data_dir: str, wanted: set[bytes] | None, **checks: bool) -> DatasetIndex:
+    """Index class folders or the ILSVRC/Kaggle tree; only the `wanted` classes, if given.
 
     Classes that are not WordNet ids are somebody's own, under the name of their folder.
     """
-    wanted = read_class_list(class_list) if class_list else None
     folder = Path(os.path.abspath(data_dir))
     name = safe_name(folder.parent if folder.name == "train" else folder)
     if splits.lacks_parts(data_dir):
@@ -50,13 +49,12 @@ def imagenet(data_dir: str, class_list: str | os.PathLike | None = None, **check
     return index if index.exif else replace(index, name="imagenet_1k")
 
 
-def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **checks: bool) -> DatasetIndex:
+def imagenet100(data_dir: str, wanted: set[bytes] | None, **checks: bool) -> DatasetIndex:
     """Index 100 classes: Kaggle's copy (train.X1 ...), class folders, or a list of classes of ImageNet.
 
-    Without `class_list`, ImageNet is cut down by imagenet100.txt (https://arxiv.org/abs/1906.05849), and
+    Without `wanted`, ImageNet is cut down by imagenet100.txt (https://arxiv.org/abs/1906.05849), and
     a tree of up to 100 classes is used as it is.
     """
-    wanted = read_class_list(class_list) if class_list else None
     train, val = (sorted(p.name for p in Path(data_dir).glob(f"{part}.X*") if p.is_dir()) for part in PARTS)
     if train:
         parts = {"train": train, "val": val or ["val"]}
@@ -67,9 +65,7 @@ def imagenet100(data_dir: str, class_list: str | os.PathLike | None = None, **ch
     return _index("imagenet100", data_dir, root, PARTS, wanted, **checks)
 
 
-def tiny_imagenet(
-    data_dir: str, class_list: str | os.PathLike | None = None, split: str = "official", **checks: bool
-) -> DatasetIndex:
+def tiny_imagenet(data_dir: str, wanted: set[bytes] | None, split: str, **checks: bool) -> DatasetIndex:
     """Index Tiny ImageNet: train/<class>/images/, and val/images/ with val_annotations.txt or val/<class>/.
 
     It has 200 classes with 500 + 50 images of 64 px. Split `70-30` redistributes them as 77,000 + 33,000.
@@ -81,7 +77,6 @@ def tiny_imagenet(
             "python download_imagenet.py --method simple --dataset tiny-imagenet --data-dir "
             + shlex.quote(os.fspath(data_dir)),
         )
-    wanted = read_class_list(class_list) if class_list else None
     train = _listed(root, ["train"], wanted)
     train.others = [name for name in train.others if not name.endswith(b"_boxes.txt")]  # published with it
     annotations = Path(root, "val", "val_annotations.txt")
@@ -177,7 +172,7 @@ def _without_val(root: str) -> str:
     return folders.ACCEPTED
 
 
-def _places(root: str, data_dir: str) -> list[Path]:
+def _places(root: str | os.PathLike, data_dir: str | os.PathLike) -> list[Path]:
     """Return where labels and class names may be: `data_dir`, `root`, and the ILSVRC tree's upper folders."""
     places, path = [Path(data_dir), Path(root)], Path(os.path.abspath(root))
     if path.parts[-2:] == ("Data", "CLS-LOC"):
@@ -188,14 +183,14 @@ def _places(root: str, data_dir: str) -> list[Path]:
 # --- labels of a flat val/ -------------------------------------------------------------------------
 
 
-def flat_val_labels(root: str, data_dir: str) -> dict[bytes, bytes]:
+def flat_val_labels(root: str | os.PathLike, data_dir: str | os.PathLike) -> dict[bytes, bytes]:
     """Return {image name without extension: class} for a flat val/, from the label files around it."""
     for place in _places(root, data_dir):
         for path, read in _label_files(place):
             try:
                 return dict(read(path))
             except Exception as error:  # hostile bytes make csv and scipy raise anything
-                what = f"cannot read the labels in {path}: {error or type(error).__name__}"
+                what = f"cannot read the labels in {path}: {str(error) or type(error).__name__}"
                 raise DataError(what, "download them again") from error
     raise DataError(
         f"{os.path.abspath(root)}/val has no class folders, and the labels of its images were not found",

@@ -191,7 +191,7 @@ def _decode_strictly(data: bytes, name: str) -> np.ndarray:
         reason = f"not an image of a known kind; it starts with {data[:16]!r}"
         raise BadImage(name, f"it is {kind}, which is not read: convert it" if kind else reason) from None
     except Exception as error:  # hostile bytes make parsers raise anything: SyntaxError, struct.error, ...
-        raise BadImage(name, f"{error or type(error).__name__}") from error
+        raise BadImage(name, str(error) or type(error).__name__) from error
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -259,8 +259,6 @@ class TrainTransform:
         exif: bool = False,
     ):
         crops = [step for step in steps if step[0] in ("rrc", "padcrop")]
-        if len(crops) > 1:
-            raise ValueError(f"at most one crop, not {' and '.join(name for name, _ in crops)}")
         self.crop_name, self.pad = crops[0] if crops else ("centre", None)
         self.steps = [step for step in steps if step not in crops]
         self.image_size, self.crop, self.exif = image_size, crop, exif

@@ -110,10 +110,7 @@ class FileSplit(Split):
 
     def __init__(self, root: str | os.PathLike, names: Iterable[str | bytes], labels: Sequence[int]):
         self.root = os.fspath(root)
-        self.names = names if isinstance(names, Names) else Names(names)
-        self.labels = np.asarray(labels, np.int64)
-        if len(self.names) != len(self.labels):
-            raise ValueError(f"{len(self.names)} names but {len(self.labels)} labels")
+        self.names, self.labels = Names(names), np.asarray(labels, np.int64)
 
     def name(self, i: int) -> str:
         return self.names[i]
@@ -122,17 +119,12 @@ class FileSplit(Split):
         return os.path.join(self.root, self.names[i])
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
-        return [_read_file(self.path(i)) for i in ids]
+        return [Path(self.path(i)).read_bytes() for i in ids]
 
     def digest(self) -> str:
         sha = hashlib.sha256(self.labels.astype("<i8").tobytes())
         sha.update(self.names.blob + self.names.offsets.astype("<i8").tobytes())
         return sha.hexdigest()
-
-
-def _read_file(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 class ArraySplit(Split):
@@ -153,7 +145,7 @@ class SubsetSplit(Split):
 
     def __init__(self, base: Split, ids: Sequence[int]):
         self.base, self.ids = base, np.asarray(ids, np.int64)
-        self.labels = base.labels[self.ids]
+        self.labels, self.crop_root = base.labels[self.ids], base.crop_root
 
     def name(self, i: int) -> str:
         return self.base.name(self.ids[i])
@@ -170,10 +162,6 @@ class SubsetSplit(Split):
     @property
     def whole(self) -> Split:
         return self.base.whole
-
-    @property
-    def crop_root(self) -> str:
-        return self.whole.crop_root
 
     def content(self) -> str:
         ids = self.ids.astype("<i8").tobytes()

@@ -10,7 +10,10 @@ from pathlib import Path
 from base.errors import DataError, UsageError, did_you_mean, nearest_path
 from base.flags import DATASETS
 from base.idle import NO_FILES, WITH_CLASS_LIST
-from sources import folders
+from sources import folders, imagenet
+from sources.cifar import cifar
+from sources.generated import digits, synthetic
+from sources.hub import hub
 from sources.index import DatasetIndex, first_classes, hold_out, take_subset
 
 ON_DISK = ("imagenet", "imagenet100", "tiny-imagenet", "cifar100", "cifar10")
@@ -65,8 +68,10 @@ def open_dataset(
         raise UsageError(what, f"leave it out: it is for {', '.join(WITH_CLASS_LIST)}")
     if kind in ON_DISK:
         index = _on_disk(dataset, os.fspath(data_dir), split, class_list, allow_class_mismatch)
+    elif kind == "hf":
+        index = hub(dataset)
     else:
-        index = _elsewhere(dataset)
+        index = digits() if kind == "digits" else synthetic(dataset)
     index = first_classes(index, classes) if classes else index
     index = hold_out(index, holdout) if holdout else index
     if not subset_size:
@@ -80,36 +85,23 @@ def open_dataset(
 def _on_disk(
     dataset: str, data_dir: str, split: str, class_list: str | os.PathLike | None, allow_class_mismatch: bool
 ) -> DatasetIndex:
-    """Index the dataset in `data_dir`, importing only the module that reads its layout."""
+    """Index the dataset in `data_dir`."""
     check_dir(data_dir)
-    if os.path.isfile(os.path.join(data_dir, "manifest.json")):
-        from sources.packed import open_packed
+    if any(os.path.isfile(os.path.join(data_dir, name)) for name in ("manifest.json", "packing.json")):
+        from sources.packed import open_packed  # needs pyarrow
 
         return open_packed(data_dir)
     try:
         if dataset.startswith("cifar"):
-            from sources.cifar import cifar
-
             return cifar(data_dir, dataset)
-        from sources import imagenet
-
+        wanted = imagenet.read_class_list(class_list) if class_list else None
+        checks = {"allow_class_mismatch": allow_class_mismatch}
         if dataset == "tiny-imagenet":
-            checks = {"allow_class_mismatch": allow_class_mismatch}
-            return imagenet.tiny_imagenet(data_dir, class_list, split, **checks)
+            return imagenet.tiny_imagenet(data_dir, wanted, split, **checks)
         layout = imagenet.imagenet if dataset == "imagenet" else imagenet.imagenet100
-        return layout(data_dir, class_list, allow_class_mismatch=allow_class_mismatch)
+        return layout(data_dir, wanted, **checks)
     except DataError as error:
         raise DataError(error.what, _recognise(dataset, Path(data_dir)) or error.fix) from error
-
-
-def _elsewhere(dataset: str) -> DatasetIndex:
-    if dataset.startswith("hf"):
-        from sources.hub import hub
-
-        return hub(dataset)
-    from sources.generated import digits, synthetic
-
-    return digits() if dataset == "digits" else synthetic(dataset)
 
 
 def check_dir(data_dir: str) -> None:
@@ -125,9 +117,10 @@ def check_dir(data_dir: str) -> None:
 def _recognise(dataset: str, data_dir: Path) -> str | None:
     """Return the fix if `data_dir` holds another dataset than the one named, or only archives, else None."""
     for other, paths in SIGNS.items():
-        if other != dataset and any((data_dir / path).exists() for path in paths):
+        part_of = (dataset, other) == ("imagenet100", "imagenet")
+        if other != dataset and not part_of and any((data_dir / path).exists() for path in paths):
             return f"this looks like --dataset {other}"
-    if any(data_dir.glob("ILSVRC2012_img_*.tar")):
+    if any(data_dir.glob("ILSVRC2012_img_*.tar")) and not (data_dir / "train").is_dir():
         where = shlex.quote(os.fspath(data_dir))
         return f"unpack the archives: python download_imagenet.py --method manual --data-dir {where}"
     return None

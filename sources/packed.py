@@ -39,7 +39,7 @@ class PackedSplit(Split):
 
     def __init__(self, root: str, part: str, manifest: dict, labels: np.ndarray, side: int | None):
         self.root, self.part, self.manifest, self.labels, self.side = root, part, manifest, labels, side
-        self.table = table_name(part, side)
+        self.crop_root, self.table = root, table_name(part, side)
         rows = [shard["rows"] for shard in manifest["tables"][self.table]]
         self.starts = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
         self._open: dict[int, Shard] = {}
@@ -80,10 +80,6 @@ class PackedSplit(Split):
     def digest(self) -> str:
         """Return the digest of the split that was packed: equal for every stored side."""
         return self.manifest["parts"][self.part]["digest"]
-
-    @property
-    def crop_root(self) -> str:
-        return self.root
 
     def content(self) -> str:
         if self.side is None:  # the original files
@@ -161,10 +157,7 @@ class Shard:
 
     def names(self) -> list[str]:
         """Return all names: a hundred times as fast as one by one."""
-        paths = pa.chunked_array(
-            [chunk.field("path") for chunk in self.table.column("image").chunks], pa.string()
-        )
-        return paths.to_pylist()
+        return self.table.flatten().column("image.path").to_pylist()
 
 
 def table_name(part: str, side: int | None) -> str:

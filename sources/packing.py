@@ -119,10 +119,6 @@ def estimate(index: DatasetIndex, plan: dict, groups: Sequence[Group], samples: 
 # --- one group of shards -------------------------------------------------------------------------
 
 
-class _BadGroup(Exception):
-    """Some of the group's images are bad, so its shards are discarded."""
-
-
 def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_image: str = "fail") -> dict:
     """Write the shards of `group` below `out`; return its record, which lists the bad images left out.
 
@@ -142,8 +138,8 @@ def write_group(index: DatasetIndex, plan: dict, group: Group, out: str, on_bad_
                 for table, writer in writers.items():
                     writer.write_batch(_record_batch(batch, table, schema))
             if bad and on_bad_image == "fail":
-                raise _BadGroup
-    except _BadGroup:
+                raise BadImage(bad[0]["name"], bad[0]["reason"])  # the shards are discarded
+    except BadImage:
         return {"part": group.part, "k": group.k, "bad": bad}
     shards = {
         table: {"rows": rows, "bytes": os.path.getsize(path), "crc32": files.file_crc32(path)}

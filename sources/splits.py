@@ -29,7 +29,8 @@ def lacks_parts(data_dir: str) -> bool:
     root, names = os.fsencode(data_dir), folders.class_names(data_dir)
     if any(PARTS.fullmatch(name) or os.path.isdir(os.path.join(root, name, b"train")) for name in names):
         return False
-    return any(folders.holds_images(os.path.join(root, name)) for name in names)
+    inside = (entry.name for name in names for entry in folders.scan(os.path.join(root, name)))
+    return any(folders.is_image(file) or folders.passed_over([file]) for file in inside)
 
 
 def class_folders(name: str, data_dir: str, listing: folders.Listing) -> DatasetIndex:

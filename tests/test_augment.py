@@ -110,11 +110,6 @@ def test_without_albumentations_only_its_policies_are_refused(monkeypatch):
         augment.build("randaugment", None, FILL, augment.KeyedRandom())
 
 
-def test_two_crops_are_refused():
-    with pytest.raises(ValueError, match="at most one crop"):
-        TrainTransform((("rrc", None), ("padcrop", 4)), 32, MEAN)(photo(), (0, 1, 2))
-
-
 # --- crops ---------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,8 @@ def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, monkeypatch, 
     plain = eval_loader(data.train, data, image_size=8, batch_size=2)
     expected = [plain.dataset[batch][0] for batch in plain.order]
     assert len(expected) > 3 * workers * dataloader.PREFETCH
-    loader._renew_memory()
+    if loader.uses_memory:
+        loader.dataset.memory = dataloader.BatchMemory(loader.ahead, loader.batch_shape)
     assert loader.ahead == ahead == loader.batches.prefetch_factor * workers
     assert not loader.uses_memory or len(loader.dataset.memory.slots) == ahead + 2
     before, seen = None, 0

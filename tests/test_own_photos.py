@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from base.phases import fitting_batch, phase_batches
 from dataloader import eval_loader, train_loader
 from harness import build
 from sources import folders, images, splits
-from sources.index import safe_name
+from sources.index import FileSplit, safe_name
 from sources.layouts import open_dataset
 
 SMALL = ["--arch", "resnet_tiny", "--epochs", "1", "--resize-schedule", "16", "--num-workers", "0"]
@@ -86,6 +87,11 @@ def test_nothing_is_written_among_the_images(flat, tmp_path):
     folders.check_outside(index, tmp_path / "parts" / "runs", "--save-dir")  # no class would come of it
     with pytest.raises(UsageError, match="is inside the images"):
         folders.check_outside(index, tmp_path / "parts" / "val" / "runs", "--save-dir")
+    kaggles = SimpleNamespace(whole=FileSplit(tmp_path / "hundred", ["train.X1/ant/1.JPEG"], [0]))
+    index = SimpleNamespace(train=kaggles, val=kaggles, split_file="")
+    folders.check_outside(index, tmp_path / "hundred" / "runs", "--save-dir")
+    with pytest.raises(UsageError, match="is inside the images"):
+        folders.check_outside(index, tmp_path / "hundred" / "train.X1" / "run", "--save-dir")
 
 
 def test_hidden_folders_are_not_read(flat):

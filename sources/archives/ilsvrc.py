@@ -10,7 +10,6 @@ from pathlib import Path
 from base.errors import DataError
 from sources import folders
 from sources.archives.unpack import FILE, FOLDER, REMARK, Member, tar_members, unexpected
-from sources.imagenet import flat_val_labels
 
 VAL_IMAGE = re.compile(r"(?:val/)?(ILSVRC2012_val_\d{8})\.JPEG")
 DEVKIT_FOLDER = "ILSVRC2012_devkit_t12"
@@ -55,17 +54,10 @@ def devkit_place(name: str) -> str | None:
     return inside if inside in DEVKIT_LABELS else None
 
 
-def val_labels(data_dir: Path) -> dict[bytes, bytes]:
-    """Return {image name without extension: class} from the devkit, Kaggle's CSV file or the annotations."""
-    return flat_val_labels(os.fspath(data_dir), os.fspath(data_dir))
-
-
 def val_state(data_dir: Path) -> str:
     """Return "absent", "flat" (not, or only partly, moved into class folders) or "filed" (all moved)."""
-    if (data_dir / "val.flat").exists():
-        return "flat"
     if not (data_dir / "val").exists():
-        return "absent"
+        return "flat" if (data_dir / "val.flat").exists() else "absent"
     return "filed" if folders.class_names(data_dir / "val") else "flat"
 
 

@@ -103,13 +103,8 @@ def find_path(arch: str, name: str) -> Path:
     if short.upper() not in names or owner.lower() not in ("", f"{arch}_weights"):
         what = f"--pretrained {name}: torchvision has no such weights for {arch}"
         raise UsageError(what, f"choose from {', '.join(FILES[arch])}, or give a file")
-    return _hub() / names[short.upper()]
-
-
-def _hub() -> Path:
-    """Return where torch.hub keeps downloaded weights."""
     home = os.environ.get("TORCH_HOME") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "torch")
-    return Path(home).expanduser() / "hub" / "checkpoints"
+    return Path(home).expanduser() / "hub/checkpoints" / names[short.upper()]  # where torch.hub keeps it
 
 
 def _download(path: Path) -> None:

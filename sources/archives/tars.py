@@ -13,7 +13,7 @@ import numpy as np
 from base.errors import DataError
 from sources.archives import ilsvrc
 from sources.archives.unpack import FILE, Member, opened, tar_members, unpack
-from sources.imagenet import human_names
+from sources.imagenet import flat_val_labels, human_names
 from sources.index import DatasetIndex, Names, Split
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -107,13 +107,13 @@ def _matching(pattern: str, members: Iterator[Member]) -> Iterator[tuple[str, Me
 
 
 def _val_labels(data_dir: Path) -> dict[bytes, bytes]:
-    """Return {image name without extension: class} from the devkit's archive, or by `ilsvrc.val_labels`."""
+    """Return {image name without extension: class} from the devkit's archive, or by `flat_val_labels`."""
     devkit = data_dir / DEVKIT
     if not devkit.is_file():
-        return ilsvrc.val_labels(data_dir)
+        return flat_val_labels(data_dir, data_dir)
     with tempfile.TemporaryDirectory() as scratch:
         kit = Path(scratch, "kit")
         unpack(devkit, kit, ilsvrc.devkit_place)
         if not all((kit / name).is_file() for name in ilsvrc.DEVKIT_LABELS):
             raise DataError(f"{devkit} lacks {' or '.join(ilsvrc.DEVKIT_LABELS)}", "download it again")
-        return ilsvrc.val_labels(kit)
+        return flat_val_labels(kit, kit)
