@@ -793,6 +793,11 @@ def test_a_flat_val_is_filed_into_class_folders(killed_after, small, tmp_path, m
     assert folders == ["ILSVRC2012_devkit_t12", "train", "val", leftovers]
 
 
+def test_a_data_dir_for_the_hubs_own_cache_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="--data-dir has no effect"):
+        main(["--dataset", "hf:someone/pictures", "--data-dir", str(tmp_path)])
+
+
 def test_a_train_archive_with_foreign_things_in_a_class_is_refused(small, tmp_path, monkeypatch):
     inner = tar_of([("n01440764_1.JPEG", b"1"), special("n01440764_2.JPEG", tarfile.SYMTYPE, "/etc/passwd")])
     cut = class_tar(IDS[0])[:1300] + bytes(700)

@@ -707,6 +707,19 @@ def test_another_dataset_than_the_named_one_is_recognised(sign, dataset, tmp_pat
     assert refused(DataError, "imagenet", tmp_path).fix == f"this looks like --dataset {dataset}"
 
 
+def test_archives_beside_their_unpacked_folders_are_not_the_fix_of_another_error(tmp_path):
+    make_folders(tmp_path)
+    put(tmp_path / "ILSVRC2012_img_train.tar")
+    error = refused(DataError, "imagenet", tmp_path, class_list=str(tmp_path / "typo.txt"))
+    assert "typo.txt" in error.what and "unpack the archives" not in error.fix
+
+
+def test_an_unfinished_packed_copy_is_called_that(tmp_path):
+    put(tmp_path / "packing.json")
+    error = refused(DataError, "imagenet", tmp_path)
+    assert error.what.endswith("is unfinished") and "pack_dataset.py" in error.fix
+
+
 def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
     put(tmp_path / "ILSVRC2012_img_val.tar")
     assert "download_imagenet.py --method manual" in refused(DataError, "imagenet", tmp_path).fix

@@ -15,6 +15,7 @@ from base import errors
 from base.device import memory_for
 from base.errors import ResourceError
 from harness import preflight
+from models import classifier_of
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -38,10 +39,26 @@ def test_the_checkpoint_size_is_known_before_the_first_step(tmp_path, optimizer,
     predicted = preflight.checkpoint_bytes(run)
     weights = sum(p.numel() for p in run.state.model.parameters()) * 4
     assert predicted == pytest.approx((2 + slots) * weights, rel=0.01)
-    for p in run.state.model.parameters():
+    before = preflight.new_optimizer_bytes(run)
+    taken = step_on_zeros(run, run.state.model)
+    assert (
+        before == pytest.approx(taken, rel=1e-3) and preflight.new_optimizer_bytes(run) == 0
+    )  # its counters
+
+
+def step_on_zeros(run, module) -> int:
+    """Take a step that trains `module` alone; return the size of the optimizer's state after it."""
+    for p in module.parameters():
         p.grad = torch.zeros_like(p)
     run.state.optimizer.step()
-    assert preflight.checkpoint_bytes(run) == pytest.approx(predicted, rel=1e-3)  # its counters
+    return sum(preflight.tensor_bytes(state.values()) for state in run.state.optimizer.state.values())
+
+
+def test_a_run_resumed_in_its_freeze_epochs_counts_the_state_that_all_layers_will_have(run):
+    size, new = preflight.checkpoint_bytes(run), preflight.new_optimizer_bytes(run)
+    taken = step_on_zeros(run, classifier_of(run.state.model))
+    assert 0 < taken < new / 2 and preflight.checkpoint_bytes(run) == size
+    assert preflight.new_optimizer_bytes(run) == pytest.approx(new - taken, rel=1e-2)
 
 
 def test_a_disk_without_room_for_all_checkpoints_is_refused_before_the_first_step(run, tmp_path, monkeypatch):
