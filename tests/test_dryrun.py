@@ -78,8 +78,8 @@ def test_work_and_waiting_are_timed_apart_and_the_warm_up_is_not_timed(monkeypat
 
 
 @pytest.mark.parametrize("device, flag, launching, advised", [
-    ("cuda", "", 0.9, True), ("cuda", "--compile", 0.9, True), ("cuda", "", 0.5, False),
-    ("cpu", "", 0.9, False), ("cuda", "--cuda-graphs", 0.9, False), ("cuda", "--accumulate 2", 0.9, False),
+    ("cuda", "", 0.98, True), ("cuda", "--compile", 0.98, True), ("cuda", "", 0.5, False),
+    ("cpu", "", 0.98, False), ("cuda", "--cuda-graphs", 0.98, False), ("cuda", "--accumulate 2", 0.98, False),
 ])  # fmt: skip
 def test_cuda_graphs_are_advised_where_the_gpu_waits_for_the_host(
     device, flag, launching, advised, monkeypatch
