@@ -31,7 +31,7 @@ LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), 
 LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
 TRAININGS = {  # their runs are named after the network
     # SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
-    "cifar10": """--arch resnet34 --epochs 30 --stem small --head linear --resize-schedule 32 --batch-size 512
+    "cifar10": """--arch resnet34 --epochs 30 --stem small --head linear --resize-schedule 32 --phase-batch-sizes 512
 --optimizer sgd --nesterov --lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8
 --mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0 --no-ema""",
     "cifar100": "--arch resnet34 --config cifar100_resnet34 --cuda-graphs --eval-every 10",
@@ -39,8 +39,8 @@ TRAININGS = {  # their runs are named after the network
 --resize-schedule 64,96,128 --phase-batch-sizes 256,256,256 --cuda-graphs --eval-every 5""",
 }
 SMALL = ("--arch", "resnet_tiny", "--batch-size", 8, "--num-workers", 0, "--device", "cpu")  # in a rehearsal
-SHORT = """--epochs 3 --resize-schedule 16,24,32 --phase-epochs 1,1,1 --phase-batch-sizes 8,8,8
---no-cuda-graphs --eval-every 1"""
+SHORT = """--arch resnet_tiny --epochs 3 --resize-schedule 16,24,32 --phase-epochs 1,1,1
+--phase-batch-sizes 8,8,8 --no-cuda-graphs --eval-every 1 --num-workers 0 --device cpu"""  # likewise
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ def training(s: Setting, name: str) -> None:
     """Train with the flags of TRAININGS. A run that its time limit has stopped goes on."""
     words = TRAININGS[name].split()
     directory = s.work / name / words[words.index("--arch") + 1]
-    words += [*SMALL, *SHORT.split()] if s.rehearse else ["--num-workers", process.cores()]
+    words += SHORT.split() if s.rehearse else ["--num-workers", process.cores()]
     # A stopped run is saved in any case.
     words += ["--save-every", 1000, "--save-dir", directory, "--resume", "auto"]
     must("train.py", "--dataset", name, "--data-dir", unpacked(s, name), *words)
