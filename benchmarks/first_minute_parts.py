@@ -31,8 +31,8 @@ LARGE = ((64, 1024), (128, 512), (224, 256), (64, 512), (128, 256), (224, 128), 
 LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
 TRAININGS = {  # their runs are named after the network
     # SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
-    "cifar10": """--arch resnet34 --epochs 30 --stem small --head linear --resize-schedule 32 --phase-batch-sizes 512
---optimizer sgd --nesterov --lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8
+    "cifar10": """--arch resnet34 --epochs 30 --stem small --head linear --resize-schedule 32
+--phase-batch-sizes 512 --optimizer sgd --nesterov --lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8
 --mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0 --no-ema""",
     "cifar100": "--arch resnet34 --config cifar100_resnet34 --cuda-graphs --eval-every 10",
     "tiny-imagenet": """--arch resnet50 --config tiny_imagenet --epochs 50 --phase-epochs 17,12,21
