@@ -32,8 +32,8 @@ LARGE += ((224, 512), (64, 8192), (128, 2048), (224, 1024))
 TRAININGS = {  # their runs are named after the network
     # SGD with momentum at 0.1 for each 256 images is the usual choice for some 30 epochs of CIFAR.
     "cifar10": """--arch resnet34 --epochs 30 --stem small --head linear --resize-schedule 32
---phase-batch-sizes 512 --optimizer sgd --nesterov --lr 0.2 --weight-decay 5e-4 --clip-norm 0 --augment padcrop:4,flip,cutout:8
---mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0 --no-ema""",
+--phase-batch-sizes 512 --optimizer sgd --nesterov --lr 0.2 --weight-decay 5e-4 --clip-norm 0
+--augment padcrop:4,flip,cutout:8 --mixup-alpha 0 --cutmix-alpha 0 --drop-path-rate 0 --no-ema""",
     "cifar100": "--arch resnet34 --config cifar100_resnet34 --cuda-graphs --eval-every 10",
     "tiny-imagenet": """--arch resnet50 --config tiny_imagenet --epochs 50 --phase-epochs 17,12,21
 --resize-schedule 64,96,128 --phase-batch-sizes 256,256,256 --cuda-graphs --eval-every 5""",
