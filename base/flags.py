@@ -235,7 +235,7 @@ DEVICE = (
     Flag("compile", "Compile the training forward and backward passes with torch.compile.",
          unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
     Flag("cuda_graphs", "Compile, and launch each pass as one CUDA graph: faster where launching "
-         "a kernel takes longer than running it, as at small sizes. One GPU."),
+         "kernels takes longer than running them, which --dry-run tells. One GPU."),
     Flag("deterministic", "Use deterministic kernels only."),
     Flag("sync_bn", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )

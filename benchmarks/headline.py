@@ -94,7 +94,10 @@ def plain_loop(args, seconds: float) -> dict[str, object]:
 
 
 def shown(row: dict[str, object]) -> str:
-    return f"{row['row']}: {row['val_top1']:.2f} %, {row['epochs']} epochs, {row['seconds'] / 60:.1f} minutes"
+    score = (
+        f"{row['row']}: {row['val_top1']:.2f} %, {row['epochs']} epochs, {row['seconds'] / 60:.1f} minutes"
+    )
+    return f"{score}, commit {row['commit']}"
 
 
 if __name__ == "__main__":
