@@ -57,7 +57,7 @@ CLAIMS = (
           "efficientnet_size_augmentation", "large+augmentation", WORSE),
     Claim("001", "Augmentation closes its gap",
           "efficientnet_size_augmentation", "large+augmentation", WORSE, GAP),
-    Claim("002", "Progressive resizing keeps the accuracy in less time",
+    Claim("002", "Progressive resizing keeps the accuracy in less time (here: at equal compute)",
           "resize_schedules", "progressive", NO_LOSS),
     Claim("002", "Stochastic depth (0.2) improves generalization", "drop_path_rate", "0.2"),
     Claim("002", "Stochastic depth (0.2) makes the gap smaller", "drop_path_rate", "0.2", WORSE, GAP),
