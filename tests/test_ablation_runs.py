@@ -879,6 +879,13 @@ def test_a_variant_that_was_chosen_after_scores_were_seen_decides_no_claim():
     assert (status, difference.verdict) == ("undecided", "worse")
 
 
+def test_a_variant_that_lacks_a_seed_of_the_pilot_is_reported():
+    two = Study("two", "?", {"a": {}, "b": {"lr": 1}})
+    runs = made(a=[50, 51, 52, 53, 50, 51], b=[52, 53, 54, 55, 53, 54])
+    del runs[6]  # seed 0 of b failed
+    assert "Power: " in summary.conclusion(two, runs)
+
+
 def test_re_estimated_statistics_are_compared_within_each_run():
     runs, rng = made(a=[50] * 6), np.random.default_rng(0)
     for r in runs:

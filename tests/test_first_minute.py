@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import train
+from base import flags
 from base.errors import DataError, Stopped
 from benchmarks import first_minute, first_minute_data, first_minute_parts, records, tables
 from sources.layouts import open_dataset
@@ -124,6 +125,15 @@ def test_the_epochs_of_a_stopped_training_are_rows(tmp_path):
 @pytest.fixture
 def setting(tmp_path):
     return first_minute_parts.Setting(tmp_path / "out", tmp_path, tmp_path, rehearse=True)
+
+
+@pytest.mark.parametrize("name", first_minute_parts.TRAININGS)
+@pytest.mark.parametrize("more", ["--device cuda", first_minute_parts.SHORT])
+def test_the_flags_of_the_trainings_go_together(name, more):
+    words = ["--dataset", name, *first_minute_parts.TRAININGS[name].split(), *more.split()]
+    config, typed = flags.parse(flags.train_parser(), words)
+    flags.check_train(config, typed)
+    assert len(config.phase_batch_sizes or [config.batch_size]) == len(config.resize_schedule)
 
 
 def test_synchronizations_are_counted_by_line_of_this_project():

@@ -191,6 +191,17 @@ def test_a_decompression_bomb_is_refused():
         decode(data, "bomb.png")
 
 
+def test_an_error_without_words_is_named_by_its_kind(monkeypatch):
+    def fail(image):
+        raise MemoryError
+
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "PNG")
+    monkeypatch.setattr(images, "_to_rgb", fail)
+    with pytest.raises(BadImage, match="MemoryError"):
+        images._decode_strictly(file.getvalue(), "x.png")
+
+
 def test_the_error_crosses_process_boundaries():
     error = pickle.loads(pickle.dumps(BadImage("a.JPEG", "it is empty")))  # noqa: S301
     assert (error.name, error.reason) == ("a.JPEG", "it is empty")

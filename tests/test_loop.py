@@ -240,6 +240,35 @@ def test_a_timed_save_comes_when_its_time_has_passed(tmp_path, monkeypatch):
     assert seen == [3, 5, 5, 8, 10, 10, 13, 15, 15]  # timed; at the end of an epoch; with its row
 
 
+@pytest.mark.parametrize(("seconds", "waited", "said"), [(8, 3, 1), (8, 1.2, 0), (80, 3, 0)])
+def test_waiting_for_data_is_noted_once_and_judged_by_training_alone(
+    seconds, waited, said, tmp_path, capsys, monkeypatch
+):
+    """Epochs of five steps; scoring takes a minute. The wait must be ten seconds and a tenth of the steps."""
+    run, clock, loaders = tiny_run(tmp_path), [0.0], []
+    start, step, score, run.data_hint = loop.start_phase, loop.train_step, loop.score, "Pack them."
+
+    def started(*args):
+        loader, options = start(*args)
+        loaders.append(loader)
+        return loader, options
+
+    def slow_step(*args, **vote):
+        clock[0] += seconds
+        loaders[-1].waited += waited
+        return step(*args, **vote)
+
+    def slow_score(*args):
+        clock[0] += 60
+        return score(*args)
+
+    now = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
+    for name, fake in dict(time=now, start_phase=started, train_step=slow_step, score=slow_score).items():
+        monkeypatch.setattr(loop, name, fake)
+    loop.fit(run, MetricLogger(tmp_path))
+    assert capsys.readouterr().out.count("was spent waiting for data. Pack them.") == said
+
+
 def test_a_half_life_is_in_epochs(tmp_path):
     run = tiny_run(tmp_path, "--ema-half-life", "2")  # of 3 epochs with 5 steps each
     assert run.state.ema.decay**10 == pytest.approx(0.5)
