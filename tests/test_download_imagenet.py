@@ -793,9 +793,12 @@ def test_a_flat_val_is_filed_into_class_folders(killed_after, small, tmp_path, m
     assert folders == ["ILSVRC2012_devkit_t12", "train", "val", leftovers]
 
 
-def test_a_data_dir_for_the_hubs_own_cache_is_refused(tmp_path):
+def test_a_data_dir_for_the_hubs_own_cache_is_refused(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(download_imagenet, "download_simple", lambda name, folder: asked.append(name))
     with pytest.raises(UsageError, match="--data-dir has no effect"):
         main(["--dataset", "hf:someone/pictures", "--data-dir", str(tmp_path)])
+    assert main(["--dataset", "hf:someone/pictures"]) == 0 and asked == ["hf:someone/pictures"]
 
 
 def test_a_train_archive_with_foreign_things_in_a_class_is_refused(small, tmp_path, monkeypatch):
