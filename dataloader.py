@@ -420,8 +420,8 @@ class Loader:
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield batches on the GPU, each copied and normalised on a side stream.
 
-        The host launches a step without waiting for it, then comes here for the next batch, whose copy so
-        overlaps that step. To copy one batch ahead would let a step wait for the workers' next batch.
+        The host launches a step without waiting for it, then comes here for the next batch, whose copy
+        overlaps that step. Copying one batch ahead would make a step wait for the workers' next batch.
         """
         side = _copy_stream(self.device)
         for batch in raw:

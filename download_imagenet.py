@@ -98,7 +98,7 @@ SIMPLE = {
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="download_imagenet.py", description=__doc__)
     add = parser.add_argument
-    method = "Download method; by default simple, but ImageNet needs one: without it, the ways are shown."
+    method = "Download method; by default simple. With imagenet, leaving it out lists the methods."
     add("--method", choices=("manual", "auto", "simple"), metavar="NAME", help=method)
     add("--dataset", default="imagenet", metavar="NAME", help=f"imagenet, {', '.join(SIMPLE)} or hf:<name>.")
     add("--data-dir", metavar="DIR", help="Dataset directory (default: ./data/<dataset>).")

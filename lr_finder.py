@@ -39,9 +39,9 @@ FINDER = (
                flags.above_zero, None, "LR"),
     flags.Flag("end_lr", "Highest rate; by default 10, or 0.1 with --mode accuracy.",
                flags.above_zero, None, "LR"),
-    flags.Flag("trials", "Trainings of --mode accuracy.", flags.number(int, 2), 7, "N",
+    flags.Flag("trials", "Runs of --mode accuracy.", flags.number(int, 2), 7, "N",
                idle=no_trials),
-    flags.Flag("trial_epochs", "Epochs of each training.", flags.positive, 2, "N", idle=no_trials),
+    flags.Flag("trial_epochs", "Epochs of each run.", flags.positive, 2, "N", idle=no_trials),
     flags.Flag("out", "Output directory; by default --save-dir.", str, "", "DIR"),
 )
 # fmt: on
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UsageError("--lr would do nothing: finding it is what this command does", "leave --lr out")
     notes = flags.refuse_idle(FINDER, config, given) + flags.check_train(config, given)
     if later := [flags.dashed(name) for name in sorted(PASSED_ON & given.by_hand)]:
-        notes.append(f"{', '.join(later)}: left to the training")
+        notes.append(f"{', '.join(later)}: passed to train.py")
     if process.world_size() > 1:
         raise UsageError("a range test runs on one device", "start it with python, not with torchrun")
     from sources import folders, layouts

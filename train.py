@@ -27,7 +27,8 @@ def build_parser() -> flags.Parser:
 def main(argv: list[str] | None = None) -> int:
     """Train, resume, or preview a run; return the exit code.
 
-    Usage, paths and the data layout are checked first, before torch is imported or a file is written.
+    Usage, paths and the data layout are checked first: before the run's directory is written, and without
+    importing torch, unless a checkpoint has to be read.
     """
     config, typed = flags.parse(build_parser(), argv)
     try:

@@ -7,6 +7,7 @@ results/<study>/reading.md.
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -56,32 +57,34 @@ def overview(found: Published) -> str:
     rows = []
     for study, preset, runs in found:
         where = f"[{study.name}](ablation_runs/results/{study.directory(preset)}/summary.md)"
-        rows.append([where, study.question, short(study, runs), scale(study, preset, runs)])
-    return files.markdown_table(["study", "question", "finding", "scale"], rows)
+        rows.append([where, study.question, short(study, runs), scale(study, preset)])
+    return files.markdown_table(["study", "question", "finding, in points", "scale"], rows)
 
 
 def short(study: Study, runs: list[Result]) -> str:
-    """Return the verdicts in a few words."""
-    compared = {} if study.grid else results.compare(runs, study, study.metric)
-    words, against = [], f"{summary.METRICS[study.metric]} against {next(iter(study.variants))}: "
-    for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED):
-        if named := summary.named(compared, verdict):
-            words.append(f"{'' if words else against}{verdict}: {', '.join(named)}")
-    others = [f"{name} {d.mean:+.1f}" for name, d in compared.items() if name not in study.primary]
-    if words and others:
-        words.append(f"without a verdict, in points: {', '.join(others)}")
+    """Return the verdicts in a few words, with the differences in points."""
     for f in results.false_verdicts(runs, study)[:1]:
-        words.append(f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided")
-    return "; ".join(words) or summary.conclusion(study, runs)
+        return f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided"
+    compared = {} if study.grid else results.compare(runs, study, study.metric)
+    values = {name: f"{name} {d.mean:+.1f}" for name, d in compared.items()}
+    groups = {
+        verdict: summary.named(compared, verdict)
+        for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED)
+    }
+    words = [f"{verdict}: {', '.join(map(values.get, names))}" for verdict, names in groups.items() if names]
+    if words and (others := [value for name, value in values.items() if name not in study.primary]):
+        words.append(f"without a verdict: {', '.join(others)}")
+    against = f"{summary.METRICS[study.metric]} against {next(iter(study.variants))}: "
+    return against + "; ".join(words) if words else summary.conclusion(study, runs)
 
 
 def interval(d: statistics.Difference) -> str:
     return f"{d.mean:+.1f} [{d.interval[0]:+.1f}, {d.interval[1]:+.1f}]"
 
 
-def scale(study: Study, preset: str, runs: list[Result]) -> str:
-    seeds = len({run.seed for run in runs})
-    return f"{seeds} seeds, {study.cpu_title if preset == 'cpu' else 'full size'}"
+def scale(study: Study, preset: str) -> str:
+    """Return the data and the network of a study, without the numbers of images."""
+    return re.sub(r" \([^)]*\)", "", study.cpu_title) if preset == "cpu" else "full size"
 
 
 def details(found: Published) -> str:

@@ -216,7 +216,7 @@ def advice(study: Study, directory: Path) -> str:
     sees = statistics.detectable(pilot.deviation, seeds, pilot.comparisons)
     return (
         f"{power_line(study, pilot, pilot)}\n"
-        f"next: --seeds {','.join(map(str, range(seeds)))}, which can see {sees:.1f} points"
+        f"next: --seeds {','.join(map(str, range(seeds)))}, to detect {sees:.1f} points"
     )
 
 

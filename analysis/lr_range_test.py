@@ -115,8 +115,8 @@ def compare_trainings(values: dict, lrs: list[float], epochs: int) -> dict:
     values: {flag of train.py: value} of every training; it lasts `epochs`
     """
     rows = []
-    title = f"{len(lrs)} trainings of {epochs} epoch{'s' * (epochs > 1)}"
-    with tempfile.TemporaryDirectory() as scratch, Progress(len(lrs), title, unit="trainings") as bar:
+    title = f"{len(lrs)} runs of {epochs} epoch{'s' * (epochs > 1)}"
+    with tempfile.TemporaryDirectory() as scratch, Progress(len(lrs), title, unit="runs") as bar:
         for k, lr in enumerate(lrs):
             row = train(values | {"lr": lr, "save_dir": f"{scratch}/{k}"})
             rows.append(row)
@@ -157,7 +157,7 @@ def train(values: dict) -> dict | None:
 
 NONE_FOUND = {  # by mode
     "loss": "the loss did not fall; lower --start-lr, or raise --num-iter",
-    "accuracy": "every training diverged; lower --start-lr and --end-lr",
+    "accuracy": "every run diverged; lower --start-lr and --end-lr",
 }
 
 

@@ -207,7 +207,7 @@ def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Class
         folders.check_outside(classifier.index, out, "--out")
     known, found = list(classifier.classes), list(classifier.index.classes)
     if known != found:
-        what = f"the model has {len(known)} classes, the data has {len(found)} (or others)"
+        what = f"the data's {len(found)} classes are not the model's {len(known)}"
         raise DataError(what, "name the data it was trained on: --dataset NAME --data-dir DIR")
     return classifier
 

@@ -125,7 +125,7 @@ LOADING = (
 )
 MODEL = (
     Flag("arch", "Architecture.", ARCHS, "resnet50", "NAME"),
-    Flag("drop_path_rate", "Stochastic depth rate of the last block; it grows linearly from 0.",
+    Flag("drop_path_rate", "Stochastic depth rate, from 0 in the first block to P in the last.",
          fraction, 0.2, "P",
          idle=lambda c: c.arch not in NO_DROP_PATH and idle.mix_off(c),
          unused=lambda c: c.arch in NO_DROP_PATH and f"{c.arch} has no branches to drop"),
@@ -204,7 +204,7 @@ REGULARIZATION = (
     Flag("bce_threshold", "With --loss bce: mixed targets above F become 1, and others 0.",
          fraction, None, "F", idle=idle.no_threshold),
     Flag("class_weights", "Weight of each class in --loss ce: balanced is inversely proportional to "
-         "its number of training images; a file has a line with class and weight for every class.",
+         "its number of training images; a file has one line per class: its name and its weight.",
          str, "", "balanced|FILE", idle=lambda c: c.loss != "ce" and "it needs --loss ce"),
     Flag("l1", "Factor of an L1 penalty on the weights.", from_zero, 0.0, "L"),
     Flag("label_smoothing", "Label smoothing, applied to the mixed targets.", fraction, 0.1, "E",
@@ -235,7 +235,7 @@ DEVICE = (
     Flag("compile", "Compile the training forward and backward passes with torch.compile.",
          unused=lambda c: c.cuda_graphs and "--cuda-graphs compiles anyway"),
     Flag("cuda_graphs", "Compile, and launch each pass as one CUDA graph: faster where launching "
-         "kernels takes longer than running them, which --dry-run tells. One GPU."),
+         "kernels takes longer than running them (see --dry-run). One GPU only."),
     Flag("deterministic", "Use deterministic kernels only."),
     Flag("sync_bn", "Compute BatchNorm statistics over all ranks.", idle=idle.no_sync),
 )
@@ -248,8 +248,8 @@ SAVING = (
          listing(lambda text: text.lstrip("-").replace("-", "_")), (), "FLAG,...",
          idle=lambda c: not c.resume and "it needs --resume"),
     Flag("overwrite", "Delete the run that --save-dir holds."),
-    Flag("save_every", "Save every N epochs. Nmin or Ns: after every epoch, and whenever so many "
-         "minutes or seconds have passed.",
+    Flag("save_every", "Save every N epochs. Nmin or Ns: after every epoch, and N minutes or "
+         "seconds after the last save.",
          save_interval, (1, "ep"), "N|Nmin|Ns",
          idle=lambda c: c.epochs == 1 and c.save_every[1] == "ep" and "the only epoch is saved anyway"),
     Flag("stop_after", "Save and stop after this step, as a stop signal would.",
@@ -521,7 +521,7 @@ def _check_weights(config: Any) -> None:
         what = f"--freeze-epochs {config.freeze_epochs} would train a classifier on random layers"
         raise UsageError(what, "give their weights, with --pretrained or --init-from, or leave it out")
     if config.init_from and config.pretrained:
-        what = "--pretrained and --init-from both bring weights"
+        what = "--pretrained and --init-from both load weights"
         raise UsageError(what, "leave one of them out")
     if not config.pretrained:
         return

@@ -93,7 +93,7 @@ def torchvision_arch(config: Any) -> Reason:
 
 
 def weights_resumed(config: Any) -> Reason:
-    return config.resume not in ("", "auto") and "--resume brings the weights"
+    return config.resume not in ("", "auto") and "--resume loads the weights"
 
 
 def one_phase(config: Any) -> Reason:

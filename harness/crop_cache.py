@@ -37,7 +37,7 @@ def note(run: Run) -> str:
     crop = f" --eval-crop {run.eval_crop!r}" if run.eval_crop else ""
     packed = shlex.quote(packed)
     command = f"python pack_dataset.py --data-dir {packed} --out {packed} --eval-sizes {listed}{crop}"
-    return f"note: scoring at {listed} px decodes images; to store them as they are scored: {command}"
+    return f"note: scoring at {listed} px decodes images every time; to store the crops: {command}"
 
 
 def planned(run: Run) -> list[list[crops.Crops]]:

@@ -351,7 +351,7 @@ def restore(run, saved: dict, config) -> None:
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
     if not optim.same_state(plain(config), planned):
-        say("note: the optimizer or its groups differ from the checkpoint's: it starts without a state")
+        say("note: the optimizer or its groups differ from the checkpoint's: its state starts empty")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
     if not run.runtime.is_main:

@@ -168,7 +168,7 @@ def _without_val(root: str) -> str:
             return f"rename {other}/ to val/"
     train = os.path.join(root, "train")
     if splits.lacks_parts(train):
-        return f"add it, or let a fifth of each class validate: --data-dir {shlex.quote(train)}"
+        return f"add it, or validate on a fifth of each class: --data-dir {shlex.quote(train)}"
     return folders.ACCEPTED
 
 

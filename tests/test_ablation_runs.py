@@ -253,9 +253,8 @@ def test_only_primary_comparisons_get_a_verdict():
 
 def test_a_control_is_named_beside_the_verdicts_it_puts_into_proportion():
     runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, controls=("b",))
-    assert (
-        findings.short(which, runs) == "top-1 against a: undecided: c; without a verdict, in points: b +10.1"
-    )
+    text = findings.short(which, runs)
+    assert text == "top-1 against a: undecided: c +0.0; without a verdict: b +10.1"
     assert "without a verdict" not in findings.short(TWO, runs)
 
 
@@ -698,7 +697,7 @@ def test_any_row_of_a_study_can_be_repeated_bit_for_bit(tmp_path, monkeypatch, c
     monkeypatch.setattr(run, "launch", in_process)
     assert run.main(["again", "--pilot", "--out", str(tmp_path / "one")]) == 0
     said = capsys.readouterr().out
-    assert "takes" in said and re.search(r"next: --seeds 0,1,2,3,4,5(,\d)*, which can see", said)
+    assert "takes" in said and re.search(r"next: --seeds 0,1,2,3,4,5(,\d)*, to detect", said)
     assert run.main(["again", "--variants", "b", "--seeds", "1", "--out", str(tmp_path / "two")]) == 0
     one, two = (tmp_path / name / "again" / "b-seed1" for name in ("one", "two"))
     record = json.loads((one / "run.json").read_text())

@@ -408,7 +408,7 @@ def test_another_plan_with_as_many_steps_starts_at_the_next_epoch(tmp_path):
 def test_another_optimizer_or_other_groups_can_be_accepted(flag, value, run_dir, capsys):
     change = (f"--{flag.replace('_', '-')}", value, "--allow-change", flag)
     assert main("--resume", "auto", "--save-dir", run_dir, *change) == 0
-    assert "starts without a state" in capsys.readouterr().out
+    assert "its state starts empty" in capsys.readouterr().out
     assert len(checkpoint.load(last(run_dir))["rows"]) == 3
 
 

@@ -191,8 +191,8 @@ def refusal(*arguments) -> str:
     ("--arch vit_b_16 --resize-schedule 32 --use-blurpool --head linear --stem small",
      "--use-blurpool --head --stem"),
     ("--arch swin_t --sync-bn", "--sync-bn has no BatchNorm"),
-    ("--resume a.pt --init-from b.pt --reset-head", "--init-from --reset-head brings the weights"),
-    ("--resume a.pt --pretrained", "--pretrained brings the weights"), ("--resume auto --pretrained", ""),
+    ("--resume a.pt --init-from b.pt --reset-head", "--init-from --reset-head loads the weights"),
+    ("--resume a.pt --pretrained", "--pretrained loads the weights"), ("--resume auto --pretrained", ""),
     ("--resume auto --init-from b.pt --reset-head", ""),  # the first start of a job that is requeued
     ("--summary --dry-run", "--dry-run only prints"),
     ("--dataset cifar10 --on-bad-image skip --allow-class-mismatch", "--on-bad-image --allow-class-mismatch"),

@@ -245,7 +245,7 @@ def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
     assert (tmp_path / "out" / "lr_finder.png").stat().st_size > 10_000
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # --save-dir is not touched
     printed = capsys.readouterr().out
-    assert "--log-every, --plot: left to the training" in printed
+    assert "--log-every, --plot: passed to train.py" in printed
     assert "--plot" not in lr_finder.build_parser().format_help()  # which shows what it uses
     assert found["commands"].keys() == {"steepest", "minimum / 10", "valley"}
     for name, line in found["commands"].items():

@@ -240,7 +240,7 @@ def parsed(*words):
 @pytest.mark.parametrize(("typed", "words"), [
     ("--pretrained --stem small --width 8", "no resnet50 with --width and --stem"),
     ("--pretrained --use-blurpool", "no resnet50 with --use-blurpool"),
-    ("--pretrained --init-from x.pt", "both bring weights"),
+    ("--pretrained --init-from x.pt", "both load weights"),
 ])  # fmt: skip
 def test_combinations_that_cannot_work_are_refused(typed, words):
     with pytest.raises(UsageError, match=words) as caught:

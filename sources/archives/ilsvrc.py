@@ -101,5 +101,5 @@ def check_counts(data_dir: Path, train_images: int, val_images: int, classes: in
     if differ:
         problems.append(f"classes in only one of train/ and val/: {folders.some(differ)}")
     if problems:
-        fix = "delete what is incomplete and run the same command again, or train on a part as it is"
+        fix = "delete what is incomplete and run the same command again, or train on what is there"
         raise DataError(f"{data_dir}: {'; '.join(problems)}", fix)
