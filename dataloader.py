@@ -38,6 +38,7 @@ from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready, unless they are large
 QUEUE = 2**32  # bytes of prefetched batches per rank; on a GPU, pinned copies take as much again
+READ_AT_ONCE = 64  # files: those of a whole batch can be larger than its pixels
 CPU = Runtime(torch.device("cpu"))
 
 
@@ -247,11 +248,13 @@ class BatchDataset(Batches):
 
     def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
         kept, bad = [], []
-        for i, data in zip(batch.ids.tolist(), read_samples(self.split, batch.ids), strict=True):
-            image = self._image(i, data, batch.epoch, bad)
-            if image is not None:
-                images[len(kept)] = image
-                kept.append(i)
+        for first in range(0, len(batch.ids), READ_AT_ONCE):
+            ids = batch.ids[first : first + READ_AT_ONCE]
+            for i, data in zip(ids.tolist(), read_samples(self.split, ids), strict=True):
+                image = self._image(i, data, batch.epoch, bad)
+                if image is not None:
+                    images[len(kept)] = image
+                    kept.append(i)
         return kept, bad
 
     @property

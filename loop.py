@@ -146,10 +146,10 @@ class Run:
     def scored_as(self, phase: Phase) -> tuple[int, int]:
         """Return the image size and the global batch size of scoring in `phase`.
 
-        A batch has no more pixels than one of training, or has 64 images.
+        A batch has no more pixels than what a step trains at once (--accumulate), or has 64 images.
         """
-        size = self.eval_size or phase.image_size
-        return size, max(64, phase.batch_size * phase.image_size**2 // size**2)
+        size, at_once = self.eval_size or phase.image_size, phase.batch_size // self.options.accumulate
+        return size, max(64, at_once * phase.image_size**2 // size**2)
 
     def is_saved(self, epoch: int) -> bool:
         """Return whether `epoch` is saved even if it is not the best: by --save-every, or as the last."""
@@ -266,7 +266,7 @@ def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
 class Meter:
     """Counts the steps of an epoch: adds up its row, moves the progress bar, reports bad steps.
 
-    A step is counted while the device takes the next one, so that the host never waits for the device.
+    A step is counted while the device takes the next one, so that the device never waits for that.
     """
 
     def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, log: MetricLogger):

@@ -199,7 +199,7 @@ OPTIMIZATION = (
          idle=lambda c: not c.clip_norm and "--clip-norm 0 clips nothing"),
 )
 REGULARIZATION = (
-    Flag("loss", "Cross-entropy, or binary cross-entropy summed over the classes.", ("ce", "bce"),
+    Flag("loss", "Cross-entropy, or binary cross-entropy averaged over the classes.", ("ce", "bce"),
          "ce", "NAME"),
     Flag("bce_threshold", "With --loss bce: mixed targets above F become 1, and others 0.",
          fraction, None, "F", idle=idle.no_threshold),

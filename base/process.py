@@ -34,8 +34,10 @@ def say(text: str) -> None:
 
 
 def cores() -> int:
-    """Return the number of CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of CPU cores this process may use; under torchrun, its share of them."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, found // max(1, int(ranks))) if ranks.isdecimal() else found
 
 
 def incomplete_ranks() -> str:

@@ -51,7 +51,11 @@ def planned(run: Run) -> list[list[crops.Crops]]:
 
 def check_disk(run: Run) -> None:
     """Print how much disk the crops will take. Raises ResourceError if there is less."""
-    if not run.crop_root or not (need := sum(crops.missing_bytes(planned(run)).values())):
+    if not run.crop_root:
+        return
+    if not (sets := planned(run)):
+        say("note: --cache-eval does nothing here: the packed data has the crops")
+    if not (need := sum(crops.missing_bytes(sets).values())):
         return
     free = shutil.disk_usage(nearest_existing(run.save_dir)).free
     say(f"evaluation crops: {need / 1e9:,.2f} GB in {run.crop_root}, {free / 1e9:,.1f} GB free")

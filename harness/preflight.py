@@ -140,7 +140,8 @@ def check_eval_memory(run: Run) -> None:
     size, batch = max(map(run.scored_as, run.phases), key=lambda scored: scored[0] ** 2 * scored[1])
     images, device = math.ceil(batch / run.runtime.world_size), run.runtime.device
     alone = replace(run.runtime, world_size=1)  # a rank that runs out of memory must not let others wait
-    steps = new_optimizer_bytes(run) + tensor_bytes(run.state.model.parameters())  # with the gradients
+    # What steps will have left behind: the optimizer's state and copies, and the gradients.
+    steps = new_optimizer_bytes(run) + copies_bytes(run) + tensor_bytes(run.state.parameters)
 
     def attempt(images: int) -> None:
         prefetched = 2 * images * 3 * size**2 * 4  # before and after it is normalised
@@ -156,14 +157,15 @@ def check_eval_memory(run: Run) -> None:
     torch.cuda.empty_cache()
     if fitting < images:
         lower = "--eval-size" if run.eval_size else "the sizes or batch sizes of the phases"
-        what = f"out of memory when scoring {images} images at once at {size} px"
-        raise ResourceError(f"{what} ({memory_words(device)})", f"free the device, or lower {lower}")
+        what = f"out of memory when scoring {images} images at once at {size} px ({memory_words(device)})"
+        raise ResourceError(what, f"free the device, raise --accumulate, or lower {lower}")
 
 
 def ballast_bytes(run: Run, phase: Phase) -> int:
-    """Return the bytes that a step needs in addition to `try_step`: new optimizer state and more batches."""
+    """Return the bytes that a step needs in addition to `try_step`: for the optimizer, and more batches."""
     batch = phase.batch_size // run.runtime.world_size * 3 * phase.image_size**2 * 4
-    return new_optimizer_bytes(run) + 3 * batch  # the batch before mixing, and the prefetched one twice
+    new = new_optimizer_bytes(run) + copies_bytes(run)
+    return new + 3 * batch  # the batch before mixing, and the prefetched one twice
 
 
 def new_optimizer_bytes(run: Run) -> int:
@@ -171,6 +173,13 @@ def new_optimizer_bytes(run: Run) -> int:
     optimizer = run.state.optimizer
     taken = sum(tensor_bytes(state.values()) for state in optimizer.state.values())
     return max(0, optimizer_bytes(optimizer) - taken)
+
+
+def copies_bytes(run: Run) -> int:
+    """Return the bytes of the copies from which a bad step is undone, see `optim.Kept`."""
+    optimizer = run.state.optimizer
+    weights = tensor_bytes(run.state.parameters)
+    return 0 if optimizer.defaults.get("fused") else weights + optimizer_bytes(optimizer)
 
 
 def check_compilation(run: Run) -> None:

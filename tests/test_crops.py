@@ -293,6 +293,14 @@ def test_a_run_killed_while_it_writes_crops_continues(photos, tmp_path, monkeypa
     assert train_run(photos, tmp_path / "a", "--cache-eval", "--resume", "auto") == expected
 
 
+def test_cached_crops_that_would_do_nothing_are_noted(packed, tmp_path, capsys):
+    data = ["--data-dir", str(packed / "with"), "--save-dir", str(tmp_path), "--stop-after", "1"]
+    assert train.main([*SMALL, *data, "--cache-eval", "--eval-size", "24"]) == 0
+    assert "note: --cache-eval does nothing here: the packed data has the crops" in capsys.readouterr().out
+    assert train.main([*SMALL, *data, "--cache-eval", "--eval-size", "16", "--overwrite"]) == 0
+    assert "does nothing" not in capsys.readouterr().out
+
+
 def test_too_small_a_disk_is_refused_before_the_run_begins(photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(crop_cache.shutil, "disk_usage", lambda path: usage(10**9, 0, 10))

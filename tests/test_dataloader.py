@@ -212,6 +212,15 @@ class Unreadable(Split):
         raise OSError(5, "Input/output error", "/data/x.jpg")
 
 
+def test_a_large_batch_is_read_a_part_at_a_time(data, monkeypatch):
+    whole = batches(data, 0)
+    monkeypatch.setattr(dataloader, "READ_AT_ONCE", 5)
+    read, sizes = data.train.read, []
+    monkeypatch.setattr(data.train, "read", lambda ids: sizes.append(len(ids)) or read(ids))
+    assert equal(batches(data, 0), whole)
+    assert sizes == [5, 5, 5, 1] * len(whole)
+
+
 def test_an_error_in_a_worker_arrives_as_it_was_raised(data):
     import dataclasses
 

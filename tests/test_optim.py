@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.errors import UsageError
 from models import build_model
@@ -528,6 +529,53 @@ def test_a_restart_that_falls_on_a_step_is_at_the_peak():
 def test_impossible_schedules_are_refused(name, options, error):
     with pytest.raises(error):
         Schedule(an_optimizer(), name, **{"peak_lr": 1.0, "total_steps": 10, **options})
+
+
+class Operations(TorchDispatchMode):
+    """Counts what is dispatched, without views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += not function.is_view
+        return function(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_to_skip_steps_takes_few_operations_however_many_weights_there_are(name):
+    model = nn.Sequential(*[nn.Linear(2, 2) for _ in range(50)])
+    optimizer, counts = build_optimizer(name, model, **RECIPE), []
+    for step in (lambda: step_unless(torch.zeros(()), optimizer), optimizer.step):
+        for _ in range(3):  # the first one makes the state, the second one the copies
+            set_gradients(model, 0)
+            with Operations() as operations:
+                step()
+        counts.append(operations.count)
+    assert counts[0] - counts[1] < 20
+
+
+def test_a_bad_step_moves_nothing_after_a_checkpoint_was_loaded_or_when_more_weights_begin_to_move():
+    model = a_deep_model()
+    optimizer, head = build_optimizer("lamb", model, **RECIPE), list(model[-1].parameters())
+
+    def take(k, bad, frozen=False):
+        set_gradients(model, k)
+        for p in model.parameters():
+            p.grad = None if frozen and not any(p is q for q in head) else p.grad
+        before = [p.detach().clone() for p in model.parameters()]
+        means = {p: optimizer.state[p]["exp_avg"].clone() for p in optimizer.state if optimizer.state[p]}
+        step_unless(torch.tensor(bad, dtype=F64), optimizer)
+        moved = any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+        begun = [s["exp_avg"] for p, s in optimizer.state.items() if s and p not in means]
+        grown = any(not torch.equal(optimizer.state[p]["exp_avg"], mean) for p, mean in means.items())
+        return moved, grown, any(mean.any().item() for mean in begun)
+
+    assert take(0, 0.0, frozen=True) == (True, False, True)
+    assert take(1, 1.0, frozen=True) == (False, False, False)
+    assert take(2, 1.0) == (False, False, False)  # --freeze-epochs has ended
+    assert take(3, 0.0) == (True, True, False)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert take(4, 1.0) == (False, False, False)
 
 
 @pytest.mark.gpu

@@ -470,6 +470,14 @@ def test_a_default_batch_follows_the_number_of_images(images_, batch):
     assert dataclasses.replace(fitted, batch_size=256) == config
 
 
+def test_ranks_on_one_machine_share_its_cores(monkeypatch):
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    shares = {"": 16, "1": 16, "4": 4, "5": 3, "32": 1, "0": 16, "many": 16}
+    for ranks, share in shares.items():
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert process.cores() == share, ranks
+
+
 def test_a_line_names_all_that_was_fitted(monkeypatch):
     monkeypatch.setattr(process, "cores", lambda: 2)
     config, given = flags.parse(train.build_parser(), ["--schedule", "cosine", "--epochs", "1"])

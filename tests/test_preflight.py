@@ -16,6 +16,7 @@ from base.device import memory_for
 from base.errors import ResourceError
 from harness import preflight
 from models import classifier_of
+from optim import step_unless
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -41,9 +42,11 @@ def test_the_checkpoint_size_is_known_before_the_first_step(tmp_path, optimizer,
     assert predicted == pytest.approx((2 + slots) * weights, rel=0.01)
     before = preflight.new_optimizer_bytes(run)
     taken = step_on_zeros(run, run.state.model)
-    assert (
-        before == pytest.approx(taken, rel=1e-3) and preflight.new_optimizer_bytes(run) == 0
-    )  # its counters
+    assert before == pytest.approx(taken, rel=1e-3)  # without its counters
+    assert preflight.new_optimizer_bytes(run) == 0
+    step_unless(torch.zeros(()), run.state.optimizer)
+    kept = getattr(run.state.optimizer, "kept", None)
+    assert preflight.copies_bytes(run) == (preflight.tensor_bytes(kept.copies) if kept else 0)
 
 
 def step_on_zeros(run, module) -> int:

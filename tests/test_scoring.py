@@ -110,6 +110,8 @@ def test_a_batch_of_scoring_has_the_pixels_of_one_of_training(tmp_path):
     plain, own = tiny_run(tmp_path, *big), tiny_run(tmp_path, *big, "--eval-size", 16)
     assert [plain.scored_as(phase) for phase in plain.phases] == [(8, 400), (16, 200), (24, 64)]
     assert [own.scored_as(phase) for phase in own.phases] == [(16, 100), (16, 200), (16, 64)]
+    pieces = tiny_run(tmp_path, *big, "--accumulate", 4)  # which are all that the device trains at once
+    assert [pieces.scored_as(phase) for phase in pieces.phases] == [(8, 100), (16, 64), (24, 64)]
 
 
 class LeftHalf(torch.nn.Module):
@@ -338,7 +340,7 @@ def test_scoring_is_tried_before_the_run_at_its_own_size(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "evaluate", full)
     with pytest.raises(ResourceError, match="scoring 64 images at once at 48 px") as caught:
         preflight.check_eval_memory(run)
-    assert "lower --eval-size" in caught.value.fix
+    assert "raise --accumulate, or lower --eval-size" in caught.value.fix
 
 
 def test_memory_that_runs_out_while_scoring_names_the_size(tmp_path, monkeypatch):
