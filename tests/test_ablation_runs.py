@@ -254,7 +254,7 @@ def test_only_primary_comparisons_get_a_verdict():
 def test_a_control_is_named_beside_the_verdicts_it_puts_into_proportion():
     runs, which = made(a=SIX, b=CLEAR, c=NOISY), Study("two", "?", TWO.variants, controls=("b",))
     text = findings.short(which, runs)
-    assert text == "top-1 against a: undecided: c +0.0; without a verdict: b +10.1"
+    assert text == "top-1 against a: undecided: c +0.2; without a verdict: b +10.1"
     assert "without a verdict" not in findings.short(TWO, runs)
 
 
