@@ -2,8 +2,7 @@
 
 For equal parameters, affine, jitter and dropout equal those of Albumentations 2.0.8, as the tests show. They
 call OpenCV directly, because through Albumentations they take 160 us, more than decoding a packed image.
-randaugment and trivialaugment, where speed matters less, are built from Albumentations' transforms, and
-randaugment:M from Pillow's functions, as in timm.
+randaugment and trivialaugment, where speed matters less, call Pillow, as timm and torchvision do.
 """
 
 from __future__ import annotations
@@ -74,7 +73,7 @@ def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom
     if name == "randaugment" and argument:
         return lambda image, draw: rand_augment(image, *argument, fill, draw)
     if name in ("randaugment", "trivialaugment"):
-        return _library_policy(name, fill, randomness)
+        return policy_of_torchvision(name, fill)
     if name == "pipeline":
         return _pipeline(argument, randomness)
     if name == "cutout":
@@ -261,8 +260,19 @@ def _warp(coefficients: Callable[[float, int, int], tuple]) -> Callable:
     )
 
 
-def _enhance(kind: type) -> Callable:
-    return lambda picture, _, signed, how: kind(picture).enhance(max(0.1, 1 + 0.9 * signed))
+def _enhance(kind: type, factor: float = 0.9, least: float = 0.1) -> Callable:
+    return lambda picture, _, signed, how: kind(picture).enhance(max(least, 1 + factor * signed))
+
+
+def _moves(angle: float, slope: float, share: float) -> tuple[Callable, ...]:
+    """Return rotation, both shears and both translations, by so much at strength 1."""
+    return (
+        lambda picture, _, signed, how: picture.rotate(angle * signed, **how),
+        _warp(lambda signed, w, h: (1, slope * signed, 0, 0, 1, 0)),
+        _warp(lambda signed, w, h: (1, 0, 0, slope * signed, 1, 0)),
+        _warp(lambda signed, w, h: (1, 0, share * signed * w, 0, 1, 0)),
+        _warp(lambda signed, w, h: (1, 0, 0, 0, 1, share * signed * h)),
+    )
 
 
 def _solarize_add(picture: Image.Image, strength: float, signed: float, how: dict) -> Image.Image:
@@ -270,6 +280,7 @@ def _solarize_add(picture: Image.Image, strength: float, signed: float, how: dic
     return picture.point(table * 3)
 
 
+ENHANCED = (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
 # (picture, strength from 0 to 1, signed strength, how to resample) -> picture
 TIMM_CHANGES: tuple[Callable, ...] = (
     lambda picture, *_: ImageOps.autocontrast(picture),
@@ -278,28 +289,53 @@ TIMM_CHANGES: tuple[Callable, ...] = (
     lambda picture, strength, *_: ImageOps.posterize(picture, max(1, 4 - int(4 * strength))),
     lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
     _solarize_add,
-    *map(
-        _enhance, (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
-    ),
-    lambda picture, _, signed, how: picture.rotate(30 * signed, **how),
-    _warp(lambda signed, w, h: (1, 0.3 * signed, 0, 0, 1, 0)),
-    _warp(lambda signed, w, h: (1, 0, 0, 0.3 * signed, 1, 0)),
-    _warp(lambda signed, w, h: (1, 0, 0.45 * signed * w, 0, 1, 0)),
-    _warp(lambda signed, w, h: (1, 0, 0, 0, 1, 0.45 * signed * h)),
+    *map(_enhance, ENHANCED),
+    *_moves(30.0, 0.3, 0.45),
 )
 
 
-# --- policies from Albumentations' transforms ----------------------------------------------------
+# --- RandAugment and TrivialAugment as in torchvision ---------------------------------------------
 
 
-def _library_policy(name: str, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
-    A = _albumentations(name)
-    if name == "randaugment":  # two operations at magnitude 9 of 30 (arXiv:1909.13719)
-        choice = A.SomeOf(_operations(A, fill, wide=False), n=2, replace=True, p=1.0)
-    else:  # one operation at a random magnitude of the wide space (arXiv:2103.10158)
-        choice = A.OneOf(_operations(A, fill, wide=True), p=1.0)
-    policy = _keyed(A.Compose([choice]), randomness)
-    return lambda image, draw: policy(image=image)["image"]
+def policy_of_torchvision(name: str, fill: Sequence[int]) -> Operation:
+    """Return randaugment or trivialaugment.
+
+    randaugment:    two of `torchvision_changes` at magnitude 9 of 30 (arXiv:1909.13719)
+    trivialaugment: one of them at any magnitude of the wide space (arXiv:2103.10158)
+    """
+    wide = name == "trivialaugment"
+    changes = torchvision_changes(wide)
+    how = {"resample": Image.Resampling.BILINEAR, "fillcolor": tuple(fill)}
+
+    def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
+        picture = Image.fromarray(image)
+        for _ in range(1 if wide else 2):
+            change, strength = changes[int(draw() * len(changes))], (int(draw() * 31) if wide else 9) / 30
+            sign = 1 if draw() < 0.5 else -1
+            picture = change(picture, strength, sign * strength, how)
+        return np.asarray(picture)
+
+    return apply
+
+
+def torchvision_changes(wide: bool) -> tuple[Callable, ...]:
+    """Return the 14 operations of both papers, as `TIMM_CHANGES`.
+
+    TrivialAugment moves by up to 32 px of 224; at other sizes, by the same share of the side.
+    """
+    factor, bits = (0.99, 6) if wide else (0.9, 4)
+    return (
+        lambda picture, *_: picture,
+        *_moves(*((135.0, 0.99, 32 / 224) if wide else (30.0, 0.3, 150 / 331))),
+        *(_enhance(kind, factor, least=0.0) for kind in ENHANCED),
+        lambda picture, strength, *_: ImageOps.posterize(picture, 8 - round(bits * strength)),
+        lambda picture, strength, *_: ImageOps.solarize(picture, 255 - 255 * strength),
+        lambda picture, *_: ImageOps.autocontrast(picture),
+        lambda picture, *_: ImageOps.equalize(picture),
+    )
+
+
+# --- pipelines of Albumentations ------------------------------------------------------------------
 
 
 def _albumentations(name: str) -> ModuleType:
@@ -351,49 +387,3 @@ def _load_pipeline(path: str) -> Callable:
     except Exception as error:  # wrong YAML, unknown classes (KeyError), wrong values (pydantic), ...
         reason = errors.one_line(f"{type(error).__name__}: {error}")[:200]
         raise UsageError(f"--augment {path} is not a pipeline of Albumentations ({reason})", FIX) from None
-
-
-def _operations(A, fill: Sequence[int], *, wide: bool) -> list:
-    """Return the 14 operations of both papers, at magnitude 0.3 exactly or (`wide`) at any up to 1."""
-    # At magnitude 1: slope, share of the side, degrees, change of a factor, bits removed.
-    limits = (0.99, 32 / 224, 135.0, 0.99, 6) if wide else (0.3, 150 / 331, 30.0, 0.9, 4)
-    shear, shift, angle, factor, bits = limits
-    most, least = (1.0, 0.0) if wide else (0.3, 0.3)  # magnitudes
-
-    def in_both_directions(limit: float, make: Callable) -> object:
-        limit *= most
-        if wide:
-            return make((-limit, limit))
-        return A.OneOf([make((-limit, -limit)), make((limit, limit))], p=1.0)
-
-    def affine(**change) -> object:
-        return A.Affine(**change, fill=fill, p=1.0)
-
-    def along(axis: str, limits: tuple) -> dict[str, tuple]:
-        # The order of the keys matters: Albumentations draws in it.
-        return {axis: limits, ("y" if axis == "x" else "x"): (0.0, 0.0)}
-
-    def degrees(slopes: tuple) -> tuple:
-        return tuple(math.degrees(math.atan(slope)) for slope in slopes)
-
-    def coloured(what: str, change: tuple) -> object:
-        neutral = dict.fromkeys(("brightness", "contrast", "saturation"), (1.0, 1.0)) | {"hue": (0.0, 0.0)}
-        return A.ColorJitter(**{**neutral, what: (1 + change[0], 1 + change[1])}, p=1.0)
-
-    fewest_bits = 8 - round(bits * most)
-    return [
-        A.NoOp(p=1.0),
-        in_both_directions(shear, lambda r: affine(shear=along("x", degrees(r)))),
-        in_both_directions(shear, lambda r: affine(shear=along("y", degrees(r)))),
-        in_both_directions(shift, lambda r: affine(translate_percent=along("x", r))),
-        in_both_directions(shift, lambda r: affine(translate_percent=along("y", r))),
-        in_both_directions(angle, lambda r: affine(rotate=r)),
-        in_both_directions(factor, lambda r: coloured("brightness", r)),
-        in_both_directions(factor, lambda r: coloured("saturation", r)),
-        in_both_directions(factor, lambda r: coloured("contrast", r)),
-        A.Sharpen(alpha=(factor * least, factor * most), lightness=(1.0, 1.0), p=1.0),
-        A.Posterize(num_bits=(fewest_bits, 8 if wide else fewest_bits), p=1.0),
-        A.Solarize(threshold_range=(1 - most, 1 - least), p=1.0),
-        A.AutoContrast(p=1.0),
-        A.Equalize(p=1.0),
-    ]

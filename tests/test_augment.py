@@ -46,7 +46,7 @@ def test_a_sample_depends_on_its_key_alone():
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
-def test_the_library_policies_depend_on_the_key_alone(policy, A):
+def test_the_policies_depend_on_the_key_alone(policy):
     data, steps = encoded(photo()), (("rrc", None), (policy, None))
     first, second = TrainTransform(steps, 32, MEAN), TrainTransform(steps, 32, MEAN)
     one_way = [first(data, (0, 1, i)) for i in range(25)]
@@ -94,8 +94,6 @@ def test_a_used_transform_can_be_pickled():
     "name", ["flip", "affine", "jitter", "dropout", "cutout", "randaugment", "trivialaugment"]
 )
 def test_the_input_is_left_alone(name):
-    if name in ("randaugment", "trivialaugment"):
-        pytest.importorskip("albumentations")
     randomness, image = augment.KeyedRandom(), photo(32, 32)
     operation, before = augment.build(name, 8 if name == "cutout" else None, FILL, randomness), image.copy()
     for i in range(30):
@@ -103,11 +101,11 @@ def test_the_input_is_left_alone(name):
     assert np.array_equal(image, before)
 
 
-def test_without_albumentations_only_its_policies_are_refused(monkeypatch):
+def test_without_albumentations_only_its_pipelines_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "albumentations", None)
-    augment.build("affine", None, FILL, augment.KeyedRandom())
-    with pytest.raises(UsageError, match="--augment randaugment needs the albumentations package"):
-        augment.build("randaugment", None, FILL, augment.KeyedRandom())
+    augment.build("trivialaugment", None, FILL, augment.KeyedRandom())
+    with pytest.raises(UsageError, match=r"--augment x\.yaml needs the albumentations package"):
+        augment.build("pipeline", "x.yaml", FILL, augment.KeyedRandom())
 
 
 # --- crops ---------------------------------------------------------------------------------------
@@ -434,6 +432,42 @@ def test_randaugment_applies_two_changes_half_of_the_time_at_normal_strengths(mo
     assert len(values) == pytest.approx(2000, rel=0.05)  # 2 * 2000 * 0.5
     assert values.mean() == pytest.approx(0.6, abs=0.005) and values.std() == pytest.approx(0.05, abs=0.004)
     assert abs(signs.mean()) < 0.1 and set(signs.round(9)) == {1, -1}
+
+
+@pytest.mark.parametrize(("name", "of_torchvision"), [("randaugment", "RandAugment"),
+                                                      ("trivialaugment", "TrivialAugmentWide")])  # fmt: skip
+def test_the_policies_are_torchvisions(name, of_torchvision):
+    """Each operation at its smallest, its middle and its largest magnitude, in both directions."""
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+    from torchvision.transforms import autoaugment
+
+    bilinear = transforms.InterpolationMode.BILINEAR
+    theirs, wide = getattr(transforms, of_torchvision)(interpolation=bilinear), name == "trivialaugment"
+    space = theirs._augmentation_space(31) if wide else theirs._augmentation_space(31, (224, 224))
+    names = ["Identity", "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "Color", "Contrast",
+             "Brightness", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize"]  # fmt: skip
+    assert sorted(names) == sorted(space)
+    picture, how = (
+        Image.fromarray(photo(224, 224)),
+        {"resample": Image.Resampling.BILINEAR, "fillcolor": FILL},
+    )
+    for change, op in zip(augment.torchvision_changes(wide), names, strict=True):
+        magnitudes, signed = space[op]
+        for k in (0, 15, 30) if wide else (9,):
+            size = float(magnitudes[k]) if magnitudes.ndim else 0.0
+            found = []
+            for sign in (1, -1):
+                expected = autoaugment._apply_op(
+                    picture, op, sign * size if signed else size, interpolation=bilinear, fill=list(FILL)
+                )
+                mine = [np.asarray(change(picture, k / 30, s * k / 30, how), int) for s in (1, -1)]
+                # Some directions are named the other way round; both are equally likely.
+                found.append(min(np.abs(m - np.asarray(expected, int)).mean() for m in mine))
+            # torchvision moves by whole pixels, rounded down.
+            assert max(found) < (4.0 if op.startswith("Translate") else 0.6), (op, k, found)
+    assert torch.is_tensor(space["Rotate"][0])
 
 
 def test_randaugment_with_a_magnitude_equals_timms(monkeypatch):
