@@ -15,10 +15,10 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 
-from base import errors, flags, idle, process
+from base import errors, files, flags, idle, process
 from base.errors import DataError, ResourceError, UsageError, doing
 from base.flags import Flag
 from base.progress import Progress
@@ -264,10 +264,15 @@ def _locked(out: str) -> Iterator[None]:
     descriptor = os.open(out, os.O_RDONLY)
     try:
         for _ in range(20):  # the workers of a killed process take a moment to end
-            with suppress(BlockingIOError):
+            try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            time.sleep(0.1)
+            except BlockingIOError:
+                time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in files.NO_LOCKS:
+                    raise
+                break  # on a cluster filesystem without locks, pack without one
         else:
             raise UsageError(f"another process is packing into {os.path.abspath(out)}", "wait for it to end")
         yield

@@ -198,13 +198,19 @@ def listing(runs: Sequence[RunFiles]) -> str:
 
 def command(config: dict) -> str:
     """Return the command that repeats a run, also one whose last start was --resume."""
-    start = [name for name in flags.OF_A_START & config.keys() if config[name] != flags.defaults()[name]]
-    values = {name: config[name] for name in (*start, *changed_flags(config))}
+    usual = flags.defaults()
+    if config.get("pretrained"):
+        usual |= flags.finetuning(flags.train_parser(), {"epochs": config["epochs"]}) | {"pretrained": ""}
+    start = [name for name in flags.OF_A_START & config.keys() if config[name] != usual[name]]
+    values = {name: config[name] for name in (*start, *changed_flags(config, usual))}
     return shlex.join(["python", "train.py", *flags.to_argv(values)])
 
 
-def changed_flags(config: dict) -> dict[str, tuple[str, str]]:
-    """Return {flag: (value, default)} of the flags that affect training and are not at their default."""
-    values = {name: (shown(config.get(name)), shown(v)) for name, v in flags.defaults().items()}
+def changed_flags(config: dict, usual: dict | None = None) -> dict[str, tuple[str, str]]:
+    """Return {flag: (value, default)} of the flags that affect training and are not at their default.
+
+    usual: the defaults, if they are not those of the parser
+    """
+    values = {name: (shown(config.get(name)), shown(v)) for name, v in (usual or flags.defaults()).items()}
     known = [name for name in config if name in values and name not in flags.FREE_ON_RESUME]
     return {name: values[name] for name in known if values[name][0] != values[name][1]}

@@ -6,7 +6,6 @@ A start of train.py calls, in this order: `scan`, `find_checkpoint`, `resumed_co
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import secrets
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from base.config_file import from_file
 from base.errors import CheckpointError, ResourceError, UsageError, did_you_mean, doing, nearest_path
-from base.files import replacing
+from base.files import NO_LOCKS, replacing
 from base.flags import (
     DATASET,
     FREE_ON_RESUME,
@@ -56,7 +55,6 @@ OLD_VALUES = {"eval_crop": 0.875}
 PLAN_FLAGS = ("epochs", "batch_size", "resize_schedule", "phase_epochs", "phase_batch_sizes")
 # These decide the weights' shapes.
 MODEL_ARGS = ("arch", "num_classes", "use_blurpool", "head", "stem", "width")
-NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
 
 
 @dataclass(frozen=True)

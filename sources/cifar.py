@@ -93,7 +93,7 @@ def _split(batches: list[dict], which: Cifar, num_classes: int) -> ArraySplit:
 
 
 def _damaged(what: str, which: Cifar) -> DataError:
-    return DataError(what, f"download the archive again: {DOWNLOAD} {which.name}")
+    return DataError(what, f"delete {which.folder}/, then: {DOWNLOAD} {which.name} --data-dir DIR")
 
 
 class _Dtype:

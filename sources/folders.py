@@ -7,6 +7,7 @@ each. Names stay bytes, because file names need not be valid UTF-8.
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -185,7 +186,7 @@ def _images(listing: Listing, folder: bytes) -> list[bytes]:
     prefix = os.path.join(folder, b"")
     for entry in scan(os.path.join(listing.root, folder)):
         kind = _kind(entry)
-        if kind == "folder" and entry.name.startswith(b"."):  # thumbnails, .ipynb_checkpoints
+        if kind == "folder" and is_hidden(entry.name):
             listing.others.append(prefix + entry.name)
         elif kind == "folder":
             folders.append(entry)
@@ -211,8 +212,17 @@ def _first_visit(listing: Listing, path: bytes, relative: bytes) -> bool:
     return True
 
 
+def _composed(names: Iterable[bytes]) -> set[str]:
+    return {unicodedata.normalize("NFC", os.fsdecode(name)) for name in names}
+
+
+def is_hidden(name: bytes) -> bool:
+    """Return whether a folder holds no images of its own: thumbnails, checkpoints, a NAS's recycle bin."""
+    return name.startswith(b".") or name in (b"@eaDir", b"#recycle")
+
+
 def _is_class(entry: os.DirEntry) -> bool:
-    return _kind(entry) == "folder" and not entry.name.startswith(b".")
+    return _kind(entry) == "folder" and not is_hidden(entry.name)
 
 
 def _kind(entry: os.DirEntry) -> str:
@@ -251,6 +261,8 @@ def from_listings(
         fix = "complete val, or pass --allow-class-mismatch"
         if only_val:
             fix = "give both the same class folders"
+            if _composed(only_val) & _composed(only_train):
+                fix += ": some of these names look alike, but macOS wrote their accents in another form (NFD)"
         raise DataError(f"training and validation classes differ in {root}: {lists}", fix)
     return DatasetIndex(
         name=name,

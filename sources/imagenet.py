@@ -157,7 +157,7 @@ def image_root(data_dir: str) -> str:
         found = [path for path in inside if os.path.isdir(f"{path}/train") or splits.lacks_parts(path)]
         if parts := [name for name in names if splits.PARTS.fullmatch(name)]:
             fix = f"move {folders.every(parts)} away if the other folders are classes, or {fix}"
-    fix = f"use --data-dir {found[0]}" if len(found) == 1 else fix
+    fix = f"use --data-dir {shlex.quote(found[0])}" if len(found) == 1 else fix
     raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", fix)
 
 
@@ -194,7 +194,8 @@ def flat_val_labels(root: str | os.PathLike, data_dir: str | os.PathLike) -> dic
                 raise DataError(what, "download them again") from error
     raise DataError(
         f"{os.path.abspath(root)}/val has no class folders, and the labels of its images were not found",
-        f"add {LABEL_PLACES}, or let `python download_imagenet.py` move the images into class folders",
+        f"add {LABEL_PLACES}, or move the images into class folders: "
+        f"python download_imagenet.py --method manual --data-dir {shlex.quote(os.fspath(data_dir))}",
     )
 
 

@@ -26,6 +26,7 @@ BATCH_ROWS = 256  # images in each record batch of a shard
 # RandomResizedCrop takes 0.73 of the side on average, so at 1.15 times the training size few crops are
 # enlarged much. benchmarks/README.md shows what each stored side loses.
 HEADROOM = 1.15
+REPACK = "delete this directory and pack the data again: without the manifest, nothing in it can be used"
 RAW = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")  # the header of a PPM file, as packing writes it
 REPAIR = "delete damaged files, then run pack_dataset.py again with the same arguments: it writes them anew"
 
@@ -174,7 +175,8 @@ def read_plan(root: str, name: str) -> dict:
     from base import schemas
 
     schema = schemas.Manifest if name == MANIFEST else schemas.Plan
-    return schemas.read_packing(os.path.join(root, name), schema, FORMAT, REPAIR)
+    fix = REPACK if name == MANIFEST else REPAIR
+    return schemas.read_packing(os.path.join(root, name), schema, FORMAT, fix)
 
 
 def open_packed(root: str | os.PathLike) -> DatasetIndex:

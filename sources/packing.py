@@ -152,22 +152,21 @@ def _batches(split: Split, plan: dict, group: Group, bad: list[dict]) -> Iterato
     """Yield columns of BATCH_ROWS good images, fewer only at the end; append the bad ones to `bad`."""
     tables = tables_of(plan, group.part)
     batch = {column: [] for column in (*tables, "path", "label")}
-    for first in range(0, len(group.ids), packed.BATCH_ROWS):
-        ids = group.ids[first : first + packed.BATCH_ROWS]
-        for i, data in zip(ids, read_samples(split, ids), strict=True):
-            try:
-                pixels = decode(data, split.name(i), thorough=True, exif="exif" in plan)
-                stored_as = {table: stored(data, pixels, side, plan) for table, side in tables.items()}
-            except BadImage as error:
-                bad.append({"id": i, "name": split.name(i), "reason": error.reason})
-                continue
-            for table, content in stored_as.items():
-                batch[table].append(content)
-            batch["path"].append(_utf8(split.name(i)))
-            batch["label"].append(int(split.labels[i]))
-            if len(batch["label"]) == packed.BATCH_ROWS:
-                yield batch
-                batch = {column: [] for column in batch}
+    for i in group.ids:
+        data = read_samples(split, [i])[0]  # one at a time: 256 photos of a camera are a gigabyte
+        try:
+            pixels = decode(data, split.name(i), thorough=True, exif="exif" in plan)
+            stored_as = {table: stored(data, pixels, side, plan) for table, side in tables.items()}
+        except BadImage as error:
+            bad.append({"id": i, "name": split.name(i), "reason": error.reason})
+            continue
+        for table, content in stored_as.items():
+            batch[table].append(content)
+        batch["path"].append(_utf8(split.name(i)))
+        batch["label"].append(int(split.labels[i]))
+        if len(batch["label"]) == packed.BATCH_ROWS:
+            yield batch
+            batch = {column: [] for column in batch}
     if batch["label"]:
         yield batch
 

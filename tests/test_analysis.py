@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 
 import numpy as np
 import pytest
 
+import train
 from analysis import figures, learning_curves, plots, runs, step_curves
+from base import flags
 from base.errors import DataError, ResourceError, UsageError
 
 
@@ -122,6 +125,20 @@ def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_
         "resize_schedule": ("32", "64,128,224"),
         "ema": ("off", "on"),
     }
+
+
+@pytest.mark.parametrize("words", [
+    "--pretrained", "--pretrained --epochs 90 --lr 3e-4", "--pretrained --schedule onecycle --epochs 4",
+    "--pretrained --augment full --freeze-epochs 0", "--pretrained --no-ema", "--config digits --lr 0.01",
+    "--epochs 30 --drop-path-rate 0.1",
+])  # fmt: skip
+def test_the_command_of_a_run_repeats_it(words):
+    config, _ = flags.parse(train.build_parser(), words.split())
+    again = shlex.split(runs.command(flags.plain(config)))
+    assert again[:2] == ["python", "train.py"]
+    same, _ = flags.parse(train.build_parser(), again[2:])
+    free = dict.fromkeys((*flags.FREE_ON_RESUME, "config"))
+    assert vars(same) | free == vars(config) | free
 
 
 def test_a_config_that_is_not_json_is_named(tmp_path):

@@ -13,8 +13,10 @@ import signal
 import stat
 import tarfile
 import threading
+import time
 import urllib.request
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -246,6 +248,21 @@ def test_another_range_than_the_one_requested_is_not_appended(want):
     wanted.part.write_bytes(BODY[:1000])
     write_note(wanted)
     assert download(wanted).read_bytes() == BODY
+
+
+def test_a_second_process_waits_for_the_first_and_takes_its_file(want, server, tmp_path, capsys):
+    """Both would append to one part otherwise."""
+    path, said = tmp_path / "x.tar.gz", ""
+    with ThreadPoolExecutor(1) as pool:
+        with fetch._alone(want()) as waited:
+            second = pool.submit(download, want())
+            while "waiting for another process, which downloads x.tar.gz" not in said:
+                said += capsys.readouterr().out
+                time.sleep(0.01)
+            path.write_bytes(BODY)  # the first one is complete
+            assert not waited and not second.done()
+        assert second.result() == path and not server.requests
+    assert os.listdir(tmp_path) == ["x.tar.gz"]
 
 
 def test_a_file_with_a_wrong_checksum_is_renamed(want, tmp_path):

@@ -137,16 +137,26 @@ def test_a_datasets_fingerprint_does_not_depend_on_its_place(tmp_path):
     assert open_dataset("imagenet", one).fingerprint() != open_dataset("imagenet", other).fingerprint()
 
 
+def test_class_names_that_only_look_alike_are_explained(tmp_path):
+    for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
+        put(tmp_path / part / name / "x.jpg")
+    with pytest.raises(DataError, match="only in train: caf.*; only in val: caf") as caught:
+        open_dataset("imagenet", tmp_path)
+    assert "look alike" in caught.value.fix
+
+
 def test_files_that_are_not_images_are_skipped_and_counted(tmp_path):
     make_folders(tmp_path)
     for name in (".DS_Store", "._n01440764_7.JPEG", "Thumbs.db", "list.txt", "moving.gif"):
         put(tmp_path / "train" / IDS[0] / name)
     put(tmp_path / "train" / ".ipynb_checkpoints" / "n01440764_7.JPEG")
+    put(tmp_path / "train" / "#recycle" / "n01440764_7.JPEG")
+    put(tmp_path / "train" / IDS[0] / "@eaDir" / "n01440764_7.JPEG" / "SYNOPHOTO_THUMB_M.jpg")
     put(tmp_path / "train" / IDS[0] / "LOUD.PNG")
     put(tmp_path / "train" / IDS[0] / "deeper" / "x.webp")
     found = open_dataset("imagenet", tmp_path)
     assert len(found.train) == len(TRAIN) + 2
-    assert "ignored 5 files that are not images" in found.notes[0] and ".DS_Store" in found.notes[0]
+    assert "ignored 7 files that are not images" in found.notes[0] and ".DS_Store" in found.notes[0]
     assert found.notes[1] == "passed over 1 file: 1 .gif; convert it to JPEG"
 
 

@@ -18,6 +18,7 @@ from test_packed import make_folders
 import pack_dataset
 import train
 from base.errors import DataError, ResourceError, UsageError
+from base.files import NO_LOCKS
 from harness import pool
 from sources import packing
 from sources.archives import tars
@@ -167,6 +168,18 @@ def test_a_second_simultaneous_packing_is_refused(folders, tmp_path, monkeypatch
         pytest.raises(UsageError, match="another process is packing"),
     ):
         pack(folders, tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", sorted(NO_LOCKS))
+def test_packing_works_on_a_filesystem_without_locks(number, tmp_path, monkeypatch):
+    import fcntl
+
+    def no_locks(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pack_dataset._locked(str(tmp_path)):
+        pass
 
 
 @pytest.mark.parametrize(

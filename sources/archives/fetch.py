@@ -16,13 +16,15 @@ import ssl
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from base import files
 from base.errors import DataError, ResourceError, UsageError
+from base.process import say
 from base.progress import Progress
 
 CHUNK = 1 << 20
@@ -89,6 +91,37 @@ def download(file: RemoteFile, *, tries: int = 5, pause: Callable[[float], None]
     """
     check_url(file.url)
     file.path.parent.mkdir(parents=True, exist_ok=True)
+    with _alone(file) as waited:
+        return file.path if waited and file.path.exists() else _download(file, tries, pause)
+
+
+@contextmanager
+def _alone(file: RemoteFile) -> Iterator[bool]:
+    """Hold a lock on the download: two processes that append to one part would spoil it.
+
+    Yield whether another process held it before.
+    """
+    from filelock import FileLock, Timeout  # the kernel drops it with the process
+
+    lock = FileLock(file.path.with_name(f".{file.path.name}.lock"), fallback_to_soft=False)
+    waited = False
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        waited = True
+        say(f"waiting for another process, which downloads {file.path.name}")
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in files.NO_LOCKS:
+            raise
+    try:
+        yield waited
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+def _download(file: RemoteFile, tries: int, pause: Callable[[float], None]) -> Path:
     if file.received > file.size:
         file.discard()
     failures = 0
