@@ -140,7 +140,7 @@ def test_a_datasets_fingerprint_does_not_depend_on_its_place(tmp_path):
 def test_class_names_that_only_look_alike_are_explained(tmp_path):
     for part, name in (("train", "caf\u00e9"), ("val", "cafe\u0301")):
         put(tmp_path / part / name / "x.jpg")
-    with pytest.raises(DataError, match="only in train: caf.*; only in val: caf") as caught:
+    with pytest.raises(DataError, match=r"only in train: caf.*; only in val: caf") as caught:
         open_dataset("imagenet", tmp_path)
     assert "look alike" in caught.value.fix
 
