@@ -235,7 +235,7 @@ def test_dollars_in_a_class_name_are_no_mathematics(trained, tmp_path, monkeypat
 
 def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
     out = ["--out", str(tmp_path), "--device", "cpu"]
-    with pytest.raises(DataError, match="10 classes, the data has 3"):
+    with pytest.raises(DataError, match="data's 3 classes are not the model's 10"):
         gradcam.main(
             [str(trained), *out, "--dataset", "imagenet", "--data-dir", str(photos), "--subset-size", "3"]
         )

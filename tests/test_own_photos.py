@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 from types import SimpleNamespace
 
@@ -228,7 +229,7 @@ def test_folders_that_are_no_classes_are_refused(make, what, fix, flat):
 def test_the_classes_are_found_one_floor_down(flat):
     with pytest.raises(DataError, match="no folder train/") as caught:
         open_dataset("imagenet", flat.parent)
-    assert caught.value.fix == f"use --data-dir {flat}"
+    assert caught.value.fix == f"use --data-dir {shlex.quote(str(flat))}"
 
 
 def test_a_lone_class_and_a_lone_train_folder_are_explained(flat, tmp_path):
