@@ -257,6 +257,7 @@ def test_a_second_process_waits_for_the_first_and_takes_its_file(want, server, t
         with fetch._alone(want()) as waited:
             second = pool.submit(download, want())
             while "waiting for another process, which downloads x.tar.gz" not in said:
+                assert not second.done()
                 said += capsys.readouterr().out
                 time.sleep(0.01)
             path.write_bytes(BODY)  # the first one is complete
