@@ -33,7 +33,8 @@ from base.errors import DataError, UserError
 from base.flags import parse_augment
 from harness.interrupts import die_with_parent, left_to_parent
 from sources import crops, layouts, splits
-from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
+from sources.decode import BadImage
+from sources.images import EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready, unless they are large

@@ -335,7 +335,7 @@ def verify(index, workers: int) -> int:
 
 
 def _bad_images(split, ids: range) -> list[dict]:
-    from sources.images import BadImage, decode
+    from sources.decode import BadImage, decode
     from sources.index import read_samples
 
     bad = []

@@ -17,7 +17,7 @@ from analysis.predictions import Classifier
 from base.errors import UsageError, UserError
 from models.convert import describe
 from models.summary import count_params
-from sources.images import BadImage
+from sources.decode import BadImage
 
 STYLE, SCRIPT = (Path(__file__).with_name(name).read_text("utf-8") for name in ("demo.css", "demo.js"))
 TOP, EXAMPLES = 5, 8

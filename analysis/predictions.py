@@ -25,7 +25,8 @@ from data_utils import hits
 from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalise
 from harness import checkpoint, rundir
 from sources import folders, layouts
-from sources.images import BadImage, EvalTransform
+from sources.decode import BadImage
+from sources.images import EvalTransform
 from sources.index import DatasetIndex, Names, Split, short_names
 from train_utils import flipped_logits, logits_of
 

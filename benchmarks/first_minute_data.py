@@ -121,7 +121,7 @@ def cifar_members(name: str, folder: Path, quality: int) -> Iterator[Member]:
 
 def cifar_images(name: str, folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Return {train or test: {class: its images (n, 32, 32, 3)}}."""
-    from sources.images import decode
+    from sources.decode import decode
     from sources.layouts import open_dataset
 
     index = open_dataset(name, folder)

@@ -83,7 +83,7 @@ def some_of(data_dir: str, count: int):
 
 def load(data_dir: str, count: int) -> list[tuple[bytes, np.ndarray]]:
     """Return the (encoded file, pixels) of `count` photographs."""
-    from sources.images import decode
+    from sources.decode import decode
 
     _, split = some_of(data_dir, count)
     ids = range(len(split))
@@ -112,7 +112,7 @@ def packing_cost(data_dir: str, count: int, sides: tuple[int, ...] = (96, 192, 3
 
 def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict, np.ndarray]:
     """Return a row of the table, and the share of the crops' power left at each frequency, (size // 2,)."""
-    from sources.images import decode
+    from sources.decode import decode
     from sources.packing import stored
 
     packed = [stored(data, pixels, side, {"quality": quality}) for data, pixels in photographs]
@@ -145,7 +145,8 @@ def measure(photographs: list, size: int, side: int, quality: int) -> tuple[dict
 
 def random_crop(image: np.ndarray, size: int, key: tuple[int, int, int]) -> np.ndarray:
     """Return the random resized crop that training makes with `key`: (size, size, 3) uint8."""
-    from sources.augment import KeyedRandom, cut_and_resize, random_resized_box
+    from sources.augment import cut_and_resize, random_resized_box
+    from sources.randomness import KeyedRandom
 
     return cut_and_resize(image, random_resized_box(*image.shape[:2], KeyedRandom().rekey(key)), size)
 
@@ -180,7 +181,7 @@ def draw(spectra: dict[tuple[int, int, int], np.ndarray], path: Path) -> None:
         axes[size].plot(frequency, left[1:], label=f"side {side}, quality {quality}", lw=1)
     for size, axis in axes.items():
         axis.axhline(1, color="grey", lw=0.5)
-        axis.set(title=f"training at {size} px", xlabel="frequency / Nyquist", ylim=(0, 1.2))
+        axis.set(title=f"training at {size} px", xlabel="frequency / Nyquist", ylim=(0, None))
         axis.legend(fontsize=6)
     axes[sizes[0]].set_ylabel("power left")
     print(f"picture: {figures.save(figure, path)}")

@@ -2,67 +2,29 @@
 
 For equal parameters, affine, jitter and dropout equal those of Albumentations 2.0.8, as the tests show. They
 call OpenCV directly, because through Albumentations they take 160 us, more than decoding a packed image.
-randaugment and trivialaugment, where speed matters less, call Pillow, as timm and torchvision do.
+RandAugment and TrivialAugment are in policies.py, Albumentations' own pipelines in pipelines.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import os
-import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
 
-from base import errors
-from base.errors import DataError, UsageError
+from sources import pipelines, policies
+from sources.randomness import Draw, KeyedRandom, Operation
 
-Draw = Callable[[], float]  # returns the next uniform number in [0, 1)
 Box = tuple[int, int, int, int]  # top, left, height, width in px
-Operation = Callable[[np.ndarray, Draw], np.ndarray]
 
 P = 0.5  # probability of each of flip, affine, jitter and dropout
 SHIFT, SCALE, ANGLE = 0.0625, (0.9, 1.1), 15.0  # affine: share of the side, factor per axis, degrees
 HOLE = 0.25  # dropout: the hole's side as a share of the image's
 # Brightness, contrast, saturation, hue. No hue by default, as in timm: it costs as much as the other three.
 JITTER = (0.2, 0.2, 0.2, 0.0)
-_BLOCK = 64  # numbers drawn at once; the default recipe uses at most 60
-
-
-class KeyedRandom:
-    """One stream of random numbers per key (seed, epoch, sample id), the same in any process and at any time.
-
-    Philox is counter-based: setting its state takes microseconds, seeding a new generator a hundred. Seed
-    and epoch are its key and the sample is the highest word of its counter, so streams never overlap.
-    (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.)
-    """
-
-    def __init__(self):
-        self.bits = np.random.Philox(0)
-        self.generator = np.random.Generator(self.bits)
-        self.library = random.Random()  # Albumentations draws from a NumPy and from a Python generator
-        self.uses_library = False
-        self._state = self.bits.state  # before anything was drawn
-
-    def rekey(self, key: tuple[int, int, int]) -> Draw:
-        """Restart the stream of `key`; return the function that draws from it."""
-        state = self._state
-        state["state"]["key"][:] = (key[0] & 0xFFFFFFFFFFFFFFFF, key[1])
-        state["state"]["counter"][:] = (0, 0, 0, key[2])
-        self.bits.state = state
-        if self.uses_library:
-            self.library.seed(int(self.generator.integers(1 << 63)))
-        return self._numbers().__next__
-
-    def _numbers(self) -> Iterator[float]:
-        while True:
-            yield from self.generator.random(_BLOCK).tolist()
 
 
 def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom) -> Operation:
@@ -71,11 +33,11 @@ def build(name: str, argument: Any, fill: Sequence[int], randomness: KeyedRandom
     `fill` (3 values in 0 ... 255) is the colour of what an operation leaves empty.
     """
     if name == "randaugment" and argument:
-        return lambda image, draw: rand_augment(image, *argument, fill, draw)
+        return lambda image, draw: policies.rand_augment(image, *argument, fill, draw)
     if name in ("randaugment", "trivialaugment"):
-        return policy_of_torchvision(name, fill)
+        return policies.of_torchvision(name, fill)
     if name == "pipeline":
-        return _pipeline(argument, randomness)
+        return pipelines.operation(argument, randomness)
     if name == "cutout":
         return lambda image, draw: cutout(image, argument, fill, draw)
     operation = {
@@ -227,163 +189,3 @@ def _fill(image: np.ndarray, top: int, left: int, height: int, width: int, fill:
     image = image.copy()
     image[top : top + height, left : left + width] = fill
     return image
-
-
-# --- RandAugment as in timm ----------------------------------------------------------------------
-
-
-def rand_augment(
-    image: np.ndarray, magnitude: float, deviation: float, fill: Sequence[int], draw: Draw
-) -> np.ndarray:
-    """Apply two of `TIMM_CHANGES`, each with probability 0.5: for instance timm's rand-m6-mstd0.5-inc1.
-
-    magnitude: mean of the strengths in tenths, from 0 to 10; they are normally distributed with `deviation`
-    """
-    picture = Image.fromarray(image)
-    for _ in range(2):
-        change = TIMM_CHANGES[int(draw() * len(TIMM_CHANGES))]
-        if draw() < P:
-            normal = math.sqrt(-2 * math.log(1 - draw())) * math.cos(2 * math.pi * draw())
-            strength = min(max(magnitude + deviation * normal, 0), 10) / 10
-            sign = 1 if draw() < 0.5 else -1
-            resample = Image.Resampling.BILINEAR if draw() < 0.5 else Image.Resampling.BICUBIC
-            picture = change(
-                picture, strength, sign * strength, {"resample": resample, "fillcolor": tuple(fill)}
-            )
-    return np.asarray(picture)
-
-
-def _warp(coefficients: Callable[[float, int, int], tuple]) -> Callable:
-    """Return a change that moves pixels: `coefficients` of (signed strength, width, height), for Pillow."""
-    return lambda picture, _, signed, how: picture.transform(
-        picture.size, Image.Transform.AFFINE, coefficients(signed, *picture.size), **how
-    )
-
-
-def _enhance(kind: type, factor: float = 0.9, least: float = 0.1) -> Callable:
-    return lambda picture, _, signed, how: kind(picture).enhance(max(least, 1 + factor * signed))
-
-
-def _moves(angle: float, slope: float, share: float) -> tuple[Callable, ...]:
-    """Return rotation, both shears and both translations, by so much at strength 1."""
-    return (
-        lambda picture, _, signed, how: picture.rotate(angle * signed, **how),
-        _warp(lambda signed, w, h: (1, slope * signed, 0, 0, 1, 0)),
-        _warp(lambda signed, w, h: (1, 0, 0, slope * signed, 1, 0)),
-        _warp(lambda signed, w, h: (1, 0, share * signed * w, 0, 1, 0)),
-        _warp(lambda signed, w, h: (1, 0, 0, 0, 1, share * signed * h)),
-    )
-
-
-def _solarize_add(picture: Image.Image, strength: float, signed: float, how: dict) -> Image.Image:
-    table = [min(255, value + int(110 * strength)) if value < 128 else value for value in range(256)]
-    return picture.point(table * 3)
-
-
-ENHANCED = (ImageEnhance.Color, ImageEnhance.Contrast, ImageEnhance.Brightness, ImageEnhance.Sharpness)
-# (picture, strength from 0 to 1, signed strength, how to resample) -> picture
-TIMM_CHANGES: tuple[Callable, ...] = (
-    lambda picture, *_: ImageOps.autocontrast(picture),
-    lambda picture, *_: ImageOps.equalize(picture),
-    lambda picture, *_: ImageOps.invert(picture),
-    lambda picture, strength, *_: ImageOps.posterize(picture, max(1, 4 - int(4 * strength))),
-    lambda picture, strength, *_: ImageOps.solarize(picture, 256 - int(256 * strength)),
-    _solarize_add,
-    *map(_enhance, ENHANCED),
-    *_moves(30.0, 0.3, 0.45),
-)
-
-
-# --- RandAugment and TrivialAugment as in torchvision ---------------------------------------------
-
-
-def policy_of_torchvision(name: str, fill: Sequence[int]) -> Operation:
-    """Return randaugment or trivialaugment.
-
-    randaugment:    two of `torchvision_changes` at magnitude 9 of 30 (arXiv:1909.13719)
-    trivialaugment: one of them at any magnitude of the wide space (arXiv:2103.10158)
-    """
-    wide = name == "trivialaugment"
-    changes = torchvision_changes(wide)
-    how = {"resample": Image.Resampling.BILINEAR, "fillcolor": tuple(fill)}
-
-    def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
-        picture = Image.fromarray(image)
-        for _ in range(1 if wide else 2):
-            change, strength = changes[int(draw() * len(changes))], (int(draw() * 31) if wide else 9) / 30
-            sign = 1 if draw() < 0.5 else -1
-            picture = change(picture, strength, sign * strength, how)
-        return np.asarray(picture)
-
-    return apply
-
-
-def torchvision_changes(wide: bool) -> tuple[Callable, ...]:
-    """Return the 14 operations of both papers, as `TIMM_CHANGES`.
-
-    TrivialAugment moves by up to 32 px of 224; at other sizes, by the same share of the side.
-    """
-    factor, bits = (0.99, 6) if wide else (0.9, 4)
-    return (
-        lambda picture, *_: picture,
-        *_moves(*((135.0, 0.99, 32 / 224) if wide else (30.0, 0.3, 150 / 331))),
-        *(_enhance(kind, factor, least=0.0) for kind in ENHANCED),
-        lambda picture, strength, *_: ImageOps.posterize(picture, 8 - round(bits * strength)),
-        lambda picture, strength, *_: ImageOps.solarize(picture, 255 - 255 * strength),
-        lambda picture, *_: ImageOps.autocontrast(picture),
-        lambda picture, *_: ImageOps.equalize(picture),
-    )
-
-
-# --- pipelines of Albumentations ------------------------------------------------------------------
-
-
-def _albumentations(name: str) -> ModuleType:
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for updates
-    return errors.optional("albumentations", needed_for=f"--augment {name}")
-
-
-def _keyed(policy: Callable, randomness: KeyedRandom) -> Callable:
-    # Not set_random_seed: it gives every transform the same stream, so they would all fire together.
-    policy.set_random_state(randomness.generator, randomness.library)
-    randomness.uses_library = True
-    return policy
-
-
-def _pipeline(path: str, randomness: KeyedRandom) -> Operation:
-    """Return the operation of a file that `albumentations.save` wrote. Raises UsageError and DataError."""
-    policy = _keyed(_load_pipeline(path), randomness)
-
-    def apply(image: np.ndarray, draw: Draw) -> np.ndarray:
-        try:
-            changed = policy(image=image)["image"]
-        except Exception as error:  # Albumentations' transforms raise anything
-            raise DataError(f"--augment {path}: {errors.one_line(str(error))[:200]}", FIX) from error
-        if getattr(changed, "shape", None) != image.shape or changed.dtype != np.uint8:
-            what = f"--augment {path} turns {_form(image)} into {_form(changed)}"
-            raise DataError(what, "leave crops to rrc or padcrop, and normalization to train.py")
-        return changed
-
-    return apply
-
-
-FIX = "write it with albumentations.save(pipeline, path, data_format='yaml'), for single images"
-
-
-def _form(value: Any) -> str:
-    return f"{getattr(value, 'dtype', type(value).__name__)} of shape {tuple(getattr(value, 'shape', ()))}"
-
-
-def _load_pipeline(path: str) -> Callable:
-    """Build the pipeline of a file from Albumentations' own transforms; nothing else can be named there."""
-    A = _albumentations(path)
-    try:
-        with warnings.catch_warnings():
-            # Otherwise a misspelt argument would only be ignored.
-            warnings.filterwarnings("error", message=r".*are not valid for transform")
-            return A.Compose([A.load(path, data_format="yaml")])  # JSON is YAML
-    except OSError as error:
-        raise UsageError(f"--augment {path}: {error.strerror}", "check the path") from None
-    except Exception as error:  # wrong YAML, unknown classes (KeyError), wrong values (pydantic), ...
-        reason = errors.one_line(f"{type(error).__name__}: {error}")[:200]
-        raise UsageError(f"--augment {path} is not a pipeline of Albumentations ({reason})", FIX) from None

@@ -20,7 +20,8 @@ import numpy as np
 from base import files
 from base.errors import DataError
 from base.files import check_file, file_crc32
-from sources.images import BadImage, EvalTransform, decode
+from sources.decode import BadImage, decode
+from sources.images import EvalTransform
 from sources.index import Split, SubsetSplit, read_samples
 
 VERSION = 1  # of the pixels; it is part of the fingerprint

@@ -21,7 +21,7 @@ class HubSplit(Split):
     def __init__(self, table, image: str, labels: Sequence[int], title: str):
         from datasets import Image
 
-        # `sources.images` decodes the files, not `datasets`.
+        # `sources.decode` decodes the files, not `datasets`.
         self.table = table.select_columns([image]).cast_column(image, Image(decode=False))
         self.image, self.labels, self.title = image, np.asarray(labels, np.int64), title
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from base import files
 from base.errors import DataError, UsageError
 from sources import packed
-from sources.images import BadImage, decode
+from sources.decode import BadImage, decode
 from sources.index import DatasetIndex, Split, read_samples
 
 RECORDS = "packing.jsonl"

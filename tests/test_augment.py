@@ -13,8 +13,9 @@ from test_images import MEAN, encoded, photo
 
 from base.errors import DataError, UsageError
 from base.parser import parse_augment
-from sources import augment
+from sources import augment, policies
 from sources.images import TrainTransform
+from sources.randomness import KeyedRandom
 
 FULL = (("rrc", None), ("flip", None), ("affine", None), ("jitter", None), ("dropout", None))
 FILL = (124, 116, 104)
@@ -61,7 +62,7 @@ def test_the_policies_depend_on_the_key_alone(policy):
 def test_augmentations_fire_independently():
     """With Albumentations' set_random_seed all would fire together (correlation 1)."""
     names, fired = ("flip", "affine", "jitter", "dropout"), []
-    randomness = augment.KeyedRandom()
+    randomness = KeyedRandom()
     operations = [augment.build(name, None, FILL, randomness) for name in names]
     image = photo(16, 16)
     for i in range(2000):
@@ -75,7 +76,7 @@ def test_augmentations_fire_independently():
 
 
 def test_streams_of_neighbouring_keys_do_not_resemble_each_other():
-    randomness = augment.KeyedRandom()
+    randomness = KeyedRandom()
     rows = []
     for key in [(0, 1, 0), (0, 1, 1), (0, 2, 0), (1, 1, 0)]:
         draw = randomness.rekey(key)
@@ -94,7 +95,7 @@ def test_a_used_transform_can_be_pickled():
     "name", ["flip", "affine", "jitter", "dropout", "cutout", "randaugment", "trivialaugment"]
 )
 def test_the_input_is_left_alone(name):
-    randomness, image = augment.KeyedRandom(), photo(32, 32)
+    randomness, image = KeyedRandom(), photo(32, 32)
     operation, before = augment.build(name, 8 if name == "cutout" else None, FILL, randomness), image.copy()
     for i in range(30):
         operation(image, randomness.rekey((0, 1, i)))
@@ -103,9 +104,9 @@ def test_the_input_is_left_alone(name):
 
 def test_without_albumentations_only_its_pipelines_are_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "albumentations", None)
-    augment.build("trivialaugment", None, FILL, augment.KeyedRandom())
+    augment.build("trivialaugment", None, FILL, KeyedRandom())
     with pytest.raises(UsageError, match=r"--augment x\.yaml needs the albumentations package"):
-        augment.build("pipeline", "x.yaml", FILL, augment.KeyedRandom())
+        augment.build("pipeline", "x.yaml", FILL, KeyedRandom())
 
 
 # --- crops ---------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def test_random_boxes_have_the_distribution_of_torchvisions():
 
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
-    randomness, image = augment.KeyedRandom(), np.empty((3, 375, 500), np.uint8)
+    randomness, image = KeyedRandom(), np.empty((3, 375, 500), np.uint8)
     ours = np.array([augment.random_resized_box(375, 500, randomness.rekey((0, 1, i))) for i in range(3000)])
     tensor = torch.from_numpy(image)
     theirs = np.array(
@@ -132,14 +133,14 @@ def test_random_boxes_have_the_distribution_of_torchvisions():
 
 
 def test_the_last_row_and_column_can_be_cut():
-    boxes = [augment.random_resized_box(40, 40, augment.KeyedRandom().rekey((0, 1, i))) for i in range(300)]
+    boxes = [augment.random_resized_box(40, 40, KeyedRandom().rekey((0, 1, i))) for i in range(300)]
     assert any(top + h == 40 > h for top, _, h, _ in boxes) and any(
         left + w == 40 > w for _, left, _, w in boxes
     )
 
 
 def test_a_panorama_falls_back_to_a_central_box():
-    top, left, h, w = augment.random_resized_box(10, 1000, augment.KeyedRandom().rekey((0, 1, 0)))
+    top, left, h, w = augment.random_resized_box(10, 1000, KeyedRandom().rekey((0, 1, 0)))
     assert (top, h, w) == (0, 10, 13) and left == (1000 - 13) // 2
 
 
@@ -162,7 +163,7 @@ def test_shrinking_averages_pixels(factor):
 
 def test_padcrop_shifts_by_every_offset_and_fills_with_the_mean():
     image, offsets = photo(8, 8), set()
-    randomness = augment.KeyedRandom()
+    randomness = KeyedRandom()
     padded = np.empty((12, 12, 3), np.uint8)
     padded[:] = FILL
     padded[2:10, 2:10] = image
@@ -235,7 +236,7 @@ def test_dropout_is_albumentations_coarse_dropout(A):
     black = np.zeros((64, 64, 3), np.uint8)
     hole = lambda image: np.argwhere((image == FILL).all(2))  # noqa: E731
     reference = hole(theirs(image=black)["image"])
-    randomness, corners = augment.KeyedRandom(), []
+    randomness, corners = KeyedRandom(), []
     for i in range(300):
         ours = hole(augment.dropout(black, FILL, randomness.rekey((0, 1, i))))
         assert len(ours) == len(reference) == 16 * 16
@@ -260,7 +261,7 @@ def test_a_pipeline_equals_albumentations_with_the_same_draws(A):
     reference = A.load(FULL_YAML, data_format="yaml")
     changed = 0
     for i in range(50):
-        randomness = augment.KeyedRandom()
+        randomness = KeyedRandom()
         randomness.uses_library = True
         randomness.rekey((3, 1, i))
         reference.set_random_state(randomness.generator, randomness.library)
@@ -326,7 +327,7 @@ def test_a_file_that_is_no_pipeline_is_refused_and_runs_nothing(A, text, problem
     if text is not None:
         (tmp_path / "p.yaml").write_text(text)
     with pytest.raises(UsageError, match=problem):
-        augment.build("pipeline", "p.yaml", FILL, augment.KeyedRandom())
+        augment.build("pipeline", "p.yaml", FILL, KeyedRandom())
     assert not (tmp_path / "x").exists()
 
 
@@ -345,7 +346,7 @@ def test_a_pipeline_must_keep_size_and_type(A, text, tmp_path):
 
 
 def test_cutout_is_one_square_clipped_by_the_border():
-    black, randomness = np.zeros((32, 32, 3), np.uint8), augment.KeyedRandom()
+    black, randomness = np.zeros((32, 32, 3), np.uint8), KeyedRandom()
     areas = []
     for i in range(500):
         filled = np.argwhere((augment.cutout(black, 8, FILL, randomness.rekey((0, 1, i))) == FILL).all(2))
@@ -370,7 +371,7 @@ def changed(name, strength, sign=1, size=40):
 
     how = {"resample": Image.Resampling.BILINEAR, "fillcolor": FILL}
     image = photo(size, size) // 2 + 30
-    after = augment.TIMM_CHANGES[ORDER.index(name)](Image.fromarray(image), strength, sign * strength, how)
+    after = policies.TIMM_CHANGES[ORDER.index(name)](Image.fromarray(image), strength, sign * strength, how)
     return (torch.from_numpy(np.array(x)).permute(2, 0, 1) for x in (image, np.asarray(after)))
 
 
@@ -424,7 +425,7 @@ def test_randaugment_applies_two_changes_half_of_the_time_at_normal_strengths(mo
         strengths.append((strength, signed / strength if strength else 0))
         return picture
 
-    monkeypatch.setattr(augment, "TIMM_CHANGES", (note,) * 15)
+    monkeypatch.setattr(policies, "TIMM_CHANGES", (note,) * 15)
     transform = TrainTransform((("randaugment", (6.0, 0.5)),), 32, MEAN)
     for i in range(2000):
         transform(np.zeros((32, 32, 3), np.uint8), (0, 1, i))
@@ -453,7 +454,7 @@ def test_the_policies_are_torchvisions(name, of_torchvision):
         Image.fromarray(photo(224, 224)),
         {"resample": Image.Resampling.BILINEAR, "fillcolor": FILL},
     )
-    for change, op in zip(augment.torchvision_changes(wide), names, strict=True):
+    for change, op in zip(policies.torchvision_changes(wide), names, strict=True):
         magnitudes, signed = space[op]
         for k in (0, 15, 30) if wide else (9,):
             size = float(magnitudes[k]) if magnitudes.ndim else 0.0
@@ -491,7 +492,7 @@ def test_randaugment_with_a_magnitude_equals_timms(monkeypatch):
 
             how = {"resample": timm._RANDOM_INTERPOLATION[resample], "fillcolor": FILL}
             picture = Image.fromarray(photo(40, 40))
-            mine = augment.TIMM_CHANGES[k](picture, 0.6, sign * 0.6, how)
+            mine = policies.TIMM_CHANGES[k](picture, 0.6, sign * 0.6, how)
             assert np.array_equal(np.asarray(mine), np.asarray(op(picture))), name
 
 
@@ -507,14 +508,14 @@ def test_randaugment_takes_a_magnitude_and_its_deviation(text, steps):
 
 
 def test_flip_mirrors():
-    randomness = augment.KeyedRandom()
+    randomness = KeyedRandom()
     flip = augment.build("flip", None, FILL, randomness)
     assert np.array_equal(flip(photo(), fixed(0.49)), photo()[:, ::-1])
     assert np.array_equal(flip(photo(), fixed(0.51)), photo())
 
 
 def test_jitter_takes_its_strength_in_percent():
-    weak, strong, default = (augment.build("jitter", n, FILL, augment.KeyedRandom()) for n in (2, 20, None))
+    weak, strong, default = (augment.build("jitter", n, FILL, KeyedRandom()) for n in (2, 20, None))
     numbers = (0.0, 1.0, 1.0, 1.0, 1.0, 0.0)  # fire; every factor at its largest
     change = [np.abs(op(photo(), fixed(*numbers)).astype(int) - photo()).mean() for op in (weak, strong)]
     assert change[1] > 4 * change[0] > 0

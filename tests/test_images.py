@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from base.errors import DataError
-from sources import images
-from sources.images import BadImage, EvalTransform, TrainTransform, decode
+from sources import decode as decoding
+from sources.decode import BadImage, decode
+from sources.images import EvalTransform, TrainTransform
 
 MEAN = (0.485, 0.456, 0.406)
 
@@ -32,7 +33,7 @@ def encoded(pixels, kind="JPEG", mode="RGB", **options) -> bytes:
 
 
 def test_a_jpeg_decodes_to_pillows_pixels_on_the_fast_path(monkeypatch):
-    monkeypatch.setattr(images, "_decode_strictly", None)
+    monkeypatch.setattr(decoding, "_decode_strictly", None)
     for options in ({}, {"subsampling": 0}, {"progressive": True}, {"quality": 30}):
         data = encoded(photo(), **options)
         assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)))), options
@@ -68,7 +69,7 @@ def test_a_palette_with_transparency_keeps_its_colours():
 
 def test_cmyk_is_converted_as_pillow_does():
     data = encoded(photo(), "JPEG", "CMYK")
-    assert images.jpeg_shape(data) == (60, 80, 4)
+    assert decoding.jpeg_shape(data) == (60, 80, 4)
     assert np.array_equal(decode(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
     assert np.abs(decode(data).astype(int) - photo()).mean() < 4
 
@@ -93,16 +94,16 @@ def test_exif_orientation_is_ignored_on_both_paths():
     for shape in ((32, 64), (32, 32)):
         data = encoded(photo(*shape), exif=exif)
         assert decode(data).shape == (*shape, 3)
-        assert np.array_equal(decode(data), images._decode_strictly(data, ""))
+        assert np.array_equal(decode(data), decoding._decode_strictly(data, ""))
 
 
 def test_a_png_is_decoded_once_and_its_orientation_is_read_where_it_has_one(monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert images.orientation(encoded(photo(), "PNG", exif=exif)) == 6
+    assert decoding.orientation(encoded(photo(), "PNG", exif=exif)) == 6
     plain, opened = encoded(photo(), "PNG"), []
-    monkeypatch.setattr(images.Image, "open", lambda *_, **options: opened.append(options))
-    assert images.orientation(plain) == 1 and not opened
+    monkeypatch.setattr(decoding.Image, "open", lambda *_, **options: opened.append(options))
+    assert decoding.orientation(plain) == 1 and not opened
 
 
 def test_corrupt_exif_is_ignored():
@@ -110,7 +111,7 @@ def test_corrupt_exif_is_ignored():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode(data).shape == (60, 80, 3)
-        assert images._decode_strictly(data, "").shape == (60, 80, 3)
+        assert decoding._decode_strictly(data, "").shape == (60, 80, 3)
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9, -3, -20])
@@ -180,7 +181,7 @@ def test_an_incomplete_image_is_named(data, words):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_more_pixels_than_the_limit_are_refused_before_decoding(monkeypatch, kind):
-    monkeypatch.setattr(images, "MAX_PIXELS", 60 * 80 - 1)
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 60 * 80 - 1)
     with pytest.raises(BadImage, match="80 x 60"):
         decode(encoded(photo(), kind), "bomb")
 
@@ -197,9 +198,9 @@ def test_an_error_without_words_is_named_by_its_kind(monkeypatch):
 
     file = io.BytesIO()
     Image.new("RGB", (4, 4)).save(file, "PNG")
-    monkeypatch.setattr(images, "_to_rgb", fail)
+    monkeypatch.setattr(decoding, "_to_rgb", fail)
     with pytest.raises(BadImage, match="MemoryError"):
-        images._decode_strictly(file.getvalue(), "x.png")
+        decoding._decode_strictly(file.getvalue(), "x.png")
 
 
 def test_the_error_crosses_process_boundaries():

@@ -25,7 +25,9 @@ from base.errors import CheckpointError, DataError, UsageError
 from base.phases import fitting_batch, phase_batches
 from dataloader import eval_loader, train_loader
 from harness import build
-from sources import folders, images, splits
+from sources import folders, splits
+from sources.decode import decode
+from sources.images import centre_crop
 from sources.index import FileSplit, safe_name
 from sources.layouts import open_dataset
 
@@ -337,8 +339,8 @@ def test_orientation_is_that_of_pillow(orientation, kind):
     data = encoded(3, orientation, kind, **({"lossless": True} if kind == "WEBP" else {}))
     with Image.open(io.BytesIO(data)) as image:
         expected, stored = np.asarray(ImageOps.exif_transpose(image)), np.asarray(image)
-    assert np.array_equal(images.decode(data, exif=True), expected)
-    assert np.array_equal(images.decode(data), stored)
+    assert np.array_equal(decode(data, exif=True), expected)
+    assert np.array_equal(decode(data), stored)
     assert np.array_equal(stored, expected) == (orientation == 1)
 
 
@@ -347,13 +349,13 @@ def test_orientation_of_unusual_jpegs(mode):
     exif, file = Image.Exif(), io.BytesIO()
     exif[0x0112] = 6
     Image.open(io.BytesIO(encoded())).convert(mode).save(file, "JPEG", exif=exif)
-    assert images.decode(file.getvalue(), exif=True).shape == (24, 16, 3)
+    assert decode(file.getvalue(), exif=True).shape == (24, 16, 3)
 
 
 @pytest.mark.parametrize("value", [0, 9, 65535])
 def test_an_orientation_that_does_not_exist_is_none(value):
     data = encoded(1, value or None)
-    assert np.array_equal(images.decode(data, exif=True), images.decode(data))
+    assert np.array_equal(decode(data, exif=True), decode(data))
 
 
 def test_damaged_exif_leaves_the_pixels(flat):
@@ -361,7 +363,7 @@ def test_damaged_exif_leaves_the_pixels(flat):
     at = data.index(b"Exif\0\0")
     for k in range(at + 6, at + 32):
         broken = data[:k] + bytes([data[k] ^ 0xFF]) + data[k + 1 :]
-        pixels = images.decode(broken, exif=True)
+        pixels = decode(broken, exif=True)
         assert sorted(pixels.shape) == [3, 16, 24]
 
 
@@ -384,7 +386,7 @@ def test_training_and_scoring_see_upright_images_of_own_photos_only(tmp_path):
             for i in range(len(split)):
                 with Image.open(split.path(i)) as image:
                     image = ImageOps.exif_transpose(image) if turned else image
-                    wanted.append(images.centre_crop(np.asarray(image), 16, 16))
+                    wanted.append(centre_crop(np.asarray(image), 16, 16))
             restored = [
                 np.rint((image.permute(1, 2, 0).numpy() * index.std + index.mean) * 255) for image in found
             ]
@@ -403,7 +405,7 @@ def test_checkpoints_keep_the_orientation_and_packed_copies_are_upright(tmp_path
     assert copy.exif
     for side in copy.train.copies():
         for stored in side.read(range(len(side))):
-            assert images.decode(stored).shape[0] > images.decode(stored).shape[1]  # upright without EXIF
+            assert decode(stored).shape[0] > decode(stored).shape[1]  # upright without EXIF
     scores = []
     for index in (whole, copy):
         scores.append(next(iter(eval_loader(index.val, index, image_size=16, batch_size=4)))[0])

@@ -18,7 +18,8 @@ from base.errors import DataError, UsageError
 from base.files import file_crc32
 from base.flags import parse_augment
 from sources import packed, packing
-from sources.images import TrainTransform, decode
+from sources.decode import decode
+from sources.images import TrainTransform
 from sources.index import ArraySplit, DatasetIndex, SubsetSplit
 from sources.layouts import open_dataset
 from sources.packed import open_packed
