@@ -58,15 +58,20 @@ def overview(found: Published) -> str:
     for study, preset, runs in found:
         where = f"[{study.name}](ablation_runs/results/{study.directory(preset)}/summary.md)"
         rows.append([where, study.question, short(study, runs), scale(study, preset)])
-    return files.markdown_table(["study", "question", "finding, in points", "scale"], rows)
+    header = ["study", "question, at full size", "finding at this scale, in points", "scale"]
+    return files.markdown_table(header, rows)
 
 
 def short(study: Study, runs: list[Result]) -> str:
     """Return the verdicts in a few words, with the differences in points."""
     for f in results.false_verdicts(runs, study)[:1]:
-        return f"{100 * f.decided / f.times:.1f} % of {f.times} comparisons are decided"
+        return f"compared with itself {f.times} times: {100 * f.decided / f.times:.1f} % called different"
+    if gains := results.gains(runs, study, "ema_bn_val_top1", "ema_val_top1"):
+        values = ", ".join(f"{name} {d.mean:+.1f} ({d.verdict})" for name, d in gains.items())
+        return f"EMA top-1 after re-estimation: {values}"
     compared = {} if study.grid else results.compare(runs, study, study.metric)
-    values = {name: f"{name} {d.mean:+.1f}" for name, d in compared.items()}
+    notes = dict.fromkeys(results.at_chance(runs, study), " (at chance)")
+    values = {name: f"{name} {d.mean:+.1f}{notes.get(name, '')}" for name, d in compared.items()}
     groups = {
         verdict: summary.named(compared, verdict)
         for verdict in (statistics.BETTER, statistics.WORSE, statistics.UNDECIDED)
@@ -107,15 +112,18 @@ def section(study: Study, preset: str, runs: list[Result]) -> str:
         parts.append(f"*Notes.* {' '.join(study.notes.splitlines())}")
     parts.append(summary.other_flags(study, preset, runs))
     parts.append(summary.variant_table(study, preset, runs).without_empty_columns().markdown())
-    if comparison := summary.comparison_table(study, runs, study.metric):
-        parts.append(comparison.without_empty_columns().markdown())
+    tables = (
+        summary.comparison_table(study, runs, study.metric),
+        summary.gain_table(study, runs, "batch_norm"),
+        summary.effect_table(study, runs),
+    )
+    parts += [table.without_empty_columns().markdown() for table in tables if table]
     parts.append(f"*Conclusion.* {summary.conclusion(study, runs)}")
     reading = PUBLISHED / name / "reading.md"
     if reading.is_file():
         parts.append(f"*Reading.* {reading.read_text(encoding='utf-8').strip()}")
-    pictures = [
-        p for p in ("differences.png", "heat_maps.png", "curves.png") if (PUBLISHED / name / p).is_file()
-    ]
+    wanted = ("differences.png",) * bool(study.primary) + ("effects.png", "curves.png")
+    pictures = [picture for picture in wanted if (PUBLISHED / name / picture).is_file()]
     parts += [f"![{study.name}](results/{name}/{picture})" for picture in pictures[:1]]
     return "\n\n".join(filter(None, parts))
 

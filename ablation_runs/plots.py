@@ -75,14 +75,21 @@ def curves(runs: list[Result], study: Study, column: str, title: str):
     words = {
         "grey: all variants" if study.grid else "grey: the other variants": len(means) > 1,
         f"dashed: {next(iter(study.variants))}": len(means) > 1 and not study.grid,
-        "band: worst to best seed": column != "lr" and not study.grid,
+        "band: lowest to highest seed": not study.grid,
         "dotted: chance": bool(chance),
+        "a run that stopped early keeps its last score": column != "lr" and stopped_early(runs),
     }
-    key = "; ".join(text for text, shown in words.items() if shown)
+    key = textwrap.fill("; ".join(text for text, shown in words.items() if shown), 90)
     fig.supxlabel(f"epoch\n{key}", fontsize=9)
     held = "" if column == "lr" else "held-out " if any(run.held_out for run in runs) else "validation "
     fig.supylabel(held + LABELS[column], fontsize=9)
     return fig
+
+
+def stopped_early(runs: list[Result]) -> bool:
+    """Return whether a finished run has fewer epochs than another of its variant."""
+    ends = {(run.variant, len(run.rows)) for run in runs if run.status == "done"}
+    return len(ends) > len({variant for variant, _ in ends})
 
 
 def wide_range(curves: list[tuple | None]) -> bool:
@@ -103,16 +110,25 @@ def panel_lines(runs: list[Result], study: Study) -> dict[str, dict[str, list[Re
 
 
 def curve(runs: list[Result], column: str) -> tuple[np.ndarray, ...] | None:
-    """Return the epochs that all runs have, and the mean, lowest and highest value in each; or None."""
-    series = [[row.get(column) for row in run.rows] for run in runs if run.rows]
-    epochs = min(map(len, series), default=0)
+    """Return epochs, and the mean, lowest and highest value of the finished runs in each; or None.
+
+    A run that early stopping ended keeps its last score, but no learning rate.
+    """
+    begun = [run for run in runs if run.rows]
+    chosen = [run for run in begun if run.status == "done"] or begun
     # None, in an epoch without validation, becomes NaN.
-    values = np.array([scores[:epochs] for scores in series], float)
-    shown = np.flatnonzero(np.isfinite(values).all(0)) if epochs else np.array([], int)
+    series = [np.array([row.get(column) for row in run.rows], float) for run in chosen]
+    epochs = max(map(len, series), default=0)
+    values = np.full((len(series), epochs), np.nan)
+    for row, own in zip(values, series, strict=True):
+        row[: len(own)] = own
+        row[len(own) :] = np.nan if column == "lr" else own[-1]
+    known = np.isfinite(values)
+    shown = np.flatnonzero(known.any(0) if column == "lr" else known.all(0))
     if not len(shown):
         return None
     values = values[:, shown]
-    return shown + 1, values.mean(0), values.min(0), values.max(0)
+    return shown + 1, np.nanmean(values, 0), np.nanmin(values, 0), np.nanmax(values, 0)
 
 
 def draw_lines(axis, lines: dict[str, list[Result]], column: str) -> None:
@@ -161,7 +177,8 @@ def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
     fig = figures.figure(8, 1.2 + 0.24 * sum(len(compared) + 1.4 for _, compared in found))
     axis, place, variants = fig.subplots(), 0.0, {}
     for study, compared in found:
-        heading = f" {study.name}: difference from {next(iter(study.variants))}"
+        weights = " (EMA weights)" * study.metric.startswith("ema")
+        heading = f" {study.name}: difference from {next(iter(study.variants))}{weights}"
         axis.text(-reach, place, heading, weight="bold", fontsize=9, va="center")
         for variant, d in compared.items():
             place += 1
@@ -170,6 +187,9 @@ def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
             first, last = d.interval or (d.mean, d.mean)
             low, mean, high = np.clip([first, d.mean, last], -reach, reach)
             axis.plot([low, high], [place, place], color=color, lw=3.5, solid_capstyle="butt")
+            for end, cut, arrow in ((low, first < low, "<"), (high, last > high, ">")):
+                if cut and mean == d.mean:
+                    axis.plot(end, place, arrow, color=color, markersize=5, clip_on=False)
             mark = "o" if mean == d.mean else "<" if d.mean < 0 else ">"
             fill = "white" if d.verdict == EXPLORATORY else color
             axis.plot(mean, place, mark, color=color, markerfacecolor=fill, markersize=6, clip_on=False)
@@ -182,7 +202,7 @@ def overview(studies: Sequence[tuple[Study, list[Result]]], reach: float = 17):
     axis.grid(False, axis="y")
     axis.set_xlabel(
         "difference of the top-1 accuracies, in points, with 95 % interval over seeds\n"
-        "green: better; red: worse; grey: undecided; hollow: not a planned comparison; arrow: farther away",
+        "green: better; red: worse; grey: undecided; hollow: not a planned comparison; arrow: goes on",
         fontsize=9,
     )
     return fig
@@ -199,18 +219,31 @@ def effects(runs: list[Result], study: Study, title: str):
     for k, effect in enumerate(ranked):
         decided = effect.p is not None and effect.p <= ALPHA
         names.append(dashed(effect.flag) + ("" if effect.p is None else f"\np {p_value(effect.p)}"))
-        axis.plot([*effect.means.values()], [k] * len(effect.means), color=figures.BLUE, lw=2)
-        for j, (value, mean) in enumerate(sorted(effect.means.items(), key=lambda pair: pair[1])):
-            fill = figures.BLUE if decided else "white"
-            axis.plot(mean, k, "o", color=figures.BLUE, markerfacecolor=fill, markersize=8)
-            # Neighbours may be close: their labels take turns above and below the line.
+        means = sorted(effect.means.values())
+        fill = figures.BLUE if decided else "white"
+        style = {"color": figures.BLUE, "markerfacecolor": fill, "markersize": 8}
+        axis.plot(means, [k] * len(means), "o-", lw=2, **style)
+        # Neighbours may be close: their labels take turns above and below the line, or share one.
+        for j, group in enumerate(neighbours(means, ranked[0].span / 50)):
             shift = {"xytext": (0, 9 if j % 2 == 0 else -17), "textcoords": "offset points"}
-            axis.annotate(value, (mean, k), ha="center", fontsize=8, **shift)
+            label = ", ".join(value for value, mean in effect.means.items() if mean in group)
+            axis.annotate(label, (np.mean(group), k), ha="center", fontsize=8, **shift)
     axis.set_yticks(range(len(ranked)), names)
     axis.set_ylim(len(ranked) - 0.4, -0.6)
     axis.margins(x=0.08)
     axis.set_xlabel(f"mean {LABELS[study.metric]} (better →)\nfilled: beyond the noise", fontsize=9)
     return fig
+
+
+def neighbours(ascending: list[float], reach: float) -> list[list[float]]:
+    """Group numbers, each at most `reach` above the one before."""
+    groups: list[list[float]] = []
+    for number in ascending:
+        if groups and number - groups[-1][-1] <= reach:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
 
 
 def heat_maps(runs: list[Result], study: Study, title: str):

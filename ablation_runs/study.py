@@ -56,7 +56,7 @@ class Study:
     recipe: str = ""  # a file of recipes/; the base overrides its flags
     grid: tuple[str, ...] = ()  # flags, if the variants are all combinations of their values: main effects
     metric: str = "val_top1"  # the compared column of metrics.jsonl, chosen before any run
-    controls: tuple[str, ...] = ()  # variants that get no verdict, chosen before any run
+    controls: tuple[str, ...] = ()  # variants without a verdict, such as those chosen after seeing scores
     scoring: tuple[str, ...] = ()  # flags of validate.py, beside the run's own
     worth: float = 0.5  # the difference worth seeing, in points: decides how many seeds a pilot asks for
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4, 5)

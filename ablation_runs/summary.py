@@ -178,7 +178,7 @@ def verdicts(study: Study, runs: list[Result]) -> list[str]:
     missing = [variant for variant in study.primary if variant not in found]
     few = [variant for variant, d in found.items() if d.verdict == TOO_FEW] + missing
     others = named(found, EXPLORATORY) if study.primary else []
-    undecided = f"Undecided, because the two tests do not both see a difference from {first}"
+    undecided = f"Undecided (interval and permutation test do not both show a difference from {first})"
     for sentence, names in (
         (undecided, named(found, UNDECIDED)),
         (f"Fewer than {MIN_PAIRS} finished pairs of runs", few),
@@ -196,13 +196,13 @@ def power_line(study: Study, power: Power, pilot: Power) -> str:
     """Say how many seeds the question needs, and what these can see."""
     share = f" in one of {power.comparisons} comparisons" if power.comparisons > 1 else ""
     text = f"Power: between seeds, a difference varies by {power.deviation:.2f} points (standard deviation)."
-    often = f"{100 * statistics.POWER:.0f} % of the time"
+    probably = f"with {100 * statistics.POWER:.0f} % probability"
     if power.seeds >= MIN_PAIRS:
-        text += f" If there is a difference of {power.sees:.1f} points{share}, {power.seeds} seeds find it "
-        text += f"{often}. To find {study.worth:g} points as often takes {power.needed} seeds"
+        text += f" {power.seeds} seeds detect a difference of {power.sees:.1f} points{share} {probably}; "
+        text += f"to detect {study.worth:g} points takes {power.needed} seeds"
     else:
-        text += f" To find {study.worth:g} points{share} {often} takes {power.needed} seeds"
-    return text + (f" (the pilot's two seeds said {pilot.needed})." if pilot != power else ".")
+        text += f" To detect {study.worth:g} points{share} {probably} takes {power.needed} seeds"
+    return text + (f" (estimated from the first two seeds: {pilot.needed})." if pilot != power else ".")
 
 
 def advice(study: Study, directory: Path) -> str:

@@ -38,7 +38,7 @@ STYLES = {"train": (figures.ORANGE, ":"), "val": (figures.BLUE, "--"), "ema": (f
 COMPARISONS: tuple[tuple[str, str, Callable[[RunFiles], str]], ...] = (
     ("Validation top-1 (EMA weights if kept)", "top-1 accuracy (%)", lambda run: run.score),
     ("Validation loss (same weights)", "cross-entropy (nats)", lambda run: run.score.replace("top1", "loss")),
-    ("Loss of the training batches", "loss (nats)", lambda run: "train_loss"),
+    ("Loss of the training batches", "loss, as --loss defines it", lambda run: "train_loss"),
     ("Learning rate", "rate at the end of the epoch", lambda run: "lr"),
 )
 

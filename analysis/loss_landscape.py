@@ -14,8 +14,8 @@ EPILOG = """examples:
   python -m analysis.loss_landscape CHECKPOINT --batch-norm batch
 Writes loss_landscape.png and loss_landscape.json. Evaluates the samples 2 x points^2 times."""
 TREATMENTS = {
-    "running": "BatchNorm: running statistics of the centre",
-    "batch": "BatchNorm: statistics of each batch",
+    "running": "BatchNorm after training: running statistics of the centre",
+    "batch": "BatchNorm after training: statistics of each batch",
 }
 
 

@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     errors.doing("training, then scoring")
     from benchmarks import records
 
-    done = {row["row"]: row for row in records.load(args.out, "headline")} if os.path.isdir(args.out) else {}
+    kept = records.finished(args.out, "headline")
+    done = {row["row"]: row for row in records.load(args.out, "headline")} if kept else {}
+    done = {name: row for name, row in done.items() if name in kept}
     name = f"{args.dataset}, seed {args.seed}, project"
     ours = done.get(name) or records.append(args.out, measure(name, args, project))
     print(shown(ours), flush=True)

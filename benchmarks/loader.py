@@ -226,16 +226,19 @@ def draw(rows: list[dict], path: Path) -> None:
     keys = ("augmentation", "size", "loader")
     panels, sizes, names = (list(dict.fromkeys(row[key] for row in rows)) for key in keys)
     figure = figures.figure(1.2 + 3.4 * len(panels), 3.4, "CPU time of an image, best pass")
-    width, drawn = 0.85 / len(names), {}
+    titles, drawn = {"basic": "crop + flip", "full": "full augmentation"}, {}
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axis, panel in zip(axes, panels, strict=True):
-        for k, name in enumerate(names):
+        own = [name for name in names if any((r["augmentation"], r["loader"]) == (panel, name) for r in rows)]
+        width = 0.85 / len(own)
+        for k, name in enumerate(own):
             shown = [row for row in rows if (row["augmentation"], row["loader"]) == (panel, name)]
-            places = [sizes.index(row["size"]) + (k - (len(names) - 1) / 2) * width for row in shown]
-            bars = axis.bar(places, [row["cpu_us"] for row in shown], width, color=f"C{k}")
-            drawn.update({name: bars} if shown else {})
+            places = [sizes.index(row["size"]) + (k - (len(own) - 1) / 2) * width for row in shown]
+            color = figures.LINES[names.index(name) % len(figures.LINES)]
+            hatch = "///" * (names.index(name) >= len(figures.LINES))
+            drawn[name] = axis.bar(places, [row["cpu_us"] for row in shown], width, color=color, hatch=hatch)
         axis.set_xticks(range(len(sizes)), [f"{size} px" for size in sizes])
-        axis.set(title=panel, ylabel="CPU us / image", yscale="log")
+        axis.set(title=titles.get(panel, panel), ylabel="CPU us / image", yscale="log")
     figure.legend(drawn.values(), drawn.keys(), loc="outside lower center", ncols=4, fontsize=7)
     print(f"picture: {figures.save(figure, path)}")
 

@@ -180,10 +180,10 @@ def whole_run(rows: Rows) -> tuple[Table, Rows]:
         name, rate = row["run"], row["images_per_second"]
         took = row["epochs_of_90"] * IMAGENET / rate / 3600
         hours[name] += took
-        cells = [row["size"], row["batch_size"], rate, row["data_wait_percent"], row["epochs_of_90"], took]
-        lines.append([name, *cells, hours[name]])
-    header = ["run", "px", "batch", "images/s", "waits for data, %", "of 90 epochs"]
-    return [[*header, "hours of ImageNet", "hours so far"], *lines], used
+        cells = [row["size"], row["batch_size"], rate, row["data_wait_percent"], row["epochs_of_90"]]
+        lines.append([name, *cells, f"{took:.2f}", f"{hours[name]:.2f}"])
+    header = ["run", "px", "batch", "images/s", "waits for data, %", "epochs (of 90)"]
+    return [[*header, "hours of ImageNet", "hours, cumulative"], *lines], used
 
 
 def loader_cpu(rows: Rows) -> tuple[Table, Rows]:

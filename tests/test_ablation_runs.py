@@ -225,7 +225,8 @@ NOISY = (51, 50, 55, 50, 51, 49)
 
 def test_a_difference_inside_the_noise_is_undecided():
     text = summary.conclusion(TWO, made(a=SIX, b=NOISY, c=(50, 53, 50, 52, 50, 51)))
-    assert text.startswith("Undecided, because the two tests do not both see a difference from a: b and c.")
+    reason = "Undecided (interval and permutation test do not both show a difference from a)"
+    assert text.startswith(f"{reason}: b and c.")
 
 
 def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
@@ -326,11 +327,11 @@ def test_the_power_line_says_how_many_seeds_are_needed_and_what_these_see():
     assert power.deviation == pytest.approx(np.std(gaps, ddof=1)) and power.seeds == 6
     assert power.needed == statistics.pairs_needed(0.5, power.deviation)
     said = summary.conclusion(TWO, runs)
-    assert f"a difference of {power.sees:.1f} points, 6 seeds find it 80 % of the time" in said
+    assert f"6 seeds detect a difference of {power.sees:.1f} points with 80 % probability; to" in said
     pilot = statistics.pairs_needed(0.5, np.std(gaps[:2], ddof=1))
     few = summary.power_line(TWO, results.power(runs, TWO, most=2), power)
-    assert f" To find 0.5 points 80 % of the time takes {pilot} seeds" in few
-    assert said.endswith(f"takes {power.needed} seeds (the pilot's two seeds said {pilot}).")
+    assert f" To detect 0.5 points with 80 % probability takes {pilot} seeds" in few
+    assert said.endswith(f"takes {power.needed} seeds (estimated from the first two seeds: {pilot}).")
 
 
 def test_an_a_a_study_counts_false_verdicts():
@@ -624,6 +625,30 @@ def test_a_grids_curves_have_a_panel_for_each_flag_and_its_heat_maps_one_scale()
     assert [axis.get_title() for axis in fig.axes if axis.get_visible()] == ["--lr", "--wd"]
 
 
+def test_a_curve_has_all_epochs_of_finished_runs_of_which_one_stopped_early():
+    def made_of(status, **columns):
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        return results.Result("a", 0, status, rows)
+
+    long = made_of("done", val_top1=[None, 20, None, 40], lr=[4, 3, 2, 1])
+    short = made_of("done", val_top1=[None, 10], lr=[4, 2])
+    unfinished = made_of("unfinished", val_top1=[None], lr=[4])
+    curve = plots.curve([long, short, unfinished], "val_top1")
+    assert [list(each) for each in curve] == [[2, 4], [15, 25], [10, 10], [20, 40]]
+    curve = plots.curve([long, short, unfinished], "lr")
+    assert [list(each) for each in curve] == [[1, 2, 3, 4], [4, 2.5, 2, 1], [4, 2, 2, 1], [4, 3, 2, 1]]
+    assert [list(each) for each in plots.curve([unfinished], "lr")] == [[1], [4], [4], [4]]
+    assert plots.curve([unfinished], "val_top1") is None and plots.curve([], "lr") is None
+    assert plots.stopped_early([long, short]) and not plots.stopped_early([long, long, unfinished])
+
+
+def test_values_of_a_flag_that_are_close_share_a_label():
+    assert plots.neighbours([1, 1.1, 1.2, 3, 3], 0.15) == [[1, 1.1, 1.2], [3, 3]]
+    which, runs = grid_results(lambda f, s: 50 + 8 * (f["lr"] == "2") + s)
+    labels = [text.get_text() for text in plots.effects(runs, which, "title").axes[0].texts]
+    assert labels == ["1", "2", "0, 5"]
+
+
 def test_a_report_without_runs_names_the_command(tmp_path):
     with pytest.raises(DataError, match=r"no runs of ema[\s\S]*ablation_runs.run ema --preset cpu"):
         report.main(["ema", "--preset", "cpu", "--runs", str(tmp_path)])
@@ -775,6 +800,9 @@ def test_the_overview_has_a_line_for_each_planned_comparison_and_colours_it_by_i
     assert [line.get_color() for line in means] == [figures.GREEN, "0.6"]
     assert [line.get_marker() for line in means] == [">", "o"] and float(means[0].get_xdata()[0]) == 8
     assert [text.get_text() for text in axis.texts] == [" two: difference from a", "+10.1", "+0.2"]
+    lines = plots.overview([(TWO, made(a=SIX, b=CLEAR, c=(51, 50, 80, 50, 51, 30)))], reach=12).axes[0].lines
+    ends = [(line.get_marker(), float(line.get_xdata()[0])) for line in lines if line.get_markersize() == 5]
+    assert ends == [("<", -12), (">", 12)]  # of c alone: its interval goes on at both ends
     assert plots.overview([(TWO, made(a=(50,), b=(52,), c=(51,)))])  # no intervals
     planned = Study("two", "?", TWO.variants, controls=("c",))
     lines = plots.overview([(planned, runs)]).axes[0].lines
@@ -794,6 +822,14 @@ def test_notebooks_are_thin_and_hold_the_outputs_of_a_run(path):
     outputs = [o for c in cells for o in c["outputs"]]
     assert any("image/png" in o.get("data", {}) for o in outputs)
     assert not any(o["output_type"] == "error" for o in outputs)
+    shown = ["".join(o["data"]["text/markdown"]) for o in outputs if "text/markdown" in o.get("data", {})]
+    titles = [text.partition("\n")[0] for text in shown if text.startswith("# `")]
+    for title in titles:
+        folder = ROOT / "ablation_runs" / "results" / f"{re.findall('`(.*?)`', title)[0]}-cpu"
+        table, reading = (folder / f"{name}.md" for name in ("summary", "reading"))
+        assert re.sub(r"!\[.*\n", "", table.read_text(encoding="utf-8")) in shown, "run make notebooks"
+        assert reading.read_text(encoding="utf-8") in shown, "run make notebooks"
+    assert titles
 
 
 PUBLISHED = sorted((ROOT / "ablation_runs" / "results").glob("*"))
@@ -834,10 +870,11 @@ def test_the_pages_say_what_the_published_results_give_today(page):
     assert findings.fill(text, findings.published()) == text, "run python -m ablation_runs.findings"
 
 
-def test_every_claim_names_a_comparison_that_its_study_made_before_it_ran():
+def test_every_claim_names_a_comparison_that_its_study_makes():
     for claim in claims.CLAIMS:
         study = studies.STUDIES[claim.study]
-        assert claim.variant in (study.variants if claim.column == claims.EMA_GAIN else study.primary), claim
+        compared = (*study.primary, *study.controls)
+        assert claim.variant in (study.variants if claim.column == claims.EMA_GAIN else compared), claim
         assert claim.document in ("000", "001", "002", "003", "004")
 
 
@@ -870,12 +907,13 @@ def test_a_claim_is_judged_by_the_verdict_of_its_comparison(expected, scores, st
     assert claims.judge(claim, made(a=scores[0], b=scores[1]), two)[0] == status
 
 
-def test_a_variant_that_was_chosen_after_scores_were_seen_decides_no_claim():
-    claim = claims.Claim("000", "b is worse", "two", "b", "worse", planned=False)
-    two = Study("two", "?", {"a": {}, "b": {"lr": 1}})
+@pytest.mark.parametrize("expected", ["worse", "no loss"])
+def test_a_control_decides_no_claim(expected):
+    claim = claims.Claim("000", "b is worse", "two", "b", expected)
+    two = Study("two", "?", {"a": {}, "b": {"lr": 1}}, controls=("b",))
     scores = made(a=[50, 51, 52, 53, 50, 51], b=[40, 41, 42, 43, 40, 41.5])
     status, difference = claims.judge(claim, scores, two)
-    assert (status, difference.verdict) == ("undecided", "worse")
+    assert (status, difference.verdict) == ("undecided", "not a primary comparison")
 
 
 def test_a_variant_that_lacks_a_seed_of_the_pilot_is_reported():
