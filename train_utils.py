@@ -22,7 +22,10 @@ from base.flat import group_by_dtype, is_view_of, move_into_flat
 from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
 from models import classifier_of
-from optim import Schedule, clip_gradients, load_optimizer, step_unless
+from optim import clip_gradients
+from optim.saved import load_optimizer
+from optim.schedule import Schedule
+from optim.undo import step_unless
 
 MAX_BAD_STEPS = 10  # in a row; then the run ends
 NO_BEST = {"score": -1.0, "epoch": 0, "waited": 0}

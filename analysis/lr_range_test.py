@@ -27,7 +27,7 @@ from base.progress import Progress
 from ema import NoEMA
 from harness.log import read_metrics
 from loop import Run, start_phase
-from optim import set_lr
+from optim.schedule import set_lr
 from train_utils import Phase, StepOptions, TrainState, train_step
 
 HEADLINE = "valley"  # the suggestion that depends least on single losses

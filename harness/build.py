@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 import ema
-import optim
 from base import flags, process
 from base.device import Runtime, init_runtime, seed_everything, unused_gpu
 from base.errors import CheckpointError, UsageError
@@ -30,6 +29,8 @@ from loop import Run
 from models import build_model, classifier_of
 from models.convert import adapt_state_dict
 from models.summary import smallest_norm_map
+from optim import build_optimizer
+from optim.schedule import Schedule
 from sources.archives import pretrained
 from sources.imagenet import ilsvrc_names
 from sources.images import TrainTransform, default_crop
@@ -168,7 +169,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
     model = build_model(**model_args(config, index)).to(runtime.device, memory_format=torch.channels_last)
     if config.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    optimizer = optim.build_optimizer(
+    optimizer = build_optimizer(
         config.optimizer,
         model,
         lr=config.lr,
@@ -179,7 +180,7 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
         head=classifier_of(model).parameters(),
     )
     warmup = config.warmup_epochs if config.schedule == "cosine" else 0
-    schedule = optim.Schedule(
+    schedule = Schedule(
         optimizer,
         config.schedule,
         peak_lr=config.lr,

@@ -22,7 +22,7 @@ from base.process import say
 from harness.rundir import nearest_existing
 from loop import Run, start_phase
 from models import train_mode
-from optim import example_state
+from optim.saved import example_state
 from train_utils import Phase, StepOptions, evaluate, phase_of, smallest_piece
 
 CHECKPOINTS_ON_DISK = 5  # last_*, best_*, the prev_* of both, and the one being written
@@ -176,7 +176,7 @@ def new_optimizer_bytes(run: Run) -> int:
 
 
 def copies_bytes(run: Run) -> int:
-    """Return the bytes of the copies from which a bad step is undone, see `optim.Kept`."""
+    """Return the bytes of the copies from which a bad step is undone, see `optim.undo.Kept`."""
     optimizer = run.state.optimizer
     weights = tensor_bytes(run.state.parameters)
     return 0 if optimizer.defaults.get("fused") else weights + optimizer_bytes(optimizer)

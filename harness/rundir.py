@@ -329,7 +329,7 @@ def restore(run, saved: dict, config) -> None:
     Raises CheckpointError if its precision, data, model or position do not fit the run; --allow-change
     accepts another precision or other data.
     """
-    import optim
+    from optim.saved import same_state
 
     state, metadata, allowed = run.state, run.metadata, config.allow_change
     if saved["precision"] != run.runtime.precision and "amp" not in allowed:
@@ -348,7 +348,7 @@ def restore(run, saved: dict, config) -> None:
     same_plan &= all(planned[name] == plain(config)[name] for name in PLAN_FLAGS)
     if not same_plan:  # the old position may lie outside the new schedule
         saved = saved | {"schedule": saved["schedule"] | {"position": 0}}
-    if not optim.same_state(plain(config), planned):
+    if not same_state(plain(config), planned):
         say("note: the optimizer or its groups differ from the checkpoint's: its state starts empty")
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)

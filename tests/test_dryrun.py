@@ -15,7 +15,7 @@ from base.device import Runtime
 from base.progress import Eta
 from harness import dryrun
 from harness.dryrun import Cost, Rate, timed
-from optim import Schedule
+from optim.schedule import Schedule
 from train_utils import Phase, plan
 
 CPU = Runtime(torch.device("cpu"))

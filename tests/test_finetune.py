@@ -21,7 +21,8 @@ from base.errors import UsageError
 from base.progress import Eta
 from data_utils import BatchMixer
 from models import build_model, classifier_of, train_mode
-from optim import OPTIMIZERS, SCHEDULES, Schedule, build_optimizer
+from optim import OPTIMIZERS, build_optimizer
+from optim.schedule import SCHEDULES, Schedule
 from train_utils import plan, train_step
 
 

@@ -16,13 +16,14 @@ from torch import nn
 import data_utils
 import ema
 import lr_finder
-import optim
 import train
 from analysis import lr_range_test
 from analysis.lr_suggestion import Divergence, longest_descent, smooth, suggest
 from base import flags
 from base.device import Runtime
 from base.errors import DivergedError, UsageError, UserError
+from optim import build_optimizer
+from optim.schedule import Schedule
 from sources.generated import digits
 from train_utils import BatchNormBuffers, Phase, StepOptions, TrainState, train_step
 
@@ -68,8 +69,8 @@ class Batches:
 def prepared(net, optimizer, lr=1e-3, steps=1000, amp=None, mix=True):
     torch.manual_seed(0)
     model = net()
-    made = optim.build_optimizer(optimizer, model, lr=lr, momentum=0.9, nesterov=False, weight_decay=1e-4)
-    schedule = optim.Schedule(made, "onecycle", peak_lr=lr, total_steps=steps)
+    made = build_optimizer(optimizer, model, lr=lr, momentum=0.9, nesterov=False, weight_decay=1e-4)
+    schedule = Schedule(made, "onecycle", peak_lr=lr, total_steps=steps)
     state = TrainState(model, made, schedule, torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA())
     mixer = data_utils.BatchMixer(10, 0.2 * mix, 1.0 * mix, 0.1 * mix)
     return state, StepOptions(

@@ -16,19 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from base.errors import UsageError
 from models import build_model
-from optim import (
-    OPTIMIZERS,
-    SCHEDULES,
-    Lamb,
-    Muon,
-    Schedule,
-    build_optimizer,
-    clip_gradients,
-    muon_groups,
-    orthogonalized,
-    param_groups,
-    step_unless,
-)
+from optim import OPTIMIZERS, Lamb, Muon, build_optimizer, clip_gradients, muon_groups, param_groups
+from optim.muon import orthogonalized
+from optim.schedule import SCHEDULES, Schedule
+from optim.undo import step_unless
 
 F64 = torch.float64
 RECIPE = {"lr": 0.05, "momentum": 0.9, "nesterov": False, "weight_decay": 0.1}

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from inprocess import config_of, tiny_run
 from torch import nn
 
-import optim
 from base.errors import UsageError
 from dataloader import Order
 from harness import build
 from models import build_model
+from optim.schedule import Schedule
 from train_utils import phase_of, plan, share_epochs, smallest_piece
 
 IMAGENET = 1_281_167
@@ -57,7 +57,7 @@ def test_planned_yielded_and_scheduled_steps_are_one_number(samples, sizes, batc
     )
     total = sum(p.steps for p in phases)
     weight = torch.nn.Parameter(torch.zeros(2, 2))
-    schedule = optim.Schedule(
+    schedule = Schedule(
         torch.optim.SGD([weight], 1.0),
         "onecycle",
         peak_lr=1.0,

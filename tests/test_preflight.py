@@ -16,7 +16,7 @@ from base.device import memory_for
 from base.errors import ResourceError
 from harness import preflight
 from models import classifier_of
-from optim import step_unless
+from optim.undo import step_unless
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -10,7 +10,8 @@ import train
 from base import flags
 from base.errors import UsageError
 from models import build_model
-from optim import Schedule, build_optimizer
+from optim import build_optimizer
+from optim.schedule import Schedule
 from train_utils import plan
 
 RECIPES = sorted((Path(__file__).resolve().parent.parent / "recipes").glob("*.yaml"))

@@ -10,7 +10,6 @@ import torch
 from inprocess import TINY, config_of, tiny_run
 from test_packed import make_folders
 
-import optim
 import pack_dataset
 import train
 import validate
@@ -20,6 +19,8 @@ from base import errors, schemas
 from base.errors import CheckpointError, DataError
 from base.files import file_crc32
 from harness import checkpoint, rundir
+from optim import OPTIMIZERS, build_optimizer
+from optim.saved import load_optimizer
 from sources import packed
 
 FOREIGN = [None, "5", True, 1.5, -50, 10**30, float("nan"), [], {}, [[[]]], "\x1b[31m\nred"]
@@ -206,7 +207,7 @@ def test_weights_of_another_type_are_refused_by_every_tool(payload, tmp_path):
 # The optimizer
 
 
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, momentum):
     def stepped(steps: int):
@@ -214,9 +215,7 @@ def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, mo
         model = torch.nn.Sequential(
             *(torch.nn.Conv2d(n, 8, 3) for n in (3, 8, 8)), torch.nn.BatchNorm2d(8)
         ).to(memory_format=torch.channels_last)
-        optimizer = optim.build_optimizer(
-            name, model, lr=0.1, momentum=momentum, nesterov=False, weight_decay=0.1
-        )
+        optimizer = build_optimizer(name, model, lr=0.1, momentum=momentum, nesterov=False, weight_decay=0.1)
         for _ in range(steps):
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
@@ -228,7 +227,7 @@ def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, mo
     saved["param_groups"] = [
         {**group, "lr": 99.0, "betas": (0.1, 0.1), "fused": None} for group in saved["param_groups"]
     ]
-    optim.load_optimizer(after, saved)
+    load_optimizer(after, saved)
     for mine, theirs in zip(after.state.values(), before.state.values(), strict=True):
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(theirs[key])) for key in mine)
@@ -242,7 +241,7 @@ def test_an_optimizers_own_state_is_loaded_bit_for_bit_and_nothing_else(name, mo
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lamb", "muon"])
 def test_optimizer_state_that_kernels_do_not_check_is_refused(name):
     model = torch.nn.Linear(4, 3)
-    optimizer = optim.build_optimizer(name, model, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
+    optimizer = build_optimizer(name, model, lr=0.1, momentum=0.9, nesterov=False, weight_decay=0.0)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -262,17 +261,17 @@ def test_optimizer_state_that_kernels_do_not_check_is_refused(name):
             *([value.double(), value[None]] if isinstance(value, torch.Tensor) else [True, 1.0]),
         ]:
             with pytest.raises(CheckpointError, match=f"parameter 0 has a wrong {key}"):
-                optim.load_optimizer(optimizer, changed(saved, ("state", 0, key), new))
+                load_optimizer(optimizer, changed(saved, ("state", 0, key), new))
         with pytest.raises(CheckpointError, match="parameter 0 has"):
-            optim.load_optimizer(optimizer, changed(saved, ("state", 0, key)))
+            load_optimizer(optimizer, changed(saved, ("state", 0, key)))
     for state in ({0: saved["state"][0]}, {**saved["state"], 2: saved["state"][1]}, {5: {}, 7: {}}):
         with pytest.raises(CheckpointError, match="state for"):
-            optim.load_optimizer(optimizer, {**saved, "state": state})
+            load_optimizer(optimizer, {**saved, "state": state})
     with pytest.raises(CheckpointError, match="groups"):
-        optim.load_optimizer(optimizer, changed(saved, ("param_groups", 0, "params"), [1]))
+        load_optimizer(optimizer, changed(saved, ("param_groups", 0, "params"), [1]))
     view = torch.zeros(1).expand(3, 4)
     taken = changed(saved, ("state", 0, key), view) if isinstance(value, torch.Tensor) else saved
-    optim.load_optimizer(optimizer, taken)
+    load_optimizer(optimizer, taken)
     assert all(
         p.stride() == (4, 1) for p in optimizer.state[model.weight].values() if getattr(p, "ndim", 0) == 2
     )

@@ -11,11 +11,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import data_utils
 import ema
-import optim
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError
 from harness import checkpoint
 from models import build_model
+from optim import OPTIMIZERS, build_optimizer
+from optim.schedule import Schedule
 from train_utils import BatchNormBuffers, StepOptions, TrainState, evaluate, train_step, update
 
 CPU = Runtime(torch.device("cpu"))
@@ -33,8 +34,8 @@ def make(
 ):
     torch.manual_seed(0)
     model = build_model("resnet_tiny", num_classes=CLASSES, drop_path_rate=drop_path).to(dtype)
-    optimizer = optim.build_optimizer("adamw", model, lr=lr, momentum=0.9, nesterov=False, weight_decay=0.05)
-    schedule = optim.Schedule(optimizer, "onecycle", peak_lr=lr, total_steps=100)
+    optimizer = build_optimizer("adamw", model, lr=lr, momentum=0.9, nesterov=False, weight_decay=0.05)
+    schedule = Schedule(optimizer, "onecycle", peak_lr=lr, total_steps=100)
     state = TrainState(
         model,
         optimizer,
@@ -162,7 +163,7 @@ def test_accumulation_splits_the_batch_and_changes_no_gradient(pieces, cut):
         state = TrainState(
             model,
             optimizer,
-            optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
+            Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9),
             torch.amp.GradScaler("cpu", enabled=False),
             ema.NoEMA(),
         )
@@ -233,10 +234,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run():
 def scaled(name: str, scale: float = 1024.0):
     """Return a state and step options with fp16's scaler, for an optimizer of --optimizer."""
     state, how = make(torch.float32, alphas=(0.0, 0.0), drop_path=0.3)
-    state.optimizer = optim.build_optimizer(
+    state.optimizer = build_optimizer(
         name, state.model, lr=1e-2, momentum=0.9, nesterov=False, weight_decay=0.01
     )
-    state.schedule = optim.Schedule(state.optimizer, "onecycle", peak_lr=1e-2, total_steps=400)
+    state.schedule = Schedule(state.optimizer, "onecycle", peak_lr=1e-2, total_steps=400)
     state.scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=True)
     return state, how
 
@@ -261,7 +262,7 @@ def bits(state) -> dict:
 
 @pytest.mark.parametrize("bad", [0, 1, 3])
 @pytest.mark.parametrize("poison", ["overflow", "pixel"])
-@pytest.mark.parametrize("name", list(optim.OPTIMIZERS))
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, poison, bad):
     """Fused SGD would initialise its momentum with garbage if it were called for a skipped first step."""
     ends = []
@@ -318,7 +319,7 @@ def test_gradients_that_overflow_at_every_scale_end_the_run(scale, steps):
 
 @pytest.mark.parametrize(
     "name, scaler, average, clip, accumulate",
-    [(name, scaler, True, ("norm", 1.0), 2) for name in optim.OPTIMIZERS for scaler in (True, False)]
+    [(name, scaler, True, ("norm", 1.0), 2) for name in OPTIMIZERS for scaler in (True, False)]
     + [("sgd", False, False, ("norm", 0.0), 1), ("adamw", True, False, ("value", 0.1), 1)],
 )
 def test_a_step_reads_nothing_on_the_host(name, scaler, average, clip, accumulate):
@@ -418,7 +419,7 @@ def test_with_shuffled_labels_validation_stays_at_chance():
     state.model.fc = nn.Conv2d(64, 10, 1)
     optimizer = torch.optim.SGD(state.model.parameters(), 0.05, momentum=0.9)
     state.optimizer, state.ema = optimizer, ema.NoEMA()
-    state.schedule = optim.Schedule(optimizer, "constant", peak_lr=0.05, total_steps=100)
+    state.schedule = Schedule(optimizer, "constant", peak_lr=0.05, total_steps=100)
     how.buffers = BatchNormBuffers(state.model)
     pixels = (
         torch.stack([torch.from_numpy(np.asarray(x)) for x in data.train.read(range(256))]).permute(
