@@ -11,7 +11,6 @@ import os
 import shlex
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,25 +22,16 @@ from base.device import Runtime, memory_for
 from base.errors import Stopped
 from base.parser import parse_augment
 from base.process import say
-from base.progress import Eta, Progress, duration
+from base.progress import Eta
 from data_utils import BatchMixer
 from dataloader import Loader, eval_loader, train_loader
 from harness import checkpoint
 from harness.interrupts import Interrupted, StopSignals
 from harness.log import MetricLogger, Table
+from harness.meter import Meter, listed
 from models import set_drop_path_rate, train_mode
 from sources.index import DatasetIndex, Split
-from train_utils import (
-    EvalResult,
-    Phase,
-    RunningStep,
-    StepOptions,
-    StepResult,
-    TrainState,
-    evaluate,
-    phase_of,
-    train_step,
-)
+from train_utils import EvalResult, Phase, StepOptions, TrainState, evaluate, phase_of, train_step
 
 # Waiting for data is reported if it takes more of an epoch than both.
 SLOW_DATA_PERCENT = SLOW_DATA_SECONDS = 10
@@ -128,6 +118,14 @@ class Run:
         average = self.state.ema.module
         return {"val": self.state.model} | ({} if average is None else {"ema_val": average})
 
+    def say(self, text: str) -> None:
+        """Print `text`. A closed pipe or terminal counts as SIGHUP: the run is saved and stopped."""
+        try:
+            say(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            self.stop.received = self.stop.received or signal.SIGHUP
+
     def may_be_best(self, epoch: int) -> bool:
         """Return whether `epoch` is at the last size and past two thirds of the run.
 
@@ -177,7 +175,7 @@ def fit(run: Run, log: MetricLogger) -> None:
         loader, options = start_phase(run, phase)
         if run.compiles and (run.runtime.world_size > 1 or len(run.state.rows) > begun):
             # On one rank, preflight has compiled for the first size.
-            say_or_stop(run, f"compiling for {phase.image_size} px")
+            run.say(f"compiling for {phase.image_size} px")
         for epoch in epochs:
             trained = train_epoch(run, phase, epoch, loader, options, log)
             if trained and run.is_scored(epoch) and run.is_saved(epoch):
@@ -237,7 +235,7 @@ def train_epoch(
     seconds, waited = run.state.epoch_sums["seconds"], run.state.epoch_sums["waited"]
     if run.data_hint and waited > SLOW_DATA_SECONDS and 100 * waited > SLOW_DATA_PERCENT * seconds:
         share = f"{100 * waited / seconds:.0f} % of the time"
-        say_or_stop(run, f"note: {share} was spent waiting for data. {run.data_hint}")
+        run.say(f"note: {share} was spent waiting for data. {run.data_hint}")
         run.data_hint = ""
     return True
 
@@ -261,109 +259,6 @@ def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
         if batch is None:
             return
         yield batch
-
-
-class Meter:
-    """Counts the steps of an epoch: adds up its row, moves the progress bar, reports bad steps.
-
-    A step is counted while the device takes the next one, so that the device never waits for that.
-    """
-
-    def __init__(self, run: Run, phase: Phase, epoch: int, loader: Loader, log: MetricLogger):
-        self.run, self.phase, self.epoch, self.loader, self.log = run, phase, epoch, loader, log
-        self.clock, self.waited, self.bad_images = time.perf_counter(), 0.0, 0  # at the last step
-        self.images, self.seconds, self.steps, self.overflows = 0, 0.0, 0, 0  # since the start
-        self.running: deque[tuple[RunningStep, int]] = deque()  # steps not counted yet, and their images
-        title = f"{epoch:>3}/{run.epochs} {phase.image_size} px"
-        done = run.state.step - phase.step_before(epoch)
-        self.bar = Progress(
-            phase.steps_per_epoch, title, unit="steps", initial=done, enabled=run.runtime.is_main
-        )
-
-    def __enter__(self) -> Meter:
-        self.run.read_steps = self.read  # for `save`: a checkpoint includes the counts of all its steps
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.run.read_steps = lambda: False
-        self.bar.close()
-        if self.overflows and exception[0] is None:
-            say_or_stop(
-                self.run,
-                f"note: {self.overflows} steps of epoch {self.epoch} overflowed in fp16 and were skipped; "
-                f"the scale is now {self.run.state.scaler.get_scale():g}",
-            )
-
-    def add(self, step: RunningStep, images: int) -> bool:
-        """Note a step of `images` images, over all ranks, that was just launched; count the one before it.
-
-        Return whether a rank voted in that one. Raises DivergedError.
-        """
-        self.running.append((step, images))
-        return self.read(running=1)
-
-    def read(self, running: int = 0) -> bool:
-        """Count all steps but the newest `running`; return whether a rank voted in one of them."""
-        voted = False
-        while len(self.running) > running:
-            step, images = self.running.popleft()
-            result = step.result()
-            self.count(result, images)
-            voted |= result.votes > 0
-        return voted
-
-    def count(self, result: StepResult, images: int) -> None:
-        run, sums, now = self.run, self.run.state.epoch_sums, time.perf_counter()
-        if result.finite:
-            sums["loss"] += result.loss * images
-            sums["images"] += images
-        else:
-            sums["bad_steps"] += 1
-            self.report_bad_step(result)
-        seconds, self.clock = now - self.clock, now
-        waited = self.loader.waited - self.waited
-        self.log_step(result, images, seconds, waited)
-        sums["seconds"] += seconds
-        sums["waited"] += waited
-        sums["bad_images"] += len(self.loader.bad) - self.bad_images
-        self.waited, self.bad_images = self.loader.waited, len(self.loader.bad)
-        if self.steps == 1:  # the first step also waited for workers to start, or for torch.compile
-            self.images, self.seconds = 0, 0.0
-        self.steps += 1
-        self.images, self.seconds = self.images + images, self.seconds + seconds
-        run.eta.observe_training(self.phase, self.images, self.seconds)
-        left = duration(run.eta.remaining(run.state.step, len(run.state.rows)))
-        self.bar.update(
-            1,
-            f"{left} left  loss {sums['loss'] / max(1, sums['images']):.3f}  "
-            f"{self.images / self.seconds:,.0f} img/s  wait {100 * sums['waited'] / sums['seconds']:.0f}%  "
-            f"lr {run.state.schedule.last_lr:.1e}",
-        )
-        run.state.count(result)  # last, because it raises DivergedError
-
-    def log_step(self, result: StepResult, images: int, seconds: float, waited: float) -> None:
-        state, phase, step = self.run.state, self.phase, result.step + 1
-        row = {
-            "step": step,
-            "epoch": self.epoch,
-            "image_size": phase.image_size,
-            "batch_size": phase.batch_size,
-            "lr": state.schedule.lr_at(result.step),
-            "loss_scale": result.scale if state.scaler.is_enabled() else None,
-        }
-        last = step == phase.first_step + phase.steps
-        spent = {"images": images, "seconds": seconds, "waited": waited}
-        self.log.steps.add(state.row_sums, row, result, last=last, **spent)
-
-    def report_bad_step(self, result: StepResult) -> None:
-        if result.overflowed:  # in fp16: not the fault of these images
-            self.overflows += 1
-            return
-        first = (result.step - self.phase.step_before(self.epoch)) * self.phase.batch_size
-        ids = self.loader.order.ids(self.epoch)[first : first + self.phase.batch_size]
-        names = listed([self.run.index.train.name(int(i)) for i in ids[:9]])
-        what = f"step {result.step + 1} was not finite and was skipped; its {len(ids)} images: {names}"
-        say_or_stop(self.run, f"WARNING: {what}")
 
 
 def must_save_or_stop(run: Run) -> bool:
@@ -431,7 +326,7 @@ def score(run: Run, phase: Phase) -> tuple[dict, int]:
     if bad and not run.bad_sample_reported:
         run.bad_sample_reported = True
         left_out = f"{len(bad)} of {len(run.train_sample)} images: {listed(bad)}"
-        say_or_stop(run, f"note: train_top1 leaves out {left_out}")
+        run.say(f"note: train_top1 leaves out {left_out}")
     row = {"train_top1": train["train"].top1 if train["train"].num_samples else None}
     for kind, result in results.items():
         row |= {f"{kind}_{name}": getattr(result, name) for name in ("loss", "top1", "top5")}
@@ -485,7 +380,7 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     if row["best"]:
         name_best(run)
     left = 0 if run.finished else run.eta.remaining(run.state.step, len(run.state.rows))
-    say_or_stop(run, run.table.row(row, left))
+    run.say(run.table.row(row, left))
     log.draw(now=run.finished)
 
 
@@ -530,16 +425,3 @@ def best_is_lost(run: Run) -> bool:
     phase = phase_of(run.phases, min(epoch, run.epochs))
     just_saved = state.step == phase.step_before(epoch) + phase.steps_per_epoch
     return just_saved and not (best.exists() and last.exists() and best.samefile(last))
-
-
-def say_or_stop(run: Run, text: str) -> None:
-    """Print `text`. A closed pipe or terminal counts as SIGHUP: the run is saved and stopped."""
-    try:
-        say(text)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        run.stop.received = run.stop.received or signal.SIGHUP
-
-
-def listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")

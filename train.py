@@ -46,7 +46,7 @@ def start(config, typed: flags.Given) -> int:
 
     from base.device import explain_lost_ranks
     from harness import build, session
-    from loop import fit, say_or_stop
+    from loop import fit
 
     runtime = build.open_runtime(config)
     with explain_lost_ranks(runtime):
@@ -56,7 +56,7 @@ def start(config, typed: flags.Given) -> int:
         with session.protected(run, config, directory, saved, identity) as log:
             say(session.introduction(run, config))
             fit(run, log)
-            say_or_stop(run, session.conclusion(run, config))
+            run.say(session.conclusion(run, config))
     return 0
 
 

@@ -75,9 +75,9 @@ def measure(points: int, seed: int, jobs: int, out: Path) -> dict:
     plan = random_points(points, steps, random.Random(seed))
     forks, error = Forks(plan, jobs, out), ""
     # Fork where a run would save, which is after every step; save and print nothing.
-    hooks = {name: lambda *_: None for name in ("save", "name_best", "say_or_stop")}
+    hooks = {name: lambda *_: None for name in ("save", "name_best")}
     hooks["save_or_stop"] = forks.start
-    with patch.multiple(loop, **hooks):
+    with patch.multiple(loop, **hooks), patch.object(loop.Run, "say", lambda *_: None):
         try:
             loop.fit(run, MetricLogger(out, enabled=False))
         except BaseException as reason:

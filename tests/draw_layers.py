@@ -6,13 +6,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from test_house import LAYERS, ROOT, imports, layer, modules
 
-TITLES = ("base", "leaves", "parts", "the loop", "around it", "commands")
-COLOURS = ("#9aa5b1", "#4c9f70", "#2a7fb8", "#c0392b", "#8e5ea2", "#b8860b")
+TITLES = ("base", "leaves", "parts", "made of parts", "the loop", "around it", "commands")
+COLOURS = ("#9aa5b1", "#4c9f70", "#2a7fb8", "#117a8b", "#c0392b", "#8e5ea2", "#b8860b")
 
 
 def node(name: str) -> str:
     """Return the box of module `name`: its own if LAYERS names the module, else that of its package."""
-    if name.startswith("analysis.") and layer(name) < 5:
+    if name.startswith("analysis.") and layer(name) < 6:
         shared = {1: "scores, ...", 2: "landscape_figures", 3: "predictions, ..."}
         return "analysis/" + shared.get(layer(name), name.removeprefix("analysis."))
     if name in LAYERS and layer(name):
@@ -42,7 +42,7 @@ def arrows() -> set[tuple[str, str]]:
 def places(nodes: dict[str, int], pairs: set[tuple[str, str]]) -> dict[str, tuple[float, int]]:
     """Return (x, layer) for each box; boxes stand near those they import."""
     x = {}
-    for level in range(6):
+    for level in range(7):
         row = [name for name, where in sorted(nodes.items()) if where == level]
         below = {name: [x[b] for a, b in pairs if a == name and b in x] for name in row}
         row.sort(key=lambda name: sum(below[name]) / len(below[name]) if below[name] else 0.5)
@@ -53,12 +53,12 @@ def places(nodes: dict[str, int], pairs: set[tuple[str, str]]) -> dict[str, tupl
 def main() -> None:
     pairs = arrows()
     place = places(boxes(), pairs)
-    figure, axis = plt.subplots(figsize=(14, 6.5))
+    figure, axis = plt.subplots(figsize=(14, 7.4))
     for a, b in sorted(pairs):
         (x, y), (u, v) = place[a], place[b]
         bend = "arc3,rad=0.25" if y == v else "arc3,rad=0.04"
         style = {"arrowstyle": "-|>", "connectionstyle": bend, "lw": 0.9, "shrinkA": 12, "shrinkB": 12}
-        style |= {"color": COLOURS[y], "alpha": 0.3 if y == 5 else 0.6}
+        style |= {"color": COLOURS[y], "alpha": 0.3 if y == 6 else 0.6}
         axis.annotate("", (u, v), (x, y), arrowprops=style)
     for name, (x, y) in place.items():
         box = {"boxstyle": "round,pad=0.35", "facecolor": "white", "edgecolor": COLOURS[y], "lw": 1.4}
@@ -67,7 +67,7 @@ def main() -> None:
         axis.text(-0.02, level, title, ha="right", va="center", fontsize=9, color=COLOURS[level])
     axis.set(
         xlim=(-0.1, 1),
-        ylim=(-0.5, 5.5),
+        ylim=(-0.5, 6.5),
         title="An arrow: imports it, and whatever that imports. All import base",
     )
     axis.axis("off")

@@ -17,6 +17,7 @@ from base import flags
 from base.device import Runtime
 from base.errors import DataError, DivergedError
 from dataloader import Order
+from harness import meter
 from harness.log import MetricLogger, read_metrics
 
 SMALL = (
@@ -234,6 +235,7 @@ def test_a_timed_save_comes_when_its_time_has_passed(tmp_path, monkeypatch):
 
     now = SimpleNamespace(monotonic=lambda: clock[0], perf_counter=time.perf_counter)
     monkeypatch.setattr(loop, "time", now)
+    monkeypatch.setattr(meter, "time", now)
     monkeypatch.setattr(loop, "train_step", slow)
     monkeypatch.setattr(loop, "save", lambda run: (seen.append(run.state.step), save(run)))
     loop.fit(run, MetricLogger(tmp_path))
@@ -265,6 +267,7 @@ def test_waiting_for_data_is_noted_once_and_judged_by_training_alone(
     now = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
     for name, fake in dict(time=now, start_phase=started, train_step=slow_step, score=slow_score).items():
         monkeypatch.setattr(loop, name, fake)
+    monkeypatch.setattr(meter, "time", now)
     loop.fit(run, MetricLogger(tmp_path))
     assert capsys.readouterr().out.count("was spent waiting for data. Pack them.") == said
 
@@ -285,6 +288,7 @@ def test_the_remaining_time_leaves_out_a_slow_first_step(tmp_path, monkeypatch):
 
     now = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: clock[0])
     monkeypatch.setattr(loop, "time", now)
+    monkeypatch.setattr(meter, "time", now)
     monkeypatch.setattr(loop, "train_step", compiles_first)
     monkeypatch.setattr(run.table, "row", lambda values, after: left.append(after) or row(values, after))
     loop.fit(run, MetricLogger(tmp_path))
