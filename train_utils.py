@@ -18,14 +18,13 @@ from torch.nn import functional as F
 
 from base.device import Runtime, seed_everything
 from base.errors import DivergedError, UsageError
-from base.flat import group_by_dtype, is_view_of, move_into_flat
 from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
 from models import classifier_of
 from optim import clip_gradients
 from optim.saved import load_optimizer
 from optim.schedule import Schedule
-from optim.undo import step_unless
+from optim.undo import BatchNormBuffers, step_unless
 
 MAX_BAD_STEPS = 10  # in a row; then the run ends
 NO_BEST = {"score": -1.0, "epoch": 0, "waited": 0}
@@ -215,52 +214,6 @@ class TrainState:
 
 
 # --- one step ---------------------------------------------------------------------------------------
-
-
-class BatchNormBuffers:
-    """A model's BatchNorm running statistics: copied before the forward pass, restored after a bad step.
-
-    One NaN in a batch would stay in them for good, even if the optimizer step is skipped. They are moved
-    into one buffer, so create this after `model.to(device)`. The counters of BatchNorm are not restored.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        self.flats = [move_into_flat(group) for group in group_by_dtype(self.statistics())]
-        self.copies = [torch.empty_like(flat) for flat in self.flats]
-
-    def statistics(self) -> list[Tensor]:
-        buffers = [buffer for norm in self.norms for buffer in norm.buffers(recurse=False)]
-        return [buffer for buffer in buffers if buffer.is_floating_point()]
-
-    def check(self) -> None:
-        """Raise RuntimeError if the model's buffers were moved or replaced since they were made flat."""
-        if not all(any(is_view_of(buffer, flat) for flat in self.flats) for buffer in self.statistics()):
-            raise RuntimeError("the model was moved after BatchNormBuffers(model): create them afterwards")
-
-    @torch.no_grad()
-    def take(self) -> None:
-        for copy, flat in zip(self.copies, self.flats, strict=True):
-            copy.copy_(flat)
-
-    @torch.no_grad()
-    def restore_unless(self, finite: Tensor) -> None:
-        """Undo what happened since `take` if the bool `finite`, () on the device, is False."""
-        for copy, flat in zip(self.copies, self.flats, strict=True):
-            torch.where(finite, flat, copy, out=flat)
-
-    @torch.no_grad()
-    def average(self, values: list[Tensor], runtime: Runtime) -> list[Tensor]:
-        """Replace the statistics by their means over the ranks, so that all ranks hold the same state.
-
-        The scalars `values` travel with them, in one reduction; return their means.
-        """
-        sent = torch.cat([torch.stack(values), *(flat.to(values[0].dtype) for flat in self.flats)])
-        means = runtime.sum_over_ranks(sent).div_(runtime.world_size)
-        means, *averages = means.split([len(values), *map(len, self.flats)])
-        for flat, average in zip(self.flats, averages, strict=True):
-            flat.copy_(average)
-        return list(means)
 
 
 @dataclass

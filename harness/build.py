@@ -10,7 +10,7 @@ import functools
 import inspect
 import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,17 +25,18 @@ from base.files import file_crc32
 from base.parser import parse_augment
 from data_utils import LOSSES, BatchMixer, balanced_weights
 from harness import checkpoint, rundir
+from harness.norms import check_norms
 from loop import Run
 from models import build_model, classifier_of
 from models.convert import adapt_state_dict
-from models.summary import smallest_norm_map
 from optim import build_optimizer
 from optim.schedule import Schedule
+from optim.undo import BatchNormBuffers
 from sources.archives import pretrained
 from sources.imagenet import ilsvrc_names
 from sources.images import TrainTransform, default_crop
 from sources.index import DatasetIndex, FileSplit, read_class_weights, training_sample
-from train_utils import BatchNormBuffers, Phase, StepOptions, TrainState, plan, smallest_piece
+from train_utils import Phase, StepOptions, TrainState, plan
 
 
 def open_runtime(config) -> Runtime:
@@ -72,7 +73,7 @@ def make_plan(config, index: DatasetIndex, world_size: int) -> tuple[Phase, ...]
         freeze_epochs=config.freeze_epochs,
         world_size=world_size,
     )
-    check_norms(config, index, phases, world_size)
+    check_norms(config, model_args(config, index), len(index.train), phases, world_size)
     check_augmentation(phases, index)
     return phases
 
@@ -310,51 +311,3 @@ def compiled(forward: Callable[[Tensor], Tensor], config, phases: int) -> Callab
         return graphs(images)
 
     return replayed
-
-
-def check_norms(config, index: DatasetIndex, phases: tuple[Phase, ...], world_size: int) -> None:
-    """Raise UsageError if a BatchNorm would see a single value per channel, which has no variance."""
-
-    @functools.cache
-    def smallest_map(size: int) -> int:
-        with torch.device("meta"):
-            return smallest_norm_map(build_model(**model_args(config, index)), size)
-
-    def fits(size: int, batch: int, accumulate: int = config.accumulate) -> bool:
-        if batch < world_size or batch % world_size:
-            return False
-        images = smallest_piece(batch // world_size, accumulate) * (world_size if config.sync_bn else 1)
-        return images > 1 or smallest_map(size) != 1
-
-    for number, phase in enumerate(phases, 1):
-        if not fits(phase.image_size, phase.batch_size):
-            ranks = f" on each of {world_size} ranks" if world_size > 1 else ""
-            pieces = config.accumulate
-            piece = f" in the smallest piece of --accumulate {pieces}" if pieces > 1 else ""
-            raise UsageError(
-                f"phase {number}: batch size {phase.batch_size} at {phase.image_size} px leaves one image"
-                f"{ranks}{piece}, so BatchNorm of {config.arch} would see one value per channel",
-                "use " + " or ".join(plans_that_fit(config, phases, len(index.train), fits)),
-            )
-
-
-def plans_that_fit(
-    config, phases: tuple[Phase, ...], samples: int, fits: Callable[..., bool]
-) -> Iterator[str]:
-    """Yield the smallest changes to the flags that would make `check_norms` accept the plan."""
-    sizes, batches = config.resize_schedule, config.phase_batch_sizes
-    for pieces in range(min(config.accumulate, phases[0].batch_size) - 1, 0, -1):
-        if all(fits(phase.image_size, phase.batch_size, pieces) for phase in phases):
-            yield f"--accumulate {pieces}"
-            break
-    if batches:
-        pairs = zip(sizes, batches, strict=True)
-        larger = [next((b for b in range(batch, samples + 1) if fits(size, b)), 0) for size, batch in pairs]
-        if all(larger):
-            yield f"--phase-batch-sizes {','.join(map(str, larger))}"
-    else:
-        for batch in range(config.batch_size, samples + 1):
-            if all(fits(size, max(1, batch >> k)) for k, size in enumerate(sizes)):
-                yield f"--batch-size {batch}"
-                break
-    yield "larger sizes in --resize-schedule"

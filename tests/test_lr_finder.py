@@ -24,8 +24,9 @@ from base.device import Runtime
 from base.errors import DivergedError, UsageError, UserError
 from optim import build_optimizer
 from optim.schedule import Schedule
+from optim.undo import BatchNormBuffers
 from sources.generated import digits
-from train_utils import BatchNormBuffers, Phase, StepOptions, TrainState, train_step
+from train_utils import Phase, StepOptions, TrainState, train_step
 
 CPU = torch.device("cpu")
 DIGITS = [

@@ -17,7 +17,8 @@ from harness import checkpoint
 from models import build_model
 from optim import OPTIMIZERS, build_optimizer
 from optim.schedule import Schedule
-from train_utils import BatchNormBuffers, StepOptions, TrainState, evaluate, train_step, update
+from optim.undo import BatchNormBuffers
+from train_utils import StepOptions, TrainState, evaluate, train_step, update
 
 CPU = Runtime(torch.device("cpu"))
 STEPS, CLASSES = 20, 5
