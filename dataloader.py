@@ -354,6 +354,8 @@ class Loader:
     Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalises
     the next batch while the current step runs. Since the iteration began, `waited` counts the seconds
     spent waiting for data, and `bad` lists the names of bad images that were replaced or left out.
+
+    num_workers: at most; there are no more than batches, and none for a single batch
     """
 
     def __init__(
@@ -368,6 +370,7 @@ class Loader:
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
         self.mean, self.std = mean, std
         self.waited, self.bad = 0.0, []
+        num_workers = min(num_workers, len(order)) if len(order) > 1 else 0
         self.uses_memory = num_workers > 0 and sys.platform == "linux"  # where workers are forked
         rows, side = -(-order.batch_size // order.world_size), dataset.image_size
         self.batch_shape = (rows, side, side, 3)

@@ -28,7 +28,7 @@ STATES = {
     "loop.train_step:5": 5,  # the last of its epoch
     "loop.train_step:8": 8,
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1": 0,  # workers start
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of validation
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of the next size
     "loop.evaluate:1": 5,
     "train_utils.hits:1": 5,  # between raw and averaged weights
     "loop.evaluate:4": 10,  # of the training sample
