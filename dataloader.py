@@ -31,7 +31,7 @@ from base import process
 from base.device import Runtime
 from base.errors import DataError, UserError
 from base.flags import parse_augment
-from harness.interrupts import die_with_parent, left_to_parent
+from harness.interrupts import die_with_parent, held_back, left_to_parent
 from sources import crops, layouts, splits
 from sources.images import BadImage, EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split, read_samples
@@ -392,11 +392,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
-        self.batches.worker_init_fn = functools.partial(_init_worker, left_to_parent())
+        ignored = left_to_parent()
+        self.batches.worker_init_fn = functools.partial(_init_worker, ignored)
         if self.uses_memory and not (self.batches.persistent_workers and self.dataset.memory):
             # For new workers it is new: an earlier iteration may still go on.
             self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
-        iterator = iter(self.batches)  # workers start here, not at the first batch
+        with held_back(ignored):
+            iterator = iter(self.batches)  # workers start here, not at the first batch
         if self.batches.num_workers:
             _started.add(iterator)
             iterator.memory = self.dataset.memory  # lives as long as the iteration
