@@ -37,7 +37,7 @@ from sources.images import BadImage, EvalTransform, Steps, TrainTransform, defau
 from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready, unless they are large
-QUEUE = 2**32  # bytes of prefetched batches per rank; on a GPU, pinned copies take as much again
+QUEUE = 2**32  # bytes of prefetched batches per rank, or of their pinned copies, which are larger
 READ_AT_ONCE = 64  # files: those of a whole batch can be larger than its pixels
 CPU = Runtime(torch.device("cpu"))
 
@@ -374,7 +374,9 @@ class Loader:
         self.uses_memory = num_workers > 0 and sys.platform == "linux"  # where workers are forked
         rows, side = -(-order.batch_size // order.world_size), dataset.image_size
         self.batch_shape = (rows, side, side, 3)
-        each = max(1, min(PREFETCH, QUEUE // max(1, math.prod(self.batch_shape) * num_workers)))
+        size, pinned = math.prod(self.batch_shape), self.device.type == "cuda"
+        size = 1 << (size - 1).bit_length() if pinned else size  # torch pins powers of two
+        each = max(1, min(PREFETCH, QUEUE // max(1, size * num_workers)))
         self.ahead = each * num_workers
         self.batches = DataLoader(
             dataset,
@@ -383,7 +385,7 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0 and order.shuffle,
             prefetch_factor=each if num_workers else None,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=pinned,
             multiprocessing_context="fork" if self.uses_memory else None,
         )
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +95,15 @@ def test_there_are_no_more_workers_than_batches(data, batch_size, ranks, started
             assert len(multiprocessing.active_children()) == (started if loader.order.shuffle else 0)
             assert equal(copied, list(other))
         del loader, copied
+
+
+@pytest.mark.parametrize(("images", "size", "device", "ahead"), [
+    (2048, 192, "cuda", 16), (144, 256, "cuda", 32),  # of recipes/overnight.yaml: see docs/how_it_works.md
+    (2048, 160, "cpu", 24), (2048, 160, "cuda", 16),  # 150 MiB are pinned in 256
+])  # fmt: skip
+def test_the_queue_counts_what_is_pinned(images, size, device, ahead):
+    order, dataset = Order(99 * images, images), SimpleNamespace(image_size=size)
+    assert dataloader.Loader(dataset, order, (0.5,) * 3, (0.5,) * 3, 8, device).ahead == ahead
 
 
 def test_two_iterations_at_once_do_not_disturb_each_other(data):
