@@ -31,14 +31,14 @@ from base import process
 from base.device import Runtime
 from base.errors import DataError, UserError
 from base.flags import parse_augment
-from harness.interrupts import die_with_parent, left_to_parent
+from harness.interrupts import die_with_parent, held_back, left_to_parent
 from sources import crops, layouts, splits
 from sources.decode import BadImage
 from sources.images import EvalTransform, Steps, TrainTransform, default_crop
 from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready, unless they are large
-QUEUE = 2**32  # bytes of prefetched batches per rank; on a GPU, pinned copies take as much again
+QUEUE = 2**32  # bytes of prefetched batches per rank, or of their pinned copies, which are larger
 READ_AT_ONCE = 64  # files: those of a whole batch can be larger than its pixels
 CPU = Runtime(torch.device("cpu"))
 
@@ -355,6 +355,8 @@ class Loader:
     Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalises
     the next batch while the current step runs. Since the iteration began, `waited` counts the seconds
     spent waiting for data, and `bad` lists the names of bad images that were replaced or left out.
+
+    num_workers: at most; there are no more than batches, and none for a single batch
     """
 
     def __init__(
@@ -369,10 +371,13 @@ class Loader:
         self.dataset, self.order, self.device = dataset, order, torch.device(device)
         self.mean, self.std = mean, std
         self.waited, self.bad = 0.0, []
+        num_workers = min(num_workers, len(order)) if len(order) > 1 else 0
         self.uses_memory = num_workers > 0 and sys.platform == "linux"  # where workers are forked
         rows, side = -(-order.batch_size // order.world_size), dataset.image_size
         self.batch_shape = (rows, side, side, 3)
-        each = max(1, min(PREFETCH, QUEUE // max(1, math.prod(self.batch_shape) * num_workers)))
+        size, pinned = math.prod(self.batch_shape), self.device.type == "cuda"
+        size = 1 << (size - 1).bit_length() if pinned else size  # torch pins powers of two
+        each = max(1, min(PREFETCH, QUEUE // max(1, size * num_workers)))
         self.ahead = each * num_workers
         self.batches = DataLoader(
             dataset,
@@ -381,7 +386,7 @@ class Loader:
             num_workers=num_workers,
             persistent_workers=num_workers > 0 and order.shuffle,
             prefetch_factor=each if num_workers else None,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=pinned,
             multiprocessing_context="fork" if self.uses_memory else None,
         )
 
@@ -390,11 +395,13 @@ class Loader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
-        self.batches.worker_init_fn = functools.partial(_init_worker, left_to_parent())
+        ignored = left_to_parent()
+        self.batches.worker_init_fn = functools.partial(_init_worker, ignored)
         if self.uses_memory and not (self.batches.persistent_workers and self.dataset.memory):
             # For new workers it is new: an earlier iteration may still go on.
             self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
-        iterator = iter(self.batches)  # workers start here, not at the first batch
+        with held_back(ignored):
+            iterator = iter(self.batches)  # workers start here, not at the first batch
         if self.batches.num_workers:
             _started.add(iterator)
             iterator.memory = self.dataset.memory  # lives as long as the iteration

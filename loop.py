@@ -167,11 +167,12 @@ def fit(run: Run, log: MetricLogger) -> None:
         save(run)
         name_best(run)
     save_or_stop(run)  # a signal may have arrived already, and --stop-after may be behind a resumed run
-    begun = len(run.state.rows)
+    begun, loader = len(run.state.rows), None
     for phase in run.phases:
         epochs = range(max(phase.first_epoch, len(run.state.rows) + 1), phase.last_epoch + 1)
         if run.finished or not epochs:
             continue
+        del loader  # ends its workers; its pinned memory is given back next
         loader, options = start_phase(run, phase)
         if run.compiles and (run.runtime.world_size > 1 or len(run.state.rows) > begun):
             # On one rank, preflight has compiled for the first size.
@@ -191,6 +192,8 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     A phase sets the image size, the batch size, the augmentation, whether MixUp, CutMix and drop-path are on,
     and whether the classifier alone is trained.
     """
+    if run.runtime.device.type == "cuda":  # torch keeps what batches of other sizes were pinned in
+        torch._C._host_emptyCache()  # since torch 2.12 also torch.accelerator.empty_host_cache
     train_mode(run.state.model, phase.head_only)
     if phase.head_only != run.head_only:  # DDP waits for the gradients that there were when it was made
         run.head_only = phase.head_only

@@ -136,7 +136,7 @@ class Classifier:
             Order(len(source), batch_size, shuffle=False),
             mean=self.payload["eval"]["mean"],
             std=self.payload["eval"]["std"],
-            num_workers=min(num_workers, process.cores()) if len(source) > batch_size else 0,
+            num_workers=min(num_workers, process.cores()),
             device=self.device,
         )
 

@@ -120,7 +120,7 @@ LOADING = (
     Flag("on_bad_image", "What to do about a training image that cannot be decoded; skip counts it "
          "and uses another of its class. A validation image that cannot be decoded always ends the run.",
          ("fail", "skip"), "fail", "ACTION", idle=idle.no_image_files),
-    Flag("num_workers", "Loader processes per rank; at most one per core.",
+    Flag("num_workers", "Loader processes per rank; at most one per core and per batch.",
          number(int, 0, 1024), 8, "N"),
 )
 MODEL = (

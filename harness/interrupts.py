@@ -8,7 +8,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 
 from base.errors import exit_at_once
 
@@ -39,7 +41,7 @@ class StopSignals:
 
     def _remember(self, number: int, frame) -> None:
         if os.getpid() != self.process:
-            return  # a worker that was just forked
+            return  # forked by another library: the loader's workers never get here
         if self.received:
             if time.monotonic() - self.since > self.SAME:
                 exit_at_once(number, frame)
@@ -70,6 +72,21 @@ def left_to_parent() -> list[int]:
     """
     handler = signal.getsignal(signal.SIGTERM)
     return STOP_SIGNALS if isinstance(getattr(handler, "__self__", None), StopSignals) else [signal.SIGINT]
+
+
+@contextmanager
+def held_back(signals: Iterable[int]) -> Iterator[None]:
+    """Start processes in here: they inherit that `signals` are blocked, until they ignore them.
+
+    Otherwise Ctrl-C would kill a worker that is still importing torch. This process gets the signals later.
+    """
+    if sys.platform != "linux":  # spawning starts this helper first, which would unblock SIGINT and SIGTERM
+        resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def die_with_parent() -> None:

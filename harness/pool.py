@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 
 from base.errors import ResourceError
-from harness.interrupts import die_with_parent
+from harness.interrupts import die_with_parent, held_back
 
 
 def in_processes(
@@ -30,7 +30,8 @@ def in_processes(
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=_init_worker, initargs=(work,))
     try:
-        futures = {pool.submit(_run, job): job for job in jobs}
+        with held_back([signal.SIGINT]):  # processes start here
+            futures = {pool.submit(_run, job): job for job in jobs}
         for future in as_completed(futures):
             yield futures[future], future.result()
     except BrokenProcessPool as error:

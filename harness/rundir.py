@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import stat
 import time
@@ -169,6 +170,9 @@ def find_checkpoint(resume: str, save_dir: SaveDir) -> dict | None:
     """
     if not resume or (resume == "auto" and not save_dir.path.is_dir()):
         return None
+    if resume != "auto" and (found := ", ".join(sorted(map(str, Path(resume).glob("*.pt"))))):
+        fix = f"use --resume auto --save-dir {shlex.quote(resume)}, or --resume with one of {found}"
+        raise CheckpointError(f"no checkpoint at {resume}, which is a directory", fix)
     doing("loading torch and the checkpoint")
     from harness import checkpoint
 

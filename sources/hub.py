@@ -18,12 +18,12 @@ VALIDATION = ("validation", "valid", "val", "test")  # the first of these that h
 class HubSplit(Split):
     """A memory-mapped table of `datasets`, whose column `image` holds encoded files."""
 
-    def __init__(self, table, image: str, labels: Sequence[int], title: str):
+    def __init__(self, table, image: str, labels: np.ndarray, title: str):
         from datasets import Image
 
         # `sources.decode` decodes the files, not `datasets`.
         self.table = table.select_columns([image]).cast_column(image, Image(decode=False))
-        self.image, self.labels, self.title = image, np.asarray(labels, np.int64), title
+        self.image, self.labels, self.title = image, labels, title
 
     def name(self, i: int) -> str:
         return f"{self.title}#{i}"
@@ -53,13 +53,21 @@ def hub(dataset: str) -> DatasetIndex:
     image, label = _columns(dataset, tables["train"].features)
     if not getattr(tables["train"].features[label], "dtype", "").startswith(("int", "uint")):
         raise DataError(f"the labels of {dataset} are not class numbers", "choose another dataset")
-    parts = (part for part in VALIDATION if part in tables and min(tables[part][label], default=-1) >= 0)
+
+    def labels(part: str) -> np.ndarray:  # without [:], datasets 4 would read each row by itself
+        return np.asarray(tables[part][label][:], np.int64)
+
+    parts = (part for part in VALIDATION if part in tables and min(labels(part), default=-1) >= 0)
     validation = next(parts, None)
     if validation is None:
         what = f"{dataset} has no labelled validation split"
         raise DataError(what, f"choose a dataset with one of {', '.join(VALIDATION)}")
-    train, val = (HubSplit(tables[p], image, tables[p][label], f"{name}/{p}") for p in ("train", validation))
+    train, val = (HubSplit(tables[p], image, labels(p), f"{name}/{p}") for p in ("train", validation))
     classes = getattr(tables["train"].features[label], "names", None) or range(train.labels.max() + 1)
+    for split in (train, val):
+        if len(wrong := split.labels[(split.labels < 0) | (split.labels >= len(classes))]):
+            what = f"column {label} of {split.title} holds {wrong[0]}, none of the {len(classes)} classes"
+            raise DataError(what, "choose another dataset, or a copy of this one without such rows")
     exif = "imagenet" not in name.lower()
     return DatasetIndex(safe_name(name), tuple(map(str, classes)), train, val, exif=exif)
 

@@ -169,6 +169,9 @@ def _without_val(root: str) -> str:
     train = os.path.join(root, "train")
     if splits.lacks_parts(train):
         return f"add it, or validate on a fifth of each class: --data-dir {shlex.quote(train)}"
+    inside = [entry.name for entry in folders.scan(os.fsencode(train))]
+    if len(folders.class_names(root)) > 1 and any(map(folders.is_image, inside)):
+        return f"rename train/ if it is a class like the folders beside it; else {folders.ACCEPTED}"
     return folders.ACCEPTED
 
 

@@ -299,6 +299,13 @@ def test_a_path_that_is_not_a_checkpoint_lists_those_beside_it(run_dir, capsys, 
     )
 
 
+def test_a_directory_is_no_checkpoint_but_names_those_in_it(run_dir, tmp_path):
+    with pytest.raises(CheckpointError, match="which is a directory") as caught:
+        main("--resume", run_dir, "--save-dir", tmp_path)
+    assert caught.value.fix.startswith(f"use --resume auto --save-dir {run_dir}, or ")
+    assert str(last(run_dir)) in caught.value.fix
+
+
 # --- malice ---
 
 

@@ -1,5 +1,6 @@
 """Batches are the same for any number of workers and from any start, and errors arrive unchanged."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +76,34 @@ def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, monkeypatch, 
         assert torch.equal(images, expected[seen]) and (seen == 0 or torch.equal(before, expected[seen - 1]))
         before, seen = images, seen + 1
     assert seen == len(expected)
+
+
+@pytest.mark.parametrize("batch_size, ranks, started", [(72, 1, 0), (36, 1, 2), (36, 2, 2)])
+def test_there_are_no_more_workers_than_batches(data, batch_size, ranks, started):
+    options = {
+        "image_size": 16,
+        "batch_size": batch_size,
+        "runtime": Runtime(torch.device("cpu"), None, 0, ranks),
+    }
+    for loader, other in (
+        (eval_loader(data.train, data, **options, num_workers=3), eval_loader(data.train, data, **options)),
+        (train_loader(data, augment=(), **options, num_workers=3), train_loader(data, augment=(), **options)),
+    ):
+        assert loader.batches.num_workers == started == loader.ahead // dataloader.PREFETCH
+        for _ in range(2):  # the second epoch of training is by the same workers
+            copied = [(images.clone(), labels) for images, labels in loader]
+            assert len(multiprocessing.active_children()) == (started if loader.order.shuffle else 0)
+            assert equal(copied, list(other))
+        del loader, copied
+
+
+@pytest.mark.parametrize(("images", "size", "device", "ahead"), [
+    (2048, 192, "cuda", 16), (144, 256, "cuda", 32),  # of recipes/overnight.yaml: see docs/how_it_works.md
+    (2048, 160, "cpu", 24), (2048, 160, "cuda", 16),  # 150 MiB are pinned in 256
+])  # fmt: skip
+def test_the_queue_counts_what_is_pinned(images, size, device, ahead):
+    order, dataset = Order(99 * images, images), SimpleNamespace(image_size=size)
+    assert dataloader.Loader(dataset, order, (0.5,) * 3, (0.5,) * 3, 8, device).ahead == ahead
 
 
 def test_two_iterations_at_once_do_not_disturb_each_other(data):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -735,12 +736,12 @@ def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
     assert "download_imagenet.py --method manual" in refused(DataError, "imagenet", tmp_path).fix
 
 
-def make_hub(datasets, root):
-    """A dataset of the Hub as a local folder of parquet files: 3 + 2 images of cat and dog."""
-    features = datasets.Features(
-        {"label": datasets.ClassLabel(names=["cat", "dog"]), "image": datasets.Image()}
-    )
-    for part, labels in (("train", [1, 0, 1]), ("validation", [0, 1])):
+def make_hub(datasets, root, train=(1, 0, 1), val=(0, 1), kind=None):
+    """A dataset of the Hub as a local folder of parquet files: by default 3 + 2 images of cat and dog."""
+    kind = kind or datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"label": kind, "image": datasets.Image()})
+    root.mkdir(parents=True, exist_ok=True)
+    for part, labels in (("train", train), ("validation", val)):
         rows = {"label": labels, "image": [{"bytes": png(k), "path": None} for k in range(len(labels))]}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{part}.parquet")
 
@@ -759,12 +760,24 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     assert found.train.read([2, 0]) == [png(2), png(0)] and found.val.labels.tolist() == [0, 1]
     assert found.fingerprint() == open_dataset(f"hf:{tmp_path / 'pets'}", "").fingerprint()
     assert "cannot load" in refused(DataError, f"hf:{tmp_path / 'nothing'}", "").what
-    rows = {"label": ["cat", "dog"], "image": [{"bytes": png(1), "path": None}] * 2}
-    for part in ("train", "validation"):
-        features = datasets.Features({"label": datasets.Value("string"), "image": datasets.Image()})
-        put(tmp_path / "words" / f"{part}.parquet", b"")
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "words" / f"{part}.parquet")
+    make_hub(datasets, tmp_path / "words", ["cat", "dog"], ["cat"], datasets.Value("string"))
     assert "not class numbers" in refused(DataError, f"hf:{tmp_path / 'words'}", "").what
+
+
+@pytest.mark.parametrize(("train", "val", "words"), [
+    ([0, -1, 1], [0], r"column label of .*/train holds -1, none of the 2 classes"),
+    ([0, 1, 0], [1, 2], r"column label of .*/validation holds 2, none of the 2 classes"),
+    ([0, 1, 2], [1, 2], ""),
+])  # fmt: skip
+def test_hugging_face_labels_that_are_no_class_are_refused(train, val, words, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    make_hub(datasets, tmp_path / "pets", train, val, datasets.Value("int64"))
+    monkeypatch.setattr(datasets.Dataset, "__iter__", None)  # row by row takes 90 times as long
+    if words:
+        assert re.match(words, refused(DataError, f"hf:{tmp_path / 'pets'}", "").what)
+    else:
+        assert len(open_dataset(f"hf:{tmp_path / 'pets'}", "").classes) == 3
 
 
 def test_hf_without_the_package_says_how_to_install_it(monkeypatch):

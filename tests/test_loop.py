@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import multiprocessing
 import shutil
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -77,6 +79,32 @@ def test_a_bad_validation_image_is_an_error_and_loses_no_epoch(photos, tmp_path)
         == 0
     )
     assert digest(tmp_path / "run") == digest(tmp_path / "straight")
+
+
+def test_a_phase_first_gives_back_the_pinned_memory_of_the_one_before(tmp_path, monkeypatch):
+    """Which torch would keep for batches of the same size. Only the order: pinning needs a GPU."""
+    run, loaders, seen = tiny_run(tmp_path, "--num-workers", "1"), [], []
+    cpu, real_start, real_loader = run.runtime, loop.start_phase, loop.train_loader
+
+    def start(run, phase):
+        run.runtime = dataclasses.replace(cpu, device=torch.device("cuda"))
+        started = real_start(run, phase)
+        run.runtime = cpu
+        return started
+
+    def loader(*args, **options):
+        made = real_loader(*args, **options | {"runtime": cpu})
+        loaders.append(weakref.ref(made))
+        return made
+
+    def empty():
+        seen.append(([made() for made in loaders], multiprocessing.active_children()))
+
+    monkeypatch.setattr(loop, "start_phase", start)
+    monkeypatch.setattr(loop, "train_loader", loader)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", empty, raising=False)
+    loop.fit(run, MetricLogger(tmp_path))
+    assert seen == [([], []), ([None], []), ([None, None], [])]
 
 
 @pytest.mark.parametrize(

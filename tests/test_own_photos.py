@@ -218,6 +218,7 @@ def test_names_that_are_not_utf8_are_written_down(flat, tmp_path):
         (lambda root: add(root, "dog", [1]), "fewer than two images in .*: dog\n", "fill or remove"),
         (lambda root: (root / "empty").mkdir(), "fewer than two images in .*: empty\n", "fill or remove"),
         (lambda root: add(root, "val", [1, 2]), "no folder train/", "move val away .*<class>/\\*.jpg"),
+        (lambda root: add(root, "train", [1, 2]), "no folder val/", "rename train/ if it is a class"),
         (lambda root: add(root / "cifar", "train", [1, 2]), "no folder train/", "--data-dir .*cifar"),
     ],
 )

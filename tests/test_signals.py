@@ -1,6 +1,8 @@
 """After a stop signal anywhere, the step is finished and saved, and the run resumes to the same bits."""
 
+import concurrent.futures
 import fcntl
+import multiprocessing
 import os
 import re
 import signal
@@ -18,7 +20,10 @@ from runs import command, digest, environment, finish, payload, spawn
 
 import train
 from base import errors
+from dataloader import eval_loader
 from harness import checkpoint, interrupts, session
+from harness.pool import in_processes
+from sources.layouts import open_dataset
 
 INT, TERM, HUP, USR1 = (int(getattr(signal, f"SIG{name}")) for name in ("INT", "TERM", "HUP", "USR1"))
 # The call before which the signal arrives -> the step that is then saved.
@@ -28,7 +33,7 @@ STATES = {
     "loop.train_step:5": 5,  # the last of its epoch
     "loop.train_step:8": 8,
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:1": 0,  # workers start
-    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of validation
+    "torch.utils.data.dataloader._MultiProcessingDataLoaderIter.__init__:2": 5,  # those of the next size
     "loop.evaluate:1": 5,
     "train_utils.hits:1": 5,  # between raw and averaged weights
     "loop.evaluate:4": 10,  # of the training sample
@@ -217,6 +222,49 @@ def test_no_worker_outlives_its_parent(platform, when):
         for _ in range(50):
             os.kill(int(ended.stdout), 0)
             time.sleep(0.1)
+
+
+BORN = """
+import multiprocessing, os, signal, sys, time
+from harness.interrupts import held_back
+
+sys.platform = "darwin"
+spawn = multiprocessing.get_context("spawn")
+with held_back([signal.SIGINT]):
+    spawn.Queue()  # starts Python's resource tracker
+    child = spawn.Process(target=time.sleep, args=(0,))
+    child.start()
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(child.pid, signal.SIGINT)
+    child.join()
+    print(child.exitcode, flush=True)
+"""
+
+
+def test_a_process_that_is_being_spawned_does_not_get_ctrl_c_and_its_parent_gets_it_later():
+    ended = subprocess.run(
+        [sys.executable, "-c", BORN], capture_output=True, text=True, env=environment(), cwd=ROOT, timeout=30
+    )
+    assert ended.stdout == "0\n" and ended.stderr.rstrip().endswith("KeyboardInterrupt"), ended.stderr
+
+
+def test_spawned_workers_outlive_a_ctrl_c_at_their_start(photos, monkeypatch):
+    """As on macOS: they import torch for seconds before they can ignore it."""
+
+    def ctrl_c():
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGINT)
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    data = open_dataset("imagenet", photos)
+    loader = eval_loader(data.val, data, image_size=16, batch_size=11, num_workers=1)
+    loader.batches.multiprocessing_context = "spawn"
+    batches = iter(loader)
+    ctrl_c()
+    assert sum(len(labels) for _, labels in batches) == 21
+    as_completed = concurrent.futures.as_completed
+    monkeypatch.setattr(concurrent.futures, "as_completed", lambda futures: ctrl_c() or as_completed(futures))
+    assert sorted(in_processes(abs, [-1, -2], workers=1)) == [(-2, 2), (-1, 1)]
 
 
 KILLS_A_WORKER = """
