@@ -8,20 +8,14 @@ started at step k, with any number of workers, yields exactly the batches k, k +
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import mmap
-import multiprocessing
-import signal
 import sys
 import time
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +25,9 @@ from base import process
 from base.device import Runtime
 from base.errors import DataError, UserError
 from base.flags import parse_augment
-from harness.interrupts import die_with_parent, held_back, left_to_parent
+from harness.batch_memory import BatchMemory, InMemory
+from harness.interrupts import held_back, left_to_parent
+from harness.workers import init_worker, started
 from sources import crops, layouts, splits
 from sources.decode import BadImage
 from sources.images import EvalTransform, Steps, TrainTransform, default_crop
@@ -311,44 +307,6 @@ class StoredCrops(Batches):
         return kept, [image["name"] for image in bad]
 
 
-class BatchMemory:
-    """Memory of batches that the workers fill and this process reads, used again and again.
-
-    In new shared memory, each 4 kB of each batch cost a page fault in both processes, together as much as
-    half of decoding. A worker is asked for a batch when the one `ahead` batches before is taken. So batch k
-    can use slot k % (ahead + 2): whoever takes a batch may still hold the one before. Forked workers
-    inherit the memory. It is not in /dev/shm, which is small in containers.
-    """
-
-    def __init__(self, ahead: int, shape: tuple[int, int, int, int]):
-        shape = (ahead + 2, *shape)
-        self.slots = np.frombuffer(mmap.mmap(-1, math.prod(shape)), np.uint8).reshape(shape)
-        self.number = next(_numbers)
-        _memories[self.number] = self
-
-    def slot(self, step: int) -> np.ndarray:
-        return self.slots[step % len(self.slots)]
-
-
-_numbers = itertools.count()
-_memories: weakref.WeakValueDictionary[int, BatchMemory] = weakref.WeakValueDictionary()
-
-
-class InMemory:
-    """A batch in `BatchMemory`, as a worker sends it; what arrives are tensors."""
-
-    def __init__(self, memory: BatchMemory, step: int, labels: np.ndarray, bad: list[str]):
-        self.content = (memory.number, step, labels, bad)
-
-    def __reduce__(self):
-        return _received, self.content
-
-
-def _received(number: int, step: int, labels: np.ndarray, bad: list[str]) -> tuple[Tensor, Tensor, list]:
-    images = _memories[number].slot(step)[: len(labels)]
-    return torch.from_numpy(images), torch.from_numpy(labels), bad
-
-
 class Loader:
     """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
@@ -396,14 +354,14 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         self.waited, self.bad = 0.0, []
         ignored = left_to_parent()
-        self.batches.worker_init_fn = functools.partial(_init_worker, ignored)
+        self.batches.worker_init_fn = functools.partial(init_worker, ignored)
         if self.uses_memory and not (self.batches.persistent_workers and self.dataset.memory):
             # For new workers it is new: an earlier iteration may still go on.
             self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
         with held_back(ignored):
             iterator = iter(self.batches)  # workers start here, not at the first batch
         if self.batches.num_workers:
-            _started.add(iterator)
+            started.add(iterator)
             iterator.memory = self.dataset.memory  # lives as long as the iteration
         raw = self._raw(iterator)
         return self._prefetched(raw) if self.device.type == "cuda" else map(self._to_device, raw)
@@ -469,32 +427,3 @@ def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tenso
     """Return (offset, scale), each (1, 3, 1, 1), such that (pixel - offset) * scale normalises 0 ... 255."""
     offset, divisor = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return offset.to(device), (1 / divisor).to(device)
-
-
-def _init_worker(ignored: list[int], _worker_id: int) -> None:
-    die_with_parent()
-    for number in ignored:
-        signal.signal(number, signal.SIG_IGN)
-    cv2.setNumThreads(0)  # the workers are the parallelism
-    torch.set_num_threads(1)
-
-
-_started: weakref.WeakSet = weakref.WeakSet()  # DataLoader iterators that have workers
-
-
-def end_workers() -> None:
-    """Kill all loader workers. In training they ignore SIGTERM, so a hanging one would block the exit."""
-    for iterator in list(_started):
-        if hasattr(iterator, "_pin_memory_thread"):
-            # This thread reads from the workers, so it must end before them, as in torch's own shutdown.
-            iterator._pin_memory_thread_done_event.set()
-            iterator._worker_result_queue.put((None, None))
-            iterator._pin_memory_thread.join(5)
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    # torch's handler would report each killed worker as an error.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.join()
-    signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

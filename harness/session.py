@@ -14,10 +14,10 @@ from base import flags
 from base.device import Runtime, environment
 from base.files import write_json
 from base.process import say
-from dataloader import end_workers
 from harness import build, crop_cache, preflight, rundir
 from harness.log import MetricLogger
 from harness.rundir import RunIdentity, SaveDir
+from harness.workers import end_workers
 from loop import Run, StopAfterReached, best_is_lost, save
 from models.layers import BLURPOOL_NOTICE
 from models.summary import count_params

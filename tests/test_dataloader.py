@@ -21,7 +21,9 @@ from base.device import Runtime
 from base.errors import DataError, UserError
 from base.flags import parse_augment
 from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, normalise, train_loader
+from harness.batch_memory import BatchMemory
 from harness.interrupts import STOP_SIGNALS, StopSignals, left_to_parent
+from harness.workers import end_workers
 from sources.images import TrainTransform
 from sources.index import ArraySplit, Split, balanced_subset, take_subset
 from sources.layouts import open_dataset
@@ -67,7 +69,7 @@ def test_a_batch_keeps_its_pixels_while_the_next_one_is_used(data, monkeypatch, 
     expected = [plain.dataset[batch][0] for batch in plain.order]
     assert len(expected) > 3 * workers * dataloader.PREFETCH
     if loader.uses_memory:
-        loader.dataset.memory = dataloader.BatchMemory(loader.ahead, loader.batch_shape)
+        loader.dataset.memory = BatchMemory(loader.ahead, loader.batch_shape)
     assert loader.ahead == ahead == loader.batches.prefetch_factor * workers
     assert not loader.uses_memory or len(loader.dataset.memory.slots) == ahead + 2
     before, seen = None, 0
@@ -367,7 +369,7 @@ def test_the_thread_that_pins_memory_ends_before_the_workers(data, monkeypatch):
     loader = train_loader(data, image_size=16, batch_size=8, augment=(), num_workers=2)
     loader.batches.pin_memory = True
     iterator = iter(loader)
-    dataloader.end_workers()
+    end_workers()
     assert alive_at_end == [True] and not any(
         process.is_alive() for process in loader.batches._iterator._workers
     )

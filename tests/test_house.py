@@ -14,6 +14,7 @@ from base.parser import typed_text
 LAYERS = {  # package or module -> its layer; imports point strictly downwards, or stay inside one package
     "base": 0,
     **dict.fromkeys(("data_utils", "ema", "optim", "sources", "models", "harness.interrupts"), 1),
+    **dict.fromkeys(("harness.batch_memory", "harness.workers"), 1),
     **dict.fromkeys(
         ("analysis.figures", "analysis.score_figures", "analysis.scores", "analysis.lr_suggestion"), 1
     ),
