@@ -80,6 +80,13 @@ def test_imports_have_no_cycle():
     assert not graph
 
 
+def test_the_core_is_short_enough_to_be_read():
+    page = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
+    core = set(re.findall(r"`([\w/]+\.py)`", page[: page.index("Everything else serves it")]))
+    assert len(core) == 13
+    assert sum(len((ROOT / path).read_text(encoding="utf-8").splitlines()) for path in core) <= 3100
+
+
 def test_the_root_holds_at_most_twelve_modules():
     assert len(list(ROOT.glob("*.py"))) <= 12
 
