@@ -534,7 +534,7 @@ def test_auto_skips_damaged_files_and_says_why(run_dir, capsys):
 def test_only_the_chosen_one_of_many_checkpoints_is_read_completely(tmp_path, monkeypatch):
     for name, step in (("last_x", 5), ("prev_last_x", 4), ("best_x", 3), ("prev_best_x", 6)):
         checkpoint.save(tmp_path / f"{name}.pt", whole(step=step))
-    damaged = tmp_path / "prev_best_x.pt"
+    damaged = tmp_path / "last_x.pt"
     content = damaged.read_bytes()
     place = content.index(torch.arange(300.0).numpy().tobytes())
     damaged.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -545,8 +545,8 @@ def test_only_the_chosen_one_of_many_checkpoints_is_read_completely(tmp_path, mo
         lambda path, *only: (read_completely.append(path.name) if only == ("",) else 0, real(path, *only))[1],
     )
     path, payload, skipped = checkpoint.newest(tmp_path)
-    assert (path.name, payload["step"]) == ("last_x.pt", 5)
-    assert read_completely == ["prev_best_x.pt", "last_x.pt"]
+    assert (path.name, payload["step"]) == ("prev_best_x.pt", 6)
+    assert read_completely == ["last_x.pt", "prev_best_x.pt"]
     assert len(skipped) == 1 and "CRC" in skipped[0]
 
 
