@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from base.device import Runtime, memory_for
-from base.errors import Stopped
+from base.errors import CheckpointError, Stopped
 from base.parser import parse_augment
 from base.process import say
 from base.progress import Eta, Progress, duration
@@ -523,13 +523,22 @@ def name_best(run: Run) -> None:
 
 def best_is_lost(run: Run) -> bool:
     """Return whether the run was killed after its best epoch was saved as last_*, before it became best_*."""
-    state, best, last = run.state, run.path("best"), run.path("last")
+    state = run.state
     if not (state.rows and state.rows[-1]["best"]):
         return False
     epoch = len(state.rows)
     phase = phase_of(run.phases, min(epoch, run.epochs))
     just_saved = state.step == phase.step_before(epoch) + phase.steps_per_epoch
-    return just_saved and not (best.exists() and last.exists() and best.samefile(last))
+    return just_saved and not all(is_in(state, run.path(kind)) for kind in ("last", "best"))
+
+
+def is_in(state: TrainState, path: Path) -> bool:
+    """Return whether the checkpoint `path` was saved at this step with this best epoch."""
+    try:
+        saved = checkpoint.load(path, values_only=True)
+    except CheckpointError:
+        return False
+    return (saved["step"], saved["best"]) == (state.step, state.best)
 
 
 def say_or_stop(run: Run, text: str) -> None:

@@ -120,15 +120,27 @@ def test_a_checkpoint_has_the_permissions_of_umask(tmp_path, mask, mode):
     assert (tmp_path / "x.pt").stat().st_mode & 0o777 == mode
 
 
-def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypatch):
+@pytest.fixture
+def no_links(monkeypatch):
     monkeypatch.setattr(
         os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here"))
     )
+
+
+def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, no_links):
     for step in (1, 2):
         checkpoint.save(tmp_path / "last_x.pt", whole(step=step))
         checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
     steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last_x.pt": 2, "best_x.pt": 2, "prev_last_x.pt": 1, "prev_best_x.pt": 1}
+
+
+def test_without_hard_links_a_complete_run_is_not_saved_again(tmp_path, no_links, capsys):
+    main(*TINY, "--save-dir", tmp_path)  # its last epoch is its best
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    main("--resume", "auto", "--save-dir", tmp_path)
+    assert "This run is complete" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 
 
 def test_a_damaged_file_never_replaces_the_intact_one_before_it(tmp_path):
