@@ -515,7 +515,7 @@ def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> File
 
 
 def _test_writing(directory: Path) -> None:
-    """Write, sync, rename and delete a file, as saving a checkpoint does."""
+    """Write, sync, rename and delete a file: where that fails, no checkpoint could be saved."""
     file = directory / f".probe-{secrets.token_hex(8)}"
     with replacing(file) as partial, open(partial, "wb") as probe:
         probe.write(b"probe")

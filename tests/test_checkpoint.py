@@ -5,9 +5,10 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -199,6 +200,22 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoints_as_they_were(full_dis
 
     monkeypatch.setattr(os, call, fail)
     assert os.strerror(number) in refused_and_untouched(*full_disk).what
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("kind", [stat.S_ISDIR, stat.S_ISREG])
+def test_directories_that_cannot_be_synced_are_left_alone_but_files_must_be(
+    kind, number, tmp_path, monkeypatch
+):
+    def fail(descriptor):
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with nullcontext() if kind is stat.S_ISDIR else pytest.raises(ResourceError):
+        checkpoint.save(tmp_path / "last_x.pt", whole())
+    assert (tmp_path / "last_x.pt").exists() == (kind is stat.S_ISDIR)
 
 
 def test_a_disk_that_recovers_costs_a_retry_and_nothing_else(full_disk, monkeypatch):
