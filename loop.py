@@ -410,15 +410,19 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         run.eta.observe_validation(run.scored_as(phase)[0], time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
     seconds, skipped = sums["seconds"], sums["bad_steps"] * phase.batch_size  # images of skipped steps
-    bad_images = torch.tensor(float(sums["bad_images"] + left_out), device=run.runtime.device)
     return row | {
         "images_per_second": (sums["images"] + skipped) / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
         "bad_steps": sums["bad_steps"],
-        "bad_images": int(run.runtime.sum_over_ranks(bad_images)),
+        "bad_images": over_ranks(run, sums["bad_images"] + left_out),
         "best": False,
     }
+
+
+def over_ranks(run: Run, count: int) -> int:
+    """Return the sum of the ranks' counts."""
+    return int(run.runtime.sum_over_ranks(torch.tensor(float(count), device=run.runtime.device)))
 
 
 def score(run: Run, phase: Phase) -> tuple[dict, int]:
@@ -508,6 +512,8 @@ def save(run: Run) -> None:
     """Write the checkpoint last_*. Raises DivergedError if the state is not finite."""
     run.read_steps()  # the counts belong to the state
     run.state.check_finite()  # on every rank: all hold the same state and end together
+    bad_images = over_ranks(run, run.state.epoch_sums["bad_images"])
+    run.state.epoch_sums["bad_images"] = bad_images if run.runtime.is_main else 0
     if run.runtime.is_main:
         checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
     run.last_save = time.monotonic()

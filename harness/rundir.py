@@ -353,7 +353,7 @@ def restore(run, saved: dict, config) -> None:
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
     if not run.runtime.is_main:
-        state.epoch_sums["bad_images"] = 0  # each rank counts its own
+        state.epoch_sums["bad_images"] = 0  # rank 0 has those of all, see `loop.save`
     if same_plan:
         _check_position(run)
     else:
