@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from base.device import Runtime, memory_for
-from base.errors import Stopped
+from base.errors import CheckpointError, Stopped
 from base.parser import parse_augment
 from base.process import say
 from base.progress import Eta
@@ -308,15 +308,19 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         run.eta.observe_validation(run.scored_as(phase)[0], time.perf_counter() - started)
         state.schedule.observe(row["val_loss"])
     seconds, skipped = sums["seconds"], sums["bad_steps"] * phase.batch_size  # images of skipped steps
-    bad_images = torch.tensor(float(sums["bad_images"] + left_out), device=run.runtime.device)
     return row | {
         "images_per_second": (sums["images"] + skipped) / seconds if seconds else None,
         "data_wait_percent": 100 * sums["waited"] / seconds if seconds else None,
         "seconds": seconds + time.perf_counter() - started,
         "bad_steps": sums["bad_steps"],
-        "bad_images": int(run.runtime.sum_over_ranks(bad_images)),
+        "bad_images": over_ranks(run, sums["bad_images"] + left_out),
         "best": False,
     }
+
+
+def over_ranks(run: Run, count: int) -> int:
+    """Return the sum of the ranks' counts."""
+    return int(run.runtime.sum_over_ranks(torch.tensor(float(count), device=run.runtime.device)))
 
 
 def score(run: Run, phase: Phase) -> tuple[dict, int]:
@@ -406,6 +410,8 @@ def save(run: Run) -> None:
     """Write the checkpoint last_*. Raises DivergedError if the state is not finite."""
     run.read_steps()  # the counts belong to the state
     run.state.check_finite()  # on every rank: all hold the same state and end together
+    bad_images = over_ranks(run, run.state.epoch_sums["bad_images"])
+    run.state.epoch_sums["bad_images"] = bad_images if run.runtime.is_main else 0
     if run.runtime.is_main:
         checkpoint.save(run.path("last"), run.metadata | run.state.state_dict())
     run.last_save = time.monotonic()
@@ -421,10 +427,19 @@ def name_best(run: Run) -> None:
 
 def best_is_lost(run: Run) -> bool:
     """Return whether the run was killed after its best epoch was saved as last_*, before it became best_*."""
-    state, best, last = run.state, run.path("best"), run.path("last")
+    state = run.state
     if not (state.rows and state.rows[-1]["best"]):
         return False
     epoch = len(state.rows)
     phase = phase_of(run.phases, min(epoch, run.epochs))
     just_saved = state.step == phase.step_before(epoch) + phase.steps_per_epoch
-    return just_saved and not (best.exists() and last.exists() and best.samefile(last))
+    return just_saved and not all(is_in(state, run.path(kind)) for kind in ("last", "best"))
+
+
+def is_in(state: TrainState, path: Path) -> bool:
+    """Return whether the checkpoint `path` was saved at this step with this best epoch."""
+    try:
+        saved = checkpoint.load(path, values_only=True)
+    except CheckpointError:
+        return False
+    return (saved["step"], saved["best"]) == (state.step, state.best)

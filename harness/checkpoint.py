@@ -87,6 +87,9 @@ def _sync(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # of file systems that cannot sync directories
+            raise
     finally:
         os.close(descriptor)
 
@@ -233,6 +236,9 @@ def newest(
 ) -> tuple[Path | None, dict | None, list[str]]:
     """Return path and content of the newest intact checkpoint in `directory`, and why others were skipped.
 
+    The newest is a last_*, even if others have more steps: the run was resumed from an earlier checkpoint,
+    and they are of the branch that it left. If no last_* is intact, it is the one with the most steps.
+
     is_own: called with the path and the content of a checkpoint; False excludes it
     names: the patterns of the files to look at
     Returns (None, None, []) if there is none. Raises CheckpointError if all are damaged: a new run there
@@ -243,7 +249,7 @@ def newest(
         try:
             values = load(path, values_only=True)
             if is_own(path, values):
-                age = (values["step"], len(values["rows"]), path.name.startswith("last_"), path.name)
+                age = (path.name.startswith("last_"), values["step"], len(values["rows"]), path.name)
                 candidates.append((age, path))
         except CheckpointError as error:
             skipped.append(error.what)

@@ -357,7 +357,7 @@ def restore(run, saved: dict, config) -> None:
         saved = saved | {"optimizer": saved["optimizer"] | {"state": {}}}
     state.load_state_dict(saved)
     if not run.runtime.is_main:
-        state.epoch_sums["bad_images"] = 0  # each rank counts its own
+        state.epoch_sums["bad_images"] = 0  # rank 0 has those of all, see `loop.save`
     if same_plan:
         _check_position(run)
     else:
@@ -519,7 +519,7 @@ def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> File
 
 
 def _test_writing(directory: Path) -> None:
-    """Write, sync, rename and delete a file, as saving a checkpoint does."""
+    """Write, sync, rename and delete a file: where that fails, no checkpoint could be saved."""
     file = directory / f".probe-{secrets.token_hex(8)}"
     with replacing(file) as partial, open(partial, "wb") as probe:
         probe.write(b"probe")

@@ -5,9 +5,10 @@ import os
 import random
 import resource
 import signal
+import stat
 import subprocess
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -120,15 +121,27 @@ def test_a_checkpoint_has_the_permissions_of_umask(tmp_path, mask, mode):
     assert (tmp_path / "x.pt").stat().st_mode & 0o777 == mode
 
 
-def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, monkeypatch):
+@pytest.fixture
+def no_links(monkeypatch):
     monkeypatch.setattr(
         os, "link", lambda *args: (_ for _ in ()).throw(OSError(errno.EPERM, "no links here"))
     )
+
+
+def test_without_hard_links_it_works_by_renaming_and_copying(tmp_path, no_links):
     for step in (1, 2):
         checkpoint.save(tmp_path / "last_x.pt", whole(step=step))
         checkpoint.link(tmp_path / "last_x.pt", tmp_path / "best_x.pt")
     steps = {path.name: checkpoint.load(path)["step"] for path in tmp_path.iterdir()}
     assert steps == {"last_x.pt": 2, "best_x.pt": 2, "prev_last_x.pt": 1, "prev_best_x.pt": 1}
+
+
+def test_without_hard_links_a_complete_run_is_not_saved_again(tmp_path, no_links, capsys):
+    main(*TINY, "--save-dir", tmp_path)  # its last epoch is its best
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")}
+    main("--resume", "auto", "--save-dir", tmp_path)
+    assert "This run is complete" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pt")} == before
 
 
 def test_a_damaged_file_never_replaces_the_intact_one_before_it(tmp_path):
@@ -187,6 +200,22 @@ def test_an_error_of_the_disk_leaves_the_older_checkpoints_as_they_were(full_dis
 
     monkeypatch.setattr(os, call, fail)
     assert os.strerror(number) in refused_and_untouched(*full_disk).what
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("kind", [stat.S_ISDIR, stat.S_ISREG])
+def test_directories_that_cannot_be_synced_are_left_alone_but_files_must_be(
+    kind, number, tmp_path, monkeypatch
+):
+    def fail(descriptor):
+        if kind(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with nullcontext() if kind is stat.S_ISDIR else pytest.raises(ResourceError):
+        checkpoint.save(tmp_path / "last_x.pt", whole())
+    assert (tmp_path / "last_x.pt").exists() == (kind is stat.S_ISDIR)
 
 
 def test_a_disk_that_recovers_costs_a_retry_and_nothing_else(full_disk, monkeypatch):
@@ -541,7 +570,7 @@ def test_auto_skips_damaged_files_and_says_why(run_dir, capsys):
 def test_only_the_chosen_one_of_many_checkpoints_is_read_completely(tmp_path, monkeypatch):
     for name, step in (("last_x", 5), ("prev_last_x", 4), ("best_x", 3), ("prev_best_x", 6)):
         checkpoint.save(tmp_path / f"{name}.pt", whole(step=step))
-    damaged = tmp_path / "prev_best_x.pt"
+    damaged = tmp_path / "last_x.pt"
     content = damaged.read_bytes()
     place = content.index(torch.arange(300.0).numpy().tobytes())
     damaged.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
@@ -552,8 +581,8 @@ def test_only_the_chosen_one_of_many_checkpoints_is_read_completely(tmp_path, mo
         lambda path, *only: (read_completely.append(path.name) if only == ("",) else 0, real(path, *only))[1],
     )
     path, payload, skipped = checkpoint.newest(tmp_path)
-    assert (path.name, payload["step"]) == ("last_x.pt", 5)
-    assert read_completely == ["prev_best_x.pt", "last_x.pt"]
+    assert (path.name, payload["step"]) == ("prev_best_x.pt", 6)
+    assert read_completely == ["last_x.pt", "prev_best_x.pt"]
     assert len(skipped) == 1 and "CRC" in skipped[0]
 
 

@@ -154,6 +154,20 @@ def test_a_fork_killed_right_after_it_was_made_can_be_resumed(mine, tmp_path, mo
     assert run("--save-dir", tmp_path / "fork", "--resume", "auto") == 0
 
 
+def test_a_run_that_went_back_to_its_best_epoch_and_was_killed_does_not_return(mine, monkeypatch, capsys):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "start_phase", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run("--save-dir", mine, "--resume", mine / f"best_{NAME}")
+    monkeypatch.undo()
+    steps = [checkpoint.load(mine / f"{kind}_{NAME}")["step"] for kind in ("last", "prev_last")]
+    assert steps == [25, 27]
+    run("--save-dir", mine, "--resume", "auto", "--stop-after", "26")
+    assert f"resuming from {mine / f'last_{NAME}'}" in capsys.readouterr().out and payload(mine)["step"] == 26
+
+
 def test_a_checkpoint_of_another_run_is_refused(mine, other, tmp_path):
     error = refused(2, "--resume", mine / f"last_{NAME}", "--save-dir", other, where=tmp_path)
     assert all(word in error.what for word in (env(mine)["run"], env(other)["run"], str(other)))
