@@ -100,6 +100,15 @@ def one_phase(config: Any) -> Reason:
     return len(config.resize_schedule) == 1 and "there is one phase"
 
 
+def head_alone(config: Any) -> Reason:
+    return config.freeze_epochs >= config.epochs and "--freeze-epochs trains the classifier alone"
+
+
+def nothing_to_drop(config: Any) -> Reason:
+    no_branches = config.arch in NO_DROP_PATH and f"{config.arch} has no branches to drop"
+    return no_branches or head_alone(config)
+
+
 def mix_off(config: Any) -> Reason:
     return not any(mix for _, mix in used_phases(config)) and "--phase-mix is off in every phase"
 
@@ -118,7 +127,7 @@ def nothing_mixed(config: Any) -> Reason:
 
 
 def nothing_to_mix(config: Any) -> Reason:
-    drop_path = config.drop_path_rate and config.arch not in NO_DROP_PATH
+    drop_path = config.drop_path_rate and not nothing_to_drop(config)
     used = config.mixup_alpha or config.cutmix_alpha or drop_path
     return not used and "there is no MixUp, CutMix or drop-path"
 

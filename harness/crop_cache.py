@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shlex
 import shutil
+from collections import Counter
 
 from base.errors import ResourceError
 from base.process import say
@@ -15,6 +16,7 @@ from loop import Run
 from sources import crops
 from sources.images import default_crop
 from sources.index import Split
+from train_utils import phase_of
 
 
 def lacking(run: Run, split: Split) -> dict[int, float]:
@@ -53,8 +55,11 @@ def check_disk(run: Run) -> None:
     """Print how much disk the crops will take. Raises ResourceError if there is less."""
     if not run.crop_root:
         return
+    scored = [e for e in range(1, run.epochs + 1) if run.is_scored(e)]
     if not (sets := planned(run)):
         say("note: --cache-eval does nothing here: the packed data has the crops")
+    elif max(Counter(run.scored_as(phase_of(run.phases, e))[0] for e in scored).values()) == 1:
+        say("note: --cache-eval saves nothing here: no image is scored twice at the same size")
     if not (need := sum(crops.missing_bytes(sets).values())):
         return
     free = shutil.disk_usage(nearest_existing(run.save_dir)).free

@@ -128,6 +128,8 @@ def introduction(run: Run, config) -> str:
             f"{p.steps:>9,} steps{notes_of}"
         )
     lines += filter(None, [run.scoring, crop_cache.note(run)])
+    if (run.stop_after or 0) > (steps := sum(p.steps for p in run.phases)):
+        lines.append(f"note: --stop-after {run.stop_after:,} is not used: the run has {steps:,} steps")
     return "\n".join([*lines, run.table.heading()])
 
 

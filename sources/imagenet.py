@@ -44,6 +44,9 @@ def imagenet(data_dir: str, wanted: set[bytes] | None, **checks: bool) -> Datase
     if splits.lacks_parts(data_dir):
         index = splits.class_folders(name, data_dir, _listed(data_dir, [""], wanted))
         index = replace(index, class_names=human_names(index.classes, folder), exif=_are_own(index.classes))
+        if checks.get("allow_class_mismatch"):
+            note = "note: --allow-class-mismatch is not used: a part of every class is for validation"
+            index = replace(index, notes=(*index.notes, note))
     else:
         index = _index(name, data_dir, image_root(data_dir), PARTS, wanted, **checks)
     return index if index.exif else replace(index, name="imagenet_1k")

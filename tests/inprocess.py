@@ -14,6 +14,7 @@ from base import flags
 from base.errors import UserError
 from harness import build
 from loop import Run
+from models import train_mode
 from sources import layouts
 from train_utils import train_step
 
@@ -70,7 +71,7 @@ def trace(run: Run, phase, count: int = 2) -> list:
     loader.order.seek(phase.first_epoch)
     state.step = phase.first_step
     state.schedule.seek(phase.first_step)
-    state.model.train()
+    train_mode(state.model, phase.head_only)
     for _, (images, labels) in zip(range(count), loader, strict=False):
         loss = train_step(state, options, images, labels).result().loss
         averaged = state.ema.module and hashed(state.ema.module)

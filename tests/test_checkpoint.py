@@ -21,7 +21,7 @@ import loop
 import train
 from base import flags, schemas
 from base.errors import CheckpointError, ResourceError
-from harness import checkpoint, rundir
+from harness import checkpoint, rundir, session
 from harness.log import read_metrics
 
 CRASHES = {
@@ -548,6 +548,12 @@ def test_malformed_flags_in_a_checkpoint_are_refused(run_dir):
 def test_a_run_that_is_past_stop_after_takes_no_step(run_dir, capsys):
     assert main("--resume", "auto", "--save-dir", run_dir, "--stop-after", 1) == 0
     assert "Stopped at step 12." in capsys.readouterr().out and checkpoint.load(last(run_dir))["step"] == 12
+
+
+def test_a_stop_beyond_the_last_step_is_noted(tmp_path):
+    for stop in (15, 16):  # of 15
+        said = session.introduction(tiny_run(tmp_path, "--stop-after", stop), config_of())
+        assert ("note: --stop-after 16 is not used: the run has 15 steps" in said) == (stop == 16)
 
 
 # --- which checkpoint is resumed ---

@@ -301,6 +301,15 @@ def test_cached_crops_that_would_do_nothing_are_noted(packed, tmp_path, capsys):
     assert "does nothing" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("flags", "saves"), [
+    ("--epochs 1", False), ("--epochs 3", False), ("--epochs 3 --eval-size 16", True), ("--epochs 4", True),
+    ("--epochs 4 --eval-every 4", False),
+])  # fmt: skip
+def test_cached_crops_that_would_be_read_once_are_noted(flags, saves, tmp_path, capsys):
+    crop_cache.check_disk(tiny_run(tmp_path, "--cache-eval", *flags.split()))
+    assert ("no image is scored twice" in capsys.readouterr().out) != saves
+
+
 def test_too_small_a_disk_is_refused_before_the_run_begins(photos, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(crop_cache.shutil, "disk_usage", lambda path: usage(10**9, 0, 10))

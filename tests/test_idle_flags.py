@@ -3,6 +3,7 @@
 The tests of each flag in one mode are quick; those of every flag in every mode are slow.
 """
 
+import re
 from functools import lru_cache
 
 import pytest
@@ -17,6 +18,7 @@ from base.idle import never
 
 RECIPE = """{dataset: digits, subset: true, subset-size: 40, arch: resnet_tiny, epochs: 4, seed: 6,
              resize-schedule: [8, 16, 24], batch-size: 16, num-workers: 0, device: cpu, amp: off}"""
+HEAD_ALONE = f"--pretrained {__file__} --freeze-epochs 4"
 # Flags, each with a mode in which it has no effect: arguments added to RECIPE.
 IDLE = [
     ("batch_size", "--phase-batch-sizes 8,8,8"),
@@ -31,6 +33,8 @@ IDLE = [
     ("cutmix_alpha", "--phase-mix off,off,off"),
     ("drop_path_rate", "--phase-mix off,off,off"),
     ("drop_path_rate", "--epochs 1 --phase-mix on,on,off"),
+    ("backbone_lr", HEAD_ALONE),
+    ("phase_mix", f"{HEAD_ALONE} --mixup-alpha 0 --cutmix-alpha 0"),
     ("phase_epochs", "--resize-schedule 16"),
     ("phase_epochs", "--epochs 1"),
     ("nesterov", "--optimizer rmsprop"),
@@ -85,9 +89,9 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
 }
 SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # observed as values, not by their effect
 SETTINGS |= {"plateau_patience"}  # observed after more validations than there are
-# Every flag is tried in each of these modes.
+# Every flag is tried in each of these modes. A classifier alone has gradients too small to be clipped.
 MODES = [
-    *sorted({mode for _, mode in IDLE if "vit" not in mode and "mobilenet" not in mode}),
+    *sorted({mode for _, mode in IDLE if not re.search("vit|mobilenet|freeze", mode)}),
     "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau",
     "--schedule constant", "--schedule restarts", "--schedule triangular2 --cycles 2",
     "--loss bce --label-smoothing 0", "--accumulate 2", "--augment none", "--stem small --head linear",
@@ -200,6 +204,8 @@ def refusal(*arguments) -> str:
     ("--class-list a --dataset cifar10", "--class-list"), ("--class-list a --dataset tiny-imagenet", ""),
     ("--split official", "--split needs --dataset tiny-imagenet"),
     ("--split official --dataset tiny-imagenet", ""),
+    ("--pretrained --epochs 9 --freeze-epochs 9 --backbone-lr 0.5", "--backbone-lr classifier alone"),
+    ("--pretrained --epochs 9 --freeze-epochs 8 --backbone-lr 0.5", ""),
     ("--save-every 2 --epochs 1", "--save-every"), ("--save-every 2min --epochs 1", ""),
 ])  # fmt: skip
 def test_the_message_names_the_idle_flag(arguments, words):
@@ -281,6 +287,9 @@ def test_flags_without_use_that_are_only_noted():
     notes = " ".join(flags.check_train(config, given))
     noted = ("--momentum", "--data-dir", "--drop-path-rate", "--compile")
     assert all(f"note: {flag} is not used" in notes for flag in noted)
+    head_alone = ["--pretrained", "--epochs=9", "--freeze-epochs=9", "--drop-path-rate=0.1"]
+    (note,) = flags.check_train(*flags.parse(train.build_parser(), head_alone))
+    assert note == "note: --drop-path-rate is not used: --freeze-epochs trains the classifier alone"
 
 
 @pytest.mark.slow

@@ -202,6 +202,12 @@ def test_parts_of_a_flat_folder(flat):
     assert len(open_dataset("imagenet", flat, subset_size=20).val) == 2
 
 
+def test_a_class_mismatch_that_cannot_be_is_noted(flat):
+    assert not any("mismatch" in note for note in open_dataset("imagenet", flat).notes)
+    (*_, note) = open_dataset("imagenet", flat, allow_class_mismatch=True).notes
+    assert note.startswith("note: --allow-class-mismatch is not used")
+
+
 def test_names_that_are_not_utf8_are_written_down(flat, tmp_path):
     odd = os.path.join(os.fsencode(flat), b"ant", b"\xff\xfe.jpg")
     with open(odd, "wb") as file:
