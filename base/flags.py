@@ -175,7 +175,7 @@ OPTIMIZATION = (
          "rest.", OPTIMIZERS, "adamw", "NAME"),
     Flag("lr", "Peak learning rate of the schedule.", above_zero, 3e-4, "LR"),
     Flag("backbone_lr", "Multiply the learning rate of all layers below the classifier by F.",
-         above_zero, 1.0, "F", idle=idle.head_alone),
+         above_zero, 1.0, "F", unused=idle.head_alone),
     Flag("momentum", "Momentum of sgd and rmsprop; it is never cycled.", fraction, 0.9, "M",
          unused=lambda c: c.optimizer not in ("sgd", "rmsprop") and "it is for sgd and rmsprop"),
     Flag("nesterov", "Nesterov momentum, with --optimizer sgd.",

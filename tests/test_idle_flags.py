@@ -33,7 +33,6 @@ IDLE = [
     ("cutmix_alpha", "--phase-mix off,off,off"),
     ("drop_path_rate", "--phase-mix off,off,off"),
     ("drop_path_rate", "--epochs 1 --phase-mix on,on,off"),
-    ("backbone_lr", HEAD_ALONE),
     ("phase_mix", f"{HEAD_ALONE} --mixup-alpha 0 --cutmix-alpha 0"),
     ("phase_epochs", "--resize-schedule 16"),
     ("phase_epochs", "--epochs 1"),
@@ -179,7 +178,7 @@ def test_every_predicate_is_met_by_a_mode():
     tried |= {"dry_run"}
     assert {row.name for row in flags.TABLE if row.idle is not never} <= tried
     noted = {row.name for row in flags.TABLE if row.unused is not never}
-    assert noted == {"momentum", "data_dir", "drop_path_rate", "compile"}  # tested below
+    assert noted == {"momentum", "data_dir", "drop_path_rate", "backbone_lr", "compile"}  # tested below
 
 
 def refusal(*arguments) -> str:
@@ -204,8 +203,6 @@ def refusal(*arguments) -> str:
     ("--class-list a --dataset cifar10", "--class-list"), ("--class-list a --dataset tiny-imagenet", ""),
     ("--split official", "--split needs --dataset tiny-imagenet"),
     ("--split official --dataset tiny-imagenet", ""),
-    ("--pretrained --epochs 9 --freeze-epochs 9 --backbone-lr 0.5", "--backbone-lr classifier alone"),
-    ("--pretrained --epochs 9 --freeze-epochs 8 --backbone-lr 0.5", ""),
     ("--save-every 2 --epochs 1", "--save-every"), ("--save-every 2min --epochs 1", ""),
 ])  # fmt: skip
 def test_the_message_names_the_idle_flag(arguments, words):
@@ -287,9 +284,12 @@ def test_flags_without_use_that_are_only_noted():
     notes = " ".join(flags.check_train(config, given))
     noted = ("--momentum", "--data-dir", "--drop-path-rate", "--compile")
     assert all(f"note: {flag} is not used" in notes for flag in noted)
-    head_alone = ["--pretrained", "--epochs=9", "--freeze-epochs=9", "--drop-path-rate=0.1"]
-    (note,) = flags.check_train(*flags.parse(train.build_parser(), head_alone))
-    assert note == "note: --drop-path-rate is not used: --freeze-epochs trains the classifier alone"
+    for flag in ("--drop-path-rate", "--backbone-lr"):  # a recipe may set them: noted, not refused
+        head_alone = ["--pretrained", "--epochs=9", "--freeze-epochs=9", f"{flag}=0.1"]
+        (note,) = flags.check_train(*flags.parse(train.build_parser(), head_alone))
+        assert note == f"note: {flag} is not used: --freeze-epochs trains the classifier alone"
+        head_alone[2] = "--freeze-epochs=8"
+        assert not flags.check_train(*flags.parse(train.build_parser(), head_alone))
 
 
 @pytest.mark.slow
