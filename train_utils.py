@@ -384,11 +384,12 @@ def update_scale(scaler: torch.amp.GradScaler, loss: Tensor, finite: Tensor) -> 
     if not scaler.is_enabled():
         return {}
     one = torch.ones_like(loss)
-    before = scaler.scale(one)
+    before, growth = scaler.scale(one), scaler._growth_tracker.clone()  # finite steps since it last changed
     scaler.update()
     after = scaler.scale(one)
     overflowed = ~finite & loss.isfinite() & (after >= 1.0) & (after < before)
     scaler.update(torch.where(finite | overflowed, after, before.clamp(min=1.0)))
+    scaler._growth_tracker.copy_(torch.where(finite | overflowed, scaler._growth_tracker, growth))
     return {"overflowed": overflowed, "scale": scaler.scale(one)}
 
 

@@ -286,7 +286,7 @@ def bits(state) -> dict:
 @pytest.mark.parametrize("name", list(optim.OPTIMIZERS))
 def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, poison, bad):
     """Fused SGD would initialise its momentum with garbage if it were called for a skipped first step."""
-    ends = []
+    ends, scalers = [], []
     for spoiled in (False, True):
         state, how = scaled(name)
         for step, (images, labels) in enumerate(batches(6, dtype=torch.float32)):
@@ -304,6 +304,8 @@ def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, 
                 assert bool(result.overflowed) == (poison == "overflow")
                 assert result.scale == (512.0 if poison == "overflow" else 1024.0)  # not caused by the scale
         ends.append(bits(state))
+        scalers.append(state.scaler.state_dict())
+    assert (scalers[0] == scalers[1]) == (poison == "pixel")
     if name not in ("lamb", "muon"):  # their bias correction counts the steps of the plan
         assert ends[0] == ends[1]
 
