@@ -155,13 +155,12 @@ def _promoted(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": cross_entropy, "bce": binary_cross_entropy}
 
 
-def l1_penalty(params: Iterable[Tensor]) -> Tensor:
-    """Return the sum of |w| over all weights: a scalar, which --l1 multiplies.
+def l1_penalty(weights: Iterable[Tensor]) -> Tensor:
+    """Return the sum of |w| over all `weights`: a scalar, which --l1 multiplies.
 
-    Weights are parameters with two or more dimensions: biases and BatchNorm parameters are excluded, as
-    from weight decay. Call this outside autocast, to compute it in the parameters' precision.
+    Call this outside autocast, to compute it in the weights' precision.
     """
-    return torch.stack([p.abs().sum() for p in params if p.ndim > 1]).sum()
+    return torch.stack([w.abs().sum() for w in weights]).sum()
 
 
 def hits(logits: Tensor, labels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from base.errors import DivergedError, UsageError
 from base.phases import phase_batches, share_epochs
 from data_utils import hits, l1_penalty
 from models import classifier_of
-from optim import clip_gradients
+from optim import clip_gradients, weights_of
 from optim.saved import load_optimizer
 from optim.schedule import Schedule
 from optim.undo import BatchNormBuffers, step_unless
@@ -145,7 +145,8 @@ class TrainState:
     VALUES = ("step", "epoch_sums", "row_sums", "bad_in_a_row", "best", "rows")
 
     def __post_init__(self):
-        self.parameters = list(self.model.parameters())  # listing them takes a quarter of a millisecond
+        # Listing them takes a quarter of a millisecond.
+        self.parameters, self.weights = list(self.model.parameters()), weights_of(self.model)
         self.start_epoch()
 
     def forget_best(self) -> None:
@@ -319,7 +320,7 @@ def backward(state: TrainState, options: StepOptions, images: Tensor, targets: T
             loss = options.loss(logits, part_targets)
             loss = loss * (len(part) / len(images)) if pieces > 1 else loss
             if last and options.l1:
-                loss = loss + options.l1 * l1_penalty(state.parameters)
+                loss = loss + options.l1 * l1_penalty(state.weights)
             state.scaler.scale(loss).backward()
         losses.append(loss.detach())
     return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
@@ -339,11 +340,12 @@ def update_scale(scaler: torch.amp.GradScaler, loss: Tensor, finite: Tensor) -> 
     if not scaler.is_enabled():
         return {}
     one = torch.ones_like(loss)
-    before = scaler.scale(one)
+    before, growth = scaler.scale(one), scaler._growth_tracker.clone()  # finite steps since it last changed
     scaler.update()
     after = scaler.scale(one)
     overflowed = ~finite & loss.isfinite() & (after >= 1.0) & (after < before)
     scaler.update(torch.where(finite | overflowed, after, before.clamp(min=1.0)))
+    scaler._growth_tracker.copy_(torch.where(finite | overflowed, scaler._growth_tracker, growth))
     return {"overflowed": overflowed, "scale": scaler.scale(one)}
 
 

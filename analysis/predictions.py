@@ -95,10 +95,16 @@ class Classifier:
         return replace(self, image_size=image_size)
 
     def in_its_precision(self) -> Classifier:
-        """Return it for scoring in fp32 if it was trained in fp32, so that scores are those of training."""
-        if self.payload["precision"] != "fp32":
-            return self
-        return replace(self, runtime=replace(self.runtime, amp_dtype=None))
+        """Return it for scoring in the precision it was trained in, so that scores are those of training.
+
+        Its runtime is that of --amp auto, which is kept if the device is not fast in this precision.
+        """
+        trained, dtype = self.payload["precision"], self.runtime.amp_dtype
+        if trained == "fp32":
+            dtype = None
+        elif trained == "fp16" and self.device.type == "cuda":  # where auto may have chosen bf16
+            dtype = torch.float16
+        return replace(self, runtime=replace(self.runtime, amp_dtype=dtype))
 
     def pixels(self, images: Sequence[bytes | np.ndarray], names: Sequence[str]) -> np.ndarray:
         """Return images as (n, S, S, 3) uint8, resized and cropped as in validation. Raises BadImage."""

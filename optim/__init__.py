@@ -62,17 +62,23 @@ def build_optimizer(
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Return two groups: parameters with weight decay, and parameters without. Frozen ones are left out.
+    """Return two groups: `weights_of(model)`, with weight decay, and the rest. Frozen ones are left out."""
+    weights = {id(p) for p in weights_of(model)}
+    decayed, others = [], []
+    for p in model.parameters():
+        if p.requires_grad:
+            (decayed if id(p) in weights else others).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
-    Biases and the scales of normalization layers do not decay: they have at most one dimension. Nor do the
+
+def weights_of(model: nn.Module) -> list[Tensor]:
+    """Return the parameters that are weights: what weight decay and --l1 make smaller.
+
+    Biases and the scales of normalization layers are not: they have at most one dimension. Nor are the
     class token and position embedding of ViT (https://arxiv.org/abs/2012.12877) and the position biases of
     Swin (https://arxiv.org/abs/2103.14030): their names do not end in "weight".
     """
-    decayed, others = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            (decayed if p.ndim > 1 and name.endswith("weight") else others).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return [p for name, p in model.named_parameters() if p.ndim > 1 and name.endswith("weight")]
 
 
 def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -81,8 +87,7 @@ def muon_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     They are the weights of convolutions and linear layers, except for the first and the last, as the
     author of Muon advises: input and output layers, embeddings, biases and scales stay with AdamW.
     """
-    weights = [p for name, p in model.named_parameters() if p.ndim > 1 and name.endswith("weight")]
-    hidden = {id(p) for p in weights[1:-1]}
+    hidden = {id(p) for p in weights_of(model)[1:-1]}
     decayed, rest = param_groups(model, weight_decay)
     matrices = [p for p in decayed["params"] if id(p) in hidden]
     decayed["params"] = [p for p in decayed["params"] if id(p) not in hidden]

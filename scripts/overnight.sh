@@ -7,14 +7,15 @@
 #   scripts/overnight.sh tiny-imagenet runs/tiny --arch resnet18 --resize-schedule 32,48,64 --epochs 30
 #
 # Start it in the repository, with DATA, RUN and flags of train.py. DATA is a folder (ImageNet's two tar files with
-# the development kit, class folders, or a packed copy) or the name of a dataset. Without --config and --lr,
-# lr_finder.py gets the flags first and chooses the rate. In the environment, PACK_FLAGS are flags of
-# pack_dataset.py, SIZES=192,224 the sizes to score at, and GPU_PRICE=2.5 the price of a GPU hour. Ctrl-C stops it;
-# so does kill -TERM -- -PID, its process group.
+# the development kit, class folders, or a packed copy) or the name of a dataset. A folder may be deleted once it is
+# packed. Without --config and --lr, lr_finder.py gets the flags first and chooses the rate. In the environment,
+# PACK_FLAGS are flags of pack_dataset.py, SIZES=192,224 the sizes to score at, and GPU_PRICE=2.5 the price of a GPU
+# hour. Ctrl-C stops it; so does kill -TERM -- -PID, its process group.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ -f train.py ] || { echo "error: $PWD has no train.py"$'\n'"fix: start this script in the repository" >&2; exit 2; }
 data=${1%/} run=${2%/} tries=0 && shift 2
+[[ -d $data || ! -f $data-packed/manifest.json ]] || data+=-packed
 if [[ ! -d $data && $data == */* && $data != hf:* ]]; then
   echo "error: there is no folder $data"$'\n'"fix: check the path, or name a dataset without a slash" >&2
   exit 2
@@ -29,8 +30,12 @@ fi
 
 if [ -d "$data" ]; then
   if [ ! -f "$data/manifest.json" ]; then
-    read -ra pack <<< "pack_dataset.py ${PACK_FLAGS-}"
-    python "${pack[@]}" --data-dir "$data" --out "$data-packed"
+    flags=$data-packed/pack_flags.txt # of what is packed: the manifest is there before the evaluation crops are
+    if [[ ! -f $data-packed/manifest.json || ! -f $flags || $(cat "$flags") != "${PACK_FLAGS-}" ]]; then
+      read -ra pack <<< "pack_dataset.py ${PACK_FLAGS-}"
+      python "${pack[@]}" --data-dir "$data" --out "$data-packed"
+      echo "${PACK_FLAGS-}" > "$flags"
+    fi
     data+=-packed
   fi
   where=(--data-dir "$data")

@@ -37,6 +37,38 @@ def test_overnight_ends_where_the_data_cannot_be_packed(tmp_path):
     assert done.returncode == 3 and done.stderr.count("fix:") == 1, done.stderr  # one command was started
 
 
+PYTHON = """#!/bin/bash
+echo "$1" >> called
+if [[ $1 == pack_dataset.py ]]; then mkdir -p data-packed && touch data-packed/manifest.json; exit "$CODE"; fi
+exit 5"""  # which ends the script at the training
+
+
+def test_overnight_packs_until_the_packing_is_complete_and_then_needs_the_images_no_more(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "train.py").touch()
+    (tmp_path / "Makefile").write_text("setup: ;")
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+
+    def called(code: int = 0, flags: str = "--stored-sides 96") -> list[str]:
+        command = [ROOT / "scripts" / "overnight.sh", "./data/", "run", "--lr", "1"]
+        variables = environment(CODE=str(code), PACK_FLAGS=flags)
+        done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+        assert done.returncode == (code or 5), done.stderr
+        words = (tmp_path / "called").read_text().split()
+        (tmp_path / "called").unlink()
+        return words
+
+    assert called(code=3) == ["pack_dataset.py"]  # killed while it stored evaluation crops
+    assert called() == ["pack_dataset.py", "train.py"]
+    assert called() == ["train.py"]
+    assert called(flags="--eval-sizes 64") == ["pack_dataset.py", "train.py"]
+    (tmp_path / "data").rmdir()
+    assert called() == ["train.py"]
+
+
 def laptop(run_dir) -> subprocess.Popen:
     """Start laptop.sh with settings that take seconds, in a process group of its own."""
     flags = shlex.split(

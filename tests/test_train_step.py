@@ -151,6 +151,28 @@ class NoNorm(nn.Module):
         return self.layers(x)
 
 
+def test_l1_is_of_the_parameters_that_decay():
+    gradients = []
+    for l1 in (0.0, 0.5):
+        torch.manual_seed(0)
+        model = NoNorm().double()
+        model.pos_embedding = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))  # as that of ViT
+        optimizer = torch.optim.SGD(optim.param_groups(model, 0.1), 0.0)
+        schedule = optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9)
+        state = TrainState(
+            model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA()
+        )
+        mixer, loss = data_utils.BatchMixer(CLASSES, 0.0, 0.0, 0.1), data_utils.LOSSES["ce"]
+        buffers, signs = BatchNormBuffers(model), model.layers[1].weight.detach().sign()
+        how = StepOptions(model, mixer, loss, CPU, buffers, seed=7, clip=("norm", 0.0), l1=l1)
+        train_step(state, how, *batches(1)[0])
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    plain, penalized = gradients
+    weight, bias = "layers.1.weight", "layers.1.bias"
+    torch.testing.assert_close(penalized[weight], plain[weight] + 0.5 * signs)
+    assert torch.equal(penalized[bias], plain[bias]) and penalized["pos_embedding"] is None
+
+
 @pytest.mark.parametrize("pieces, cut", [
     (2, [4, 4]), (3, [3, 3, 2]), (5, [2, 2, 2, 1, 1]), (8, [1] * 8), (9, [1] * 8),
 ])  # fmt: skip
@@ -266,7 +288,7 @@ def bits(state) -> dict:
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, poison, bad):
     """Fused SGD would initialise its momentum with garbage if it were called for a skipped first step."""
-    ends = []
+    ends, scalers = [], []
     for spoiled in (False, True):
         state, how = scaled(name)
         for step, (images, labels) in enumerate(batches(6, dtype=torch.float32)):
@@ -284,6 +306,8 @@ def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, 
                 assert bool(result.overflowed) == (poison == "overflow")
                 assert result.scale == (512.0 if poison == "overflow" else 1024.0)  # not caused by the scale
         ends.append(bits(state))
+        scalers.append(state.scaler.state_dict())
+    assert (scalers[0] == scalers[1]) == (poison == "pixel")
     if name not in ("lamb", "muon"):  # their bias correction counts the steps of the plan
         assert ends[0] == ends[1]
 

@@ -178,11 +178,23 @@ def test_data_flags_come_from_the_checkpoint_unless_typed():
     assert (found.subset_size, found.allow_class_mismatch) == (30, True)
 
 
-def test_a_run_in_fp32_is_scored_in_fp32():
-    bf16 = Runtime(torch.device("cpu"), amp_dtype=torch.bfloat16)
-    for precision, expected in (("fp32", None), ("bf16", torch.bfloat16)):
-        classifier = predictions.Classifier({}, {"precision": precision}, bf16, image_size=16, crop=1.0)
-        assert classifier.in_its_precision().runtime.amp_dtype == expected
+@pytest.mark.parametrize(
+    "trained, device, auto, expected",
+    [
+        ("fp32", "cpu", "bf16", "fp32"),
+        ("fp32", "cuda", "bf16", "fp32"),
+        ("bf16", "cpu", "bf16", "bf16"),
+        ("bf16", "cpu", "fp32", "fp32"),  # a CPU that would emulate it
+        ("bf16", "cuda", "fp16", "fp16"),  # a GPU that would emulate it
+        ("fp16", "cuda", "bf16", "fp16"),
+        ("fp16", "cpu", "bf16", "bf16"),
+    ],
+)
+def test_a_run_is_scored_in_its_precision_where_the_device_is_fast_in_it(trained, device, auto, expected):
+    dtypes = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+    runtime = Runtime(torch.device(device), amp_dtype=dtypes[auto])
+    classifier = predictions.Classifier({}, {"precision": trained}, runtime, image_size=16, crop=1.0)
+    assert classifier.in_its_precision().runtime.precision == expected
 
 
 def test_the_split_of_a_dataset_does_not_go_to_another():
