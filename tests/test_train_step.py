@@ -15,7 +15,7 @@ from base.device import Runtime, seed_everything
 from base.errors import DivergedError
 from harness import checkpoint
 from models import build_model
-from optim import OPTIMIZERS, build_optimizer
+from optim import OPTIMIZERS, build_optimizer, param_groups
 from optim.schedule import Schedule
 from optim.undo import BatchNormBuffers
 from train_utils import StepOptions, TrainState, evaluate, train_step, update
@@ -157,8 +157,8 @@ def test_l1_is_of_the_parameters_that_decay():
         torch.manual_seed(0)
         model = NoNorm().double()
         model.pos_embedding = nn.Parameter(torch.ones(1, 2, dtype=torch.float64))  # as that of ViT
-        optimizer = torch.optim.SGD(optim.param_groups(model, 0.1), 0.0)
-        schedule = optim.Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9)
+        optimizer = torch.optim.SGD(param_groups(model, 0.1), 0.0)
+        schedule = Schedule(optimizer, "constant", peak_lr=0.1, total_steps=9)
         state = TrainState(
             model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), ema.NoEMA()
         )
