@@ -163,7 +163,7 @@ Eval = exactly(
     **optional(flip=bool, exif=bool),
 )
 Optimizer = exactly(
-    # What a state may hold is up to the optimizer: see optim.load_optimizer.
+    # What a state may hold is up to the optimizer: see optim.saved.load_optimizer.
     state=dict[Count, dict[Text, Annotated[Any, PlainValidator(_optimizer_value)]]],
     param_groups=list[at_least(params=list[Count])],
 )

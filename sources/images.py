@@ -13,6 +13,7 @@ from PIL import Image
 
 from sources import augment
 from sources.decode import decode
+from sources.randomness import Draw, KeyedRandom
 
 Steps = Sequence[tuple[str, Any]]  # augmentations in order, with their arguments: ("cutout", 8)
 EVAL_CROP = 0.875  # share of the resized image's short side that validation and prediction use
@@ -87,7 +88,7 @@ class TrainTransform:
     def __call__(self, image: bytes | np.ndarray, key: tuple[int, int, int]) -> np.ndarray:
         """Return (image_size, image_size, 3) uint8; `key` is (seed, epoch, sample id). Raises `BadImage`."""
         if self._operations is None:
-            self._randomness = augment.KeyedRandom()
+            self._randomness = KeyedRandom()
             self._operations = [augment.build(*step, self.fill, self._randomness) for step in self.steps]
         draw = self._randomness.rekey(key)
         pixels = self._cropped(decode(image, exif=self.exif), draw)
@@ -95,7 +96,7 @@ class TrainTransform:
             pixels = operation(pixels, draw)
         return pixels
 
-    def _cropped(self, pixels: np.ndarray, draw: augment.Draw) -> np.ndarray:
+    def _cropped(self, pixels: np.ndarray, draw: Draw) -> np.ndarray:
         size = self.image_size
         if self.crop_name == "rrc":
             return augment.cut_and_resize(pixels, augment.random_resized_box(*pixels.shape[:2], draw), size)
