@@ -235,7 +235,7 @@ def test_a_difference_beyond_the_noise_is_stated_with_its_interval():
         r"\*\*b\*\* is better than a by 10\.1 points .*interval \+9\.6 to \+10\.6, p = 0\.031, 6 seeds\)",
         text,
     )
-    assert "10.1 points smaller with b" in text and "see a difference from a: c." in text
+    assert "10.1 points smaller with b" in text and "show a difference from a): c." in text
 
 
 def test_five_seeds_decide_nothing():

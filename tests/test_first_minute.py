@@ -335,7 +335,7 @@ def test_every_table_can_be_filled():
     assert "| 64 | packed | 5,000 | 80,000 | 12,000 |" in found["gpu-loader"]
     assert "| packed | - | 123 | - |" in found["loader-cpu"]
     # An epoch of 1,281,167 images takes 100 seconds at this rate.
-    assert "| defaults | 64 | 256 | 12,812 | 0.5 | 36 | 1 | 1 |" in found["gpu-whole-run"]
+    assert "| defaults | 64 | 256 | 12,812 | 0.5 | 36 | 1.00 | 1.00 |" in found["gpu-whole-run"]
     assert "| defaults | 128 | 256 | 12,812 | 0.5 | 18 | 0.5 | 1.5 |" in found["gpu-whole-run"]
     assert "| cifar10 | resnet34 | resnet34 | 2 | 32 | 95.1 | 99.0 | 1 | 15,000 |" in found["gpu-trainings"]
     assert "1 of 2, stopped" in found["gpu-trainings"]
