@@ -336,7 +336,7 @@ def test_every_table_can_be_filled():
     assert "| packed | - | 123 | - |" in found["loader-cpu"]
     # An epoch of 1,281,167 images takes 100 seconds at this rate.
     assert "| defaults | 64 | 256 | 12,812 | 0.5 | 36 | 1.00 | 1.00 |" in found["gpu-whole-run"]
-    assert "| defaults | 128 | 256 | 12,812 | 0.5 | 18 | 0.5 | 1.5 |" in found["gpu-whole-run"]
+    assert "| defaults | 128 | 256 | 12,812 | 0.5 | 18 | 0.50 | 1.50 |" in found["gpu-whole-run"]
     assert "| cifar10 | resnet34 | resnet34 | 2 | 32 | 95.1 | 99.0 | 1 | 15,000 |" in found["gpu-trainings"]
     assert "1 of 2, stopped" in found["gpu-trainings"]
     assert "machine" not in found["gpu-trainings"].splitlines()[0]
