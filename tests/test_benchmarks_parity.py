@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import parity, records
+from benchmarks import headline, parity, records
 
 
 def test_only_rows_of_the_same_length_and_commit_are_paired(tmp_path, monkeypatch, capsys):
@@ -35,3 +37,23 @@ def test_parity_trains_both_loops_with_each_seed_and_ends_with_their_difference(
     ]
     assert all(0 <= row["val_top1"] <= 100 and row["cpu_seconds"] > 0 for row in rows)
     assert "| difference, 95 % interval | 2 |" in capsys.readouterr().out
+
+
+def test_a_headline_run_of_another_commit_is_measured_again(tmp_path, monkeypatch):
+    row = records.environment() | {"benchmark": "headline", "seconds": 1.0, "val_top1": 90.0, "epochs": 1}
+    rows = [
+        row | {"row": "cifar10, seed 0, project", "commit": "another", "load": 0.0},
+        row | {"row": "cifar10, seed 1, project", "load": 0.0},
+    ]
+    (tmp_path / "headline.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    measured = []
+
+    def measure(name, *_):
+        measured.append(name)
+        return rows[0] | {"row": name}
+
+    monkeypatch.setattr(headline, "measure", measure)
+    for seed in ("0", "1"):
+        words = ["cifar10", "--data-dir", "unused", "--seed", seed, "--no-plain-loop", "--out", str(tmp_path)]
+        assert headline.main(words) == 0
+    assert measured == ["cifar10, seed 0, project"]
