@@ -235,7 +235,7 @@ SENSITIVITY_GRID = Study(
     seeds=(0, 1),
     cpu=CIFAR_20 | {"epochs": 10},
     cpu_title=f"{CIFAR_20_TITLE}, {SMALL_TITLE}, 10 epochs",
-    notes="30 epochs instead of 120, because 27 combinations with two seeds are 54 runs. Main effects "
+    notes="The full study has 30 epochs instead of 120, because 27 combinations are 54 runs. Main effects "
     "compare the values of a flag over the same combinations of the others. `clip-norm` limits each gradient "
     "value; 0 turns clipping off.",
 )
