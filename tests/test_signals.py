@@ -228,6 +228,7 @@ BORN = """
 import multiprocessing, os, signal, sys, time
 from harness.interrupts import held_back
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.platform = "darwin"
 spawn = multiprocessing.get_context("spawn")
 with held_back([signal.SIGINT]):
