@@ -9,6 +9,7 @@ RUN    := checkpoints/digits
 DATA   ?= data/imagenet
 RESULTS ?= benchmark-results
 ARGS   ?=
+PARALLEL := -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: help setup train test lint format bench torture slow fuzz test-gpu notebooks audit lock clean
 
@@ -31,7 +32,7 @@ train: setup     ## train a ResNet-50 on scikit-learn's digits: three minutes on
 	$(PYTHON) train.py --config recipes/digits.yaml --save-dir $(RUN) --overwrite $(ARGS)
 
 test: setup      ## run the fast tests
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
 lint: setup      ## check style and formatting, and that nothing unpickles or runs a shell
 	$(VENV)/bin/ruff check .
@@ -53,7 +54,7 @@ torture: setup   ## kill, damage and resume hundreds of runs: eleven minutes
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
 
 slow: setup      ## run the slow tests, which the other targets leave out: forty minutes
-	$(PYTHON) -m pytest -m slow $(ARGS)
+	$(PYTHON) -m pytest -m slow $(PARALLEL) $(ARGS)
 
 fuzz: setup      ## try random command lines and damaged files (FUZZ_SEED=7 tries others)
 	$(PYTHON) -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
