@@ -186,7 +186,8 @@ def read(path: str | os.PathLike, *, values_only: bool = False) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}", nearest_path(path) or _alternatives(path))
+        what = f"no checkpoint at {path}" + ", which is a directory" * path.is_dir()
+        raise CheckpointError(what, nearest_path(path) or _alternatives(path))
     with path.open("rb") as file:
         is_legacy = file.read(2) == b"\x80\x02"  # torch.save before 1.6, still served by torchvision
     damage = "" if is_legacy else find_damage(path, "data.pkl" if values_only else "")

@@ -155,7 +155,8 @@ def check_checkpoint(path: str) -> None:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
         found = ", ".join(sorted(str(p) for p in folder.glob("*.pt")))
         others = f"choose one of {found}" if found else "give the path of a best_*.pt or last_*.pt"
-        raise CheckpointError(f"no checkpoint at {path}", nearest_path(path) or others)
+        what = f"no checkpoint at {path}" + ", which is a directory" * Path(path).is_dir()
+        raise CheckpointError(what, nearest_path(path) or others)
 
 
 # Resuming: which checkpoint, with which flags, as which run

@@ -313,7 +313,7 @@ def test_a_truncated_file_is_refused(small, tmp_path):
 
 @pytest.mark.parametrize("name, content, words", [
     ("empty.pt", b"", "it is empty"), ("text.pt", b"<html>login</html>", "not a complete file"),
-    ("missing.pt", None, "no checkpoint at"), ("folder.pt", "folder", "no checkpoint at"),
+    ("missing.pt", None, "no checkpoint at"), ("folder.pt", "folder", "which is a directory"),
 ])  # fmt: skip
 def test_a_path_that_is_not_a_checkpoint_lists_those_beside_it(run_dir, capsys, name, content, words):
     path, before = run_dir / name, sorted(run_dir.glob("*_*.pt"))
