@@ -35,7 +35,7 @@ from sources.index import DatasetIndex, Split, read_samples
 
 PREFETCH = 4  # batches that each worker keeps ready, unless they are large
 QUEUE = 2**32  # bytes of prefetched batches per rank, or of their pinned copies, which are larger
-READ_AT_ONCE = 64  # files: those of a whole batch can be larger than its pixels
+READ_AT_ONCE = 64  # files at a time: those of a whole batch can be larger than its pixels
 CPU = Runtime(torch.device("cpu"))
 
 
@@ -112,7 +112,7 @@ def get_dataloaders(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[Loader, Loader]:
-    """Return (train_loader, val_loader) of normalised images (N, 3, H, W) float32 and labels (N,) int64.
+    """Return (train_loader, val_loader) of normalized images (N, 3, H, W) float32 and labels (N,) int64.
 
     Uses at most as many workers as cores. Raises DataError if `data_path` does not hold the dataset,
     or fewer training images than a batch.
@@ -215,7 +215,7 @@ class Batches(Dataset):
     def fill(self, images: np.ndarray, batch: Batch) -> tuple[Sequence[int], list[str]]:
         """Write the images of `batch`; return their ids and the names of bad images.
 
-        There are fewer than `batch` has if bad images are left out. Raises UserError.
+        These are fewer than in `batch` if bad images are left out. Raises UserError.
         """
         raise NotImplementedError
 
@@ -308,9 +308,9 @@ class StoredCrops(Batches):
 
 
 class Loader:
-    """Yields normalised images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
+    """Yields normalized images (n, 3, H, W) float32 and labels (n,) int64 on `device`.
 
-    Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalises
+    Workers send uint8, a quarter of the bytes of float32. On a GPU, a side stream copies and normalizes
     the next batch while the current step runs. Since the iteration began, `waited` counts the seconds
     spent waiting for data, and `bad` lists the names of bad images that were replaced or left out.
 
@@ -356,7 +356,7 @@ class Loader:
         ignored = left_to_parent()
         self.batches.worker_init_fn = functools.partial(init_worker, ignored)
         if self.uses_memory and not (self.batches.persistent_workers and self.dataset.memory):
-            # For new workers it is new: an earlier iteration may still go on.
+            # New workers get new memory: an earlier iteration may still be running.
             self.dataset.memory = BatchMemory(self.ahead, self.batch_shape)
         with held_back(ignored):
             iterator = iter(self.batches)  # workers start here, not at the first batch
@@ -384,10 +384,10 @@ class Loader:
         # Only for CUDA are batches pinned: an asynchronous copy to Metal may read memory after its reuse.
         cuda = self.device.type == "cuda"
         images, labels = (tensor.to(self.device, non_blocking=cuda) for tensor in batch)
-        return normalise(images, self.mean, self.std, self.device), labels
+        return normalize(images, self.mean, self.std, self.device), labels
 
     def _prefetched(self, raw: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield batches on the GPU, each copied and normalised on a side stream.
+        """Yield batches on the GPU, each copied and normalized on a side stream.
 
         The host launches a step without waiting for it, then comes here for the next batch, whose copy
         overlaps that step. Copying one batch ahead would make a step wait for the workers' next batch.
@@ -409,21 +409,21 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def normalise(
+def normalize(
     images: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device | str
 ) -> Tensor:
-    """Return images (N, H, W, 3) uint8 as (N, 3, H, W) float32 in channels_last on `device`, normalised.
+    """Return images (N, H, W, 3) uint8 as (N, 3, H, W) float32 in channels_last on `device`, normalized.
 
     `mean` and `std` are per channel, of pixels in [0, 1]: the result is (pixel / 255 - mean) / std.
     """
     device = torch.device(device)
-    offset, scale = _normalisation(tuple(mean), tuple(std), device)
+    offset, scale = _normalization(tuple(mean), tuple(std), device)
     # (N, H, W, 3) in memory is (N, 3, H, W) in channels_last, so permute copies nothing.
     return images.to(device).permute(0, 3, 1, 2).float().sub_(offset).mul_(scale)
 
 
 @functools.cache  # copying them to a GPU for each batch would make the host wait
-def _normalisation(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (offset, scale), each (1, 3, 1, 1), such that (pixel - offset) * scale normalises 0 ... 255."""
+def _normalization(mean: tuple, std: tuple, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (offset, scale), each (1, 3, 1, 1), such that (pixel - offset) * scale normalizes 0 ... 255."""
     offset, divisor = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (mean, std))
     return offset.to(device), (1 / divisor).to(device)

@@ -62,7 +62,7 @@ class EMA:
         _copy(*self._copied)
 
     def _make_flat(self) -> None:
-        """Move the shadow into one buffer per dtype, unless it is there: a copied or moved `module` is not.
+        """Move the shadow into one buffer per dtype; once more after `module` was copied or moved.
 
         torch has a kernel that moves one tensor by a weight known only on the device, but none for many.
         The model is gathered in a second buffer.

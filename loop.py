@@ -33,7 +33,7 @@ from models import set_drop_path_rate, train_mode
 from sources.index import DatasetIndex, Split
 from train_utils import EvalResult, Phase, StepOptions, TrainState, evaluate, phase_of, train_step
 
-# Waiting for data is reported if it takes more of an epoch than both.
+# Waiting for data in an epoch is reported if it takes more than both.
 SLOW_DATA_PERCENT = SLOW_DATA_SECONDS = 10
 
 
@@ -67,7 +67,7 @@ class Run:
     eval_size: int | None = None  # px; None: the size of the phase
     eval_crop: float | None = None  # None: `sources.images.default_crop`
     eval_flip: bool = False  # also score mirror images
-    crop_root: str = ""  # where --cache-eval keeps the images as they are scored
+    crop_root: str = ""  # where --cache-eval keeps the evaluation crops
     save_every: tuple[float, str] = (1, "ep")  # (N, "ep" or "min")
     stop_after: int | None = None  # optimizer steps
     data_hint: str = ""  # advice, printed once if training waits for data
@@ -162,7 +162,7 @@ def fit(run: Run, log: MetricLogger) -> None:
     Raises Stopped after a stop signal, StopAfterReached at --stop-after, DivergedError.
     """
     run.options.buffers.check()
-    # Rank 0 decides: another rank may look only after rank 0 has mended the files.
+    # Rank 0 decides for all: another rank might look when rank 0 has already repaired the files.
     if run.runtime.max_over_ranks(int(run.runtime.is_main and best_is_lost(run))):
         save(run)
         name_best(run)
@@ -192,10 +192,10 @@ def start_phase(run: Run, phase: Phase) -> tuple[Loader, StepOptions]:
     A phase sets the image size, the batch size, the augmentation, whether MixUp, CutMix and drop-path are on,
     and whether the classifier alone is trained.
     """
-    if run.runtime.device.type == "cuda":  # torch keeps what batches of other sizes were pinned in
+    if run.runtime.device.type == "cuda":  # torch keeps the pinned memory of other batch sizes
         torch._C._host_emptyCache()  # since torch 2.12 also torch.accelerator.empty_host_cache
     train_mode(run.state.model, phase.head_only)
-    if phase.head_only != run.head_only:  # DDP waits for the gradients that there were when it was made
+    if phase.head_only != run.head_only:  # DDP waits for the gradients that existed when it was made
         run.head_only = phase.head_only
         run.options = dataclasses.replace(run.options, forward=run.wrap(run.state.model))
     set_drop_path_rate(run.state.model, run.drop_path_rate if phase.mix else 0.0)
@@ -244,7 +244,7 @@ def train_epoch(
 
 
 def interruptible(run: Run, loader: Loader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the batches of `loader`. A stop signal ends the wait for one: a hung disk may never send it."""
+    """Yield the batches of `loader`. A stop signal ends the wait for a batch: a disk may hang."""
     if run.runtime.world_size > 1:  # every rank takes every step; they stop together, after one
         yield from loader
         return
@@ -352,7 +352,7 @@ def evaluate_split(
     loader = eval_batches(run, split, phase)
     batches = interruptible(run, loader)
     size, batch = run.scored_as(phase)
-    fix = "the last checkpoint is intact: free the device and use --resume auto"
+    fix = "the last checkpoint is intact: free memory and use --resume auto"
     fix += ", or score at a smaller --eval-size with --allow-change eval_size" if run.eval_size else ""
     with memory_for(f"scoring at {size} px, batch {batch}", fix, run.runtime.device):
         results = evaluate(models, batches, run.runtime, stop_if_asked, flip=run.eval_flip)

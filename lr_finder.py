@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     # The code below reads any flag of train.py; those that this command lacks get their defaults.
     config = flags.make_config(flags.defaults() | flags.plain(config))
     if "lr" in given.by_hand:  # a recipe may bring it
-        raise UsageError("--lr would do nothing: finding it is what this command does", "leave --lr out")
+        raise UsageError("--lr would do nothing: this command finds the learning rate", "leave --lr out")
     notes = flags.refuse_idle(FINDER, config, given) + flags.check_train(config, given)
     if later := [flags.dashed(name) for name in sorted(PASSED_ON & given.by_hand)]:
         notes.append(f"{', '.join(later)}: passed to train.py")

@@ -287,7 +287,7 @@ def train_step(
 def update(
     state: TrainState, options: StepOptions, images: Tensor, targets: Tensor, vote: bool = False
 ) -> dict[str, Tensor]:
-    """Update the state on mixed images and soft targets (N, K); return what `StepResult` names, each ()."""
+    """Update the state on mixed images and soft targets (N, K); return the `StepResult` values, each ()."""
     options.buffers.take()
     state.optimizer.zero_grad(set_to_none=True)
     measured = {"loss": backward(state, options, images, targets)}

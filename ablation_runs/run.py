@@ -169,9 +169,9 @@ class Job:
 
 
 def what_trains(words: list[str]) -> Flags | None:
-    """Return the flags that affect training, unlike, for instance, the number of workers.
+    """Return the flags that affect training; the number of workers, for instance, does not.
 
-    Those of the directory of the data too, if the study has them: its variants may differ in it.
+    --data-dir is among them if the study sets it, because variants may differ in it.
 
     Return None if `words`, perhaps from the run.json of an older version, has flags that no longer exist.
     """

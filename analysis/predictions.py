@@ -22,7 +22,7 @@ from base.device import Runtime, init_runtime, memory_for
 from base.errors import CheckpointError, DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
-from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalise
+from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalize
 from harness import checkpoint, rundir
 from sources import folders, layouts
 from sources.decode import BadImage
@@ -118,7 +118,7 @@ class Classifier:
     def batch(self, pixels: np.ndarray) -> Tensor:
         """Return pixels (n, S, S, 3) uint8 as the model's input (n, 3, S, S), on the device."""
         mean, std = self.payload["eval"]["mean"], self.payload["eval"]["std"]
-        return normalise(torch.from_numpy(pixels), mean, std, self.device)
+        return normalize(torch.from_numpy(pixels), mean, std, self.device)
 
     def loader(
         self,

@@ -86,7 +86,7 @@ def init_runtime(device: str = "auto", amp: str = "auto", *, deterministic: bool
         except (RuntimeError, ValueError) as error:
             raise ResourceError(
                 f"rank {rank} of {world_size} cannot join the others: {str(error).splitlines()[0]}",
-                "start all ranks through torchrun, and every run on a port of its own",
+                "start all ranks with torchrun, and give each run its own port",
             ) from error
     if deterministic:  # cuBLAS requires this before CUDA starts
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

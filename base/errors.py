@@ -226,7 +226,7 @@ def resource_error(error: BaseException) -> ResourceError | None:
         cause = getattr(error, "inner_exception", error)
         reason = (str(cause).strip() or "no reason given").splitlines()[0]
         what = f"torch.compile failed: {type(cause).__name__}: {reason}"
-        return ResourceError(what, "use --no-compile or --no-cuda-graphs; --debug shows the compiler's words")
+        return ResourceError(what, "use --no-compile or --no-cuda-graphs; --debug shows the compiler's error")
     # An OSError without a file name is a bug, unless its number is one that only the machine causes.
     if not isinstance(error, OSError) or not (error.filename or error.errno in MACHINE_ERRORS):
         return None
@@ -241,7 +241,7 @@ def missing_package(error: ModuleNotFoundError) -> UsageError | None:
     package = (error.name or "").partition(".")[0]
     if not package or (process.ROOT / package).exists() or (process.ROOT / f"{package}.py").exists():
         return None
-    fix = f"make setup, then .venv/bin/python; or {sys.executable} -m pip install -r requirements.txt"
+    fix = f"run make setup and use .venv/bin/python; or {sys.executable} -m pip install -r requirements.txt"
     return UsageError(f"{sys.executable} has no package {package}", fix)
 
 

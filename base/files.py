@@ -42,7 +42,7 @@ def replacing(path: str | os.PathLike, *, parents: bool = True) -> Iterator[Path
         if partial != path:
             os.replace(partial, path)
     except OSError as error:
-        raise ResourceError(f"cannot write {path}: {error.strerror}", "name a writable place") from error
+        raise ResourceError(f"cannot write {path}: {error.strerror}", "use a writable directory") from error
     finally:
         with suppress(OSError):
             if partial != path:
@@ -95,7 +95,7 @@ def make_directory(path: Path, flag: str = "--out") -> Path:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         what = f"cannot write to {path}: {error.strerror}"
-        raise ResourceError(what, f"name a writable place with {flag}") from None
+        raise ResourceError(what, f"choose a writable directory with {flag}") from None
     return path
 
 

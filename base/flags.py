@@ -57,7 +57,7 @@ FREE_ON_RESUME = frozenset({
 })  # fmt: skip
 # Of these, the ones that decide what a new run learns.
 OF_A_START = frozenset({"data_dir", "init_from", "reset_head"})
-# Flags that do not distinguish two runs. Their data do, the path to it does not.
+# Flags in which two runs of the same training may differ: the data must be the same, its path need not.
 SAME_TRAINING = FREE_ON_RESUME - OF_A_START | {"data_dir"}
 PHASE_LISTS = ("phase_epochs", "phase_batch_sizes", "phase_mix", "phase_augment")  # an entry for each size
 
@@ -71,9 +71,9 @@ class Flag:
     kind: Any = Switch  # --x and --no-x; or an argparse type, or a tuple of choices
     default: Any = False
     metavar: str | None = None
-    const: Any = None  # the value of a flag given without one; None: it needs one
-    idle: Callable[[Any], Reason] = never  # why it would have no effect under a config, which is refused
-    unused: Callable[[Any], Reason] = never  # the same, but only noted
+    const: Any = None  # the value if the flag is given without one; None: a value is required
+    idle: Callable[[Any], Reason] = never  # config -> why the flag would have no effect, which is an error
+    unused: Callable[[Any], Reason] = never  # the same, but only a note is printed
 
     def add_to(self, group: argparse._ArgumentGroup) -> None:
         options = {"default": self.default, "help": self.help}
@@ -104,8 +104,8 @@ SOURCE = (
 DATASET = (
     *SOURCE,
     Flag("classes", "Use only the first N classes.", number(int, 2, LARGEST), None, "N"),
-    Flag("holdout", "Validate on this number, or share, of the training images instead of the "
-         "official set.",
+    Flag("holdout", "Hold out this number, or share, of the training images, and validate on them "
+         "instead of the official set.",
          count_or_share, 0, "N|SHARE"),
     Flag("subset", "Use a fixed, class-balanced subset of the images."),
     Flag("subset_size", "Training images in the subset; validation uses a tenth as many, or with "
@@ -167,7 +167,7 @@ PHASES = (
     Flag("phase_augment", "Augmentation of each phase, instead of --augment, such as "
          "basic/full/full. A file must be in the current directory, because / separates phases.",
          listing(augment_text, "/"), None, "LIST/LIST/..."),
-    Flag("accumulate", "Split each global batch into K pieces.", positive, 1, "K",
+    Flag("accumulate", "Split each rank's batch into K pieces, which takes less memory.", positive, 1, "K",
          idle=idle.single_images),
 )
 OPTIMIZATION = (
@@ -184,7 +184,7 @@ OPTIMIZATION = (
          from_zero, 1e-4, "W"),
     Flag("schedule", "Learning-rate schedule.", SCHEDULES, "onecycle", "NAME"),
     Flag("warmup_epochs", "Epochs of linear warm-up, with --schedule cosine; unless given, at most "
-         "half of all.", from_zero, 5.0, "N",
+         "half of --epochs.", from_zero, 5.0, "N",
          idle=lambda c: c.schedule != "cosine" and "it needs --schedule cosine"),
     Flag("cycles", "Cycles of --schedule restarts or triangular2.", positive, 3, "N",
          idle=lambda c: c.schedule not in CYCLIC and "it needs --schedule restarts or triangular2"),
@@ -259,7 +259,7 @@ SCORING = (
     Flag("eval_every", "Validate every N epochs.", positive, 1, "N",
          idle=lambda c: c.epochs == 1 and "the only epoch is validated anyway"),
     Flag("cache_eval", "Decode each validation image once, and keep its crop in --save-dir until "
-         "the run is complete. Prints the disk space first."),
+         "the run is complete. Prints the disk space it needs first."),
     Flag("eval_size", "Image size to score at in every epoch, instead of that of the phase.",
          pixels, None, "PX"),
     Flag("eval_crop", "Share of the short side that is scored; training without rrc or padcrop "
@@ -301,7 +301,7 @@ TOPICS = {
     "command": COMMAND,
 }
 BY_NAME = {flag.name: flag for topic in TOPICS.values() for flag in topic}
-# What most runs set, in the order in which one meets it; `--help` shows these first.
+# What most runs set; `--help` shows these first, in this order.
 MOST_USED = ("data_dir", "dataset", "config", "arch", "pretrained", "epochs", "batch_size", "lr", "save_dir",
              "resume", "dry_run")  # fmt: skip
 
@@ -390,7 +390,7 @@ def with_short_warmup(values: dict[str, Any], given: Collection[str]) -> dict[st
 
 
 def made_idle(usual: Mapping[str, Any], recipe: Mapping[str, Any], by_hand: Mapping[str, Any]) -> set[str]:
-    """Return the flags of a file, over the `usual` values, that a typed flag leaves without effect.
+    """Return the flags of the --config file `recipe` that a typed flag leaves without effect.
 
     They are left out: `--config cifar10_one_hour --optimizer adamw` has no use for `nesterov: true`.
     """
@@ -403,7 +403,7 @@ def made_idle(usual: Mapping[str, Any], recipe: Mapping[str, Any], by_hand: Mapp
 
 
 def finetuning(parser: Parser, by_hand: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of flags beside --pretrained: those for 90 epochs from scratch would not do."""
+    """Return the defaults of all flags with --pretrained: the usual ones are for 90 epochs from scratch."""
     values = read_recipe(parser, str(FINETUNE), defaults())
     epochs = by_hand.get("epochs", values["epochs"])
     return values | {"freeze_epochs": min(values["freeze_epochs"], epochs // 4)}
@@ -462,7 +462,7 @@ def check_train(config: Any, given: Given) -> list[str]:
     """Return notes to print about the flags. Raises UsageError for flags that cannot work together."""
     if ranks := process.incomplete_ranks():
         raise UsageError(
-            f"the environment has {ranks}, which does not describe a set of ranks",
+            f"the environment variables {ranks} do not describe a complete set of ranks",
             "start with torchrun, or unset these variables",
         )
     _check_phases(config)
@@ -482,7 +482,7 @@ def check_train(config: Any, given: Given) -> list[str]:
     if config.nesterov and config.momentum == 0:
         raise UsageError("--nesterov needs a momentum", "give --momentum 0.9")
     unfit = ", ".join(map(dashed, given.unfit))
-    unfit = unfit and f"note: ignored in the file, because the sizes were typed: {unfit}"
+    unfit = unfit and f"note: --resize-schedule was typed, so these flags of the file are ignored: {unfit}"
     return [*notes, *filter(None, [unfit, workers_note(config, given)])]
 
 
@@ -519,7 +519,7 @@ def _check_weights(config: Any) -> None:
         raise UsageError(what, "give fewer, or exactly --epochs to train only the classifier")
     if config.freeze_epochs and not (config.pretrained or config.init_from):
         what = f"--freeze-epochs {config.freeze_epochs} would train a classifier on random layers"
-        raise UsageError(what, "give their weights, with --pretrained or --init-from, or leave it out")
+        raise UsageError(what, "load their weights with --pretrained or --init-from, or leave it out")
     if config.init_from and config.pretrained:
         what = "--pretrained and --init-from both load weights"
         raise UsageError(what, "leave one of them out")

@@ -1,4 +1,4 @@
-"""What an image costs until it is in a batch: this project's loader beside those of its peers, in one run.
+"""What loading an image into a batch costs: this project's loader compared with others, in one run.
 
 `python -m benchmarks.loader --data-dir DIR --out OUT` reads class folders in DIR/train, packs them, and
 compares each loader with the packed copy in turns (A B B A ...), from a warm page cache. A pass is a whole

@@ -71,7 +71,7 @@ def loaders(data: Data, setting: Setting) -> dict[str, Callable[[], Iterable]]:
 
 
 def ours(index: DatasetIndex, setting: Setting, augment: str = "") -> Iterable:
-    """Start this project's loader as train.py does: uint8 batches, to be normalised on the device.
+    """Start this project's loader as train.py does: uint8 batches, to be normalized on the device.
 
     augment: as --augment, instead of the augmentation of `setting`
     """
@@ -98,7 +98,7 @@ def repeated(split, count: int) -> SubsetSplit:
 
 
 def torchvision_pil(folder: Path, setting: Setting) -> Iterable:
-    """Start ImageFolder as torchvision's reference training does: PIL, float32 normalised in the workers."""
+    """Start ImageFolder as torchvision's reference training does: PIL, float32 normalized in the workers."""
     from torchvision import datasets, transforms
 
     images, erasing = torchvision_steps(transforms, setting)

@@ -48,7 +48,7 @@ def open_runtime(config) -> Runtime:
     if config.cuda_graphs and runtime.device.type != "cuda":
         what = f"--cuda-graphs needs an NVIDIA GPU; this is {runtime.device}"
         raise UsageError(what, "use --no-cuda-graphs")
-    # On a CPU, torch 2.13 returns uninitialised memory as the bf16 gradient of a strided 3x3 convolution
+    # On a CPU, torch 2.13 returns uninitialized memory as the bf16 gradient of a strided 3x3 convolution
     # on a 1x1 map (26 of 40 gradients were not finite; none on a 2x2 map). The last stage of a ResNet gets
     # such a map up to 16 px (with --stem small only up to 4 px, but no stem is let through here).
     if runtime.device.type == "cpu" and runtime.amp_dtype and min(config.resize_schedule) <= 16:
@@ -94,7 +94,7 @@ def build(
     state = build_state(config, index, runtime, phases)
     num_classes, smoothing = len(index.classes), config.label_smoothing
 
-    def wrap(model):  # made anew when other parameters get gradients, as DDP asks for
+    def wrap(model):  # called again when other parameters get gradients, as DDP requires
         return compiled(distributed(model, runtime), config, len(phases))
 
     mixing = BatchMixer(num_classes, config.mixup_alpha, config.cutmix_alpha, smoothing)

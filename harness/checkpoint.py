@@ -57,7 +57,7 @@ def _write_and_prove(partial: Path, content: dict) -> None:
         file.flush()
         os.fsync(file.fileno())
     if damage := find_damage(partial):
-        raise OSError(errno.EIO, f"the file did not read back: {damage}")
+        raise OSError(errno.EIO, f"reading the file back failed: {damage}")
 
 
 def _on_cpu(value):
@@ -165,7 +165,7 @@ def find_damage(path: Path, only: str = "") -> str:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
                 return "it holds compressed entries, which torch never writes"
             if any(entry.external_attr & 0x10 for entry in entries):
-                return "it holds a directory, for which torch would return uninitialised memory"
+                return "it holds a directory, for which torch would return uninitialized memory"
             if sum(entry.file_size for entry in entries) > path.stat().st_size:
                 return "its entries are larger than the file"
             for entry in entries:
@@ -261,7 +261,7 @@ def newest(
             skipped.append(error.what)
     if skipped:
         what = f"no intact checkpoint in {directory}: {'; '.join(skipped)}"
-        raise CheckpointError(what, "restore a copy, or start anew in another --save-dir")
+        raise CheckpointError(what, "restore a copy, or start a new run in another --save-dir")
     return None, None, []
 
 

@@ -70,12 +70,12 @@ def check_disk(run: Run) -> None:
 
 
 def fill(run: Run) -> None:
-    """Write the crops that are missing, each rank its share; an interrupted run continues with the others."""
+    """Write the missing crops, each rank its share; an interrupted run continues where it stopped."""
     if not run.crop_root:
         return
     run.runtime.barrier()  # rank 0 has locked the directory
     sets = planned(run)
-    # By its numbers, not by its place in the list: other ranks may be writing already.
+    # Shared by their numbers, not by their places in the list: other ranks may be writing already.
     jobs = [job for job in crops.missing(sets) if sum(job) % run.runtime.world_size == run.runtime.rank]
     work = functools.partial(_write, sets, run.index.val, run.on_bad_image)
     with Progress(len(jobs), "evaluation crops", unit="shards", enabled=run.runtime.is_main) as progress:

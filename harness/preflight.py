@@ -100,7 +100,7 @@ def check_step_memory(run: Run) -> None:
     torch.cuda.empty_cache()
     if fitting == images:
         return
-    fix = "not even one image fits: free the device, or use smaller sizes in --resize-schedule"
+    fix = "not even one image fits: free GPU memory, or use smaller sizes in --resize-schedule"
     if fitting:
         pieces = math.ceil(phase.batch_size / ranks / fitting)
         sizes = batches_with(run, phase, fitting * ranks * accumulate)
@@ -123,7 +123,7 @@ def in_pieces(run: Run, pieces: int) -> str:
 def batches_with(run: Run, phase: Phase, batch_size: int) -> list[int]:
     """Return --phase-batch-sizes with `batch_size` in place of that of `phase`.
 
-    From the flags: of the sizes in --resize-schedule, one may be two phases (--freeze-epochs) or none.
+    From the flags, because a size in --resize-schedule may be two phases (--freeze-epochs) or none.
     """
     config = run.metadata["config"]
     sizes = config["resize_schedule"]
@@ -144,7 +144,7 @@ def check_eval_memory(run: Run) -> None:
     steps = new_optimizer_bytes(run) + copies_bytes(run) + tensor_bytes(run.state.parameters)
 
     def attempt(images: int) -> None:
-        prefetched = 2 * images * 3 * size**2 * 4  # before and after it is normalised
+        prefetched = 2 * images * 3 * size**2 * 4  # before and after it is normalized
         ballast = torch.empty(steps + prefetched, dtype=torch.uint8, device=device)
         blank = torch.zeros(images, 3, size, size, device=device).contiguous(
             memory_format=torch.channels_last
@@ -158,7 +158,7 @@ def check_eval_memory(run: Run) -> None:
     if fitting < images:
         lower = "--eval-size" if run.eval_size else "the sizes or batch sizes of the phases"
         what = f"out of memory when scoring {images} images at once at {size} px ({memory_words(device)})"
-        raise ResourceError(what, f"free the device, raise --accumulate, or lower {lower}")
+        raise ResourceError(what, f"free GPU memory, raise --accumulate, or lower {lower}")
 
 
 def ballast_bytes(run: Run, phase: Phase) -> int:
@@ -241,6 +241,6 @@ def explain_out_of_memory(run: Run) -> Iterator[None]:
         phase = next(p for p in run.phases if step < p.first_step + p.steps)
         what = f"step {run.state.step:,}: {phase.image_size} px, batch size {phase.batch_size}"
         pieces = f"{in_pieces(run, 2 * run.options.accumulate)} --allow-change accumulate"
-        fix = f"the last checkpoint is intact: free the device and use --resume auto, or add {pieces}"
+        fix = f"the last checkpoint is intact: free memory and use --resume auto, or add {pieces}"
         with memory_for(what, fix, run.runtime.device):
             raise

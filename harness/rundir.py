@@ -217,14 +217,14 @@ def resumed_config(config, typed: frozenset[str], saved: dict):
 
 
 def restarted_config(config, typed: frozenset[str], save_dir: SaveDir):
-    """Return the config of a run that was stopped before its first checkpoint: its flags, but those `typed`.
+    """Return the config of a run stopped before its first checkpoint: its flags, overridden by those `typed`.
 
-    Nothing was learned yet, so each of them may change.
+    Nothing was learned yet, so any flag may change.
     """
     try:
         saved = parse_saved_flags(save_dir.flags)
     except CheckpointError as error:
-        fix = "repair its config.json, or start anew with --overwrite instead of --resume"
+        fix = "repair its config.json, or start a new run with --overwrite instead of --resume"
         raise CheckpointError(f"no checkpoint in {save_dir.path}, and {error.what}", fix) from None
     say(f"no checkpoint in {save_dir.path} yet: its run starts again, with the flags of its config.json")
     return _overridden(saved, config, typed)
@@ -269,7 +269,7 @@ def parse_saved_flags(saved: dict) -> dict:
     try:
         values = defaults() | OLD_VALUES | from_file(train_parser(), saved, exact=True)
     except UsageError as error:
-        fix = "use what train.py wrote; if it is newer than this code, update the code"
+        fix = "use a run that train.py wrote; if its version was newer, update this code"
         raise CheckpointError(f"malformed flags of the saved run: {error.what}", fix) from None
     return plain(make_config(values))
 
@@ -447,7 +447,7 @@ def copy_best(saved: dict, resume: str, target: Path, run_id: str) -> None:
         if same_best and found.get("run") == saved.get("run"):
             checkpoint.save(target, found | {"run": run_id})
             return
-    say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: {resume} has none beside it")
+    say(f"note: the best checkpoint (epoch {best['epoch']}) was not copied: it is not beside {resume}")
 
 
 def copy_steps(saved: dict, resume: str, target: Path) -> None:
@@ -506,7 +506,7 @@ def acquire(save_dir: SaveDir, *, overwrite: bool, checkpoint: str = "") -> File
         try:
             if scan(str(path)).signature != save_dir.signature:
                 what = f"another run changed {path} while this one started"
-                raise UsageError(what, "see what it holds, then start again")
+                raise UsageError(what, "check what it contains, then start again")
             _sign(lock)
             _test_writing(path)
             for file in (*(save_dir.files if overwrite else ()), *(path / name for name in partials)):

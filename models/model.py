@@ -159,7 +159,7 @@ class ResNet(nn.Module):
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
         self._init_weights(block)
-        # The head keeps torch's default initialisation: with few classes, fan_out would make logits huge.
+        # The head keeps torch's default initialization: with few classes, fan_out would make logits huge.
         self.fc = classifier(head, channels, num_classes)
         set_drop_path_rate(self, drop_path_rate)
 

@@ -1,7 +1,7 @@
 """Optimizers, weight decay and gradient clipping. `OPTIMIZERS` are the choices of --optimizer.
 
-schedule.py has the learning rate of every step, undo.py the steps that a loss that is not finite undoes, and
-saved.py the state in a checkpoint.
+schedule.py sets the learning rate of every step, undo.py undoes a step that is not finite, and saved.py
+loads the optimizer's state from a checkpoint.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from base.errors import UsageError
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of all groups; those of the backbone get their part of it."""
+    """Set the learning rate of all groups; those of the backbone get `backbone_lr` times it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("backbone_lr", 1.0)
 

@@ -1,4 +1,4 @@
-"""What a step must not change if its loss or its gradients are not finite: weights, state, BatchNorm."""
+"""Undo a step whose loss or gradients are not finite: weights, optimizer state, BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def step_unless(bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Let SGD's momentum start at zero: a skipped first step would leave it uninitialised."""
+    """Let SGD's momentum start at zero: a skipped first step would leave it uninitialized."""
     started = len(optimizer.state) == sum(len(group["params"]) for group in optimizer.param_groups)
     if started or not optimizer.defaults.get("momentum"):
         return

@@ -170,7 +170,7 @@ _WHEEL = (np.arange(180 + 256) % 180).astype(np.uint8)  # OpenCV's hue is in hal
 
 
 def dropout(image: np.ndarray, fill: Sequence[int], draw: Draw) -> np.ndarray:
-    """Fill one square hole with a quarter of the side, wholly inside. (Coarse dropout, arXiv:1708.04896.)"""
+    """Fill one hole of a quarter of the side, wholly inside the image. (Coarse dropout, arXiv:1708.04896.)"""
     h, w = image.shape[:2]
     height, width = max(1, round(HOLE * h)), max(1, round(HOLE * w))
     return _fill(image, int(draw() * (h - height + 1)), int(draw() * (w - width + 1)), height, width, fill)

@@ -85,7 +85,7 @@ class Crops:
             try:
                 with open(self.path(k), "rb") as file:
                     if file.read(HEADER_BYTES) != _header(shape):
-                        raise ValueError(f"it does not begin as the array {shape} does")
+                        raise ValueError(f"its header is not that of an array of shape {shape}")
                 self._open[k] = np.asarray(np.memmap(self.path(k), np.uint8, "r", HEADER_BYTES, shape))
             except (OSError, ValueError) as error:
                 raise DataError(f"the crops {self.path(k)} are damaged: {error}", REPAIR) from None

@@ -178,7 +178,7 @@ def _decode_strictly(data: bytes, name: str) -> np.ndarray:
     except Image.UnidentifiedImageError:
         kind = next((kind for mark, kind in UNREAD.items() if mark in data[:12]), "")
         reason = f"not an image of a known kind; it starts with {data[:16]!r}"
-        raise BadImage(name, f"it is {kind}, which is not read: convert it" if kind else reason) from None
+        raise BadImage(name, f"it is {kind}, not a supported kind: convert it" if kind else reason) from None
     except Exception as error:  # hostile bytes make parsers raise anything: SyntaxError, struct.error, ...
         raise BadImage(name, str(error) or type(error).__name__) from error
 

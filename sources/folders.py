@@ -55,7 +55,7 @@ def passed_over(names: Iterable[bytes]) -> str:
         return ""
     kinds = ", ".join(f"{count:,} {ending}" for ending, count in counts.most_common())
     files, them = ("file", "it") if (total := counts.total()) == 1 else ("files", "them")
-    return f"passed over {total:,} {files}: {kinds}; convert {them} to JPEG"
+    return f"skipped {total:,} {files}: {kinds}; convert {them} to JPEG"
 
 
 def every(names: Sequence[bytes]) -> str:

@@ -1,4 +1,4 @@
-"""Make images the square uint8 images of a batch: the training and the evaluation transform.
+"""Turn images into the square uint8 images of a batch: the training and the evaluation transform.
 
 Normalization and mixing happen on the device, on whole batches. `sources.augment` holds the augmentations.
 """
@@ -63,7 +63,7 @@ class TrainTransform:
 
     The crop always comes first. `rrc` cuts a random box from the decoded image and resizes only that;
     `padcrop` shifts the image resized to `image_size`; without either, it is the crop of `EvalTransform`.
-    `steps` come from `flags.parse_augment`. `mean`, of pixels in [0, 1], is the fill colour; `exif` is that
+    `steps` come from `parser.parse_augment`. `mean`, of pixels in [0, 1], is the fill colour; `exif` is that
     of `decode`.
     """
 

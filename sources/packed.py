@@ -28,7 +28,7 @@ BATCH_ROWS = 256  # images in each record batch of a shard
 HEADROOM = 1.15
 REPACK = "delete this directory and pack the data again: without the manifest, nothing in it can be used"
 RAW = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")  # the header of a PPM file, as packing writes it
-REPAIR = "delete damaged files, then run pack_dataset.py again with the same arguments: it writes them anew"
+REPAIR = "delete damaged files, then run pack_dataset.py again with the same arguments to rewrite them"
 
 
 class PackedSplit(Split):

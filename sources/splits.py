@@ -87,7 +87,7 @@ def _read(path: Path) -> Known:
         return {}
     from base import schemas
 
-    fix = "repair it, or delete it: then all images are divided anew"
+    fix = "repair it, or delete it to split all images again"
     if not path.is_file():  # a pipe would be waited for
         raise DataError(f"{path} is not a plain file", fix)
     content = schemas.read_json(path, schemas.SplitFile, fix)

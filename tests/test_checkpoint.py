@@ -283,7 +283,7 @@ def test_every_bit_of_a_small_checkpoint_is_refused_or_harmless(small, tmp_path)
 
 
 def test_an_entry_that_a_flipped_bit_makes_a_directory_is_refused(small, tmp_path):
-    """torch would return uninitialised memory as a weight."""
+    """torch would return uninitialized memory as a weight."""
     place = (
         small.rindex(b"archive/data/1") - 8
     )  # the external attributes of its record in the central directory

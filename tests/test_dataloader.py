@@ -20,7 +20,7 @@ from base import process
 from base.device import Runtime
 from base.errors import DataError, UserError
 from base.flags import parse_augment
-from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, normalise, train_loader
+from dataloader import BatchDataset, Order, eval_loader, get_dataloaders, normalize, train_loader
 from harness.batch_memory import BatchMemory
 from harness.interrupts import STOP_SIGNALS, StopSignals, left_to_parent
 from harness.workers import end_workers
@@ -162,17 +162,17 @@ def test_get_dataloaders_gives_what_the_documents_show(photos):
     assert images.is_contiguous(memory_format=torch.channels_last)
     seen = torch.cat([labels for _, labels in val])
     assert seen.tolist() == sorted([0, 1, 2] * 7)
-    assert abs(images.mean()) < 3  # normalised
+    assert abs(images.mean()) < 3  # normalized
 
 
-def test_normalisation_is_torchvisions_formula(data):
+def test_normalization_is_torchvisions_formula(data):
     loader = eval_loader(data.val, data, image_size=32, batch_size=4)
     raw = loader.dataset[next(iter(loader.order))][0]
     images, _ = next(iter(loader))
     mean, std = torch.tensor(data.mean).view(3, 1, 1), torch.tensor(data.std).view(3, 1, 1)
     expected = (raw.permute(0, 3, 1, 2).double() / 255 - mean) / std
     torch.testing.assert_close(images, expected.float(), rtol=0, atol=2e-6)
-    assert torch.equal(normalise(raw, data.mean, list(data.std), "cpu"), images)  # outside a loader too
+    assert torch.equal(normalize(raw, data.mean, list(data.std), "cpu"), images)  # outside a loader too
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -231,7 +231,7 @@ def test_only_cuda_copies_without_waiting(data, monkeypatch, device, waits):
             seen.append((where.type, non_blocking))
             return torch.zeros(2, 16, 16, 3)
 
-    monkeypatch.setattr(dataloader, "normalise", lambda images, *_: images)
+    monkeypatch.setattr(dataloader, "normalize", lambda images, *_: images)
     loader.device = torch.device(device)
     loader._to_device((Pixels(), Pixels()))
     assert seen == [(device, not waits)] * 2

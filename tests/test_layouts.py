@@ -158,7 +158,7 @@ def test_files_that_are_not_images_are_skipped_and_counted(tmp_path):
     found = open_dataset("imagenet", tmp_path)
     assert len(found.train) == len(TRAIN) + 2
     assert "ignored 7 files that are not images" in found.notes[0] and ".DS_Store" in found.notes[0]
-    assert found.notes[1] == "passed over 1 file: 1 .gif; convert it to JPEG"
+    assert found.notes[1] == "skipped 1 file: 1 .gif; convert it to JPEG"
 
 
 @pytest.mark.parametrize(

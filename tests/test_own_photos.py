@@ -258,7 +258,7 @@ def test_photos_that_are_all_of_another_kind_are_explained(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(3):
             (tmp_path / name / f"{i}.HEIC").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"cat, dog \(passed over 6 files: 6 \.heic; convert them to JPEG\)"):
+    with pytest.raises(DataError, match=r"cat, dog \(skipped 6 files: 6 \.heic; convert them to JPEG\)"):
         open_dataset("imagenet", tmp_path)
 
 
@@ -439,14 +439,14 @@ def test_what_is_passed_over_is_counted_in_one_line(photos, photo_run, tmp_path,
     for name in ("a.gif", "b.GIF", "._c.gif"):
         (data / "train" / "dog" / name).write_bytes(b"x")
     (data / "train" / "loose.jpg").write_bytes(encoded())
-    line = "passed over 12 files: 10 .heic, 2 .gif; convert them to JPEG"
+    line = "skipped 12 files: 10 .heic, 2 .gif; convert them to JPEG"
     notes = open_dataset("imagenet", data).notes
-    assert notes[-1] == line and sum("passed over" in note for note in notes) == 1
+    assert notes[-1] == line and sum("skipped" in note for note in notes) == 1
     assert "train: ignored 1 images that are in no class folder (train/loose.jpg)" in notes
     assert "train: ignored 1 files that are not images (train/dog/._c.gif)" in notes
     assert predict.main([str(photo_run), str(data / "train"), "--num-workers", "0", "--json", "-"]) == 0
     output = capsys.readouterr()
-    assert f"{data / 'train'}: passed over 7 files: 5 .heic, 2 .gif; convert them to JPEG" in output.err
+    assert f"{data / 'train'}: skipped 7 files: 5 .heic, 2 .gif; convert them to JPEG" in output.err
     json.loads(output.out)
 
 

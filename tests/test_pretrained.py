@@ -138,7 +138,7 @@ def test_a_run_starts_from_the_weights_with_a_head_for_its_classes(where, publis
         train.main([*RUN, *typed, *freeze, "--save-dir", str(tmp_path / "new")])
 
 
-def test_the_data_of_another_normalization_is_normalised_as_imagenet(published, tmp_path):
+def test_the_data_of_another_normalization_is_normalized_as_imagenet(published, tmp_path):
     config = parsed(*RUN, "--pretrained", published, "--dataset", "digits")[0]
     plain = built(config, tmp_path).index
     assert plain.mean != IMAGENET_MEAN

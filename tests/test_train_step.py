@@ -287,7 +287,7 @@ def bits(state) -> dict:
 @pytest.mark.parametrize("poison", ["overflow", "pixel"])
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_under_fp16_a_bad_step_leaves_the_bits_of_a_run_that_never_saw_it(name, poison, bad):
-    """Fused SGD would initialise its momentum with garbage if it were called for a skipped first step."""
+    """Fused SGD would initialize its momentum with garbage if it were called for a skipped first step."""
     ends, scalers = [], []
     for spoiled in (False, True):
         state, how = scaled(name)
@@ -400,7 +400,7 @@ def test_with_no_learning_rate_no_weight_moves_and_every_parameter_has_a_gradien
     state, how = make(torch.float32, lr=1e-2)
     for (
         module
-    ) in state.model.modules():  # the zero-initialised gammas close their branches' gradients at first
+    ) in state.model.modules():  # the zero-initialized gammas close their branches' gradients at first
         if isinstance(module, nn.BatchNorm2d):
             nn.init.ones_(module.weight)
     before = copy.deepcopy(list(state.model.parameters()))

@@ -52,7 +52,7 @@ def prepare(
     init_from:  a file of weights, or ""
     sizes:      the image sizes of the run, in px
 
-    Return `index`; with torchvision's weights, normalised as their training images were: as ImageNet.
+    Return `index`; with torchvision's weights, normalized as their training images were: as ImageNet.
     Raises UsageError for an unknown name, and CheckpointError if the weights are missing or damaged.
     """
     if init_from and not Path(init_from).is_file():
@@ -76,12 +76,12 @@ def find(arch: str, name: str) -> Path:
     """Return the file of the weights. Raises CheckpointError if it is not the one its name promises."""
     path = find_path(arch, name)
     if not path.is_file():
-        fix = nearest_path(path) or "give the path of a .pth file that is there"
+        fix = nearest_path(path) or "give the path of an existing .pth file"
         raise CheckpointError(f"no weights at {path}", fix)
     digits = re.search(r"-([0-9a-f]{8})\.pth$", path.name)
     if digits and not (found := fetch.checksum(path, "sha256")).startswith(digits[1]):
         what = f"{path} is damaged: its SHA-256 starts with {found[:8]}, not with {digits[1]}"
-        again = "get it again" if is_path(name) else "delete it and run this again: it is downloaded anew"
+        again = "download it again" if is_path(name) else "delete it and run this again to download it"
         raise CheckpointError(what, again)
     return path
 
