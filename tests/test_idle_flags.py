@@ -88,12 +88,13 @@ VALUES = {name: changes for name, (_, changes) in OPTIONS.items()} | {
 }
 SETTINGS = {"save_every", "eval_every", "early_stop_patience"}  # observed as values, not by their effect
 SETTINGS |= {"plateau_patience"}  # observed after more validations than there are
-# Every flag is tried in each of these modes. A classifier alone has gradients too small to be clipped.
+# Every flag is tried in each of these modes. A classifier alone and BCE have gradients too small for 1.
 MODES = [
     *sorted({mode for _, mode in IDLE if not re.search("vit|mobilenet|freeze", mode)}),
     "--optimizer sgd", "--optimizer lamb", "--optimizer sgd --nesterov", "--schedule plateau",
     "--schedule constant", "--schedule restarts", "--schedule triangular2 --cycles 2",
-    "--loss bce --label-smoothing 0", "--accumulate 2", "--augment none", "--stem small --head linear",
+    "--loss bce --label-smoothing 0 --clip-norm 0.01", "--accumulate 2", "--augment none",
+    "--stem small --head linear",
     "--arch preact_resnet50 --resize-schedule 16", "--clip-mode value", "--phase-mix on,off,off",
     "--no-ema-ramp", "--dataset synthetic:train=60,val=10,size=8", "--l1 0.001", "--seed 7",
 ]  # fmt: skip

@@ -330,6 +330,8 @@ LEARNING_RATE = {
     "--optimizer lamb": "0.02",
     "--loss bce": "1e-3",
     "--arch efficientnet_b0": "3e-4",
+    "--augment rrc,randaugment": "1e-2",
+    "--augment rrc,trivialaugment": "1e-2",
 }
 TRAINED = ("optimizer", "augment", "loss", "head", "stem", "use_blurpool", "accumulate", "clip_mode", "l1",
            "label_smoothing", "ema", "ema_ramp", "ema_half_life", "amp", "nesterov", "seed",
