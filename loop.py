@@ -306,7 +306,6 @@ def score_epoch(run: Run, phase: Phase, epoch: int) -> dict:
         scores, left_out = score(run, phase)
         row |= scores
         run.eta.observe_validation(run.scored_as(phase)[0], time.perf_counter() - started)
-        state.schedule.observe(row["val_loss"])
     seconds, skipped = sums["seconds"], sums["bad_steps"] * phase.batch_size  # images of skipped steps
     return row | {
         "images_per_second": (sums["images"] + skipped) / seconds if seconds else None,
@@ -376,8 +375,10 @@ def eval_batches(run: Run, split: Split, phase: Phase) -> Loader:
 
 
 def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
-    """Decide whether the epoch is the best so far; log its row, save, and print it."""
-    row["best"] = is_best(run, row)
+    """Decide about the learning rate and the best epoch; log the row of this one, save, and print it."""
+    if row["val_loss"] is not None:
+        run.state.schedule.observe(row["val_loss"], comparable=is_scored_as_before(run, row))
+    row["best"] = update_best(run, row)
     run.state.rows.append(row)
     run.state.start_epoch()
     # Before saving: a resumed run can cut surplus rows but cannot restore a lost one.
@@ -391,8 +392,14 @@ def finish_epoch(run: Run, row: dict, log: MetricLogger) -> None:
     log.draw(now=run.finished)
 
 
-def is_best(run: Run, row: dict) -> bool:
-    """Return whether this epoch has the best score so far, and count the validations since the best.
+def is_scored_as_before(run: Run, row: dict) -> bool:
+    """Return whether the last scored epoch was scored at the image size of `row`, so that losses compare."""
+    sizes = [r["image_size"] for r in run.state.rows if r["val_loss"] is not None]
+    return run.eval_size is not None or sizes[-1:] in ([], [row["image_size"]])
+
+
+def update_best(run: Run, row: dict) -> bool:
+    """Make the epoch of `row` the best if its score is, else count it as a wait; return whether it is.
 
     A tie keeps the earlier epoch.
     """

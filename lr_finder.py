@@ -18,8 +18,8 @@ from base.errors import UsageError, doing
 from base.errors import run as run_command
 
 EPILOG = """examples:
-  python lr_finder.py --data-dir ./data/imagenet              phase 1: 64 px, batch 256
-  python lr_finder.py --phase 3 --num-iter 400 --out out      the last phase, in finer steps
+  python lr_finder.py --data-dir ./data/imagenet              where the rate is highest: 224 px, batch 64
+  python lr_finder.py --phase 1 --num-iter 400 --out out      the first phase, in finer steps
   python lr_finder.py --config recipes/digits.yaml --mode accuracy --trials 6 --trial-epochs 2"""
 MIN_STEPS = 10  # fewer losses make no curve
 
@@ -31,8 +31,8 @@ def no_trials(config) -> str | bool:
 # fmt: off
 FINDER = (
     flags.Flag("mode", "What to measure at each rate.", ("loss", "accuracy"), "loss", "NAME"),
-    flags.Flag("phase", "Test the image size, batch size and mixing of this phase.",
-               flags.positive, 1, "K"),
+    flags.Flag("phase", "Test the image size, batch size and mixing of this phase; by default the last "
+               "one in which the schedule comes close to its highest rate.", flags.positive, None, "K"),
     flags.Flag("num_iter", "Steps of --mode loss.", flags.number(int, MIN_STEPS, 5000), 200, "N",
                idle=lambda c: c.mode == "accuracy" and "--mode accuracy takes --trials and --trial-epochs"),
     flags.Flag("start_lr", "Lowest rate; by default 1e-7, or 1e-4 with --mode accuracy.",
@@ -87,10 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     from harness import build
 
     phases = build.make_plan(config, index, world_size=1)
-    if config.phase > len(phases):
-        what = f"--phase {config.phase}, but the plan has {len(phases)} phases"
-        raise UsageError(what, "run python train.py --dry-run to see the plan")
-    phase = phases[config.phase - 1]
+    phase = choose_phase(config, phases)
     runtime = build.open_runtime(config)
     folders.check_outside(index, config.out or config.save_dir, "--out")
     out = files.make_directory(Path(config.out or config.save_dir))
@@ -106,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     suggestions = {name: lr for name, lr in found["suggestions"].items() if lr is not None}
     subject = {
         "mode": config.mode,
-        "phase": config.phase,
+        "phase": phases.index(phase) + 1,
         "image_size": phase.image_size,
         "batch_size": phase.batch_size,
         "flags": flags.plain(config),
@@ -114,6 +111,22 @@ def main(argv: list[str] | None = None) -> int:
     commands = {name: training_command(argv, lr / factor) for name, lr in suggestions.items()}
     lr_range_test.write_results(subject | found | {"commands": commands}, out)
     return 0
+
+
+def choose_phase(config, phases: tuple):
+    """Return --phase, by default where the run meets its highest rate, which is what is looked for."""
+    import torch
+
+    from harness import build, dryrun
+
+    if config.phase is None:
+        schedule = build.build_schedule(config, torch.optim.SGD([torch.zeros(1)], 1.0), phases)
+        highest = [dryrun.lr_range(schedule, phase)[1] for phase in phases]
+        return [p for p, rate in zip(phases, highest, strict=True) if rate >= 0.95 * max(highest)][-1]
+    if config.phase > len(phases):
+        what = f"--phase {config.phase}, but the plan has {len(phases)} phases"
+        raise UsageError(what, "run python train.py --dry-run to see the plan")
+    return phases[config.phase - 1]
 
 
 def rate_limits(config) -> tuple[float, float]:

@@ -155,8 +155,8 @@ def unused_gpu(device: torch.device) -> str:
 def seed_everything(*parts: int) -> None:
     """Seed torch, on CPU and GPU, from parts such as (seed, step, rank).
 
-    SeedSequence hashes them. A product would collide (seed * step is 0 at step 0 for every seed), and
-    with a sum, runs with neighbouring seeds would share their draws.
+    SeedSequence hashes them; trailing zeros do not count. A product would collide (seed * step is 0 at step 0
+    for every seed), and with a sum, runs with neighbouring seeds would share their draws.
     """
     seed = int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) & (2**63 - 1)
     # Not `torch.manual_seed`: it keeps a stack trace for each kind of GPU that is not there, 30 us each.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ from base.parser import (
     save_interval,
     typed_text,
 )
-from base.phases import fitting_batch, used_epochs
+from base.phases import fitting_batch
 
 natural, pixels = number(int, 0, LARGEST), number(int, 8, 4096)
 from_zero, fraction = number(float, 0), number(float, 0, 1, open_high=True)
@@ -267,7 +268,7 @@ SCORING = (
          share, None, "F"),
     Flag("eval_flip", "Score the mean logits of each image and its mirror image."),
     Flag("early_stop_patience", "Stop after N validations at the last size without a better score.",
-         positive, None, "N", idle=lambda c: used_epochs(c)[-1] == 1 and "the last size has one epoch"),
+         positive, None, "N", idle=idle.no_early_stop),
 )
 LOGGING = (
     Flag("plot", "Draw learning curves into --save-dir/plots during training."),
@@ -433,10 +434,18 @@ def fit_to_data(config: Any, given: Given, images: int) -> tuple[Any, str]:
     return config, "\n".join(notes)
 
 
+@functools.cache
+def config_class(names: tuple[str, ...]) -> type:
+    return dataclasses.make_dataclass("TrainConfig", names, frozen=True)
+
+
 def make_config(values: Mapping[str, Any]) -> Any:
-    """Return a frozen dataclass whose attributes are `values`; lists become tuples."""
-    cls = dataclasses.make_dataclass("TrainConfig", list(values), frozen=True)
-    return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    """Return a frozen dataclass whose attributes are `values`; lists become tuples.
+
+    Of train.py, the attributes are the names in `TABLE`.
+    """
+    fields = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return config_class(tuple(fields))(**fields)
 
 
 def plain(config: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from base import process
 from base.errors import UsageError
 from base.parser import dashed
-from base.phases import used_phases
+from base.phases import used_epochs, used_phases
 
 Reason = str | bool | None  # why a flag has no effect; false if it has one
 
@@ -55,6 +55,12 @@ NO_FILES = ("digits", "synthetic", "hf")  # datasets that are not in --data-dir
 WITH_CLASS_LIST = ("imagenet", "imagenet100", "tiny-imagenet")
 NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # in torchvision these have no stochastic depth
 NO_BATCH_NORM = ("vit_b_16", "swin_t")
+
+
+def no_early_stop(config: Any) -> Reason:
+    epochs = used_epochs(config)[-1]
+    few = epochs <= (config.early_stop_patience or 1)
+    return few and f"the last size has {epochs} epoch{'s' * (epochs > 1)}"
 
 
 def dataset_kind(config: Any) -> str:

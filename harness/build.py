@@ -180,19 +180,22 @@ def build_state(config, index: DatasetIndex, runtime: Runtime, phases: tuple[Pha
         backbone_lr=config.backbone_lr,
         head=classifier_of(model).parameters(),
     )
-    warmup = config.warmup_epochs if config.schedule == "cosine" else 0
-    schedule = Schedule(
+    schedule = build_schedule(config, optimizer, phases)
+    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
+    return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))
+
+
+def build_schedule(config, optimizer: torch.optim.Optimizer, phases: tuple[Phase, ...]) -> Schedule:
+    return Schedule(
         optimizer,
         config.schedule,
         peak_lr=config.lr,
         total_steps=sum(p.steps for p in phases),
         phases=tuple((p.steps, lr_factor(config.lr_scale, p, phases[0])) for p in phases),
-        warmup_steps=steps_of(warmup, phases),
+        warmup_steps=steps_of(config.warmup_epochs, phases) if config.schedule == "cosine" else 0,
         cycles=config.cycles,
         patience=config.plateau_patience,
     )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.amp_dtype == torch.float16)
-    return TrainState(model, optimizer, schedule, scaler, build_ema(config, model, phases))
 
 
 def model_args(config, index) -> dict:

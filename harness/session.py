@@ -128,8 +128,12 @@ def introduction(run: Run, config) -> str:
             f"{p.steps:>9,} steps{notes_of}"
         )
     lines += filter(None, [run.scoring, crop_cache.note(run)])
-    if (run.stop_after or 0) > (steps := sum(p.steps for p in run.phases)):
+    steps, average = sum(p.steps for p in run.phases), run.state.ema
+    if (run.stop_after or 0) > steps:
         lines.append(f"note: --stop-after {run.stop_after:,} is not used: the run has {steps:,} steps")
+    if config.ema and average.decay_at(steps) < average.decay != flags.BY_NAME["ema_decay"].default:
+        reached = f"the ramp only reaches {average.decay_at(steps):.4f} in {steps:,} steps"
+        lines.append(f"note: --ema-decay is not used: {reached}; --no-ema-ramp turns it off")
     return "\n".join([*lines, run.table.heading()])
 
 

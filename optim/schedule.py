@@ -97,14 +97,17 @@ class Schedule:
         if position < self.total_steps:
             self._set(self.lr_at(position))
 
-    def observe(self, loss: float) -> None:
+    def observe(self, loss: float, comparable: bool = True) -> None:
         """Note the loss of an evaluation; without a patience it is ignored.
 
+        comparable: with the losses before; otherwise, it counts as the first
         As in torch's ReduceLROnPlateau, the learning rate drops to a tenth after patience + 1 evaluations
         in a row that did not improve the best loss by 0.01 %. NaN is no improvement.
         """
         if self.patience is None:
             return
+        if not comparable:
+            self.best, self.bad_evaluations = math.inf, 0
         if loss < self.best * (1 - 1e-4):
             self.best, self.bad_evaluations = float(loss), 0
         else:
@@ -135,7 +138,8 @@ class Schedule:
 # --- formulas: the learning rate of a step as a fraction of the peak ---------------------------------
 
 START, END = 1 / 25, 1 / 25e4  # of OneCycleLR: 1 / div_factor, 1 / (div_factor * final_div_factor)
-MILESTONES = (1 / 3, 2 / 3, 8 / 9)  # of "step", as fractions of the run: epochs 30, 60 and 80 of 90
+# Of "step", as fractions of all steps: with one batch size, epochs 30, 60 and 80 of 90.
+MILESTONES = (1 / 3, 2 / 3, 8 / 9)
 PATIENCE = 4  # of "plateau", unless another is given
 
 

@@ -23,9 +23,9 @@ COLUMNS = pa.schema({"image": pa.struct({"bytes": pa.binary(), "path": pa.string
 MANIFEST, UNFINISHED = "manifest.json", "packing.json"
 FORMAT = 1
 BATCH_ROWS = 256  # images in each record batch of a shard
-# RandomResizedCrop takes 0.73 of the side on average, so at 1.15 times the training size few crops are
-# enlarged much. benchmarks/README.md shows what each stored side loses.
-HEADROOM = 1.15
+# RandomResizedCrop takes 0.73 of the side on average and enlarges smaller crops, which loses detail:
+# benchmarks/README.md shows how much for each stored side.
+HEADROOM = 1.25
 REPACK = "delete this directory and pack the data again: without the manifest, nothing in it can be used"
 RAW = re.compile(rb"P6\n(\d{1,5}) (\d{1,5})\n255\n")  # the header of a PPM file, as packing writes it
 REPAIR = "delete damaged files, then run pack_dataset.py again with the same arguments to rewrite them"

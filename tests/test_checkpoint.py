@@ -550,6 +550,14 @@ def test_a_run_that_is_past_stop_after_takes_no_step(run_dir, capsys):
     assert "Stopped at step 12." in capsys.readouterr().out and checkpoint.load(last(run_dir))["step"] == 12
 
 
+def test_a_decay_that_its_ramp_does_not_reach_is_noted(tmp_path):
+    # After 15 steps the ramp is at 16 / 25. The default decay is not noted.
+    for noted, *arguments in ((1, 0.7), (0, 0.7, "--no-ema-ramp"), (0, 0.6), (0, 0.9999)):
+        run = tiny_run(tmp_path, "--ema-decay", *arguments)
+        said = session.introduction(run, config_of("--ema-decay", *arguments))
+        assert ("the ramp only reaches 0.6400 in 15 steps" in said) == bool(noted)
+
+
 def test_a_stop_beyond_the_last_step_is_noted(tmp_path):
     for stop in (15, 16):  # of 15
         said = session.introduction(tiny_run(tmp_path, "--stop-after", stop), config_of())
@@ -633,7 +641,7 @@ def test_the_best_is_the_first_with_the_highest_finite_score(scores, best, tmp_p
     run = tiny_run(tmp_path, "--epochs", 9, "--phase-epochs", "1,1,7")
     for epoch, score in enumerate(scores, 7):
         row_ = row(epoch, score)
-        row_["best"] = loop.is_best(run, row_)
+        row_["best"] = loop.update_best(run, row_)
         run.state.rows.append(row_)
     assert run.state.best["epoch"] == (best + 6 if best else 0)
     assert [r["epoch"] for r in run.state.rows if r["best"]][-1:] == [best + 6][: bool(best)]

@@ -136,9 +136,22 @@ def judged(run, scores: dict[int, float]) -> list[int]:
         if run.finished:
             break
         row = {"epoch": epoch, "ema_val_top1": score}
-        found += [epoch] if loop.is_best(run, row) else []
+        found += [epoch] if loop.update_best(run, row) else []
         run.state.rows.append(row)
     return found
+
+
+@pytest.mark.parametrize("more, compared", [
+    ((), [True, True, False, True, False]),  # 16, 16, 24, 24, 32 px
+    (("--eval-size", 32), [True] * 5),
+    (("--eval-every", 2), [True, False, False]),
+])  # fmt: skip
+def test_the_plateau_rule_compares_losses_at_one_image_size(more, compared, tmp_path, monkeypatch):
+    sizes = ("--epochs", 5, "--resize-schedule", "16,24,32", "--phase-epochs", "2,2,1")
+    run, seen = tiny_run(tmp_path, *sizes, "--phase-batch-sizes", "8,8,8", *more), []
+    monkeypatch.setattr(run.state.schedule, "observe", lambda loss, comparable: seen.append(comparable))
+    loop.fit(run, MetricLogger(tmp_path))
+    assert seen == compared
 
 
 def test_epochs_that_train_the_classifier_alone_count_for_early_stopping(tmp_path):

@@ -26,7 +26,7 @@ from optim import build_optimizer
 from optim.schedule import Schedule
 from optim.undo import BatchNormBuffers
 from sources.generated import digits
-from train_utils import Phase, StepOptions, TrainState, train_step
+from train_utils import Phase, StepOptions, TrainState, plan, train_step
 
 CPU = torch.device("cpu")
 DIGITS = [
@@ -256,6 +256,20 @@ def test_the_command_writes_curve_numbers_and_command_lines(tmp_path, capsys):
         assert words[:2] == ["python", "train.py"] and words[2:-2] == arguments
         # --lr belongs to the first phase, with half the batch
         assert float(words[-1]) == pytest.approx(found["suggestions"][name] / math.sqrt(2), rel=0.05)
+
+
+@pytest.mark.parametrize("arguments, phase", [
+    ([], 3),  # OneCycleLR's peak is the end of phase 2; phase 3 begins just below it
+    (["--schedule", "cosine"], 2), (["--schedule", "constant"], 3),
+    (["--lr-scale", "linear"], 2), (["--schedule", "constant", "--lr-scale", "sqrt"], 1),
+    (["--phase", "1"], 1),
+])  # fmt: skip
+def test_the_phase_with_the_highest_rate_is_tested(arguments, phase):
+    config, _ = flags.parse(lr_finder.build_parser(), arguments)
+    config = flags.make_config(flags.defaults() | flags.plain(config))
+    sizes = config.resize_schedule
+    phases = plan(config.epochs, sizes, 1_281_167, 256, phase_augment=["full"] * len(sizes))
+    assert lr_finder.choose_phase(config, phases) is phases[phase - 1]
 
 
 def test_accuracy_mode_trains_through_the_command_line(tmp_path, monkeypatch):

@@ -461,6 +461,15 @@ def test_plateau_drops_after_five_evaluations_without_progress():
     assert schedule.last_lr == 1.0  # no step has used the new rate
 
 
+def test_a_loss_at_another_image_size_is_no_plateau():
+    schedule = Schedule(an_optimizer(), "plateau", peak_lr=1.0, total_steps=100, patience=0)
+    schedule.observe(0.15)
+    schedule.observe(0.17, comparable=False)
+    assert schedule.lr == 1.0 and schedule.best == 0.17
+    schedule.observe(0.17)
+    assert schedule.lr == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"plateau"}))
 def test_only_plateau_listens_to_the_loss(name):
     schedule = Schedule(an_optimizer(), name, peak_lr=1.0, total_steps=100)

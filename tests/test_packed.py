@@ -90,8 +90,8 @@ def test_each_copy_is_the_image_with_that_short_side(folders, packed_once, side)
 
 def test_the_copy_for_a_size_has_headroom(packed_once):
     train = open_packed(packed_once).train
-    # 13 x 1.15 = 14.95, 14 x 1.15 = 16.1, 27 x 1.15 = 31.05; beyond the largest there is only the largest.
-    assert [train.for_size(size).side for size in (8, 13, 14, 27, 28, 64)] == [16, 16, 32, 32, 32, 32]
+    # 12 x 1.25 = 15, 13 x 1.25 = 16.25, 25 x 1.25 = 31.25; beyond the largest there is only the largest.
+    assert [train.for_size(size).side for size in (8, 12, 13, 25, 26, 64)] == [16, 16, 32, 32, 32, 32]
     assert train.for_size(8).labels is train.labels
     val = open_packed(packed_once).val
     assert val.for_size(8) is val
@@ -101,7 +101,7 @@ def test_the_default_sides_serve_the_default_sizes():
     split = packed.PackedSplit.__new__(packed.PackedSplit)
     split.part, split.manifest, split.side = "train", {"sides": [96, 192, 320]}, None
     split.at_side = lambda side: side
-    assert [split.for_size(size) for size in (64, 128, 160, 192, 224)] == [96, 192, 192, 320, 320]
+    assert [split.for_size(size) for size in (64, 128, 160, 192, 224)] == [96, 192, 320, 320, 320]
 
 
 def _read_in_child(split, ids, queue):
@@ -191,7 +191,7 @@ def test_raw_copies_are_the_pixels_that_jpeg_copies_are_encoded_from(folders, ra
 
 def test_the_copies_of_a_raw_dataset_are_said(raw_once, packed_once):
     (note,) = open_packed(raw_once).notes
-    assert note.endswith("1.15 times its size or more: 16 px (raw pixels), 32 px (JPEG)")
+    assert note.endswith("1.25 times its size or more: 16 px (raw pixels), 32 px (JPEG)")
     assert not open_packed(packed_once).notes
     assert "raw_sides" not in json.loads((packed_once / "manifest.json").read_text())
 

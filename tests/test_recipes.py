@@ -105,7 +105,7 @@ def test_typed_sizes_leave_out_the_lists_of_a_file_that_are_for_others():
     config, given = parsed("--config", path, "--resize-schedule", "32")
     assert (config.phase_epochs, config.phase_batch_sizes, config.phase_augment) == (None, None, None)
     (note,) = [note for note in flags.check_train(config, given) if "ignored" in note]
-    assert note.endswith("typed: --phase-epochs, --phase-batch-sizes, --phase-augment")
+    assert note.endswith("ignored: --phase-epochs, --phase-batch-sizes, --phase-augment")
     config, given = parsed("--config", path, "--resize-schedule", "16,24,32")
     assert config.phase_epochs and not given.unfit
     config, given = parsed("--config", path, "--resize-schedule", "32", "--phase-epochs", "1,2")
