@@ -268,7 +268,7 @@ SCORING = (
          share, None, "F"),
     Flag("eval_flip", "Score the mean logits of each image and its mirror image."),
     Flag("early_stop_patience", "Stop after N validations at the last size without a better score.",
-         positive, None, "N", idle=idle.no_early_stop),
+         positive, None, "N", idle=idle.scored_once, unused=idle.too_patient),
 )
 LOGGING = (
     Flag("plot", "Draw learning curves into --save-dir/plots during training."),

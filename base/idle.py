@@ -57,10 +57,13 @@ NO_DROP_PATH = ("mobilenet_v3_large", "vit_b_16")  # in torchvision these have n
 NO_BATCH_NORM = ("vit_b_16", "swin_t")
 
 
-def no_early_stop(config: Any) -> Reason:
+def scored_once(config: Any) -> Reason:
+    return used_epochs(config)[-1] == 1 and "the last size has one epoch"
+
+
+def too_patient(config: Any) -> Reason:
     epochs = used_epochs(config)[-1]
-    few = epochs <= (config.early_stop_patience or 1)
-    return few and f"the last size has {epochs} epoch{'s' * (epochs > 1)}"
+    return epochs <= (config.early_stop_patience or 0) and f"the last size has {epochs} epochs"
 
 
 def dataset_kind(config: Any) -> str:

@@ -179,7 +179,8 @@ def test_every_predicate_is_met_by_a_mode():
     tried |= {"dry_run"}
     assert {row.name for row in flags.TABLE if row.idle is not never} <= tried
     noted = {row.name for row in flags.TABLE if row.unused is not never}
-    assert noted == {"momentum", "data_dir", "drop_path_rate", "backbone_lr", "compile"}  # tested below
+    tested = "momentum data_dir drop_path_rate backbone_lr compile early_stop_patience"  # below
+    assert noted == set(tested.split())
 
 
 def refusal(*arguments) -> str:
@@ -279,11 +280,16 @@ def test_a_switch_of_a_file_can_be_turned_off():
     assert config.nesterov is False and "nesterov" in given and not flags.check_train(config, given)
 
 
+TOO_PATIENT = ["--epochs=6", "--resize-schedule=16,24", "--early-stop-patience=3"]  # of 3 epochs at 24 px
+
+
 def test_flags_without_use_that_are_only_noted():
     typed = "--momentum 0.5 --dataset digits --data-dir x --arch mobilenet_v3_large --drop-path-rate 0.1"
-    config, given = flags.parse(train.build_parser(), [*typed.split(), "--compile", "--cuda-graphs"])
+    config, given = flags.parse(
+        train.build_parser(), [*typed.split(), "--compile", "--cuda-graphs", *TOO_PATIENT]
+    )
     notes = " ".join(flags.check_train(config, given))
-    noted = ("--momentum", "--data-dir", "--drop-path-rate", "--compile")
+    noted = ("--momentum", "--data-dir", "--drop-path-rate", "--compile", "--early-stop-patience")
     assert all(f"note: {flag} is not used" in notes for flag in noted)
     for flag in ("--drop-path-rate", "--backbone-lr"):  # a recipe may set them: noted, not refused
         head_alone = ["--pretrained", "--epochs=9", "--freeze-epochs=9", f"{flag}=0.1"]

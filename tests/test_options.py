@@ -83,7 +83,7 @@ OPTIONS: dict[str, tuple[str, list[str]]] = {
     "eval_size": ("", ["--eval-size 24", "--eval-size 32"]),
     "eval_crop": ("", ["--eval-crop 1", "--eval-crop 0.5"]),
     "eval_flip": ("", ["--eval-flip"]),
-    "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 1"]),
+    "early_stop_patience": ("--epochs 4 --phase-epochs 1,1,2", ["--early-stop-patience 2"]),
 }  # fmt: skip
 # These do not affect steps; other tests cover them.
 ELSEWHERE = {"data_dir", "split", "class_list", "allow_class_mismatch", "on_bad_image", "init_from",
