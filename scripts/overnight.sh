@@ -41,7 +41,7 @@ if [ -d "$data" ]; then
     data+=-packed
   fi
   where=(--data-dir "$data")
-elif [[ $data == digits || $data == synthetic* ]]; then
+elif [[ $data == digits || $data == synthetic* || $data == hf:* ]]; then
   where=(--dataset "$data")
 else
   where=(--dataset "$data" --data-dir "data/$data")

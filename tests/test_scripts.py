@@ -90,6 +90,11 @@ def test_overnight_says_that_images_were_added_after_the_packing(called, tmp_pat
     assert "note: folders in data changed" in said and len(lines) == 1
 
 
+@pytest.mark.parametrize("name", ["digits", "synthetic:size=32", "hf:owner/photos"])
+def test_overnight_downloads_nothing_for_data_that_train_fetches_or_makes(name, called):
+    assert called(name)[0] == [f"train.py --dataset {name} --lr 1 --save-dir run --resume auto"]
+
+
 def laptop(run_dir) -> subprocess.Popen:
     """Start laptop.sh with settings that take seconds, in a process group of its own."""
     flags = shlex.split(
