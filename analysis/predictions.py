@@ -24,7 +24,7 @@ from base.progress import Progress
 from data_utils import hits
 from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalize
 from harness import checkpoint, rundir
-from sources import folders, layouts
+from sources import folders, layouts, splits
 from sources.decode import BadImage
 from sources.images import EvalTransform
 from sources.index import DatasetIndex, Names, Split, short_names
@@ -224,6 +224,9 @@ def open_data(classifier: Classifier, config, given: flags.Given, say=process.sa
     data = rundir.with_saved_data(config, given, classifier.payload["config"])
     notes = flags.refuse_idle(flags.DATASET, data, given)
     index = layouts.open_dataset(**flags.data_args(data))
+    elsewhere = data.data_dir != classifier.payload["config"]["data_dir"]
+    if elsewhere and not (data.holdout or data.subset or has_own_data(replace(classifier, index=index))):
+        index = splits.undivided(index)  # a folder of test images
     for note in (*notes, *index.notes):
         say(note)
     return replace(classifier, index=index)

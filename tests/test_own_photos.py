@@ -19,7 +19,7 @@ import pack_dataset
 import predict
 import train
 import validate
-from analysis import batch
+from analysis import batch, predictions
 from base import flags, process
 from base.errors import CheckpointError, DataError, UsageError
 from base.phases import fitting_batch, phase_batches
@@ -191,6 +191,32 @@ def test_every_command_sees_the_same_split(flat, tmp_path, capsys):
     assert copy.fingerprint() == index.fingerprint() and copy.name == index.name == "my_photos"
     assert parts_of(copy) == parts_of(index)
     assert index.split_file[1] == ""  # packing wrote it down
+
+
+def test_all_images_of_a_test_folder_are_scored(flat, tmp_path):
+    index, saved = open_dataset("imagenet", flat), flags.defaults() | {"data_dir": str(flat)}
+    payload = {"config": flags.plain(flags.make_config(saved)), "fingerprint": index.fingerprint()}
+    classifier = predictions.Classifier({}, payload, None, 16, 1)
+    splits.write_down(index)
+    test, moved = shutil.copytree(flat, tmp_path / "test"), shutil.copytree(flat, tmp_path / "moved")
+    for folder in (test, moved):
+        (folder / splits.FILE).unlink()
+    add(test, "cow", range(10, 20))
+
+    def scored(data, *more) -> int:
+        config, given = flags.parse(validate.build_parser(), ["BEST", "--data-dir", str(data), *more])
+        return len(predictions.open_data(classifier, config, given, notes.append).index.val)
+
+    notes = []
+    assert scored(moved) == len(index.val) == 8  # the very images that the run was validated on
+    assert "to train on" in notes.pop()
+    assert scored(test) == 47 and not (test / splits.FILE).exists()
+    assert notes.pop().startswith("test: all 47 images are for validation: ") and not notes
+    assert scored(test, "--classes", "2") == 35 and scored(test, "--holdout", "0.5") == 19
+    add(flat, "cow", range(10, 20))  # of which the run may learn some: it is no test folder
+    assert scored(flat) == 9
+    shutil.copy(flat / splits.FILE, test)
+    assert scored(test) == 9
 
 
 def test_parts_of_a_flat_folder(flat):
