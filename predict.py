@@ -154,7 +154,7 @@ def write_predictions(classifier, found: list[dict], bad: list, config, say) -> 
         if path == "-":
             print(text, end="")
         else:
-            say(f"written: {files.write(path, text)}")
+            say(f"written: {files.write(files.followed(path), text)}")
     if not texts:
         print_table(found)
 

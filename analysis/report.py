@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = list(dict.fromkeys(map(Path, args.run_dirs)))
     studies = [path for path in map(checked, paths) if (path / "summary.md").is_file()]
     run_dirs = [path for path in paths if path not in studies]
-    out = Path(args.out or paths[0] / "report.html")
+    out = Path(files.followed(args.out) or paths[0] / "report.html")
 
     def write(final: bool = not args.watch) -> bool:
         """Write the page; return whether all runs are complete.

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     from analysis import runs
 
     text = card(runs.read_runs(args.run_dirs), args.gpu_price)
-    print(files.write(args.out or Path(args.run_dirs[0], "report_card.md"), text))
+    out = files.followed(args.out) or Path(args.run_dirs[0], "report_card.md")
+    print(files.write(out, text))
     return 0
 
 

@@ -173,7 +173,9 @@ def test_a_card_of_seeds_has_their_mean(tmp_path):
         rows[2] |= {"val_top1": 50.0 + 2 * seed, "ema_val_top1": None}
         (dirs[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "card.md"
+    out.symlink_to("linked.md")
     assert report_card.main([*map(str, dirs), "--out", str(out)]) == 0
+    assert out.is_symlink()
     # 50 and 52: mean 51, standard deviation sqrt(2). Without CUDA there are no GPU hours.
     assert "| mean ± s.d., sum of 2 |  |  | 51.00 ± 1.41 | - |  | 0.00 | - |" in out.read_text(
         encoding="utf-8"
