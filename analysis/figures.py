@@ -113,4 +113,5 @@ def strips(
 def shorten(text: str, width: int = 18) -> str:
     """Return `text` cut to `width` characters, with dollar signs escaped, which start maths in matplotlib."""
     text = text if len(text) <= width else text[: width - 1] + "…"
+    text = " " * text.startswith("_") + text  # legends leave out what begins with _
     return text.replace("$", r"\$")

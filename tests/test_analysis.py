@@ -96,6 +96,14 @@ def test_a_short_last_phase_keeps_its_label(tmp_path):
         assert any("48 px" in text.get_text() for text in ax.texts)
 
 
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legends(tmp_path):
+    found = [runs.read_run(write_steps(tmp_path / n, [step_row(1), step_row(2)]), n) for n in ("_a", "b")]
+    epochs = learning_curves.compare(found, "title", "%", lambda run: "val_top1")
+    steps = step_curves.compare(found, step_curves.LOSS)
+    for fig in (epochs, steps):
+        assert [text.get_text().strip() for text in fig.legends[0].get_texts()] == ["_a", "b"]
+
+
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot write"):
