@@ -59,7 +59,7 @@ def test_linked_folders_are_searched_once(photos, photo_run, tmp_path, capsys):
 
 
 def test_folders_are_read_as_in_training(photos, photo_run, tmp_path, capsys):
-    for folder in (".thumbnails", "b", "line\nbreak"):
+    for folder in (".thumbnails", "@eaDir", "#recycle", "b", "line\nbreak"):
         (tmp_path / folder).mkdir()
         shutil.copy(photos / "val" / "cat" / "cat_0.JPEG", tmp_path / folder / "x.jpg")
     (tmp_path / "a").symlink_to(tmp_path / "b")  # of two names for a folder, the link comes last
