@@ -45,7 +45,8 @@ def class_folders(name: str, data_dir: str, listing: folders.Listing) -> Dataset
         val.by_class[key] = sorted(held)
         parts |= {image: "val" if image in held else "train" for image in images}
     index = folders.from_listings(name, train, val)
-    note = f"{name}: {len(train):,} images to train on, {len(val):,} to validate on; {path} lists them"
+    where = f"{path} lists them" if known else f"training or packing will list them in {path}"
+    note = f"{name}: {len(train):,} images to train on, {len(val):,} to validate on; {where}"
     text = _text(known | parts) if parts.items() - known.items() else ""
     return replace(index, notes=(note, *folders.notes({name: listing})), split_file=(path, text))
 

@@ -115,8 +115,10 @@ def test_a_fifth_of_every_class_is_for_validation(flat):
 
 
 def test_the_split_is_kept_when_images_are_added_and_deleted(flat, tmp_path):
-    before = parts_of(open_dataset("imagenet", flat))
+    before = parts_of(index := open_dataset("imagenet", flat))
+    assert index.notes[0].endswith(f"training or packing will list them in {flat / splits.FILE}")
     assert trained(flat, tmp_path / "run") == 0
+    assert open_dataset("imagenet", flat).notes[0].endswith(f"; {flat / splits.FILE} lists them")
     assert json.loads((flat / splits.FILE).read_text()).keys() == {"train", "val"}
     add(flat, "ant", range(100, 125))
     add(flat, "bee", range(100, 130))
