@@ -269,6 +269,17 @@ def test_the_classes_are_found_one_floor_down(flat):
     assert caught.value.fix == f"use --data-dir {shlex.quote(str(flat))}"
 
 
+def test_classes_whose_images_are_all_in_subfolders_are_told_from_datasets(tmp_path):
+    for folder in ("cat/2020", "dog/2020", "dog/2021"):
+        add(tmp_path, folder, range(4))
+    with pytest.raises(DataError, match="no folder train/") as caught:
+        open_dataset("imagenet", tmp_path)
+    assert caught.value.fix.startswith("if cat, dog are classes, move an image of one of them out of")
+    (tmp_path / "cat" / "2020" / "3.jpg").rename(tmp_path / "cat" / "3.jpg")
+    index = open_dataset("imagenet", tmp_path)
+    assert index.classes == ("cat", "dog") and len(parts_of(index)) == 12
+
+
 def test_a_lone_class_and_a_lone_train_folder_are_explained(flat, tmp_path):
     add(tmp_path / "one", "cat", range(5))
     with pytest.raises(DataError, match="one class folder only, cat"):
