@@ -138,11 +138,19 @@ def make_missing(run, data_dir: str, device: str) -> list[str]:
         "plots/gradcam.png": ["-m", "analysis.gradcam"],
     }.items():
         path = run.path / file
-        if path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime:
+        if is_newer(path, checkpoint):
             continue
         if reason := call([*command, *arguments]):
             notes.append(f"No {path.name}: {reason}.")
+        elif command[-1] == "validate" and not is_newer(path, checkpoint):  # it wrote the scores elsewhere
+            where = run.path / "validation_other_data"
+            notes.append(f"The data are not those of the run; their scores are in {where}.")
+            tell(f"note: {notes[-1]}")
     return notes
+
+
+def is_newer(path: Path, checkpoint: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
 def call(command: list[str]) -> str:

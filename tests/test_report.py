@@ -253,6 +253,16 @@ def test_only_missing_or_outdated_pictures_are_made(run_dir, tmp_path, monkeypat
     assert "No gradcam.png: it failed." in (run_dir / "report.html").read_text()
 
 
+def test_scores_of_other_data_are_announced(run_dir, monkeypatch, capsys):
+    (run_dir / "best_x.pt").touch()
+    for path in run_dir.rglob("*.*"):
+        os.utime(path, (1, 1) if path.name in ("scores.json", "misclassified.png") else (2**33, 2**33))
+    monkeypatch.setattr(report, "call", lambda command: "")
+    assert report.main([str(run_dir), "--data-dir", "other"]) == 0
+    note = f"The data are not those of the run; their scores are in {run_dir}/validation_other_data."
+    assert (run_dir / "report.html").read_text().count(note) == capsys.readouterr().err.count(note) == 1
+
+
 @pytest.mark.slow
 def test_pictures_that_cannot_be_made_are_explained_and_cost_nothing(run_dir, tmp_path):
     (run_dir / "best_x.pt").write_bytes(b"no checkpoint")
