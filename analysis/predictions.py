@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from base import flags, process
+from base import files, flags, process
 from base.device import Runtime, init_runtime, memory_for
 from base.errors import CheckpointError, DataError, UsageError
 from base.progress import Progress
@@ -212,6 +212,7 @@ def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Class
     classifier = open_data(classifier, config, given)
     if out := getattr(config, "out", ""):
         folders.check_outside(classifier.index, out, "--out")
+        files.make_directory(Path(out))
     known, found = list(classifier.classes), list(classifier.index.classes)
     if known != found:
         what = f"the data's {len(found)} classes are not the model's {len(known)}"

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = list(dict.fromkeys(map(Path, args.run_dirs)))
     studies = [path for path in map(checked, paths) if (path / "summary.md").is_file()]
     run_dirs = [path for path in paths if path not in studies]
-    out = Path(files.followed(args.out) or paths[0] / "report.html")
+    out = files.followed(args.out) or str(paths[0] / "report.html")
+    files.check_output(args.out or out, "--out")  # before the pictures are made
 
     def write(final: bool = not args.watch) -> bool:
         """Write the page; return whether all runs are complete.

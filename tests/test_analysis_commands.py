@@ -26,7 +26,7 @@ from analysis import (
     predictions,
 )
 from base.device import Runtime
-from base.errors import CheckpointError, DataError, UsageError
+from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from models import build_model
 
 DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "100", "--device", "cpu"]
@@ -254,6 +254,15 @@ def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
     with pytest.raises(UsageError, match="no such class"):
         misclassified.main([str(trained), *out, "--only", "unicorn"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [misclassified, gradcam, loss_landscape, filters])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, trained, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(predictions.Classifier, "val_pixels", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(predictions.Classifier, "predict_val", lambda _: pytest.fail("images were predicted"))
+    with pytest.raises(ResourceError, match="cannot write to"):
+        command.main([str(trained), "--device", "cpu", "--out", str(tmp_path / "file" / "out")])
 
 
 def test_many_images_are_explained_in_parts_and_drawn_in_rows(trained, tmp_path, monkeypatch):

@@ -230,6 +230,16 @@ def test_usage_and_data_errors(run_dir, tmp_path):
         written(run_dir, out=run_dir / "metrics.jsonl" / "r.html")
 
 
+def test_an_output_is_checked_before_pictures_are_made_and_a_link_is_followed(run_dir, tmp_path, monkeypatch):
+    (run_dir / "best_x.pt").touch()
+    monkeypatch.setattr(report, "call", lambda command: pytest.fail("a picture is made"))
+    with pytest.raises(ResourceError, match="cannot write"):
+        report.main([str(run_dir), "--out", str(run_dir / "best_x.pt" / "r.html")])
+    (tmp_path / "r.html").symlink_to("linked.html")
+    assert report.main([str(run_dir), "--no-pictures", "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").is_symlink() and (tmp_path / "linked.html").is_file()
+
+
 def test_the_list_names_each_runs_score_and_distinguishing_flags(run_dir, tmp_path, capsys):
     make_run(tmp_path / "second", lr=0.5)
     make_run(tmp_path / "third")
