@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import warnings
 
 import numpy as np
 import pytest
@@ -110,6 +111,19 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
         figures.save(figures.figure(2, 2), tmp_path / "file" / "a.png")
     figures.save(figures.figure(2, 2), tmp_path / "deep" / "a.png")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_letters_that_no_font_has_are_noted_once(tmp_path, capsys, monkeypatch):
+    fig = figures.figure(2, 2, "\ue000\ue001 שלום")
+    figures._note_missing_letters.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.save(fig, tmp_path / "a.png")
+        figures.to_svg(fig)
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(fig, "savefig", lambda *_, **__: warnings.warn("another", stacklevel=1))
+    with pytest.warns(UserWarning, match="another"):
+        figures.to_svg(fig)
 
 
 def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_path):
