@@ -214,7 +214,7 @@ def draw_losses(axis, lrs: list[float], losses: list[float]) -> None:
     axis.plot(lrs, curve, color=figures.BLUE, linewidth=2, label="smoothed")
     # An explosion at the end would flatten the rest into a line.
     fall = curve[0] - curve.min()
-    top = curve[0] + max(0.6 * fall, 0.1 * abs(curve[0]))
+    top = curve[0] + (max(0.6 * fall, 0.1 * abs(curve[0])) or 0.1)  # data of one class have the loss 0
     axis.set(ylabel="training loss", ylim=(min(curve.min(), *losses) - 0.1 * fall, top))
 
 

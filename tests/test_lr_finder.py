@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ import data_utils
 import ema
 import lr_finder
 import train
-from analysis import lr_range_test
+from analysis import figures, lr_range_test
 from analysis.lr_suggestion import Divergence, longest_descent, smooth, suggest
 from base import errors, flags, process
 from base.device import Runtime
@@ -394,6 +395,14 @@ def test_the_picture_says_that_there_is_no_suggestion():
     assert "no suggestion" in lr_range_test.draw(found).axes[0].get_title()
     found |= {"commands": {"valley": "train.py"}, "suggestions": {"valley": 1e-2}}
     assert "no suggestion" not in lr_range_test.draw(found).axes[0].get_title()
+
+
+def test_a_loss_of_zero_throughout_is_drawn_without_a_warning():
+    axis = figures.figure(2, 2).subplots()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lr_range_test.draw_losses(axis, [1e-3, 1e-2, 1e-1], [0.0, 0.0, 0.0])
+    assert axis.get_ylim() == (0, 0.1)
 
 
 @pytest.mark.parametrize("mode, advice", [("loss", "raise --num-iter"), ("accuracy", "and --end-lr")])
