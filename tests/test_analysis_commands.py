@@ -286,6 +286,13 @@ def test_gradcam_of_files_needs_no_dataset(trained, tmp_path, photos):
         gradcam.main([str(trained), "--files", "nothing.jpg", "--out", str(tmp_path), "--device", "cpu"])
 
 
+def test_a_file_whose_name_has_a_comma_is_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.jpg").touch()
+    assert gradcam.file_names("a,b.jpg") == ("a,b.jpg",) and gradcam.file_names("a, b") == ("a", "b")
+    assert len(gradcam.file_names(",".join(["photo.jpg"] * 200))) == 200
+
+
 def test_filters_command_and_the_sizes_stride_and_padding_make(trained, tmp_path):
     assert filters.main([str(trained), "--out", str(tmp_path), "--device", "cpu"]) == 0
     names = {"kernels.png", "filtered.png", "feature_maps.png", "stride_padding.png"}
