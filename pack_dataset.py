@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from base import errors, files, flags, idle, process
 from base.errors import DataError, ResourceError, UsageError, doing
@@ -194,7 +195,7 @@ def pack(index, out: str, plan: dict, workers: int, on_bad_image: str, crops: di
     from sources import packing, splits
     from sources.packed import MANIFEST
 
-    os.makedirs(out, exist_ok=True)
+    files.make_directory(Path(out))
     with _locked(out):
         if note := splits.write_down(index):
             print(note)

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]]]:
     """Return image paths, those of a folder sorted; and folders without images, with the reason."""
-    from sources.folders import is_image, passed_over
+    from sources.folders import is_hidden, is_image, passed_over
 
     paths, bad = [], []
     for name in names:
@@ -119,7 +119,7 @@ def find_images(names: tuple[str, ...]) -> tuple[list[str], list[tuple[str, str]
                 continue
             seen.add(place)
             # As in training: hidden folders are not read, and of two names for one, the link comes last.
-            visible = [sub for sub in subfolders if not sub.startswith(".")]
+            visible = [sub for sub in subfolders if not is_hidden(os.fsencode(sub))]
             subfolders[:] = sorted(visible, key=lambda sub: (os.path.islink(os.path.join(folder, sub)), sub))
             inside += [os.path.join(folder, e) for e in sorted(entries) if is_image(os.fsencode(e))]
             others += map(os.fsencode, entries)
@@ -154,7 +154,7 @@ def write_predictions(classifier, found: list[dict], bad: list, config, say) -> 
         if path == "-":
             print(text, end="")
         else:
-            say(f"written: {files.write(path, text)}")
+            say(f"written: {files.write(files.followed(path), text)}")
     if not texts:
         print_table(found)
 

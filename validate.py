@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.json == "-":
         print(files.json_text(numbers), end="")
     elif config.json:
-        files.write_json(config.json, numbers)
+        files.write_json(files.followed(config.json), numbers)
     return 0
 
 

@@ -5,6 +5,7 @@ Each command is started as `python -m analysis.NAME`; its `--help` gives example
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from base import flags
@@ -30,17 +31,15 @@ def checkpoint_parser(name: str, description: str, epilog: str, *, writes: bool 
 
 
 def parse(parser: flags.Parser, argv: list[str] | None):
-    """Parse as `flags.parse`, and check that the checkpoint exists before torch is imported."""
+    """Parse as `flags.parse`, fill in --out, check that the checkpoint exists before torch is imported."""
     from harness import rundir
 
     config, given = flags.parse(parser, argv)
     rundir.check_checkpoint(config.checkpoint)
+    if not getattr(config, "out", "given"):
+        config = dataclasses.replace(config, out=str(Path(config.checkpoint).parent / "plots"))
     doing(f"loading torch and {config.checkpoint}")
     return config, given
-
-
-def out_dir(config) -> Path:
-    return Path(config.out) if config.out else Path(config.checkpoint).parent / "plots"
 
 
 def save(config, pictures: dict) -> None:
@@ -48,4 +47,4 @@ def save(config, pictures: dict) -> None:
     from analysis import figures
 
     for name, fig in pictures.items():
-        print(figures.save(fig, out_dir(config) / name))
+        print(figures.save(fig, Path(config.out, name)))

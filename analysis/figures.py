@@ -6,9 +6,12 @@ of Okabe and Ito (https://jfly.uni-koeln.de/color/), which colour-blind readers 
 
 from __future__ import annotations
 
+import functools
 import io
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
@@ -17,6 +20,7 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure  # pyplot would keep every figure in memory
 
 from base import files
+from base.errors import tell
 
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILLION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
@@ -55,7 +59,7 @@ def save(fig: Figure, path: str | os.PathLike, dpi: int = 110) -> Path:
     kind = Path(path).suffix[1:]
     # Without the date, the same picture is the same file.
     dated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
-    with files.replacing(path) as partial:
+    with files.replacing(path) as partial, _noting_missing_letters():
         fig.savefig(partial, format=kind, dpi=dpi, metadata=dated)
     return Path(path)
 
@@ -63,8 +67,28 @@ def save(fig: Figure, path: str | os.PathLike, dpi: int = 110) -> Path:
 def to_svg(fig: Figure) -> bytes:
     """Return the figure as SVG on a transparent background, with letters as outlines: no font is needed."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with _noting_missing_letters():
+        fig.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return buffer.getvalue()
+
+
+@contextmanager
+def _noting_missing_letters() -> Iterator[None]:
+    """Replace matplotlib's warnings, one for each letter that its fonts lack, by one note."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # the filters outside decide about the others
+        yield
+    for warning in caught:
+        if "missing from font" in str(warning.message) or "natively" in str(warning.message):
+            _note_missing_letters()
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+@functools.cache  # once in a command
+def _note_missing_letters() -> None:
+    what = "pictures show boxes for letters that no installed font has"
+    tell(f"note: {what}; Noto Sans CJK has Chinese, Japanese and Korean")
 
 
 def line_style(k: int) -> dict[str, str]:
@@ -113,4 +137,5 @@ def strips(
 def shorten(text: str, width: int = 18) -> str:
     """Return `text` cut to `width` characters, with dollar signs escaped, which start maths in matplotlib."""
     text = text if len(text) <= width else text[: width - 1] + "…"
+    text = " " * text.startswith("_") + text  # legends leave out what begins with _
     return text.replace("$", r"\$")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -22,14 +23,19 @@ def build_parser() -> flags.Parser:
     add, images = parser.add_argument, parser.add_mutually_exclusive_group().add_argument
     add("--count", type=few, default=8, metavar="N", help="Number of validation images.")
     images("--misclassified", action="store_true", help="Explain the most confident mistakes.")
-    ids, names = flags.listing(flags.natural), flags.listing(str)
+    ids = flags.listing(flags.natural)
     numbers = "Explain the validation images with these numbers, from 0."
     images("--ids", type=ids, default=(), metavar="N,...", help=numbers)
-    images("--files", type=names, default=(), metavar="FILE,...", help="Explain these image files.")
+    images("--files", type=file_names, default=(), metavar="FILE,...", help="Explain these image files.")
     add("--layer", default="", metavar="NAME", help="Module; by default the last one with a spatial map.")
     size = "Image size; by default the checkpoint's."
     add("--image-size", type=flags.positive, default=None, metavar="PX", help=size)
     return parser
+
+
+def file_names(text: str) -> tuple[str, ...]:
+    """Return the names in a list; a name of a file may itself have commas."""
+    return (text,) if os.path.isfile(text) else flags.listing(str)(text)
 
 
 def main(argv: list[str] | None = None) -> int:

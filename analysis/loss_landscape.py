@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from analysis import arguments
 from base import files, flags
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         "seed": config.seed,
         "losses": {name: grid.tolist() for name, grid in losses.items()},
     }
-    files.write_json(arguments.out_dir(config) / "loss_landscape.json", content)
+    files.write_json(Path(config.out, "loss_landscape.json"), content)
     return 0
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from base.device import memory_for
 from base.errors import DivergedError, UserError
 from base.progress import Progress
 from ema import NoEMA
+from harness.interrupts import STOP_SIGNALS
 from harness.log import read_metrics
 from loop import Run, start_phase
 from optim.schedule import set_lr
@@ -114,6 +116,9 @@ def compare_trainings(values: dict, lrs: list[float], epochs: int) -> dict:
 
     values: {flag of train.py: value} of every training; it lasts `epochs`
     """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is errors.exit_at_once:  # and leave its files behind
+            signal.signal(number, _stop)
     rows = []
     title = f"{len(lrs)} runs of {epochs} epoch{'s' * (epochs > 1)}"
     with tempfile.TemporaryDirectory() as scratch, Progress(len(lrs), title, unit="runs") as bar:
@@ -133,6 +138,10 @@ def compare_trainings(values: dict, lrs: list[float], epochs: int) -> dict:
         "accuracies": accuracies,
         "ended": title,
     }
+
+
+def _stop(number: int, frame) -> None:
+    raise errors.Stopped(number)
 
 
 def train(values: dict) -> dict | None:
@@ -205,7 +214,7 @@ def draw_losses(axis, lrs: list[float], losses: list[float]) -> None:
     axis.plot(lrs, curve, color=figures.BLUE, linewidth=2, label="smoothed")
     # An explosion at the end would flatten the rest into a line.
     fall = curve[0] - curve.min()
-    top = curve[0] + max(0.6 * fall, 0.1 * abs(curve[0]))
+    top = curve[0] + (max(0.6 * fall, 0.1 * abs(curve[0])) or 0.1)  # data of one class have the loss 0
     axis.set(ylabel="training loss", ylim=(min(curve.min(), *losses) - 0.1 * fall, top))
 
 

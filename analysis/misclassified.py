@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 
 from analysis import arguments
 from base import files, flags
@@ -50,9 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         arguments.save(config, {f"{name}.png": fig})
     else:
         print(f"no mistakes in {total} validation images{of}")
-        (arguments.out_dir(config) / f"{name}.png").unlink(missing_ok=True)  # of an earlier checkpoint
+        Path(config.out, f"{name}.png").unlink(missing_ok=True)  # of an earlier checkpoint
     content = {"images": total, "mistakes": mistakes(classifier, predictions, wrong)}
-    print(files.write_json(arguments.out_dir(config) / f"{name}.json", content))
+    print(files.write_json(Path(config.out, f"{name}.json"), content))
     return 0
 
 

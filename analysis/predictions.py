@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from base import flags, process
+from base import files, flags, process
 from base.device import Runtime, init_runtime, memory_for
 from base.errors import CheckpointError, DataError, UsageError
 from base.progress import Progress
 from data_utils import hits
 from dataloader import Batch, Batches, Loader, Order, eval_dataset, normalize
 from harness import checkpoint, rundir
-from sources import folders, layouts
+from sources import folders, layouts, splits
 from sources.decode import BadImage
 from sources.images import EvalTransform
 from sources.index import DatasetIndex, Names, Split, short_names
@@ -212,6 +212,7 @@ def load_with_data(config, given: flags.Given, needs_data: bool = True) -> Class
     classifier = open_data(classifier, config, given)
     if out := getattr(config, "out", ""):
         folders.check_outside(classifier.index, out, "--out")
+        files.make_directory(Path(out))
     known, found = list(classifier.classes), list(classifier.index.classes)
     if known != found:
         what = f"the data's {len(found)} classes are not the model's {len(known)}"
@@ -224,6 +225,9 @@ def open_data(classifier: Classifier, config, given: flags.Given, say=process.sa
     data = rundir.with_saved_data(config, given, classifier.payload["config"])
     notes = flags.refuse_idle(flags.DATASET, data, given)
     index = layouts.open_dataset(**flags.data_args(data))
+    elsewhere = data.data_dir != classifier.payload["config"]["data_dir"]
+    if elsewhere and not (data.holdout or data.subset or has_own_data(replace(classifier, index=index))):
+        index = splits.undivided(index)  # a folder of test images
     for note in (*notes, *index.notes):
         say(note)
     return replace(classifier, index=index)

@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     paths = list(dict.fromkeys(map(Path, args.run_dirs)))
     studies = [path for path in map(checked, paths) if (path / "summary.md").is_file()]
     run_dirs = [path for path in paths if path not in studies]
-    out = Path(args.out or paths[0] / "report.html")
+    out = files.followed(args.out) or str(paths[0] / "report.html")
+    files.check_output(args.out or out, "--out")  # before the pictures are made
 
     def write(final: bool = not args.watch) -> bool:
         """Write the page; return whether all runs are complete.
@@ -138,11 +139,19 @@ def make_missing(run, data_dir: str, device: str) -> list[str]:
         "plots/gradcam.png": ["-m", "analysis.gradcam"],
     }.items():
         path = run.path / file
-        if path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime:
+        if is_newer(path, checkpoint):
             continue
         if reason := call([*command, *arguments]):
             notes.append(f"No {path.name}: {reason}.")
+        elif command[-1] == "validate" and not is_newer(path, checkpoint):  # it wrote the scores elsewhere
+            where = run.path / "validation_other_data"
+            notes.append(f"The data are not those of the run; their scores are in {where}.")
+            tell(f"note: {notes[-1]}")
     return notes
+
+
+def is_newer(path: Path, checkpoint: Path) -> bool:
+    return path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime
 
 
 def call(command: list[str]) -> str:

@@ -35,10 +35,13 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     if len(args.run_dirs) > 1 and not args.out:
         raise UsageError("a card of several runs needs a file to write to", "give --out FILE.md")
+    if args.out:
+        files.check_output(args.out, "--out")
     from analysis import runs
 
     text = card(runs.read_runs(args.run_dirs), args.gpu_price)
-    print(files.write(args.out or Path(args.run_dirs[0], "report_card.md"), text))
+    out = files.followed(args.out) or Path(args.run_dirs[0], "report_card.md")
+    print(files.write(out, text))
     return 0
 
 

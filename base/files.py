@@ -16,9 +16,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from base.errors import ResourceError
+from base.errors import ResourceError, UsageError
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # from filesystems without locks
+DESCRIPTORS = ("/dev/std", "/dev/fd/", "/proc/")  # names of open files
 FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet's formula may begin with
 
 
@@ -100,11 +101,23 @@ def make_directory(path: Path, flag: str = "--out") -> Path:
 
 
 def check_output(path: str, flag: str) -> None:
-    """Raise ResourceError if `write` could not write the file, before the work whose result it will hold."""
+    """Raise an error if `write` could not write the file, before the work whose result it will hold."""
     if os.path.isdir(path):
         raise ResourceError(f"cannot write {path}: it is a directory", f"name a file with {flag}")
+    if os.path.isfile(path) and os.path.abspath(path).startswith(DESCRIPTORS):
+        fix = f"name that file with {flag}" + ", or '-' for standard output" * (flag != "--out")
+        raise UsageError(f"{flag} {path} is a link to the file {os.path.realpath(path)}", fix)
     if os.path.isfile(path) or not os.path.exists(path):  # not a pipe or a device
-        make_directory(Path(path).parent, flag)
+        make_directory(Path(followed(path)).parent, flag)
+
+
+def followed(path: str) -> str:
+    """Return the file that a link leads to, so that it is replaced and not the link; any other path as it is.
+
+    For paths from the command line only: links in data or run directories may lead anywhere.
+    """
+    to_file = os.path.isfile(path) or not os.path.exists(path)
+    return os.path.realpath(path) if to_file and os.path.islink(path) else path
 
 
 def rewrite(paths: Iterable[Path], change: Callable[[str], str]) -> list[Path]:

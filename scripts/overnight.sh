@@ -35,11 +35,13 @@ if [ -d "$data" ]; then
       read -ra pack <<< "pack_dataset.py ${PACK_FLAGS-}"
       python "${pack[@]}" --data-dir "$data" --out "$data-packed"
       echo "${PACK_FLAGS-}" > "$flags"
+    elif [[ $(find "$data/" -mindepth 1 -maxdepth 2 -type d -newer "$data-packed/manifest.json") ]]; then
+      echo "note: folders in $data changed after it was packed; to use what is new, delete $data-packed" >&2
     fi
     data+=-packed
   fi
   where=(--data-dir "$data")
-elif [[ $data == digits || $data == synthetic* ]]; then
+elif [[ $data == digits || $data == synthetic* || $data == hf:* ]]; then
   where=(--dataset "$data")
 else
   where=(--dataset "$data" --data-dir "data/$data")

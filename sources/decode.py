@@ -157,7 +157,10 @@ def _end_of_scans(data: bytes) -> int:
         if marker == 0xDA:  # entropy-coded data follow
             found = _END_OF_SCAN.search(data, at)
             at = found.start() if found else len(data)
-    return min(at, len(data))
+    at = min(at, len(data))
+    while data[at - 1] == 0xFF:  # fill bytes, which may stand before any marker, belong to it
+        at -= 1
+    return at
 
 
 def _decode_strictly(data: bytes, name: str) -> np.ndarray:

@@ -30,10 +30,17 @@ class HubSplit(Split):
 
     def read(self, ids: Sequence[int]) -> list[bytes | np.ndarray]:
         rows = self.table[[int(i) for i in ids]][self.image]
-        return [row["bytes"] or Path(row["path"]).read_bytes() for row in rows]
+        return [_file(row) for row in rows]
 
     def digest(self) -> str:
         return hashlib.sha256(self.labels.astype("<i8").tobytes() + self.title.encode()).hexdigest()
+
+
+def _file(row: dict | None) -> bytes:
+    """Return an encoded image; of a row without one b"", which is a bad image."""
+    if not row or not (row["bytes"] or row["path"]):
+        return b""
+    return row["bytes"] or Path(row["path"]).read_bytes()
 
 
 def hub(dataset: str) -> DatasetIndex:
@@ -55,7 +62,7 @@ def hub(dataset: str) -> DatasetIndex:
         raise DataError(f"the labels of {dataset} are not class numbers", "choose another dataset")
 
     def labels(part: str) -> np.ndarray:  # without [:], datasets 4 would read each row by itself
-        return np.asarray(tables[part][label][:], np.int64)
+        return np.asarray([-1 if k is None else k for k in tables[part][label][:]], np.int64)
 
     parts = (part for part in VALIDATION if part in tables and min(labels(part), default=-1) >= 0)
     validation = next(parts, None)

@@ -160,6 +160,10 @@ def image_root(data_dir: str) -> str:
         found = [path for path in inside if os.path.isdir(f"{path}/train") or splits.lacks_parts(path)]
         if parts := [name for name in names if splits.PARTS.fullmatch(name)]:
             fix = f"move {folders.every(parts)} away if the other folders are classes, or {fix}"
+        elif len(found) > 1:
+            these = folders.some(sorted(os.path.basename(os.fsencode(path)) for path in found))
+            fix = f"if {these} are classes, move an image of one of them out of its subfolder; "
+            fix += "if they are datasets, name one of them with --data-dir"
     fix = f"use --data-dir {shlex.quote(found[0])}" if len(found) == 1 else fix
     raise DataError(f"no folder train/ in {os.path.abspath(data_dir)}", fix)
 

@@ -107,6 +107,8 @@ def _on_disk(
 def check_dir(data_dir: str) -> None:
     """Raise DataError if `data_dir` does not exist or is empty."""
     path = os.path.abspath(data_dir)
+    if os.path.isfile(data_dir):
+        raise DataError(f"{path} is a file, not a directory", "name the directory that holds the images")
     if not os.path.isdir(data_dir):
         fix = nearest_path(data_dir) or NO_DATA
         raise DataError(f"no data directory at {path}", fix)

@@ -16,7 +16,7 @@ from pathlib import Path
 from base import files
 from base.errors import DataError, ResourceError
 from sources import folders
-from sources.index import DatasetIndex
+from sources.index import DatasetIndex, FileSplit
 
 FILE = "split.json"
 SHARE, SEED = 0.2, 0
@@ -45,9 +45,24 @@ def class_folders(name: str, data_dir: str, listing: folders.Listing) -> Dataset
         val.by_class[key] = sorted(held)
         parts |= {image: "val" if image in held else "train" for image in images}
     index = folders.from_listings(name, train, val)
-    note = f"{name}: {len(train):,} images to train on, {len(val):,} to validate on; {path} lists them"
+    where = f"{path} lists them" if known else f"training or packing will list them in {path}"
+    note = f"{name}: {len(train):,} images to train on, {len(val):,} to validate on; {where}"
     text = _text(known | parts) if parts.items() - known.items() else ""
     return replace(index, notes=(note, *folders.notes({name: listing})), split_file=(path, text))
+
+
+def undivided(index: DatasetIndex) -> DatasetIndex:
+    """Return `index` with all its images for validation, unless `split.json` or the folders divide them."""
+    if not index.split_file or os.path.lexists(index.split_file[0]):
+        return index
+    parts = (index.train, index.val)
+    images = sorted(
+        pair for part in parts for pair in zip(part.labels, part.names_of(range(len(part))), strict=True)
+    )
+    val = FileSplit(index.val.whole.root, [name for _, name in images], [label for label, _ in images])
+    why = f"they are not the run's, and no {FILE} divides them"
+    note = f"{index.name}: all {len(val):,} images are for validation: {why}"
+    return replace(index, val=val, notes=(note, *index.notes[1:]))
 
 
 def _check_classes(listing: folders.Listing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import warnings
 
 import numpy as np
 import pytest
@@ -96,12 +97,33 @@ def test_a_short_last_phase_keeps_its_label(tmp_path):
         assert any("48 px" in text.get_text() for text in ax.texts)
 
 
+def test_a_run_whose_name_begins_with_an_underscore_is_in_the_legends(tmp_path):
+    found = [runs.read_run(write_steps(tmp_path / n, [step_row(1), step_row(2)]), n) for n in ("_a", "b")]
+    epochs = learning_curves.compare(found, "title", "%", lambda run: "val_top1")
+    steps = step_curves.compare(found, step_curves.LOSS)
+    for fig in (epochs, steps):
+        assert [text.get_text().strip() for text in fig.legends[0].get_texts()] == ["_a", "b"]
+
+
 def test_a_picture_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ResourceError, match="cannot write"):
         figures.save(figures.figure(2, 2), tmp_path / "file" / "a.png")
     figures.save(figures.figure(2, 2), tmp_path / "deep" / "a.png")
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_letters_that_no_font_has_are_noted_once(tmp_path, capsys, monkeypatch):
+    fig = figures.figure(2, 2, "\ue000\ue001 שלום")
+    figures._note_missing_letters.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figures.save(fig, tmp_path / "a.png")
+        figures.to_svg(fig)
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(fig, "savefig", lambda *_, **__: warnings.warn("another", stacklevel=1))
+    with pytest.warns(UserWarning, match="another"):
+        figures.to_svg(fig)
 
 
 def test_runs_are_told_apart_by_their_flags_and_by_as_much_path_as_it_takes(tmp_path):

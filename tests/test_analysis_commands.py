@@ -26,7 +26,7 @@ from analysis import (
     predictions,
 )
 from base.device import Runtime
-from base.errors import CheckpointError, DataError, UsageError
+from base.errors import CheckpointError, DataError, ResourceError, UsageError
 from models import build_model
 
 DIGITS = ["--dataset", "digits", "--subset", "--subset-size", "100", "--device", "cpu"]
@@ -256,6 +256,15 @@ def test_commands_refuse_unsuitable_arguments(trained, tmp_path, photos):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("command", [misclassified, gradcam, loss_landscape, filters])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(command, trained, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(predictions.Classifier, "val_pixels", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(predictions.Classifier, "predict_val", lambda _: pytest.fail("images were predicted"))
+    with pytest.raises(ResourceError, match="cannot write to"):
+        command.main([str(trained), "--device", "cpu", "--out", str(tmp_path / "file" / "out")])
+
+
 def test_many_images_are_explained_in_parts_and_drawn_in_rows(trained, tmp_path, monkeypatch):
     classifier = predictions.load(str(trained), "ema", CPU)
     images = classifier.batch(np.random.default_rng(0).integers(0, 256, (10, 64, 64, 3), np.uint8))
@@ -275,6 +284,13 @@ def test_gradcam_of_files_needs_no_dataset(trained, tmp_path, photos):
     assert gradcam.main([str(trained), "--files", str(file), "--out", str(tmp_path), "--device", "cpu"]) == 0
     with pytest.raises(DataError, match="No such file"):
         gradcam.main([str(trained), "--files", "nothing.jpg", "--out", str(tmp_path), "--device", "cpu"])
+
+
+def test_a_file_whose_name_has_a_comma_is_one_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a,b.jpg").touch()
+    assert gradcam.file_names("a,b.jpg") == ("a,b.jpg",) and gradcam.file_names("a, b") == ("a", "b")
+    assert len(gradcam.file_names(",".join(["photo.jpg"] * 200))) == 200
 
 
 def test_filters_command_and_the_sizes_stride_and_padding_make(trained, tmp_path):

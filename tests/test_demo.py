@@ -8,6 +8,8 @@ import io
 import json
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -134,6 +136,27 @@ def test_only_this_page_is_answered(server, photos):
     assert ask(server, image, Host="localhost:8000", Origin="http://localhost:8000")[0] == 200  # through ssh
     assert ask(server, path="/other", method="GET")[0] == ask(server, path="/other")[0] == 404
     assert server.server_address[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("fault", [None, ValueError("a bug")])
+def test_only_bugs_print_a_traceback_and_not_a_tab_that_is_closed_during_an_answer(fault, capsys):
+    closed, done = threading.Event(), threading.Event()
+
+    def answer(image, query):
+        closed.wait(60)
+        if fault:
+            raise fault
+        return {}
+
+    with Server(0, "page", answer) as server:
+        server.shutdown_request = lambda request: (request.close(), done.set())
+        threading.Thread(target=server.handle_request).start()
+        with socket.create_connection(server.server_address) as client:
+            client.sendall(b"POST /answer HTTP/1.0\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        closed.set()
+        assert done.wait(60)
+    assert ("Traceback" in capsys.readouterr().err) == bool(fault)
 
 
 def test_the_page_names_the_model_and_loads_nothing_from_anywhere(server):

@@ -19,6 +19,7 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -395,6 +396,17 @@ def test_a_disk_without_room_is_reported_before_the_transfer(want, monkeypatch, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 0, 10))
     assert "300,002 are still to come" in refused(ResourceError, want()).what
     assert os.listdir(tmp_path) == []
+
+
+def test_bytes_that_cannot_be_continued_count_as_free(want, monkeypatch):
+    wanted = want()
+    wanted.part.write_bytes(b"of another version")
+    for lacking in (1, 0):
+        free = len(BODY) - wanted.received - lacking
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        if lacking:
+            assert "still to come" in refused(ResourceError, wanted).what and wanted.received
+    assert download(wanted).read_bytes() == BODY
 
 
 def test_a_disk_that_fills_up_keeps_the_bytes_received(want, monkeypatch, tmp_path):

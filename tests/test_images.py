@@ -153,6 +153,15 @@ def test_a_thorough_check_finds_other_truncated_jpegs(mode, options, capfd):
             decode(cut(data, keep) + b"trailing", thorough=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 7}])
+def test_fill_bytes_before_the_end_mark_are_no_damage(options):
+    data = encoded(photo(100, 150), **options)
+    filled = data[:-2] + b"\xff\xff\xff\xd9"
+    assert np.array_equal(decode(filled, thorough=True), decode(data))
+    with pytest.raises(BadImage):
+        decode(cut(data, 0.7)[:-2] + b"\xff\xff\xff\xd9", thorough=True)
+
+
 def test_a_grey_corner_is_no_damage():
     grey = photo(100, 150)
     grey[40:] = 128

@@ -736,13 +736,17 @@ def test_archives_that_are_not_unpacked_are_recognised(tmp_path):
     assert "download_imagenet.py --method manual" in refused(DataError, "imagenet", tmp_path).fix
 
 
-def make_hub(datasets, root, train=(1, 0, 1), val=(0, 1), kind=None):
-    """A dataset of the Hub as a local folder of parquet files: by default 3 + 2 images of cat and dog."""
+def make_hub(datasets, root, train=(1, 0, 1), val=(0, 1), kind=None, first=True):
+    """A dataset of the Hub as a local folder of parquet files: by default 3 + 2 images of cat and dog.
+
+    first: whether the first row of each part has an image
+    """
     kind = kind or datasets.ClassLabel(names=["cat", "dog"])
     features = datasets.Features({"label": kind, "image": datasets.Image()})
     root.mkdir(parents=True, exist_ok=True)
     for part, labels in (("train", train), ("validation", val)):
-        rows = {"label": labels, "image": [{"bytes": png(k), "path": None} for k in range(len(labels))]}
+        images = [{"bytes": png(k), "path": None} if k or first else None for k in range(len(labels))]
+        rows = {"label": labels, "image": images}
         datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{part}.parquet")
 
 
@@ -766,6 +770,8 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("train", "val", "words"), [
     ([0, -1, 1], [0], r"column label of .*/train holds -1, none of the 2 classes"),
+    ([0, None, 1], [0], r"column label of .*/train holds -1, none of the 2 classes"),
+    ([0, 1], [None, None], ".* has no labelled validation split"),
     ([0, 1, 0], [1, 2], r"column label of .*/validation holds 2, none of the 2 classes"),
     ([0, 1, 2], [1, 2], ""),
 ])  # fmt: skip
@@ -778,6 +784,13 @@ def test_hugging_face_labels_that_are_no_class_are_refused(train, val, words, tm
         assert re.match(words, refused(DataError, f"hf:{tmp_path / 'pets'}", "").what)
     else:
         assert len(open_dataset(f"hf:{tmp_path / 'pets'}", "").classes) == 3
+
+
+def test_a_hugging_face_row_without_an_image_is_an_empty_file(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    make_hub(datasets, tmp_path / "pets", first=False)
+    assert open_dataset(f"hf:{tmp_path / 'pets'}", "").train.read([0, 1]) == [b"", png(1)]
 
 
 def test_hf_without_the_package_says_how_to_install_it(monkeypatch):

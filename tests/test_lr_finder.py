@@ -3,8 +3,14 @@
 import copy
 import json
 import math
+import os
 import shlex
+import signal
 import sys
+import tempfile
+import threading
+import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +23,9 @@ import data_utils
 import ema
 import lr_finder
 import train
-from analysis import lr_range_test
+from analysis import figures, lr_range_test
 from analysis.lr_suggestion import Divergence, longest_descent, smooth, suggest
-from base import flags
+from base import errors, flags, process
 from base.device import Runtime
 from base.errors import DivergedError, UsageError, UserError
 from optim import build_optimizer
@@ -332,6 +338,34 @@ def test_divergence_is_part_of_the_curve_and_another_failure_is_not(tmp_path, mo
     assert failed.value.exit_code == 6 and failed.value.fix == "buy some"
 
 
+TRAIN = """import os, pathlib, sys, time
+folder = pathlib.Path(*(word.partition("=")[2] for word in sys.argv if word.startswith("--save-dir=")))
+folder.mkdir()
+pathlib.Path(__file__).with_name("pid").write_text(str(os.getpid()))
+time.sleep(100)"""
+
+
+def test_a_stop_signal_ends_the_training_and_leaves_no_files(tmp_path, monkeypatch):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "train.py").write_text(TRAIN)
+    monkeypatch.setattr(process, "ROOT", tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    monkeypatch.setattr(errors, "exit_at_once", lambda *_: pytest.fail("it ended at once"))
+    signal.signal(signal.SIGTERM, errors.exit_at_once)  # as errors.run does
+
+    def stop():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(errors.Stopped):
+        lr_range_test.compare_trainings({}, [0.1, 0.2], 1)
+    assert not list((tmp_path / "scratch").iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+
+
 class Done:
     stderr = "noise\nerror: no memory\nfix: buy some\n"
 
@@ -375,6 +409,14 @@ def test_the_picture_says_that_there_is_no_suggestion():
     assert "no suggestion" in lr_range_test.draw(found).axes[0].get_title()
     found |= {"commands": {"valley": "train.py"}, "suggestions": {"valley": 1e-2}}
     assert "no suggestion" not in lr_range_test.draw(found).axes[0].get_title()
+
+
+def test_a_loss_of_zero_throughout_is_drawn_without_a_warning():
+    axis = figures.figure(2, 2).subplots()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lr_range_test.draw_losses(axis, [1e-3, 1e-2, 1e-1], [0.0, 0.0, 0.0])
+    assert axis.get_ylim() == (0, 0.1)
 
 
 @pytest.mark.parametrize("mode, advice", [("loss", "raise --num-iter"), ("accuracy", "and --end-lr")])

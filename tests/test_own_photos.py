@@ -19,7 +19,7 @@ import pack_dataset
 import predict
 import train
 import validate
-from analysis import batch
+from analysis import batch, predictions
 from base import flags, process
 from base.errors import CheckpointError, DataError, UsageError
 from base.phases import fitting_batch, phase_batches
@@ -115,8 +115,10 @@ def test_a_fifth_of_every_class_is_for_validation(flat):
 
 
 def test_the_split_is_kept_when_images_are_added_and_deleted(flat, tmp_path):
-    before = parts_of(open_dataset("imagenet", flat))
+    before = parts_of(index := open_dataset("imagenet", flat))
+    assert index.notes[0].endswith(f"training or packing will list them in {flat / splits.FILE}")
     assert trained(flat, tmp_path / "run") == 0
+    assert open_dataset("imagenet", flat).notes[0].endswith(f"; {flat / splits.FILE} lists them")
     assert json.loads((flat / splits.FILE).read_text()).keys() == {"train", "val"}
     add(flat, "ant", range(100, 125))
     add(flat, "bee", range(100, 130))
@@ -193,6 +195,32 @@ def test_every_command_sees_the_same_split(flat, tmp_path, capsys):
     assert index.split_file[1] == ""  # packing wrote it down
 
 
+def test_all_images_of_a_test_folder_are_scored(flat, tmp_path):
+    index, saved = open_dataset("imagenet", flat), flags.defaults() | {"data_dir": str(flat)}
+    payload = {"config": flags.plain(flags.make_config(saved)), "fingerprint": index.fingerprint()}
+    classifier = predictions.Classifier({}, payload, None, 16, 1)
+    splits.write_down(index)
+    test, moved = shutil.copytree(flat, tmp_path / "test"), shutil.copytree(flat, tmp_path / "moved")
+    for folder in (test, moved):
+        (folder / splits.FILE).unlink()
+    add(test, "cow", range(10, 20))
+
+    def scored(data, *more) -> int:
+        config, given = flags.parse(validate.build_parser(), ["BEST", "--data-dir", str(data), *more])
+        return len(predictions.open_data(classifier, config, given, notes.append).index.val)
+
+    notes = []
+    assert scored(moved) == len(index.val) == 8  # the very images that the run was validated on
+    assert "to train on" in notes.pop()
+    assert scored(test) == 47 and not (test / splits.FILE).exists()
+    assert notes.pop().startswith("test: all 47 images are for validation: ") and not notes
+    assert scored(test, "--classes", "2") == 35 and scored(test, "--holdout", "0.5") == 19
+    add(flat, "cow", range(10, 20))  # of which the run may learn some: it is no test folder
+    assert scored(flat) == 9
+    shutil.copy(flat / splits.FILE, test)
+    assert scored(test) == 9
+
+
 def test_parts_of_a_flat_folder(flat):
     index = open_dataset("imagenet", flat)
     part = open_dataset("imagenet", flat, classes=2, holdout=0.25, subset_size=8)
@@ -239,6 +267,17 @@ def test_the_classes_are_found_one_floor_down(flat):
     with pytest.raises(DataError, match="no folder train/") as caught:
         open_dataset("imagenet", flat.parent)
     assert caught.value.fix == f"use --data-dir {shlex.quote(str(flat))}"
+
+
+def test_classes_whose_images_are_all_in_subfolders_are_told_from_datasets(tmp_path):
+    for folder in ("cat/2020", "dog/2020", "dog/2021"):
+        add(tmp_path, folder, range(4))
+    with pytest.raises(DataError, match="no folder train/") as caught:
+        open_dataset("imagenet", tmp_path)
+    assert caught.value.fix.startswith("if cat, dog are classes, move an image of one of them out of")
+    (tmp_path / "cat" / "2020" / "3.jpg").rename(tmp_path / "cat" / "3.jpg")
+    index = open_dataset("imagenet", tmp_path)
+    assert index.classes == ("cat", "dog") and len(parts_of(index)) == 12
 
 
 def test_a_lone_class_and_a_lone_train_folder_are_explained(flat, tmp_path):

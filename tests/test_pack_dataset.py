@@ -327,6 +327,13 @@ def test_verify_lists_every_bad_image(folders, capsys):
     assert "train_09.JPEG: the file is empty" in capsys.readouterr().out
 
 
+def test_an_output_that_is_a_file_is_refused(folders, tmp_path):
+    (tmp_path / "out").touch()
+    with pytest.raises(ResourceError, match=r"cannot write to .*out: File exists") as caught:
+        pack(folders, tmp_path / "out")
+    assert caught.value.fix == "choose a writable directory with --out"
+
+
 # --- disk ------------------------------------------------------------------------------------------
 
 

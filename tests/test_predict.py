@@ -59,7 +59,7 @@ def test_linked_folders_are_searched_once(photos, photo_run, tmp_path, capsys):
 
 
 def test_folders_are_read_as_in_training(photos, photo_run, tmp_path, capsys):
-    for folder in (".thumbnails", "b", "line\nbreak"):
+    for folder in (".thumbnails", "@eaDir", "#recycle", "b", "line\nbreak"):
         (tmp_path / folder).mkdir()
         shutil.copy(photos / "val" / "cat" / "cat_0.JPEG", tmp_path / folder / "x.jpg")
     (tmp_path / "a").symlink_to(tmp_path / "b")  # of two names for a folder, the link comes last
@@ -92,6 +92,7 @@ def test_bad_images_are_named_and_the_others_predicted(photos, photo_run, tmp_pa
         (tmp_path / name).write_bytes(content)
     (tmp_path / "empty").mkdir()
     images = [str(tmp_path), str(tmp_path / "none.jpg"), str(tmp_path / "empty")]
+    (tmp_path / "out.csv").symlink_to("linked.csv")
     where = ["--csv", str(tmp_path / "out.csv"), "--json", str(tmp_path / "out.json")]
     with pytest.raises(DataError, match="4 of 6 images") as error:
         predict.main([str(photo_run), *images, *PLAIN, *where])
@@ -113,7 +114,7 @@ def test_bad_images_are_named_and_the_others_predicted(photos, photo_run, tmp_pa
         "none.jpg",
         "empty",
     }
-    assert len(list(csv.DictReader((tmp_path / "out.csv").open()))) == 2 * 3
+    assert len(list(csv.DictReader((tmp_path / "linked.csv").open()))) == 2 * 3
 
 
 def test_predictions_do_not_depend_on_workers(photos, photo_run, tmp_path, capsys):

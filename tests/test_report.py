@@ -230,6 +230,16 @@ def test_usage_and_data_errors(run_dir, tmp_path):
         written(run_dir, out=run_dir / "metrics.jsonl" / "r.html")
 
 
+def test_an_output_is_checked_before_pictures_are_made_and_a_link_is_followed(run_dir, tmp_path, monkeypatch):
+    (run_dir / "best_x.pt").touch()
+    monkeypatch.setattr(report, "call", lambda command: pytest.fail("a picture is made"))
+    with pytest.raises(ResourceError, match="cannot write"):
+        report.main([str(run_dir), "--out", str(run_dir / "best_x.pt" / "r.html")])
+    (tmp_path / "r.html").symlink_to("linked.html")
+    assert report.main([str(run_dir), "--no-pictures", "--out", str(tmp_path / "r.html")]) == 0
+    assert (tmp_path / "r.html").is_symlink() and (tmp_path / "linked.html").is_file()
+
+
 def test_the_list_names_each_runs_score_and_distinguishing_flags(run_dir, tmp_path, capsys):
     make_run(tmp_path / "second", lr=0.5)
     make_run(tmp_path / "third")
@@ -251,6 +261,16 @@ def test_only_missing_or_outdated_pictures_are_made(run_dir, tmp_path, monkeypat
     common = [str(checkpoint), "--device", "cpu", "--data-dir", str(tmp_path)]
     assert commands == [["-m", "analysis.misclassified", *common], ["-m", "analysis.gradcam", *common]]
     assert "No gradcam.png: it failed." in (run_dir / "report.html").read_text()
+
+
+def test_scores_of_other_data_are_announced(run_dir, monkeypatch, capsys):
+    (run_dir / "best_x.pt").touch()
+    for path in run_dir.rglob("*.*"):
+        os.utime(path, (1, 1) if path.name in ("scores.json", "misclassified.png") else (2**33, 2**33))
+    monkeypatch.setattr(report, "call", lambda command: "")
+    assert report.main([str(run_dir), "--data-dir", "other"]) == 0
+    note = f"The data are not those of the run; their scores are in {run_dir}/validation_other_data."
+    assert (run_dir / "report.html").read_text().count(note) == capsys.readouterr().err.count(note) == 1
 
 
 @pytest.mark.slow

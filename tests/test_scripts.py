@@ -38,13 +38,14 @@ def test_overnight_ends_where_the_data_cannot_be_packed(tmp_path):
 
 
 PYTHON = """#!/bin/bash
-echo "$1" >> called
+echo "$@" >> called
 if [[ $1 == pack_dataset.py ]]; then mkdir -p data-packed && touch data-packed/manifest.json; exit "$CODE"; fi
 exit 5"""  # which ends the script at the training
 
 
-def test_overnight_packs_until_the_packing_is_complete_and_then_needs_the_images_no_more(tmp_path):
-    (tmp_path / "data").mkdir()
+@pytest.fixture
+def called(tmp_path):
+    """Return a function that starts overnight.sh with a stand-in for Python: (the commands, what it said)."""
     (tmp_path / "train.py").touch()
     (tmp_path / "Makefile").write_text("setup: ;")
     python = tmp_path / ".venv" / "bin" / "python"
@@ -52,21 +53,46 @@ def test_overnight_packs_until_the_packing_is_complete_and_then_needs_the_images
     python.write_text(PYTHON)
     python.chmod(0o755)
 
-    def called(code: int = 0, flags: str = "--stored-sides 96") -> list[str]:
-        command = [ROOT / "scripts" / "overnight.sh", "./data/", "run", "--lr", "1"]
+    def start(data: str, code: int = 0, flags: str = "--stored-sides 96") -> tuple[list[str], str]:
+        command = [ROOT / "scripts" / "overnight.sh", data, "run", "--lr", "1"]
         variables = environment(CODE=str(code), PACK_FLAGS=flags)
         done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
         assert done.returncode == (code or 5), done.stderr
-        words = (tmp_path / "called").read_text().split()
+        lines = (tmp_path / "called").read_text().splitlines()
         (tmp_path / "called").unlink()
-        return words
+        return lines, done.stderr
 
-    assert called(code=3) == ["pack_dataset.py"]  # killed while it stored evaluation crops
-    assert called() == ["pack_dataset.py", "train.py"]
-    assert called() == ["train.py"]
-    assert called(flags="--eval-sizes 64") == ["pack_dataset.py", "train.py"]
+    return start
+
+
+def test_overnight_packs_until_the_packing_is_complete_and_then_needs_the_images_no_more(called, tmp_path):
+    def scripts(**options) -> list[str]:
+        return [line.split()[0] for line in called("./data/", **options)[0]]
+
+    (tmp_path / "data").mkdir()
+    assert scripts(code=3) == ["pack_dataset.py"]  # killed while it stored evaluation crops
+    assert scripts() == ["pack_dataset.py", "train.py"]
+    assert scripts() == ["train.py"]
+    assert scripts(flags="--eval-sizes 64") == ["pack_dataset.py", "train.py"]
     (tmp_path / "data").rmdir()
-    assert called() == ["train.py"]
+    assert scripts() == ["train.py"]
+
+
+def test_overnight_says_that_images_were_added_after_the_packing(called, tmp_path):
+    (tmp_path / "photos" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "data").symlink_to("photos")
+    assert "note" not in called("data")[1]
+    (tmp_path / "data" / "split.json").touch()  # which train.py may have written
+    assert "note" not in called("data")[1]
+    later = (tmp_path / "data-packed" / "manifest.json").stat().st_mtime + 1
+    os.utime(tmp_path / "photos" / "train" / "cat", (later, later))
+    lines, said = called("data")
+    assert "note: folders in data changed" in said and len(lines) == 1
+
+
+@pytest.mark.parametrize("name", ["digits", "synthetic:size=32", "hf:owner/photos"])
+def test_overnight_downloads_nothing_for_data_that_train_fetches_or_makes(name, called):
+    assert called(name)[0] == [f"train.py --dataset {name} --lr 1 --save-dir run --resume auto"]
 
 
 def laptop(run_dir) -> subprocess.Popen:
@@ -147,7 +173,9 @@ def test_a_card_of_seeds_has_their_mean(tmp_path):
         rows[2] |= {"val_top1": 50.0 + 2 * seed, "ema_val_top1": None}
         (dirs[-1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "card.md"
+    out.symlink_to("linked.md")
     assert report_card.main([*map(str, dirs), "--out", str(out)]) == 0
+    assert out.is_symlink()
     # 50 and 52: mean 51, standard deviation sqrt(2). Without CUDA there are no GPU hours.
     assert "| mean ± s.d., sum of 2 |  |  | 51.00 ± 1.41 | - |  | 0.00 | - |" in out.read_text(
         encoding="utf-8"

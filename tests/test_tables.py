@@ -7,7 +7,7 @@ import stat
 import pytest
 
 from base import files
-from base.errors import ResourceError
+from base.errors import ResourceError, UsageError
 
 
 @pytest.mark.parametrize("name", ["=cmd|' /C calc'!A0", "+1", "-2", "@SUM(A1)", "\tx", "\rx"])
@@ -46,3 +46,28 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
         assert os.read(reader, 99) == b"text" and stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     finally:
         os.close(reader)
+
+
+def test_of_a_link_that_is_named_the_file_is_replaced(tmp_path):
+    (tmp_path / "there").mkdir()
+    for name in ("there/old.csv", "there/new.csv"):
+        link = tmp_path / "link.csv"
+        link.symlink_to(name)
+        files.check_output(str(link), "--csv")
+        files.write(files.followed(str(link)), "text")
+        assert link.is_symlink() and (tmp_path / name).read_text() == "text"
+        link.unlink()
+    assert files.followed("") == "" and files.followed("a.csv") == "a.csv"
+
+
+def test_standard_output_that_leads_to_a_file_is_refused(tmp_path, monkeypatch):
+    """As root, `--csv /dev/stdout > file` replaced /dev/stdout."""
+    monkeypatch.setattr(files, "DESCRIPTORS", (str(tmp_path / "dev" / "std"),))
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "dev" / "stdout").symlink_to(tmp_path / "file")
+    with pytest.raises(UsageError, match="is a link to the file") as caught:
+        files.check_output(str(tmp_path / "dev" / "stdout"), "--csv")
+    assert caught.value.fix == "name that file with --csv, or '-' for standard output"
+    (tmp_path / "dev" / "shm").touch()
+    files.check_output(str(tmp_path / "dev" / "shm"), "--csv")

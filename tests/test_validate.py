@@ -33,6 +33,7 @@ PLAIN = ["--num-workers", "0", "--device", "cpu", "--amp", "off"]
 def scored(photo_run, tmp_path_factory):
     """(folder, scores.json) of one call with all options."""
     out = tmp_path_factory.mktemp("scored")
+    (out / "copy.json").symlink_to("linked.json")
     everything = ["--image-sizes", "24,32", "--tta", "flip", "--recalibrate-bn"]
     everything += ["--json", str(out / "copy.json")]
     assert validate.main([str(photo_run), *PLAIN, *everything, "--out", str(out)]) == 0
@@ -56,7 +57,7 @@ def test_every_combination_is_scored_once(scored):
     lines = [(line["image_size"], line["weights"], line["bn"], line["tta"]) for line in scored[1]["results"]]
     assert len(lines) == len(set(lines)) == 2 * 2 * 2 * 2
     assert scored[1]["details_of"] == next(line for line in scored[1]["results"] if line["weights"] == "ema")
-    assert json.loads((scored[0] / "copy.json").read_text()) == scored[1]
+    assert json.loads((scored[0] / "linked.json").read_text()) == scored[1]
 
 
 def test_the_output_files_agree(scored):

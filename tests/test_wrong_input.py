@@ -176,7 +176,7 @@ def a_file(root: Path) -> None:
 
 @pytest.mark.parametrize("spoil, words", [
     (no_directory, ["data"]), (no_train, ["train"]), (no_val, ["val"]), (empty_class, ["dog"]),
-    (missing_in_train, ["dog"]), (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["data"]),
+    (missing_in_train, ["dog"]), (missing_in_val, ["dog"]), (flat_val, ["val"]), (a_file, ["is a file, not"]),
 ])  # fmt: skip
 def test_data_that_is_not_laid_out_as_expected_is_refused(spoil, words, photos, tmp_path):
     data = tmp_path / "data"

@@ -227,7 +227,7 @@ def _receive(file: RemoteFile, response: http.client.HTTPResponse, start: int, b
         raise Interrupted("the server sent another range than the one requested")
     first = b"" if start else _first_bytes(file, response)
     free = shutil.disk_usage(file.path.parent).free
-    if free < file.size - start:
+    if free + (0 if start else file.received) < file.size - start:  # what cannot be continued makes way
         problem = f"{free:,} bytes are free in {file.path.parent}; {file.size - start:,} are still to come"
         raise ResourceError(problem, "free some space, or choose another --data-dir")
     if start == 0:
