@@ -373,17 +373,19 @@ STORED_SIDES = Study(
         "full-size": {},
         "1.5-times": {"data_dir": "{data}-packed-96-192-320"},
         "1.2-times": {"data_dir": "{data}-packed-80-160-256"},
-        "same-size": {"data_dir": "{data}-packed-64-128-224"},
+        "training-sizes": {"data_dir": "{data}-packed-64-128-224"},
     },
     cpu=TINY_20 | {"resize_schedule": [16, 24, 32]},
     cpu_variants={
         "1.5-times": {"data_dir": "{data}-packed-24-36-46"},
         "1.2-times": {"data_dir": "{data}-packed-20-30-37"},
-        "same-size": {"data_dir": "{data}-packed-16-24-32"},
+        "training-sizes": {"data_dir": "{data}-packed-16-24-32"},
     },
     cpu_title=f"{TINY_20_TITLE}, 16 to 32 px, {SMALL_TITLE}, 12 epochs",
     notes="Pack the data first: `python pack_dataset.py --dataset imagenet100 --data-dir DATA "
-    "--stored-sides 96,192,320 --out DATA-packed-96-192-320`, and likewise for the other two.",
+    "--stored-sides 96,192,320 --out DATA-packed-96-192-320`, and likewise for the other two. A phase "
+    "reads the smallest copy of 1.25 times its size or more, or the largest: with copies of just the "
+    "training sizes, only the last phase reads its own size.",
 )
 
 WEIGHTS = {"init_from": "checkpoints/ablation/weights/best_resnet18_tiny-imagenet.pt", "reset_head": True}
