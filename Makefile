@@ -53,7 +53,7 @@ TORTURED := checkpoint schemas rundir loop signals resume wrong_input distribute
 torture: setup   ## kill, damage and resume hundreds of runs: eleven minutes
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
 
-slow: setup      ## run the slow tests, which the other targets leave out: forty minutes
+slow: setup      ## run the slow tests, which the other targets leave out: a quarter of an hour on two cores
 	$(PYTHON) -m pytest -m slow $(PARALLEL) $(ARGS)
 
 fuzz: setup      ## try random command lines and damaged files (FUZZ_SEED=7 tries others)
