@@ -28,13 +28,13 @@ $(VENV)/.installed: requirements.lock
 	fi
 	@touch $@
 
-train: setup     ## train a ResNet-50 on scikit-learn's digits: three minutes on two CPU cores
+train: setup     ## train a ResNet-50 on scikit-learn's digits: three minutes on a CPU
 	$(PYTHON) train.py --config recipes/digits.yaml --save-dir $(RUN) --overwrite $(ARGS)
 
 test: setup      ## run the fast tests
 	$(PYTHON) -m pytest $(PARALLEL) $(ARGS)
 
-lint: setup      ## check style and formatting, and that nothing unpickles or runs a shell
+lint: setup      ## check style; nothing may unpickle or run a shell
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
@@ -53,10 +53,10 @@ TORTURED := checkpoint schemas rundir loop signals resume wrong_input distribute
 torture: setup   ## kill, damage and resume hundreds of runs: eleven minutes
 	$(PYTHON) -m pytest -m "not gpu" $(TORTURED:%=tests/test_%.py) $(ARGS)
 
-slow: setup      ## run the slow tests, which the other targets leave out: a quarter of an hour on two cores
+slow: setup      ## run the slow tests, left out by make test: ten minutes on two cores
 	$(PYTHON) -m pytest -m slow $(PARALLEL) $(ARGS)
 
-fuzz: setup      ## try random command lines and damaged files (FUZZ_SEED=7 tries others)
+fuzz: setup      ## random command lines and damaged files (FUZZ_SEED=7: others)
 	$(PYTHON) -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
 
 test-gpu: setup  ## run the tests that need a GPU
@@ -68,7 +68,7 @@ notebooks: setup ## run the ablation notebooks, in place
 audit: setup     ## look for known vulnerabilities in the locked packages
 	$(VENV)/bin/pip-audit --strict --require-hashes --disable-pip -r requirements.lock
 
-lock:            ## write requirements.lock from requirements.txt and pyproject.toml (needs uv)
+lock:            ## write requirements.lock from the direct requirements (needs uv)
 	uv pip compile requirements.txt --group dev --universal --python-version 3.10 --generate-hashes \
 	  --no-emit-index-url --no-header -o requirements.lock
 
