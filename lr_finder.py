@@ -114,7 +114,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def choose_phase(config, phases: tuple):
-    """Return --phase, by default where the run meets its highest rate, which is what is looked for."""
+    """Return --phase; by default the last phase that comes within 5 % of the schedule's highest rate.
+
+    That rate, --lr, is what the command looks for.
+    """
     import torch
 
     from harness import build, dryrun

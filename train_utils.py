@@ -383,9 +383,8 @@ def evaluate(
     dtype = torch.float32 if runtime.device.type == "mps" else torch.float64
     sums, samples = {name: torch.zeros(3, device=runtime.device, dtype=dtype) for name in models}, 0
     for images, labels in batches:
-        for name, model in models.items():
-            if len(labels) == 0:  # this rank's part of a short last batch
-                continue
+        named = models.items() if len(labels) else ()  # a rank's part of the last batch may be empty
+        for name, model in named:
             logits = logits_of(model, images, runtime)
             if flip:
                 logits = flipped_logits(model, images, logits, runtime)
